@@ -1,0 +1,299 @@
+"""The base Module: build once, agree, reuse."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from distdl_lite.partition import Partition, check_same_world, union_of_ranks
+from distdl_lite.transport import Transport, current
+
+_MASK = (1 << 64) - 1
+_CACHED_STRUCTURES = 64
+
+
+@dataclass(frozen=True)
+class TensorStructure:
+    """What a rank tells the others about one tensor argument; ``kind`` names an argument that is no tensor."""
+
+    shape: tuple[int, ...] = ()
+    dtype: torch.dtype | None = None
+    device: str = ""
+    requires_grad: bool = False
+    kind: str = "Tensor"
+
+    @staticmethod
+    def of(value: Any) -> TensorStructure:
+        if not isinstance(value, torch.Tensor):
+            return TensorStructure(kind=type(value).__name__)
+        return TensorStructure(tuple(value.shape), value.dtype, value.device.type, value.requires_grad)
+
+    @property
+    def size(self) -> int:
+        return 0 if self.kind != "Tensor" else torch.Size(self.shape).numel()
+
+
+Structure = Mapping[int, tuple[TensorStructure, ...]]  # world rank -> its tensor arguments
+
+
+@dataclass
+class _Ride:
+    """A composite module's agreement, which the layers it calls share while its forward runs."""
+
+    key: Any
+    team: frozenset[int]
+    outer: _Ride | None
+    owner: Module
+    calls: dict[int, int] = field(default_factory=dict)
+
+    def number(self, module: Module) -> int:
+        """How often the module was called before in this forward."""
+        number = self.calls.get(id(module), 0)
+        self.calls[id(module)] = number + 1
+        return number
+
+
+class Module(torch.nn.Module):
+    """Base class of distributed layers and of users' own distributed networks.
+
+    A forward-pre hook reruns set-up when the **global** structure of the input changes: shape, dtype, device or
+    ``requires_grad`` on any rank, grad mode, autocast or training mode. A rank cannot see this from its own block, so the
+    ranks of the layer's partitions agree on it by the sum of one 64-bit hash each, which is also the key under which
+    what set-up returned is kept: a structure seen before costs no rebuild.
+
+    Parameters
+    ----------
+    *partitions : Partition or None
+        The layer's partitions; their ranks, together, agree and set up. Without any, the ranks of all layers inside.
+
+    Notes
+    -----
+    Override ``forward``, and where a plan is needed ``_distdl_module_setup(self, input)``, which returns what forward
+    then finds as ``self._distdl_plan`` for this structure. If it returns None it runs again at every change, after
+    ``_distdl_module_teardown(self, input)``. Set-up must not communicate; an error raised in it on any rank is raised on
+    all of them.
+
+    The layers inside a module's forward ride on its one agreement: their structure must follow from its tensor
+    arguments, its numbers and strings, and its parameters' ``requires_grad``. Where it depends on data, call
+    `agree_each_layer`.
+    """
+
+    _distdl_plan: Any
+    _distdl_key: int | None
+    _distdl_next_key: int
+    _distdl_structure: Structure
+    _distdl_kept: OrderedDict[int, tuple[Any, Structure]]
+    _distdl_known_keys: dict[Any, int]
+    _distdl_team: tuple[int, ...]
+    _distdl_transport: Transport
+    _distdl_is_inside: bool
+
+    def __init__(self, *partitions: Partition | None) -> None:
+        super().__init__()
+        given = tuple(P for P in partitions if P is not None)
+        check_same_world(*given)
+        self._distdl_partitions = given
+        self._distdl_agrees_each = False
+        self._distdl_is_static = False
+        self._distdl_ends_rides = False
+        self.__dict__.update(_unbuilt())
+        self.register_forward_pre_hook(_pre_hook, with_kwargs=True)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Plans, requests and buffers are neither pickled nor copied."""
+        return {**self.__dict__, **_unbuilt()}
+
+    # ---- who agrees --------------------------------------------------------------------------------------------------
+
+    def _distdl_layers(self) -> list[Module]:
+        """This module and the distributed ones inside it."""
+        return [module for module in self.modules() if isinstance(module, Module)]
+
+    def _distdl_resolve(self) -> tuple[int, ...]:
+        """Find the sorted world ranks that agree and set up together, and their world."""
+        given = [P for layer in self._distdl_layers() for P in layer._distdl_partitions]
+        check_same_world(*given)
+        self._distdl_transport = given[0].world_transport if given else current()
+        self._distdl_team = union_of_ranks(*given)
+        self._distdl_is_inside = self._distdl_transport.rank in self._distdl_team
+        return self._distdl_team
+
+    def agree_each_layer(self, on: bool = True) -> Module:
+        """Let every layer inside agree for itself, for shapes that depend on data."""
+        self._distdl_agrees_each = on
+        return self
+
+    def static_shapes(self, on: bool = True) -> Module:
+        """Promise that local structure alone tells global structure, which drops the agreement.
+
+        A rank whose block changes while another's does not then meets the others in different calls.
+        """
+        self._distdl_is_static = on
+        return self
+
+    # ---- the hook ----------------------------------------------------------------------------------------------------
+
+    def _distdl_forward_pre_hook(self, input: tuple[Any, ...], kwargs: Mapping[str, Any] | None = None) -> None:
+        """Agree on the structure of this call, and set up for it unless that was done before."""
+        if self._distdl_team is None:
+            self._distdl_resolve()
+        if not self._distdl_is_inside:
+            self._distdl_refuse_data(input)
+            return
+        if self._distdl_input_changed(input, kwargs):
+            if self._distdl_module_requires_reset(input):
+                self._distdl_build(input)
+            else:
+                self._distdl_plan, self._distdl_structure = self._distdl_kept[self._distdl_next_key]
+                self._distdl_kept.move_to_end(self._distdl_next_key)
+            self._distdl_key = self._distdl_next_key
+        if self._modules and not self._distdl_agrees_each:
+            self._distdl_begin_ride()
+
+    def _distdl_input_changed(self, input: tuple[Any, ...], kwargs: Mapping[str, Any] | None = None) -> bool:
+        """Whether the global structure differs from the one set up for; the layer's ranks agree on it."""
+        self._distdl_next_key = self._distdl_agreed_key(input, kwargs)
+        return bool(self._distdl_next_key != self._distdl_key)
+
+    def _distdl_module_requires_reset(self, input: tuple[Any, ...]) -> bool:
+        """Whether the structure agreed on last is not among those whose set-up is kept."""
+        return self._distdl_next_key not in self._distdl_kept
+
+    def _distdl_module_setup(self, input: tuple[Any, ...]) -> Any:
+        """Build what forward needs for this structure; see the class."""
+        return ()
+
+    def _distdl_module_teardown(self, input: tuple[Any, ...]) -> None:
+        """Undo a set-up that returned None."""
+
+    def _distdl_build(self, input: tuple[Any, ...]) -> None:
+        """Exchange structures, set up, and agree that it went well on every rank."""
+        if self._distdl_key is not None and self._distdl_plan is None:
+            self._distdl_module_teardown(input)
+        self._distdl_key = self._distdl_plan = None
+        if type(self)._distdl_module_setup is Module._distdl_module_setup:
+            self._distdl_plan = ()
+        else:
+            self._distdl_exchange_and_set_up(input)
+        if self._distdl_plan is not None:
+            self._distdl_kept[self._distdl_next_key] = (self._distdl_plan, self._distdl_structure)
+            if len(self._distdl_kept) > _CACHED_STRUCTURES:
+                self._distdl_kept.popitem(last=False)
+
+    def _distdl_exchange_and_set_up(self, input: tuple[Any, ...]) -> None:
+        team, transport = self._distdl_team, self._distdl_transport
+        mine = tuple(TensorStructure.of(value) for value in input)
+        self._distdl_structure = dict(zip(team, transport.gather_objects(team, mine), strict=True))
+        error = None
+        try:
+            self._distdl_plan = self._distdl_module_setup(input)
+        except Exception as raised:
+            error = raised
+        raise_together(transport, team, error)
+
+    def _distdl_refuse_data(self, input: tuple[Any, ...]) -> None:
+        """Raise if this rank, which is outside the partitions, passes data."""
+        for value in input if self._distdl_partitions else ():
+            if isinstance(value, torch.Tensor) and value.numel() and value.dim():
+                raise ValueError(
+                    f"{type(self).__name__}: rank {self._distdl_transport.rank} passed a tensor of shape "
+                    f"{tuple(value.shape)}, but is outside {', '.join(map(repr, self._distdl_partitions))}"
+                )
+
+    def _distdl_begin_ride(self) -> None:
+        """Let the layers inside share this agreement until forward ends."""
+        if not self._distdl_ends_rides:
+            self.register_forward_hook(_end_ride, always_call=True)
+            self._distdl_ends_rides = True
+        local = self._distdl_transport.local
+        local["ride"] = _Ride(self._distdl_key, frozenset(self._distdl_team), local.get("ride"), self)
+
+    # ---- the agreement -----------------------------------------------------------------------------------------------
+
+    def _distdl_agreed_key(self, input: tuple[Any, ...], kwargs: Mapping[str, Any] | None) -> int:
+        transport = self._distdl_transport
+        ride = None if self._distdl_agrees_each else transport.local.get("ride")
+        if ride is not None and ride.team.issuperset(self._distdl_team):
+            known: Any = (ride.key, ride.number(self))
+        elif self._distdl_is_static:
+            known = self._distdl_local_key(input, kwargs)
+        else:
+            return transport.agree(self._distdl_team, self._distdl_local_key(input, kwargs))
+        if known not in self._distdl_known_keys:
+            if len(self._distdl_known_keys) >= 16 * _CACHED_STRUCTURES:
+                self._distdl_known_keys.clear()
+            agreed = transport.agree(self._distdl_team, self._distdl_local_key(input, kwargs))
+            self._distdl_known_keys[known] = agreed
+        return self._distdl_known_keys[known]
+
+    def _distdl_local_key(self, input: tuple[Any, ...], kwargs: Mapping[str, Any] | None) -> int:
+        parts: list[Any] = [
+            self._distdl_transport.rank,
+            self.training,
+            torch.is_grad_enabled(),
+            torch.is_autocast_enabled("cpu"),
+            torch.is_autocast_enabled("cuda"),
+        ]
+        for value in input:
+            if isinstance(value, torch.Tensor):
+                parts += (value.shape, value.dtype, value.device, value.requires_grad)
+            else:
+                parts.append(_hashable(value))
+        if kwargs:
+            parts.append(_hashable(kwargs))
+        parts += [parameter.requires_grad for parameter in self._distdl_own_parameters()]
+        return hash(tuple(parts)) & _MASK
+
+    def _distdl_own_parameters(self) -> Iterator[torch.nn.Parameter]:
+        return self.parameters() if self._modules else (p for p in self._parameters.values() if p is not None)
+
+
+def _pre_hook(module: Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    module._distdl_forward_pre_hook(args, kwargs)
+
+
+def _end_ride(module: Module, args: tuple[Any, ...], output: Any) -> None:
+    ride = module._distdl_transport and module._distdl_transport.local.get("ride")
+    if ride is not None and ride.owner is module:
+        module._distdl_transport.local["ride"] = ride.outer
+
+
+def _unbuilt() -> dict[str, Any]:
+    """The attributes of a module that has not been set up."""
+    return {
+        "_distdl_plan": None,
+        "_distdl_key": None,
+        "_distdl_next_key": None,
+        "_distdl_structure": {},
+        "_distdl_kept": OrderedDict(),
+        "_distdl_known_keys": {},
+        "_distdl_team": None,
+        "_distdl_transport": None,
+        "_distdl_is_inside": False,
+    }
+
+
+def _hashable(value: Any) -> Any:
+    """A value's part in the structure: tensors by structure, plain values by value, anything else by type."""
+    if isinstance(value, torch.Tensor):
+        return value.shape, value.dtype, value.device, value.requires_grad
+    if isinstance(value, (bool, int, float, complex, str, bytes, torch.dtype, torch.device, type(None))):
+        return value
+    if isinstance(value, Mapping):
+        return tuple((key, _hashable(item)) for key, item in value.items())
+    if isinstance(value, Sequence):
+        return tuple(map(_hashable, value))
+    return type(value)
+
+
+def raise_together(transport: Transport, team: Sequence[int], error: Exception | None) -> None:
+    """Raise on all ranks of the team, with the same text, if any of them has an error; the lowest rank's goes first."""
+    outcome = None if error is None else (type(error), str(error))
+    failures = [found for found in transport.gather_objects(team, outcome) if found is not None]
+    if failures:
+        kind, text = failures[0]
+        raise kind(text) from error

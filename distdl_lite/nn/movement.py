@@ -1,0 +1,540 @@
+"""The seven primitives: each is the two layouts it moves between."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from distdl_lite import layout as lay
+from distdl_lite.layout import Layout, Shape
+from distdl_lite.nn.module import Module, Structure, TensorStructure
+from distdl_lite.operator import Operator
+from distdl_lite.partition import Grid, Partition, balanced, check_axes
+from distdl_lite.plan import plan
+
+
+def zero_volume_tensor(
+    batch: int | None = None, dtype: torch.dtype | None = None, device: torch.device | str | None = None
+) -> torch.Tensor:
+    """The tensor of a rank without data: of shape ``(0,)``, or ``(batch, 0)``.
+
+    >>> zero_volume_tensor(3).shape
+    torch.Size([3, 0])
+    """
+    return torch.empty((0,) if batch is None else (batch, 0), dtype=dtype, device=device)
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What the ranks of a layer's input partition passed, checked to agree.
+
+    Attributes
+    ----------
+    shapes : dict from world rank to tuple of int
+    dtype : torch.dtype
+    requires_grad : bool
+        Whether any rank's input requires grad.
+    """
+
+    shapes: dict[int, Shape]
+    dtype: torch.dtype
+    requires_grad: bool
+
+
+def agreed_inputs(name: str, structure: Structure, P_x: Partition, position: int = 0) -> Inputs:
+    """The `position`-th tensor argument on the ranks of `P_x`.
+
+    Raises
+    ------
+    TypeError
+        If a rank passed no tensor.
+    ValueError
+        If dtypes, devices or numbers of dims differ between the ranks, or a rank outside `P_x` passed data. The text
+        names the rank.
+    """
+    missing = TensorStructure(kind="nothing")
+    passed = {rank: s[position] if position < len(s) else missing for rank, s in structure.items()}
+    for rank, tensor in passed.items():
+        if tensor.kind != "Tensor":
+            raise TypeError(f"{name}: rank {rank} passed {tensor.kind}, a tensor is needed (dl.zero_volume_tensor() for none)")
+    inside = {rank: passed[rank] for rank in P_x.ranks}
+    for rank, tensor in passed.items():
+        if rank not in inside and tensor.size and tensor.shape:
+            raise ValueError(
+                f"{name}: rank {rank} passed a tensor of shape {tensor.shape}, but is outside {_plain(P_x)}"
+            )
+    _check_alike(name, "dtype", {rank: tensor.dtype for rank, tensor in inside.items()})
+    _check_alike(name, "device", {rank: tensor.device for rank, tensor in inside.items()})
+    _check_alike(name, "number of dims", {rank: len(tensor.shape) for rank, tensor in inside.items()})
+    dtype = next(iter(inside.values())).dtype
+    assert dtype is not None
+    shapes = {rank: tensor.shape for rank, tensor in inside.items()}
+    return Inputs(shapes, dtype, any(tensor.requires_grad for tensor in passed.values()))
+
+
+def _check_alike(name: str, what: str, values: Mapping[int, Any]) -> None:
+    """Raise ValueError unless all ranks have the same value; the minority is named."""
+    found = list(values.values())
+    if found.count(found[0]) == len(found):
+        return
+    usual = max(found, key=found.count)
+    odd = [f"rank {rank}: {what} {value}" for rank, value in values.items() if value != usual]
+    raise ValueError(f"{name}: the ranks disagree: {', '.join(odd)}, others {usual}")
+
+
+def _plain(P: Partition) -> str:
+    """A partition as every rank writes it alike."""
+    return f"the partition of shape {P.shape} over ranks {list(P.ranks)}"
+
+
+def into(operator: Operator, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Apply an operator; a rank that has nothing to give takes part with the others' dtype."""
+    if operator.plan.shape_in is None and x.dtype is not dtype:
+        x = x.to(dtype)
+    return operator(x)
+
+
+class Movement(Module):
+    """Base of all primitives, and of users' own: override `layouts`.
+
+    Parameters
+    ----------
+    P_x, P_y : Partition
+        Of the input and of the output. Ranks outside both pass and get zero-volume tensors.
+    preserve_batch : bool
+        Whether ranks that receive nothing get ``(batch, 0)`` rather than ``(0,)``.
+    """
+
+    def __init__(self, P_x: Partition, P_y: Partition, preserve_batch: bool = True) -> None:
+        super().__init__(P_x, P_y)
+        self.P_x, self.P_y, self.preserve_batch = P_x, P_y, preserve_batch
+
+    def layouts(self, shapes: Mapping[int, Shape]) -> tuple[Layout, Layout]:
+        """The layouts of input and output for the local shapes by world rank; pure, the same on all ranks.
+
+        Raises
+        ------
+        ValueError
+            If the shapes do not fit.
+        """
+        raise NotImplementedError
+
+    def _distdl_module_setup(self, input: tuple[Any, ...]) -> tuple[Operator, torch.dtype]:
+        name = type(self).__name__
+        inputs = agreed_inputs(name, self._distdl_structure, self.P_x)
+        X, Y = self.layouts(inputs.shapes)
+        transport = self._distdl_transport
+        built = plan(X, Y, transport.rank)
+        if inputs.dtype is torch.bool and (X.overlaps or built.pattern.sums):
+            raise TypeError(f"{name}: bool tensors can be moved but not added")
+        return Operator(built, transport, name, inputs.requires_grad), inputs.dtype
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not self._distdl_is_inside:
+            return x
+        operator, dtype = self._distdl_plan
+        y = into(operator, x, dtype)
+        if operator.plan.shape_out is None and self.preserve_batch and x.dim():
+            return y.view(x.shape[0], 0)
+        return y
+
+    def extra_repr(self) -> str:
+        return f"P_x={self.P_x.shape}, P_y={self.P_y.shape}"
+
+
+def _matched_axes(name: str, small: Grid, large: Grid) -> tuple[int, ...]:
+    """The axes along which the padded `small` equals `large`; elsewhere it must be one."""
+    if small.dim > large.dim:
+        raise ValueError(f"{name}: a partition of shape {small.shape} has more axes than one of shape {large.shape}")
+    shape = small.padded(large.dim).shape
+    wrong = [axis for axis in range(large.dim) if shape[axis] not in (1, large.shape[axis])]
+    if wrong:
+        raise ValueError(
+            f"{name}: cannot match a partition of shape {small.shape} to {large.shape}: axes {wrong} differ and are not 1"
+        )
+    return tuple(axis for axis in range(large.dim) if shape[axis] == large.shape[axis])
+
+
+class Broadcast(Movement):
+    """Copies of each of P_x's tensors on all ranks of P_y that NumPy's broadcasting of the partitions assigns to it.
+
+    P_x is padded on the left with axes of length one; along each axis it equals P_y or is one. The ranks with equal index
+    on the equal axes form a team, whose one member of P_x gives its tensor to all members of P_y. Shapes may differ from
+    team to team. The adjoint is `SumReduce` with the partitions swapped.
+
+    Parameters
+    ----------
+    P_x, P_y : Partition
+        Source and target.
+    transpose_src, transpose_dest : bool
+        Read that partition's shape and index in reverse before matching.
+    preserve_batch : bool
+        Whether ranks that receive nothing get ``(batch, 0)`` rather than ``(0,)``.
+
+    Raises
+    ------
+    ValueError
+        If the shapes do not broadcast, or, transposed, more than one matched axis is longer than 1 (which DistDL leaves
+        ambiguous).
+    """
+
+    def __init__(
+        self,
+        P_x: Partition,
+        P_y: Partition,
+        transpose_src: bool = False,
+        transpose_dest: bool = False,
+        preserve_batch: bool = True,
+    ) -> None:
+        super().__init__(P_x, P_y, preserve_batch)
+        self.transpose_src, self.transpose_dest = transpose_src, transpose_dest
+        self._source = P_x.grid_of_ranks.transposed() if transpose_src else P_x.grid_of_ranks
+        self._target = P_y.grid_of_ranks.transposed() if transpose_dest else P_y.grid_of_ranks
+        self._match()
+
+    def _match(self) -> None:
+        name = type(self).__name__
+        self._teams = self._matched(name)
+        dim = max(self._source.dim, self._target.dim)
+        self._source, self._target = self._source.padded(dim), self._target.padded(dim)
+        long = [axis for axis in self._teams if self._source.shape[axis] > 1]
+        if (self.transpose_src or self.transpose_dest) and len(long) > 1:
+            raise ValueError(f"{name}: transposed, with axes {long} matched, it is ambiguous which ranks belong together")
+
+    def _matched(self, name: str) -> tuple[int, ...]:
+        return _matched_axes(name, self._source, self._target)
+
+    def layouts(self, shapes: Mapping[int, Shape]) -> tuple[Layout, Layout]:
+        by_team = _shape_of_teams(type(self).__name__, self._source, self._teams, shapes)
+        return lay.copies(self._source, self._teams, by_team), lay.copies(self._target, self._teams, by_team)
+
+
+class SumReduce(Broadcast):
+    """The sum of P_x's tensors over the ranks that NumPy's broadcasting of P_y to P_x puts together, on the ranks of P_y.
+
+    P_y is padded on the left with axes of length one; along each axis it equals P_x or is one. All tensors of a team have
+    the same shape. The adjoint is `Broadcast` with the partitions swapped.
+
+    Parameters, errors: as `Broadcast`, with the matching rule reversed; a ValueError also where shapes in a team differ.
+    """
+
+    def _matched(self, name: str) -> tuple[int, ...]:
+        return _matched_axes(name, self._target, self._source)
+
+
+def _shape_of_teams(
+    name: str, grid: Grid, team_axes: Sequence[int], shapes: Mapping[int, Shape]
+) -> dict[tuple[int, ...], Shape]:
+    """The local shape of each team, which all its members must share."""
+    found: dict[tuple[int, ...], tuple[int, Shape]] = {}
+    for rank in grid.ranks:
+        index = grid.index(rank)
+        assert index is not None
+        first, shape = found.setdefault(tuple(index[a] for a in team_axes), (rank, shapes[rank]))
+        if shape != shapes[rank]:
+            raise ValueError(f"{name}: cannot add shape {shapes[rank]} of rank {rank} and {shape} of rank {first}")
+    return {key: shape for key, (_, shape) in found.items()}
+
+
+class AllSumReduce(Movement):
+    """The sum over the ranks of P_x that differ in the reduced axes, on all of them. Its own adjoint.
+
+    Parameters
+    ----------
+    P_x : Partition
+    axes_reduce, axes_keep : iterable of int
+        The axes summed over, or the others; exactly one is given.
+
+    Raises
+    ------
+    ValueError
+        If not exactly one of the two is given, an axis does not exist, or shapes in a team differ.
+    """
+
+    def __init__(
+        self, P_x: Partition, axes_reduce: Iterable[int] | None = None, axes_keep: Iterable[int] | None = None
+    ) -> None:
+        super().__init__(P_x, P_x)
+        self.axes_keep = _kept_axes("AllSumReduce", P_x, axes_reduce, axes_keep, "axes_reduce")
+
+    def layouts(self, shapes: Mapping[int, Shape]) -> tuple[Layout, Layout]:
+        grid = self.P_x.grid_of_ranks
+        X = lay.copies(grid, self.axes_keep, _shape_of_teams("AllSumReduce", grid, self.axes_keep, shapes))
+        return X, X
+
+    def extra_repr(self) -> str:
+        return f"P_x={self.P_x.shape}, axes_keep={self.axes_keep}"
+
+
+def _kept_axes(
+    name: str, P_x: Partition, moved: Iterable[int] | None, kept: Iterable[int] | None, moved_name: str
+) -> tuple[int, ...]:
+    """The axes of a partition that stay, given either them or the others."""
+    if (moved is None) == (kept is None):
+        raise ValueError(f"{name}: exactly one of {moved_name} and axes_keep must be given")
+    if kept is not None:
+        return check_axes(kept, P_x.dim)
+    gone = check_axes(moved or (), P_x.dim)
+    return tuple(axis for axis in range(P_x.dim) if axis not in gone)
+
+
+class AllGather(Movement):
+    """The concatenation of P_x's blocks along the gathered axes, on all the ranks that differ there.
+
+    Its adjoint is `ReduceScatter`.
+
+    Parameters
+    ----------
+    P_x : Partition
+        One axis per tensor dim.
+    axes_all_gather, axes_keep : iterable of int
+        The axes gathered along, or the others; exactly one is given.
+
+    Raises
+    ------
+    ValueError
+        If not exactly one of the two is given, an axis does not exist, or the blocks form no tensor product.
+    """
+
+    def __init__(
+        self, P_x: Partition, axes_all_gather: Iterable[int] | None = None, axes_keep: Iterable[int] | None = None
+    ) -> None:
+        super().__init__(P_x, P_x)
+        self.axes_keep = _kept_axes("AllGather", P_x, axes_all_gather, axes_keep, "axes_all_gather")
+
+    def layouts(self, shapes: Mapping[int, Shape]) -> tuple[Layout, Layout]:
+        grid = self.P_x.grid_of_ranks
+        X = lay.blocks(grid, lay.cuts_from_shapes(grid, shapes))
+        X = Layout(grid, X.dims, self.axes_keep)
+        return X, lay.gathered(X, [axis for axis in range(grid.dim) if axis not in self.axes_keep])
+
+    extra_repr = AllSumReduce.extra_repr
+
+
+class ReduceScatter(Movement):
+    """The sum over the ranks that differ in the scattered axes, cut in balanced blocks along these axes.
+
+    Every rank passes a tensor that is whole along the scattered axes. The adjoint is `AllGather`.
+
+    Parameters
+    ----------
+    P_x : Partition
+        One axis per tensor dim.
+    axes_reduce_scatter, axes_keep : iterable of int
+        The axes summed and scattered along, or the others; exactly one is given.
+
+    Raises
+    ------
+    ValueError
+        If not exactly one of the two is given, an axis does not exist, or lengths along scattered dims differ.
+    """
+
+    def __init__(
+        self, P_x: Partition, axes_reduce_scatter: Iterable[int] | None = None, axes_keep: Iterable[int] | None = None
+    ) -> None:
+        super().__init__(P_x, P_x)
+        self.axes_keep = _kept_axes("ReduceScatter", P_x, axes_reduce_scatter, axes_keep, "axes_reduce_scatter")
+
+    def layouts(self, shapes: Mapping[int, Shape]) -> tuple[Layout, Layout]:
+        grid = self.P_x.grid_of_ranks
+        cuts = lay.cuts_from_shapes(grid, shapes)
+        dims_x, dims_y = [], []
+        for axis, cut in enumerate(cuts):
+            dim = lay.Dim(lay.ranges_of(cut), (axis,))
+            if axis in self.axes_keep:
+                dims_x.append(dim)
+                dims_y.append(dim)
+                continue
+            if any(stop - start != cut[1] for start, stop in dim.ranges):
+                lengths = [stop - start for start, stop in dim.ranges]
+                raise ValueError(f"ReduceScatter: lengths {lengths} along dim {axis} differ, they are added up")
+            dims_x.append(lay.Dim(((0, cut[1]),)))
+            dims_y.append(lay.Dim(lay.ranges_of(balanced(cut[1], grid.shape[axis])), (axis,)))
+        return Layout(grid, tuple(dims_x), self.axes_keep), Layout(grid, tuple(dims_y), self.axes_keep)
+
+    extra_repr = AllSumReduce.extra_repr
+
+
+class Repartition(Movement):
+    """Blocks over P_x, of any sizes, to balanced blocks over P_y: scatter, gather, transpose, move.
+
+    The adjoint is the Repartition back to the blocks that came in.
+
+    Parameters
+    ----------
+    P_x, P_y : Partition
+        One axis per tensor dim each; they may be disjoint, overlap or be equal.
+    preserve_batch : bool
+        Whether ranks that receive nothing get ``(batch, 0)`` rather than ``(0,)``.
+    bounds : sequence of sequences of int, optional
+        Cut points per dim of the output blocks, in place of balanced ones.
+
+    Raises
+    ------
+    ValueError
+        If the partitions have different numbers of axes, the tensor another one, the blocks form no tensor product, or
+        the bounds do not cut the tensor.
+    """
+
+    def __init__(
+        self,
+        P_x: Partition,
+        P_y: Partition,
+        preserve_batch: bool = True,
+        bounds: Sequence[Sequence[int]] | None = None,
+    ) -> None:
+        super().__init__(P_x, P_y, preserve_batch)
+        if P_x.dim != P_y.dim:
+            raise ValueError(f"Repartition: partitions of shape {P_x.shape} and {P_y.shape} differ in number of axes")
+        self.output_bounds = None if bounds is None else tuple(tuple(int(c) for c in cut) for cut in bounds)
+
+    def layouts(self, shapes: Mapping[int, Shape]) -> tuple[Layout, Layout]:
+        X = lay.blocks(self.P_x.grid_of_ranks, lay.cuts_from_shapes(self.P_x.grid_of_ranks, shapes))
+        n = lay.global_shape_of(X)
+        if self.output_bounds is None:
+            return X, lay.balanced_blocks(self.P_y.grid_of_ranks, n)
+        Y = lay.blocks(self.P_y.grid_of_ranks, self.output_bounds)
+        if lay.global_shape_of(Y) != n or any(cut[0] for cut in self.output_bounds):
+            raise ValueError(f"Repartition: bounds {self.output_bounds} do not cut a tensor of shape {n}")
+        return X, Y
+
+
+class HaloExchange(Movement):
+    """Each block grown by what its neighbours hold, however many neighbours that takes; an empty block stays empty.
+
+    The adjoint adds each halo to the points it was copied from.
+
+    Parameters
+    ----------
+    P_x : Partition
+        One axis per tensor dim.
+    halo : sequence of int or (int, int)
+        Per dim the number of points to the left and right.
+    boundary : {"none", "zeros", "circular", "reflect", "replicate"}
+        What lies beyond the global edge: nothing, zeros, the other end, the mirror image without the edge point, or the
+        edge point again.
+
+    Raises
+    ------
+    ValueError
+        If the halo does not fit the grid, is negative, the boundary is unknown, or it needs more points than there are.
+    """
+
+    def __init__(self, P_x: Partition, halo: Sequence[int | tuple[int, int]], boundary: str = "none") -> None:
+        super().__init__(P_x, P_x)
+        pairs = [(h, h) if isinstance(h, int) else (int(h[0]), int(h[1])) for h in halo]
+        if len(pairs) != P_x.dim or any(h < 0 for pair in pairs for h in pair):
+            raise ValueError(f"HaloExchange: a halo of {list(halo)} does not fit a partition of shape {P_x.shape}")
+        if boundary not in lay.BOUNDARIES:
+            raise ValueError(f"HaloExchange: boundary {boundary!r} is none of {', '.join(lay.BOUNDARIES)}")
+        self.halo, self.boundary = tuple(pairs), boundary
+
+    def layouts(self, shapes: Mapping[int, Shape]) -> tuple[Layout, Layout]:
+        X = lay.blocks(self.P_x.grid_of_ranks, lay.cuts_from_shapes(self.P_x.grid_of_ranks, shapes))
+        return X, lay.haloed(X, self.halo, self.boundary)
+
+    def _distdl_module_setup(self, input: tuple[Any, ...]) -> Any:
+        operator, dtype = super()._distdl_module_setup(input)
+        inputs = agreed_inputs("HaloExchange", self._distdl_structure, self.P_x)
+        X, Y = self.layouts(inputs.shapes)
+        box, held = X.box(self._distdl_transport.rank), Y.box(self._distdl_transport.rank)
+        if box is None or held is None or self.boundary not in ("reflect", "replicate"):
+            return operator, dtype, None
+        wanted = tuple(
+            (start - left, stop + right) if start < stop else (start, stop)
+            for (start, stop), (left, right) in zip(box, self.halo, strict=True)
+        )
+        return operator, dtype, edge_pad(wanted, held, lay.global_shape_of(X), self.boundary)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not self._distdl_is_inside:
+            return x
+        operator, dtype, pad = self._distdl_plan
+        y = into(operator, x, dtype)
+        return y if pad is None else pad(y)
+
+    def extra_repr(self) -> str:
+        return f"P_x={self.P_x.shape}, halo={self.halo}, boundary={self.boundary!r}"
+
+
+def edge_pad(
+    wanted: lay.Box, held: lay.Box, global_shape: Shape, boundary: str
+) -> Callable[[torch.Tensor], torch.Tensor] | None:
+    """The local step that reflects or replicates at the global edge: from the box held to the box wanted, None if equal."""
+    if wanted == held:
+        return None
+    rows = [
+        None if w == h else torch.tensor([_folded(i, n, boundary) - h[0] for i in range(*w)], dtype=torch.long)
+        for w, h, n in zip(wanted, held, global_shape, strict=True)
+    ]
+
+    def pad(y: torch.Tensor) -> torch.Tensor:
+        for dim, row in enumerate(rows):
+            if row is not None:
+                y = y.index_select(dim, row.to(y.device))
+        return y
+
+    return pad
+
+
+def _folded(i: int, n: int, boundary: str) -> int:
+    """The point inside ``[0, n)`` that point `i` repeats."""
+    if boundary == "reflect":
+        return abs(i) if i < n else 2 * (n - 1) - i
+    return min(max(i, 0), n - 1)
+
+
+# ---- a whole tensor on one rank --------------------------------------------------------------------------------------
+
+
+def scatter(x: torch.Tensor | None, P: Partition, root: int = 0) -> torch.Tensor:
+    """Cut a whole tensor on one rank into balanced blocks over `P`; differentiable.
+
+    Parameters
+    ----------
+    x : torch.Tensor or None
+        The tensor on the world rank `root`; the others pass None.
+    P : Partition
+        One axis per tensor dim. Its ranks and the root call this together.
+    root : int
+        A rank of the ambient world.
+
+    Returns
+    -------
+    torch.Tensor
+        This rank's block, zero-volume on a rank outside `P`.
+    """
+    return _rooted("scatter", P, root)(zero_volume_tensor() if x is None else x)
+
+
+def gather(x: torch.Tensor | None, P: Partition, root: int = 0) -> torch.Tensor:
+    """Put the blocks over `P` together on one rank; differentiable, the adjoint of `scatter` for balanced blocks.
+
+    Parameters
+    ----------
+    x : torch.Tensor or None
+        This rank's block; a rank outside `P` passes None.
+    P, root
+        As for `scatter`.
+
+    Returns
+    -------
+    torch.Tensor
+        The whole tensor on the root, zero-volume elsewhere.
+    """
+    return _rooted("gather", P, root)(zero_volume_tensor() if x is None else x)
+
+
+def _rooted(kind: str, P: Partition, root: int) -> Repartition:
+    """The Repartition between one rank and `P`, kept so that later calls find its plans and buffers."""
+    world = P.world_transport
+    if not 0 <= root < world.size:
+        raise ValueError(f"{kind}: root {root} is not a rank of a world of {world.size}")
+    kept = world.local.setdefault("rooted", {})
+    if (kind, P, root) not in kept:
+        alone = P._derive([root], (1,) * P.dim)
+        kept[kind, P, root] = Repartition(alone, P, False) if kind == "scatter" else Repartition(P, alone, False)
+    return kept[kind, P, root]

@@ -1,0 +1,140 @@
+"""Operators: a plan bound to a transport, and the one autograd Function that runs it.
+
+The backward of an operator is the operator of the swapped plan, so double backward and every higher one come for free.
+"""
+
+from __future__ import annotations
+
+from time import perf_counter
+from typing import Any
+
+import torch
+
+from distdl_lite.plan import Plan
+from distdl_lite.transport import Channel, Transport
+from distdl_lite.transport.counts import record
+
+
+class Operator:
+    """A linear movement of tensors between two layouts.
+
+    Parameters
+    ----------
+    plan : Plan
+        This rank's plan. All ranks of the two layouts make an operator from theirs and call it together.
+    transport : Transport
+        The world the plan's ranks are numbered in, such as ``P.world_transport``.
+    label : str
+        A name for counts and errors.
+    graph : bool
+        Whether every rank gets a graph node, also one whose own input requires no gradient. Set it where any rank's
+        input requires grad: a rank without a node would stay out of the others' backward.
+
+    Notes
+    -----
+    Communicators, buffers and requests are made at the first call for a dtype and device, together by all ranks of the
+    plan, and belong to the operator. `start` and `finish` move data without autograd; a call is differentiable.
+    """
+
+    def __init__(self, plan: Plan, transport: Transport, label: str = "operator", graph: bool = False) -> None:
+        self.plan, self.transport, self.label, self.graph = plan, transport, label, graph
+        self._channels: dict[tuple[torch.dtype, torch.device], Channel] = {}
+        self._adjoint: Operator | None = None
+        self._moving: Channel | None = None
+
+    @property
+    def adjoint(self) -> Operator:
+        """The operator of the swapped plan; its own adjoint is this operator."""
+        if self._adjoint is None:
+            self._adjoint = Operator(self.plan.adjoint(), self.transport, self.label, self.graph)
+            self._adjoint._adjoint = self
+        return self._adjoint
+
+    def start(self, x: torch.Tensor) -> Any:
+        """Begin to move the local block `x`, which must stay unchanged until `finish` is called with the result.
+
+        Raises
+        ------
+        RuntimeError
+            If an earlier start of this operator has not been finished.
+        TypeError
+            If the operator adds and the dtype is bool.
+        """
+        if self._moving is not None:
+            raise RuntimeError(f"{self.label}: started again before it was finished")
+        channel = self._channels.get((x.dtype, x.device)) or self._bind(x)
+        self._moving = channel
+        try:
+            if "tallies" in self.transport.local:
+                return self._counted_start(channel, x)
+            return channel.start(x)
+        except BaseException:
+            self._moving = None
+            raise
+
+    def finish(self, pending: Any) -> torch.Tensor:
+        """Wait for what `start` began; returns the local output as a fresh tensor, ``(0,)`` where there is none."""
+        channel, self._moving = self._moving, None
+        if channel is None:
+            raise RuntimeError(f"{self.label}: finished before it was started")
+        began = perf_counter() if "tallies" in self.transport.local else 0.0
+        y = channel.finish(pending)
+        if began:
+            record(self.transport.local, 0, 0, perf_counter() - began, 0, self.label)
+        return y
+
+    def apply(self, x: torch.Tensor) -> torch.Tensor:
+        """Move `x` without autograd."""
+        return self.finish(self.start(x))
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """Move `x`; differentiable."""
+        if not (torch.is_grad_enabled() and (x.requires_grad or self.graph)):
+            return self.apply(x)
+        anchor = None if x.requires_grad else torch.empty(0, requires_grad=True)
+        return _Move.apply(x, anchor, self)
+
+    def _bind(self, x: torch.Tensor) -> Channel:
+        if x.dtype is torch.bool and (self.plan.adds_out or self.plan.pattern.sums):
+            raise TypeError(f"{self.label}: bool tensors can be moved but not added")
+        channel = self.transport.bind(self.plan, x.dtype, x.device)
+        self._channels[x.dtype, x.device] = channel
+        return channel
+
+    def _counted_start(self, channel: Channel, x: torch.Tensor) -> Any:
+        legs, rank = self.plan.legs, self.plan.rank
+        collectives = sum(bool(leg.team) for leg in legs)
+        sent = [edge for leg in legs for edge in leg.sends if edge.peer != rank]
+        peers = {edge.peer for edge in sent}
+        size = sum(edge.size for edge in sent) * x.element_size()
+        began = perf_counter()
+        pending = channel.start(x)
+        spent = perf_counter() - began
+        record(self.transport.local, collectives or len(peers), size, spent, collectives, self.label)
+        return pending
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Operator:
+        return Operator(self.plan, self.transport, self.label, self.graph)
+
+    def __repr__(self) -> str:
+        plan = self.plan
+        return f"Operator({self.label}: {plan.pattern.value}, {plan.shape_in} -> {plan.shape_out} on rank {plan.rank})"
+
+
+class _Move(torch.autograd.Function):
+    """Applies an operator forward and its adjoint backward."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, anchor: torch.Tensor | None, operator: Operator) -> torch.Tensor:
+        ctx.operator = operator
+        ctx.shape = x.shape
+        # Reading a saved tensor before communicating makes non-reentrant checkpointing recompute at the same place on
+        # all ranks.
+        ctx.save_for_backward(x.new_empty(0))
+        return operator.apply(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, None, None]:
+        _ = ctx.saved_tensors
+        moved = ctx.operator.adjoint(gradient)
+        return moved.view(ctx.shape) if ctx.needs_input_grad[0] else None, None, None

@@ -1,0 +1,448 @@
+"""Teams and Cartesian grids of ranks.
+
+A `Grid` is pure arithmetic: a shape and the ranks laid over it in row-major order. A `Partition` is a grid together with
+the world its ranks belong to, seen from one rank.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import product
+from typing import Any
+
+
+def balanced(length: int, parts: int) -> tuple[int, ...]:
+    """Cut points of a balanced split: the first ``length % parts`` parts get one element more.
+
+    >>> balanced(7, 2)
+    (0, 4, 7)
+    >>> balanced(2, 4)
+    (0, 1, 2, 2, 2)
+    """
+    size, more = divmod(length, parts)
+    return tuple(part * size + min(part, more) for part in range(parts + 1))
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Ranks laid over a shape in row-major order.
+
+    >>> Grid((2, 3), range(6)).index(4)
+    (1, 1)
+    """
+
+    shape: tuple[int, ...]
+    ranks: Sequence[int]
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def dim(self) -> int:
+        return len(self.shape)
+
+    def position(self, rank: int) -> int | None:
+        """Where `rank` stands in row-major order, None if the grid does not hold it."""
+        try:
+            return self.ranks.index(rank)
+        except ValueError:
+            return None
+
+    def index(self, rank: int) -> tuple[int, ...] | None:
+        """Cartesian index of `rank`, None if the grid does not hold it."""
+        position = self.position(rank)
+        return None if position is None else unravel(position, self.shape)
+
+    def rank(self, index: Sequence[int]) -> int:
+        """The rank at a Cartesian index."""
+        return self.ranks[ravel(index, self.shape)]
+
+    def padded(self, dim: int) -> Grid:
+        """The same ranks with axes of length one put in front, up to `dim` axes."""
+        return Grid((1,) * (dim - self.dim) + self.shape, self.ranks)
+
+    def transposed(self) -> Grid:
+        """The grid with its axes in reverse order."""
+        shape = self.shape[::-1]
+        return Grid(shape, tuple(self.rank(index[::-1]) for index in indices(shape)))
+
+    def members(self, fixed: dict[int, int]) -> Iterator[int]:
+        """The ranks whose index has the given values on the given axes, in row-major order."""
+        choices = [(fixed[a],) if a in fixed else range(n) for a, n in enumerate(self.shape)]
+        return (self.rank(index) for index in product(*choices))
+
+
+def ravel(index: Sequence[int], shape: Sequence[int]) -> int:
+    """Row-major position of an index."""
+    position = 0
+    for i, n in zip(index, shape, strict=True):
+        position = position * n + i
+    return position
+
+
+def unravel(position: int, shape: Sequence[int]) -> tuple[int, ...]:
+    """Index of a row-major position."""
+    index = []
+    for n in reversed(shape):
+        position, i = divmod(position, n)
+        index.append(i)
+    return tuple(reversed(index))
+
+
+def indices(shape: Sequence[int]) -> Iterator[tuple[int, ...]]:
+    """All indices of a shape in row-major order."""
+    return product(*map(range, shape))
+
+
+def _compact(ranks: Iterable[int]) -> Sequence[int]:
+    """A range where the ranks are consecutive, else a tuple: 65,536 ranks then cost nothing."""
+    ranks = tuple(ranks)
+    if ranks and ranks == tuple(range(ranks[0], ranks[0] + len(ranks))):
+        return range(ranks[0], ranks[0] + len(ranks))
+    return ranks
+
+
+class Partition:
+    """A team of ranks, in an order of its own, seen from one rank.
+
+    Every rank of the world builds every partition, also those it is not a member of: building one communicates nothing.
+
+    Parameters
+    ----------
+    comm : mpi4py.MPI.Comm, optional
+        The communicator whose ranks form the team. None is the ambient world: all MPI ranks, or the threads of
+        `distdl_lite.testing.spmd`. Partitions made from the same communicator inter-operate.
+
+    Attributes
+    ----------
+    active : bool
+        Whether this rank is a member.
+    rank : int
+        This rank's number in the team, -1 if inactive.
+    size, shape, dim : int, tuple of int, int
+        Number of members; a team without a grid has the shape ``(size,)``.
+    index : tuple of int or None
+        Cartesian index of this rank, None if inactive.
+    ranks : sequence of int
+        The members' ranks in the world, in row-major order.
+    """
+
+    def __init__(self, comm: Any = None) -> None:
+        from distdl_lite.transport import current, of_communicator
+
+        world = current() if comm is None else of_communicator(comm)
+        self._set(world, Grid((world.size,), range(world.size)), None)
+
+    def _set(self, world: Any, grid: Grid, periods: tuple[bool, ...] | None) -> None:
+        self.world_transport = world
+        self.grid_of_ranks = grid
+        self.periods = periods or (False,) * grid.dim
+        position = grid.position(world.rank)
+        self.active = position is not None
+        self.rank = -1 if position is None else position
+        self.index = None if position is None else unravel(position, grid.shape)
+        self._comm_cache: Any = None
+
+    def _derive(
+        self, ranks: Iterable[int], shape: Sequence[int] | None = None, periods: Sequence[bool] | None = None
+    ) -> Partition:
+        """A partition of this one's world over other ranks of it."""
+        ranks = _compact(ranks)
+        made = object.__new__(Partition if shape is None else CartesianPartition)
+        grid = Grid((len(ranks),) if shape is None else tuple(shape), ranks)
+        made._set(self.world_transport, grid, None if periods is None else tuple(map(bool, periods)))
+        return made
+
+    @staticmethod
+    def world() -> Partition:
+        """The ambient world: all MPI ranks, or the threads of `distdl_lite.testing.spmd`."""
+        return Partition()
+
+    @property
+    def ranks(self) -> Sequence[int]:
+        return self.grid_of_ranks.ranks
+
+    @property
+    def size(self) -> int:
+        return len(self.ranks)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.grid_of_ranks.shape
+
+    @property
+    def dim(self) -> int:
+        return len(self.shape)
+
+    @property
+    def comm(self) -> Any:
+        """A live mpi4py communicator over the team for the user's own traffic; None if inactive or without MPI.
+
+        It is made at first access, which the whole team must make together. The library never sends on it.
+        """
+        if self._comm_cache is None and self.active:
+            self._comm_cache = self.world_transport.user_communicator(self.ranks)
+        return self._comm_cache
+
+    _comm = comm
+
+    # ---- other teams -------------------------------------------------------------------------------------------------
+
+    def create_partition_inclusive(self, ranks: Iterable[int]) -> Partition:
+        """The team of the given ranks of this partition, in the given order.
+
+        Raises
+        ------
+        ValueError
+            If a rank is not in ``range(size)`` or named twice.
+        """
+        return self._derive(self._chosen(ranks))
+
+    def _chosen(self, ranks: Iterable[int]) -> list[int]:
+        chosen = [int(rank) for rank in ranks]
+        outside = sorted({rank for rank in chosen if not 0 <= rank < self.size})
+        if outside:
+            raise ValueError(f"ranks {outside} are not in a partition of {self.size} ranks")
+        if len(set(chosen)) != len(chosen):
+            raise ValueError(f"ranks {chosen} name a rank twice")
+        return [self.ranks[rank] for rank in chosen]
+
+    def create_partition_union(self, other: Partition) -> Partition:
+        """This partition's ranks, then the other's new ones.
+
+        Raises
+        ------
+        ValueError
+            If the two are partitions of different worlds.
+        """
+        check_same_world(self, other)
+        mine = set(self.ranks)
+        return self._derive([*self.ranks, *(rank for rank in other.ranks if rank not in mine)])
+
+    def create_cartesian_topology_partition(
+        self, shape: Iterable[int], periods: Sequence[bool] | None = None
+    ) -> CartesianPartition:
+        """A row-major grid over this team.
+
+        Raises
+        ------
+        ValueError
+            If the product of `shape` is not the number of ranks, or `periods` has another length.
+        """
+        shape = tuple(int(n) for n in shape)
+        if any(n < 1 for n in shape) or math.prod(shape) != self.size:
+            raise ValueError(f"a grid of shape {shape} does not fit a partition of {self.size} ranks")
+        if periods is not None and len(periods) != len(shape):
+            raise ValueError(f"periods {tuple(periods)} do not fit a grid of shape {shape}")
+        made = self._derive(self.ranks, shape, periods)
+        assert isinstance(made, CartesianPartition)
+        return made
+
+    def grid(
+        self, shape: Iterable[int], ranks: Iterable[int] | None = None, periods: Sequence[bool] | None = None
+    ) -> CartesianPartition:
+        """A grid over the first ``prod(shape)`` ranks of this partition, or over `ranks`.
+
+        Raises
+        ------
+        ValueError
+            If there are too few ranks, or `ranks` does not fill the shape.
+        """
+        shape = tuple(int(n) for n in shape)
+        needed = math.prod(shape)
+        if ranks is None and needed > self.size:
+            raise ValueError(f"a grid of shape {shape} needs {needed} ranks, the partition has {self.size}")
+        team = self.create_partition_inclusive(range(needed) if ranks is None else ranks)
+        return team.create_cartesian_topology_partition(shape, periods)
+
+    # ---- small host data ---------------------------------------------------------------------------------------------
+
+    def allgather_data(self, data: Any) -> list[Any] | None:
+        """What every member passed, in team order; None on a rank outside. For small host data."""
+        return self.world_transport.gather_objects(self.ranks, data) if self.active else None
+
+    def allreduce_data(self, data: Any, op: Callable[[Any, Any], Any]) -> Any:
+        """`op` folded over what the members passed, in team order; None on a rank outside."""
+        values = self.allgather_data(data)
+        if values is None:
+            return None
+        result = values[0]
+        for value in values[1:]:
+            result = op(result, value)
+        return result
+
+    def broadcast_data(self, data: Any, root: int = 0, P_data: Partition | None = None) -> Any:
+        """What rank `root` of `P_data` (None: this partition) passed, on the members of both; None elsewhere.
+
+        Raises
+        ------
+        ValueError
+            If `root` is not a rank of `P_data`.
+        """
+        source = self if P_data is None else P_data
+        if not 0 <= root < source.size:
+            raise ValueError(f"root {root} is not in a partition of {source.size} ranks")
+        both = source.create_partition_union(self)
+        mine = data if source.rank == root else None
+        values = both.allgather_data(mine)
+        return None if values is None else values[root]
+
+    # ---- life --------------------------------------------------------------------------------------------------------
+
+    def deactivate(self) -> None:
+        """Make this rank a rank outside the partition, from its own point of view."""
+        self.active, self.rank, self.index, self._comm_cache = False, -1, None, None
+
+    def __enter__(self) -> Partition:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.deactivate()
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Partition) and self._identity() == other._identity()
+
+    def __hash__(self) -> int:
+        return hash(self._identity())
+
+    def _identity(self) -> tuple[Any, ...]:
+        return id(self.world_transport), self.shape, tuple(self.ranks), self.periods, self.active
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Partition:
+        return self
+
+    def __copy__(self) -> Partition:
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _unpickle, (type(self), tuple(self.ranks), self.shape, self.periods)
+
+    def __repr__(self) -> str:
+        ranks = self.ranks
+        listed = f"{ranks[0]}..{ranks[-1]}" if isinstance(ranks, range) and len(ranks) > 2 else str(list(ranks))
+        where = f"index={self.index}" if self.active else "inactive"
+        return f"{type(self).__name__}(shape={self.shape}, ranks={listed}, {where})"
+
+
+class CartesianPartition(Partition):
+    """A row-major grid of ranks; made by `Partition.grid` or `Partition.create_cartesian_topology_partition`."""
+
+    def __init__(self) -> None:
+        raise TypeError("a CartesianPartition is made by Partition.grid(shape)")
+
+    def cartesian_index(self, rank: int) -> tuple[int, ...]:
+        """Index of a rank of this partition.
+
+        Raises
+        ------
+        ValueError
+            If `rank` is not in ``range(size)``.
+        """
+        if not 0 <= rank < self.size:
+            raise ValueError(f"rank {rank} is not in a partition of {self.size} ranks")
+        return unravel(rank, self.shape)
+
+    def neighbor_ranks(self, rank: int | None = None) -> tuple[tuple[int, int], ...] | None:
+        """The (left, right) neighbours along each axis of a rank (None: this one), as ranks of this partition.
+
+        At an edge that is not periodic the neighbour is ``MPI.PROC_NULL``. None on a rank outside the partition.
+        """
+        if rank is None and not self.active:
+            return None
+        index = self.cartesian_index(self.rank if rank is None else rank)
+        return tuple((self._neighbor(index, a, -1), self._neighbor(index, a, 1)) for a in range(self.dim))
+
+    def _neighbor(self, index: tuple[int, ...], axis: int, step: int) -> int:
+        moved = index[axis] + step
+        if not self.periods[axis] and not 0 <= moved < self.shape[axis]:
+            return int(self.world_transport.proc_null)
+        return ravel((*index[:axis], moved % self.shape[axis], *index[axis + 1 :]), self.shape)
+
+    def create_cartesian_subtopology_partition(self, keep: Iterable[bool]) -> CartesianPartition:
+        """The line or plane of the grid through this rank: the kept axes vary, the others stay.
+
+        On a rank outside the partition the result holds nobody.
+
+        Raises
+        ------
+        ValueError
+            If `keep` does not have one bool per axis.
+        """
+        keep = [bool(k) for k in keep]
+        if len(keep) != self.dim:
+            raise ValueError(f"keep={tuple(keep)} does not have one bool per axis of a grid of shape {self.shape}")
+        kept = [axis for axis in range(self.dim) if keep[axis]]
+        ranks: Iterable[int] = ()
+        if self.index is not None:
+            ranks = self.grid_of_ranks.members({a: self.index[a] for a in range(self.dim) if not keep[a]})
+        made = self._derive(ranks, [self.shape[a] for a in kept], [self.periods[a] for a in kept])
+        assert isinstance(made, CartesianPartition)
+        return made
+
+    def create_allreduction_partition(self, axes: Iterable[int]) -> CartesianPartition:
+        """The ranks this one is summed with when a sum runs over `axes`.
+
+        Raises
+        ------
+        ValueError
+            If an axis is not one of the grid's.
+        """
+        summed = set(check_axes(axes, self.dim))
+        return self.create_cartesian_subtopology_partition([axis in summed for axis in range(self.dim)])
+
+    def bounds(self, global_shape: Sequence[int]) -> tuple[tuple[int, ...], ...]:
+        """Per dim, the cut points of the balanced blocks of a tensor.
+
+        Raises
+        ------
+        ValueError
+            If the tensor has another number of dims than the grid has axes.
+        """
+        if len(global_shape) != self.dim:
+            raise ValueError(f"a tensor of shape {tuple(global_shape)} cannot be cut over a grid of shape {self.shape}")
+        return tuple(balanced(int(n), p) for n, p in zip(global_shape, self.shape, strict=True))
+
+    def block(self, global_shape: Sequence[int]) -> tuple[slice, ...] | None:
+        """This rank's balanced block of a tensor as slices, None if inactive: ``x_local = x_global[P.block(x.shape)]``."""
+        cuts = self.bounds(global_shape)
+        if self.index is None:
+            return None
+        return tuple(slice(cut[i], cut[i + 1]) for cut, i in zip(cuts, self.index, strict=True))
+
+
+def _unpickle(kind: type, ranks: tuple[int, ...], shape: tuple[int, ...], periods: tuple[bool, ...]) -> Partition:
+    world = Partition()
+    if ranks and max(ranks) >= world.size:
+        raise ValueError(f"a pickled partition over ranks {list(ranks)} does not fit a world of {world.size} ranks")
+    return world._derive(ranks, shape if issubclass(kind, CartesianPartition) else None, periods)
+
+
+def check_axes(axes: Iterable[int], dim: int) -> tuple[int, ...]:
+    """The axes as sorted non-negative numbers.
+
+    Raises
+    ------
+    ValueError
+        If an axis is not in ``range(-dim, dim)`` or named twice.
+    """
+    axes = [int(axis) for axis in axes]
+    if any(not -dim <= axis < dim for axis in axes):
+        raise ValueError(f"axes {axes} are not all axes of a partition of {dim} axes")
+    axes = [axis % dim for axis in axes]
+    if len(set(axes)) != len(axes):
+        raise ValueError(f"axes {axes} name an axis twice")
+    return tuple(sorted(axes))
+
+
+def check_same_world(*partitions: Partition) -> None:
+    """Raise ValueError unless all partitions were made from the same communicator."""
+    if len({id(P.world_transport) for P in partitions}) > 1:
+        raise ValueError(f"partitions of different communicators cannot work together: {', '.join(map(repr, partitions))}")
+
+
+def union_of_ranks(*partitions: Partition | None) -> tuple[int, ...]:
+    """The ranks of all given partitions, sorted."""
+    return tuple(sorted({rank for P in partitions if P is not None for rank in P.ranks}))

@@ -1,0 +1,281 @@
+"""Plans: what one rank sends and receives to go from one layout to another.
+
+    y_s[g] = sum of x_r[g] over all ranks r with the key of s whose X-box holds g,  for every g in the Y-box of s
+
+A plan is built without communication, from the two layouts alone; its adjoint is the plan with the layouts swapped.
+Standard library only.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from enum import Enum
+from typing import Any
+
+from distdl_lite.layout import Box, Layout, Shape, shape_of
+
+
+class Pattern(Enum):
+    """The native collective a leg can run as; EXCHANGE is packed messages."""
+
+    BROADCAST = "broadcast"
+    REDUCE = "reduce"
+    ALL_REDUCE = "all_reduce"
+    ALL_GATHER = "all_gather"
+    REDUCE_SCATTER = "reduce_scatter"
+    EXCHANGE = "exchange"
+
+    @property
+    def adjoint(self) -> Pattern:
+        return _ADJOINT.get(self, self)
+
+    @property
+    def sums(self) -> bool:
+        """Whether the collective adds."""
+        return self in (Pattern.REDUCE, Pattern.ALL_REDUCE, Pattern.REDUCE_SCATTER)
+
+
+_ADJOINT = {
+    Pattern.BROADCAST: Pattern.REDUCE,
+    Pattern.REDUCE: Pattern.BROADCAST,
+    Pattern.ALL_GATHER: Pattern.REDUCE_SCATTER,
+    Pattern.REDUCE_SCATTER: Pattern.ALL_GATHER,
+}
+
+
+@dataclass(frozen=True)
+class Edge:
+    """A box of the local tensor that goes to, or comes from, a peer (which may be this rank itself)."""
+
+    peer: int
+    box: Box
+
+    @property
+    def slices(self) -> tuple[slice, ...]:
+        return tuple(slice(start, stop) for start, stop in self.box)
+
+    @property
+    def size(self) -> int:
+        return math.prod(shape_of(self.box))
+
+
+@dataclass(frozen=True)
+class Leg:
+    """One movement of a plan.
+
+    Attributes
+    ----------
+    pattern : Pattern
+    team : tuple of int
+        The ranks of a collective, sorted; empty for an exchange, which only its peers take part in.
+    root : int or None
+        The rank a broadcast starts from or a reduction ends at.
+    sends, receives : tuple of Edge
+        In order of the peers; several edges of one pair stand in the same order on both sides.
+    """
+
+    pattern: Pattern
+    team: tuple[int, ...]
+    root: int | None
+    sends: tuple[Edge, ...]
+    receives: tuple[Edge, ...]
+
+    def adjoint(self) -> Leg:
+        return replace(self, pattern=self.pattern.adjoint, sends=self.receives, receives=self.sends)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What one rank does in an operator.
+
+    Attributes
+    ----------
+    rank : int
+    shape_in, shape_out : tuple of int or None
+        Local shapes; None where the rank holds nothing on that side.
+    legs : tuple of Leg
+        At most two collectives, in the order of their teams, or one exchange.
+    adds_out, adds_in : bool
+        Whether points of the output (of the adjoint's output) may receive more than one contribution.
+    pattern : Pattern
+        Of the operator as a whole, the same on all ranks.
+    """
+
+    rank: int
+    shape_in: Shape | None
+    shape_out: Shape | None
+    legs: tuple[Leg, ...]
+    adds_out: bool
+    adds_in: bool
+    pattern: Pattern
+
+    def adjoint(self) -> Plan:
+        """The plan of the adjoint: sends and receives swapped."""
+        return Plan(
+            self.rank,
+            self.shape_out,
+            self.shape_in,
+            tuple(leg.adjoint() for leg in self.legs),
+            self.adds_in,
+            self.adds_out,
+            self.pattern.adjoint,
+        )
+
+    @property
+    def fills(self) -> bool:
+        """Whether the receives write every point of the output exactly once."""
+        if self.adds_out or self.shape_out is None:
+            return False
+        return sum(edge.size for leg in self.legs for edge in leg.receives) == math.prod(self.shape_out)
+
+
+def plan(X: Layout, Y: Layout, rank: int) -> Plan:
+    """One rank's plan of the operator from layout `X` to layout `Y`.
+
+    Examples
+    --------
+    >>> from distdl_lite.layout import Grid, balanced_blocks
+    >>> rows, columns = Grid((2, 1), (0, 1)), Grid((1, 2), (0, 1))
+    >>> p = plan(balanced_blocks(rows, (2, 2)), balanced_blocks(columns, (2, 2)), rank=0)
+    >>> [edge.box for edge in p.legs[0].sends]
+    [((0, 1), (0, 1)), ((0, 1), (1, 2))]
+    """
+    if len(X.dims) != len(Y.dims):
+        raise ValueError(f"an operator cannot go from {len(X.dims)} dims to {len(Y.dims)}")
+    pattern = classify(X, Y)
+    box_in, box_out = X.box(rank), Y.box(rank)
+    keys = {key for key in (X.key(rank), Y.key(rank)) if key is not None}
+    if pattern is Pattern.EXCHANGE:
+        sends = _edges(box_in, X.key(rank), Y, _periods(X, Y), mine_is_source=True)
+        receives = _edges(box_out, Y.key(rank), X, _periods(X, Y), mine_is_source=False)
+        legs = [Leg(pattern, (), None, sends, receives)] if keys else []
+    else:
+        legs = [_collective(pattern, X, Y, rank, key) for key in keys]
+    return Plan(
+        rank,
+        None if box_in is None else shape_of(box_in),
+        None if box_out is None else shape_of(box_out),
+        tuple(sorted(legs, key=lambda leg: leg.team)),
+        X.overlaps,
+        Y.overlaps,
+        pattern,
+    )
+
+
+def _periods(X: Layout, Y: Layout) -> list[int | None]:
+    return [x.period or y.period for x, y in zip(X.dims, Y.dims, strict=True)]
+
+
+def _edges(
+    box: Box | None, key: tuple[int, ...] | None, other: Layout, periods: list[int | None], mine_is_source: bool
+) -> tuple[Edge, ...]:
+    """The edges between this rank's box and the boxes of the other layout.
+
+    Several edges of one pair are ordered by their shift from source to target, which both sides see alike.
+    """
+    if box is None or key is None:
+        return ()
+    found = []
+    for peer, piece, shift in other.meeting(box, key, periods):
+        order = tuple(-s for s in shift) if mine_is_source else shift
+        local = tuple((a - start, b - start) for (a, b), (start, _) in zip(piece, box, strict=True))
+        found.append((peer, order, Edge(peer, local)))
+    return tuple(edge for _, _, edge in sorted(found, key=lambda entry: entry[:2]))
+
+
+def _collective(pattern: Pattern, X: Layout, Y: Layout, rank: int, key: tuple[int, ...]) -> Leg:
+    sources, targets = tuple(X.members(key)), tuple(Y.members(key))
+    root = {Pattern.BROADCAST: sources[0], Pattern.REDUCE: targets[0]}.get(pattern)
+    none: list[int | None] = [None] * len(X.dims)
+    sends = _edges(X.box(rank), key, Y, none, True) if X.key(rank) == key else ()
+    receives = _edges(Y.box(rank), key, X, none, False) if Y.key(rank) == key else ()
+    return Leg(pattern, tuple(sorted({*sources, *targets})), root, sends, receives)
+
+
+def classify(X: Layout, Y: Layout) -> Pattern:
+    """The native collective that the operator from `X` to `Y` is, the same for all its teams and on all ranks."""
+    if not (X.free_axes or Y.free_axes) or _periods(X, Y) != [None] * len(X.dims):
+        return Pattern.EXCHANGE
+    alike = _by_team(X) == _by_team(Y)
+    if alike and not X.cut_axes and not Y.cut_axes:
+        if not X.free_axes:
+            return Pattern.BROADCAST
+        if not Y.free_axes:
+            return Pattern.REDUCE
+        return Pattern.ALL_REDUCE if X.grid == Y.grid else Pattern.EXCHANGE
+    if X.grid == Y.grid and X.team_axes == Y.team_axes and X.free_axes:
+        if not Y.cut_axes and _tiles(X, Y):
+            return Pattern.ALL_GATHER
+        if not X.cut_axes and _tiles(Y, X):
+            return Pattern.REDUCE_SCATTER
+    return Pattern.EXCHANGE
+
+
+def _by_team(layout: Layout) -> tuple[Any, ...] | None:
+    """The dims as functions of the team alone, None where they depend on more."""
+    team = layout.team_axes
+    if any(not set(dim.axes) <= set(team) and len(set(dim.ranges)) > 1 for dim in layout.dims):
+        return None
+    cut = [len(set(dim.ranges)) > 1 for dim in layout.dims]
+    shape = tuple(layout.grid.shape[a] for a in team)
+    dims = tuple(
+        (tuple(team.index(a) for a in dim.axes) if is_cut else (), dim.ranges if is_cut else dim.ranges[:1])
+        for dim, is_cut in zip(layout.dims, cut, strict=True)
+    )
+    return shape, dims
+
+
+def _tiles(parts: Layout, wholes: Layout) -> bool:
+    """Whether within each team the boxes of `parts` tile the one box of `wholes`."""
+    if parts.overlaps:
+        return False
+    for part, entire in zip(parts.dims, wholes.dims, strict=True):
+        if set(part.axes) & set(parts.free_axes):
+            low, high = part.ranges[0][0], part.ranges[-1][1]
+            joined = all(a[1] == b[0] for a, b in zip(part.ranges, part.ranges[1:], strict=False))
+            if len(part.axes) != 1 or not joined or set(entire.ranges) != {(low, high)}:
+                return False
+        elif (part.axes, part.ranges) != (entire.axes, entire.ranges):
+            return False
+    return True
+
+
+def simulate(
+    plans: Iterable[Plan], blocks: Mapping[int, Any], zeros: Callable[[Shape], Any]
+) -> dict[int, Any]:
+    """Run an operator without any transport.
+
+    Parameters
+    ----------
+    plans : iterable of Plan
+        The plan of every rank.
+    blocks : mapping from rank to array
+        The input of every rank that holds one; anything that slices and adds.
+    zeros : callable
+        Makes an array of zeros of a shape.
+
+    Returns
+    -------
+    dict
+        The output of every rank that holds one.
+    """
+    plans = {p.rank: p for p in plans}
+    outputs = {}
+    for rank, mine in plans.items():
+        if mine.shape_out is None:
+            continue
+        y = zeros(mine.shape_out)
+        for leg in mine.legs:
+            for number, edge in enumerate(leg.receives):
+                twin = _twin(plans[edge.peer], leg, rank, sum(e.peer == edge.peer for e in leg.receives[:number]))
+                y[edge.slices] += blocks[edge.peer][twin.slices]
+        outputs[rank] = y
+    return outputs
+
+
+def _twin(peer: Plan, leg: Leg, rank: int, number: int) -> Edge:
+    """The send of a peer that is the `number`-th receive from it of `rank`'s leg."""
+    sends = [edge for other in peer.legs if other.team == leg.team for edge in other.sends if edge.peer == rank]
+    return sends[number]

@@ -1,0 +1,208 @@
+"""Sums of replica gradients.
+
+A parameter that several ranks hold copies of is used through `replicated`, the adjoint of whose copying is a sum over the
+copies. In backward the local gradients go to the rank's one reducer, which adds them up in buckets when backward ends and
+puts the sums into ``.grad``: they are final when ``backward()`` returns.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import groupby
+from typing import Any
+from weakref import WeakValueDictionary
+
+import torch
+
+from distdl_lite.transport import Transport
+
+BUCKET_BYTES = 25 * 2**20
+
+
+@dataclass(frozen=True)
+class Replicas:
+    """The ranks that hold copies of a parameter.
+
+    Attributes
+    ----------
+    team : tuple of int
+        Their world ranks, sorted.
+    order : int
+        A number that grows with the construction of layers, the same on all ranks of the team for the same parameter.
+    name : str
+        For errors.
+    """
+
+    team: tuple[int, ...]
+    order: int
+    name: str
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Replicas:
+        return self
+
+
+def replicated(parameter: torch.Tensor, replicas: Replicas, transport: Transport) -> torch.Tensor:
+    """The parameter for use in a forward; its gradient becomes the sum over its replicas."""
+    if len(replicas.team) < 2 or not (torch.is_grad_enabled() and parameter.requires_grad):
+        return parameter
+    reducer = reducer_of(transport)
+    return _Replicated.apply(parameter, reducer.token, replicas, reducer)
+
+
+def reducer_of(transport: Transport) -> Reducer:
+    """The rank's one reducer."""
+    found = transport.local.get("reducer")
+    if found is None:
+        found = transport.local["reducer"] = Reducer(transport)
+    return found
+
+
+class _Replicated(torch.autograd.Function):
+    """The identity whose adjoint sums over the replicas.
+
+    The node hangs between the parameter and its use, not on the parameter: hooks vanish under deepcopy and
+    ``load_state_dict(assign=True)``, and would sum a penalty on the weights once per replica.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, parameter: torch.Tensor, token: torch.Tensor, replicas: Replicas, reducer: Reducer
+    ) -> torch.Tensor:
+        ctx.replicas, ctx.reducer, ctx.parameter = replicas, reducer, parameter
+        ctx.save_for_backward(token.new_empty(0))
+        return parameter.view_as(parameter)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, None, None, None]:
+        _ = ctx.saved_tensors
+        if ctx.reducer.may_defer(ctx.parameter):
+            ctx.reducer.add(ctx.parameter, gradient, ctx.replicas)
+            return None, None, None, None
+        return _Sum.apply(gradient, ctx.replicas.team, ctx.reducer.transport), None, None, None
+
+
+class _Sum(torch.autograd.Function):
+    """A sum over a team at once, its own adjoint."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, team: tuple[int, ...], transport: Transport) -> torch.Tensor:
+        ctx.team, ctx.transport = team, transport
+        return transport.all_reduce(team, x.clone(memory_format=torch.contiguous_format))
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        return _Sum.apply(gradient, ctx.team, ctx.transport), None, None
+
+
+Entry = tuple[torch.Tensor, torch.Tensor, Replicas]  # parameter, local gradient, where its copies are
+
+
+class Reducer:
+    """Collects the replica gradients of each backward and adds them up when it ends."""
+
+    def __init__(self, transport: Transport) -> None:
+        self.transport = transport
+        with torch.enable_grad():
+            self.token = torch.empty(0, requires_grad=True)
+            self._token_node = self.token.view_as(self.token).grad_fn.next_functions[0][0]  # type: ignore[union-attr]
+        # Weak: a backward that fails drops its callback, and with it what it had collected.
+        self._collected: WeakValueDictionary[int, _Collected] = WeakValueDictionary()
+
+    def may_defer(self, parameter: torch.Tensor) -> bool:
+        """Whether the running backward is a plain ``backward()``, at whose end gradients may be put into ``.grad``.
+
+        Under ``autograd.grad`` and ``backward(inputs=...)`` the engine runs only towards the tensors it was given, which
+        never include our token, and ``create_graph`` leaves grad mode on.
+        """
+        return parameter.is_leaf and not torch.is_grad_enabled() and _engine_will_run(self._token_node)
+
+    def add(self, parameter: torch.Tensor, gradient: torch.Tensor, replicas: Replicas) -> None:
+        """Take a local gradient; several of one parameter add up."""
+        collected = self._collected.get(_running_backward())
+        if collected is None:
+            collected = self._collected[_running_backward()] = _Collected(self.transport)
+            _at_end_of_backward(collected.flush)
+        known = collected.entries.get(id(parameter))
+        total = gradient if known is None else known[1] + gradient
+        collected.entries[id(parameter)] = (parameter, total, replicas)
+
+
+class _Collected:
+    """The replica gradients of one backward."""
+
+    def __init__(self, transport: Transport) -> None:
+        self.transport = transport
+        self.entries: dict[int, Entry] = {}
+
+    def flush(self) -> None:
+        """Sum team by team, in the order of the teams, which is the same on all ranks."""
+        ordered = sorted(self.entries.values(), key=lambda entry: (entry[2].team, entry[2].order))
+        for team, entries in groupby(ordered, key=lambda entry: entry[2].team):
+            group = list(entries)
+            self._check_alike(team, [f"{r.order} {r.name} {tuple(g.shape)} {g.dtype}" for _, g, r in group])
+            for parameters, gradients in _buckets(group):
+                sums = sum_together(gradients, partial(self.transport.all_reduce, team))
+                for parameter, total in zip(parameters, sums, strict=True):
+                    _accumulate(parameter, total)
+
+    def _check_alike(self, team: tuple[int, ...], names: list[str]) -> None:
+        """Raise on all of the team unless all its ranks are about to sum the same parameters."""
+        mine = zlib.crc32("\n".join(names).encode()) + (len(names) << 32)
+        if self.transport.agree(team, mine) == mine * len(team) % 2**64:
+            return
+        everywhere = self.transport.gather_objects(team, names)
+        lines = [f"rank {rank}: {', '.join(names)}" for rank, names in zip(team, everywhere, strict=True)]
+        raise RuntimeError("backward reached different parameters on the ranks that share them; " + "; ".join(lines))
+
+
+def _buckets(
+    group: Sequence[Entry],
+) -> list[tuple[list[torch.Tensor], list[torch.Tensor]]]:
+    """Parameters and gradients in buckets of one dtype and device, of `BUCKET_BYTES` at most unless one is larger."""
+    made: list[tuple[list[torch.Tensor], list[torch.Tensor]]] = []
+    latest: dict[Any, tuple[int, int]] = {}
+    for parameter, gradient, _ in group:
+        kind = (gradient.dtype, gradient.device)
+        size = gradient.numel() * gradient.element_size()
+        at, filled = latest.get(kind, (-1, 0))
+        if at < 0 or filled + size > BUCKET_BYTES:
+            made.append(([], []))
+            at, filled = len(made) - 1, 0
+        made[at][0].append(parameter)
+        made[at][1].append(gradient)
+        latest[kind] = (at, filled + size)
+    return made
+
+
+def sum_together(tensors: Sequence[torch.Tensor], add_up: Callable[[torch.Tensor], Any]) -> list[torch.Tensor]:
+    """Sums of tensors of one dtype by one call of `add_up`, which adds up a flat tensor in place."""
+    flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
+    add_up(flat)
+    parts = flat.split([tensor.numel() for tensor in tensors])
+    return [part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
+
+
+def _accumulate(parameter: torch.Tensor, total: torch.Tensor) -> None:
+    with torch.no_grad():
+        if parameter.grad is None:
+            parameter.grad = total.to(parameter.dtype)
+        else:
+            parameter.grad += total
+
+
+# ---- the private calls of torch's autograd, in one place; tests/test_reducer.py checks them -------------------------
+
+
+def _engine_will_run(node: Any) -> bool:
+    return torch._C._will_engine_execute_node(node)
+
+
+def _running_backward() -> int:
+    return torch._C._current_graph_task_id()
+
+
+def _at_end_of_backward(callback: Callable[[], None]) -> None:
+    torch.autograd.Variable._execution_engine.queue_callback(callback)  # type: ignore[attr-defined]

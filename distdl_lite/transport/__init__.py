@@ -1,0 +1,75 @@
+"""Transports carry out plans: `mpi` over MPI, `threads` with ranks as threads of one process.
+
+A transport is the world as one rank sees it. Only `Channel` objects move tensors for operators; the other calls are for
+agreements, set-up data and sums that no operator describes.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+
+from distdl_lite.plan import Plan
+
+Team = Sequence[int]
+
+
+class Channel(Protocol):
+    """A plan bound to a transport for one dtype and device, with its buffers and requests."""
+
+    def start(self, x: torch.Tensor) -> Any:
+        """Begin to move `x`, which the caller leaves unchanged until `finish`; returns what `finish` takes."""
+
+    def finish(self, pending: Any) -> torch.Tensor:
+        """Wait, and return the output as a fresh tensor."""
+
+
+class Transport(Protocol):
+    """The world as one rank sees it. Teams are sorted sequences of world ranks; all of a team make the same call."""
+
+    rank: int
+    size: int
+    proc_null: int
+    local: dict[str, Any]  # this rank's registries, such as its reducer
+
+    def bind(self, plan: Plan, dtype: torch.dtype, device: torch.device) -> Channel:
+        """Make the plan runnable; every rank of its legs' teams calls it."""
+
+    def agree(self, team: Team, value: int) -> int:
+        """The sum of the ranks' values modulo 2^64."""
+
+    def gather_objects(self, team: Team, value: Any) -> list[Any]:
+        """Every rank's host object, in the order of `team`."""
+
+    def all_reduce(self, team: Team, tensor: torch.Tensor, op: str = "sum") -> torch.Tensor:
+        """Sum, maximum ("max") or minimum ("min") over the team, into the contiguous tensor itself."""
+
+    def broadcast(self, team: Team, tensor: torch.Tensor, root: int) -> None:
+        """Fill the contiguous tensor with world rank `root`'s."""
+
+    def user_communicator(self, team: Team) -> Any:
+        """A communicator for the user's own traffic, None where there is no MPI."""
+
+
+_ambient = threading.local()
+
+
+def current() -> Transport:
+    """The ambient world: the threads of `spmd` inside one, else all MPI ranks."""
+    transport = getattr(_ambient, "transport", None)
+    return transport if transport is not None else of_communicator(None)
+
+
+def enter(transport: Transport | None) -> None:
+    """Make `transport` this thread's ambient world; None goes back to MPI."""
+    _ambient.transport = transport
+
+
+def of_communicator(comm: Any) -> Transport:
+    """The transport over an mpi4py communicator (None: all MPI ranks), the same object for the same communicator."""
+    from distdl_lite.transport import mpi
+
+    return mpi.transport_over(comm)

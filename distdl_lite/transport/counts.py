@@ -1,0 +1,31 @@
+"""What a rank's transport moved, for `distdl_lite.testing.count`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass
+class Tally:
+    """Messages sent (a collective counts one), bytes of payload handed to the transport, and seconds inside it."""
+
+    messages: int = 0
+    bytes: int = 0
+    seconds: float = 0.0
+    collectives: int = 0
+    by_label: dict[str, Tally] = field(default_factory=dict)
+
+    def add(self, messages: int, size: int, seconds: float, collectives: int, label: str | None) -> None:
+        self.messages += messages
+        self.bytes += size
+        self.seconds += seconds
+        self.collectives += collectives
+        if label is not None:
+            self.by_label.setdefault(label, Tally()).add(messages, size, seconds, collectives, None)
+
+
+def record(local: dict[str, Any], messages: int, size: int, seconds: float, collectives: int, label: str | None) -> None:
+    """Add to every tally that is open on this rank."""
+    for tally in local.get("tallies", ()):
+        tally.add(messages, size, seconds, collectives, label)

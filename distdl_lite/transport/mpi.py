@@ -1,0 +1,322 @@
+"""The MPI transport: native collectives, persistent packed messages. The only file that imports mpi4py.
+
+The library works on its own duplicate of each communicator it is given, so a user's traffic cannot match its messages.
+There is one communicator per team of ranks, cached under that duplicate and never owned by a layer: MPICH has about 2,000
+context ids, and models have thousands of layers.
+"""
+
+from __future__ import annotations
+
+from array import array
+from typing import Any
+
+import torch
+from mpi4py import MPI
+
+from distdl_lite.plan import Leg, Pattern, Plan
+from distdl_lite.transport import Team, Transport, wire
+
+_TYPES = {
+    torch.float32: MPI.FLOAT,
+    torch.float64: MPI.DOUBLE,
+    torch.complex64: MPI.C_FLOAT_COMPLEX,
+    torch.complex128: MPI.C_DOUBLE_COMPLEX,
+    torch.int8: MPI.INT8_T,
+    torch.int16: MPI.INT16_T,
+    torch.int32: MPI.INT32_T,
+    torch.int64: MPI.INT64_T,
+    torch.uint8: MPI.UINT8_T,
+    torch.uint16: MPI.UINT16_T,
+    torch.uint32: MPI.UINT32_T,
+    torch.uint64: MPI.UINT64_T,
+}
+_OPS = {"sum": MPI.SUM, "max": MPI.MAX, "min": MPI.MIN}
+_TAG = 1
+
+_transports: list[tuple[MPI.Comm, MPITransport]] = []
+
+
+def transport_over(comm: MPI.Comm | None) -> Transport:
+    """The one transport over a communicator; the first call duplicates it, together on all of its ranks."""
+    comm = MPI.COMM_WORLD if comm is None else comm
+    for known, transport in _transports:
+        if comm == known or comm == transport.comm:
+            return transport
+    _transports.append((comm, MPITransport(comm)))
+    return _transports[-1][1]
+
+
+def _bytes(tensor: torch.Tensor) -> list[Any]:
+    """The memory of a contiguous host tensor, which the caller keeps alive."""
+    size = tensor.numel() * tensor.element_size()
+    return [MPI.memory.fromaddress(tensor.data_ptr(), size), size, MPI.BYTE]
+
+
+def _numbers(tensor: torch.Tensor) -> list[Any]:
+    size = tensor.numel()
+    memory = MPI.memory.fromaddress(tensor.data_ptr(), size * tensor.element_size())
+    return [memory, size, _TYPES[tensor.dtype]]
+
+
+def _on_wire(tensor: torch.Tensor) -> torch.Tensor:
+    """A contiguous host tensor of a dtype MPI can add; the tensor itself where it is one already."""
+    return tensor.to("cpu", wire.wire_dtype(tensor.dtype)).contiguous()
+
+
+class MPITransport:
+    """The ranks of one communicator."""
+
+    def __init__(self, comm: MPI.Comm) -> None:
+        self.comm = comm.Dup()
+        self.rank, self.size = self.comm.rank, self.comm.size
+        self.proc_null: int = MPI.PROC_NULL
+        self.local: dict[str, Any] = {}
+        self._teams: dict[tuple[int, ...], MPI.Comm] = {tuple(range(self.size)): self.comm}
+        self._vote = array("Q", [0]), array("Q", [0])
+        self._vote_specs = tuple([MPI.memory.frombuffer(buffer), 1, MPI.UINT64_T] for buffer in self._vote)
+
+    def communicator(self, team: Team) -> MPI.Comm:
+        """The team's communicator; the team makes it together at first use, its ranks in sorted order."""
+        team = tuple(team)
+        if team not in self._teams:
+            group = self.comm.Get_group()
+            subgroup = group.Incl(team)
+            self._teams[team] = self.comm.Create_group(subgroup, tag=hash(team) % 32749)
+            subgroup.Free()
+            group.Free()
+        return self._teams[team]
+
+    def user_communicator(self, team: Team) -> MPI.Comm:
+        group = self.comm.Get_group()
+        subgroup = group.Incl(list(team))
+        made = self.comm.Create_group(subgroup, tag=hash(tuple(team)) % 32749)
+        subgroup.Free()
+        group.Free()
+        return made
+
+    def bind(self, plan: Plan, dtype: torch.dtype, device: torch.device) -> MPIChannel:
+        return MPIChannel(self, plan, dtype, device)
+
+    def agree(self, team: Team, value: int) -> int:
+        if len(team) == 1:
+            return value
+        comm = self._teams.get(team) or self.communicator(team)  # type: ignore[arg-type]
+        self._vote[0][0] = value
+        comm.Allreduce(*self._vote_specs)
+        return self._vote[1][0]
+
+    def gather_objects(self, team: Team, value: Any) -> list[Any]:
+        ordered = sorted(team)
+        values = self.communicator(ordered).allgather(value)
+        return [values[ordered.index(rank)] for rank in team] if ordered != list(team) else values
+
+    def all_reduce(self, team: Team, tensor: torch.Tensor, op: str = "sum") -> torch.Tensor:
+        if len(team) > 1 and tensor.numel():
+            sent = _on_wire(tensor)
+            self.communicator(sorted(team)).Allreduce(MPI.IN_PLACE, _numbers(sent), op=_OPS[op])
+            if sent is not tensor:
+                tensor.copy_(sent)
+        return tensor
+
+    def broadcast(self, team: Team, tensor: torch.Tensor, root: int) -> None:
+        if len(team) > 1:
+            ordered = sorted(team)
+            sent = tensor.to("cpu").contiguous()
+            self.communicator(ordered).Bcast(_bytes(sent), ordered.index(root))
+            if sent is not tensor:
+                tensor.copy_(sent)
+
+
+class MPIChannel:
+    """A plan with its communicators, persistent requests and buffers.
+
+    Collectives run in `start`, leg after leg in the order of their teams, which is the same on all ranks; an exchange is
+    started there and completed in `finish`.
+    """
+
+    def __init__(self, transport: MPITransport, plan: Plan, dtype: torch.dtype, device: torch.device) -> None:
+        self.plan, self.dtype, self.device = plan, dtype, device
+        self._exchanges = [
+            _Exchange(transport, plan, leg, dtype, device) for leg in plan.legs if leg.pattern is Pattern.EXCHANGE
+        ]
+        self._collectives = [
+            _COLLECTIVES[leg.pattern](transport.communicator(leg.team), plan, leg, dtype, device)
+            for leg in plan.legs
+            if leg.pattern is not Pattern.EXCHANGE
+        ]
+
+    def start(self, x: torch.Tensor) -> torch.Tensor | None:
+        y = None
+        if self._exchanges:
+            self._exchanges[0].start(x)
+        for collective in self._collectives:
+            result = collective.run(x)
+            y = result if result is not None else y
+        return y
+
+    def finish(self, pending: torch.Tensor | None) -> torch.Tensor:
+        if self._exchanges:
+            return self._exchanges[0].finish()
+        if pending is not None:
+            return pending
+        return torch.zeros(self.plan.shape_out or (0,), dtype=self.dtype, device=self.device)
+
+
+class _Exchange:
+    """Packed persistent messages: 195 us against 577 us of Alltoallw for a 4 MiB repartition on 2 ranks."""
+
+    def __init__(
+        self, transport: MPITransport, plan: Plan, leg: Leg, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self.plan, self.dtype, self.device = plan, dtype, device
+        rank = plan.rank
+        self._sends = wire.messages(wire.without(leg.sends, rank), plan.shape_in, dtype, device)
+        self._receives = wire.messages(wire.without(leg.receives, rank), plan.shape_out, dtype, device)
+        self._local = wire.local_pairs(leg.sends, leg.receives, rank, plan.shape_in, plan.shape_out)
+        comm = transport.comm
+        self._receiving = [comm.Recv_init(_bytes(m.host), m.peer, _TAG) for m in self._receives]
+        self._sending = [comm.Send_init(_bytes(m.host), m.peer, _TAG) for m in self._sends]
+        self._x: torch.Tensor | None = None
+
+    def start(self, x: torch.Tensor) -> None:
+        if self._receiving:
+            MPI.Prequest.Startall(self._receiving)
+        for message in self._sends:
+            message.pack(x)
+        if self._sending:
+            MPI.Prequest.Startall(self._sending)
+        self._x = x
+
+    def finish(self) -> torch.Tensor:
+        x, self._x = self._x, None
+        assert x is not None
+        make = torch.empty if self.plan.fills else torch.zeros
+        y = make(self.plan.shape_out or (0,), dtype=self.dtype, device=self.device)
+        if self.plan.adds_out:
+            self._wait()
+            self._add_in_rank_order(x, y)
+            return y
+        for source, target in self._local:
+            target.of(y).copy_(source.of(x))
+        self._wait()
+        for message in self._receives:
+            message.unpack(y, add=False)
+        return y
+
+    def _wait(self) -> None:
+        MPI.Request.Waitall(self._receiving)
+        MPI.Request.Waitall(self._sending)
+
+    def _add_in_rank_order(self, x: torch.Tensor, y: torch.Tensor) -> None:
+        """The sum of floats depends on its order: keep it the same in every run."""
+        for message in [m for m in self._receives if m.peer < self.plan.rank]:
+            message.unpack(y, add=True)
+        for source, target in self._local:
+            target.of(y).add_(source.of(x))
+        for message in [m for m in self._receives if m.peer > self.plan.rank]:
+            message.unpack(y, add=True)
+
+    def __del__(self) -> None:
+        if MPI.Is_finalized():
+            return
+        for request in (*getattr(self, "_receiving", ()), *getattr(self, "_sending", ())):
+            request.Free()
+
+
+class _Collective:
+    """One collective leg seen from one rank."""
+
+    def __init__(self, comm: MPI.Comm, plan: Plan, leg: Leg, dtype: torch.dtype, device: torch.device) -> None:
+        self.comm, self.plan, self.leg, self.dtype, self.device = comm, plan, leg, dtype, device
+        self.sends, self.receives = bool(leg.sends), bool(leg.receives)
+        self.root = -1 if leg.root is None else leg.team.index(leg.root)
+        self.at_root = leg.root == plan.rank
+
+    def _fresh(self, dtype: torch.dtype | None = None) -> torch.Tensor:
+        return torch.empty(self.plan.shape_out or (0,), dtype=dtype or self.dtype, device="cpu")
+
+    def _home(self, y: torch.Tensor) -> torch.Tensor:
+        return y if y.dtype is self.dtype and y.device == self.device else y.to(self.device, self.dtype)
+
+
+class _Broadcast(_Collective):
+    def run(self, x: torch.Tensor) -> torch.Tensor | None:
+        if self.at_root:
+            sent = x.to("cpu").contiguous()
+            self.comm.Bcast(_bytes(sent), self.root)
+            return x.clone(memory_format=torch.contiguous_format) if self.receives else None
+        y = self._fresh()
+        self.comm.Bcast(_bytes(y), self.root)
+        return self._home(y)
+
+
+class _Reduce(_Collective):
+    def run(self, x: torch.Tensor) -> torch.Tensor | None:
+        sent = _on_wire(x)
+        if not self.at_root:
+            self.comm.Reduce(_numbers(sent), None, MPI.SUM, self.root)
+            return None
+        y = self._fresh(wire.wire_dtype(self.dtype))
+        if self.sends:
+            self.comm.Reduce(_numbers(sent), _numbers(y), MPI.SUM, self.root)
+        else:  # the target is no source: it adds zero
+            y.zero_()
+            self.comm.Reduce(MPI.IN_PLACE, _numbers(y), MPI.SUM, self.root)
+        return self._home(y)
+
+
+class _AllReduce(_Collective):
+    def run(self, x: torch.Tensor) -> torch.Tensor:
+        sent = _on_wire(x)
+        y = self._fresh(wire.wire_dtype(self.dtype))
+        self.comm.Allreduce(_numbers(sent), _numbers(y), MPI.SUM)
+        return self._home(y)
+
+
+class _AllGather(_Collective):
+    def __init__(self, comm: MPI.Comm, plan: Plan, leg: Leg, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__(comm, plan, leg, dtype, device)
+        sizes = {edge.peer: edge.size * dtype.itemsize for edge in leg.receives}
+        self._counts = [sizes.get(rank, 0) for rank in leg.team]
+        self._places = [wire.Piece(edge, plan.shape_out or ()) for edge in leg.receives]
+        self._starts = [sum(piece.size for piece in self._places[:i]) for i in range(len(self._places) + 1)]
+        # Pieces that lie in the output one after the other need no unpacking.
+        self._in_order = all(
+            piece.offset == start and piece.is_contiguous()
+            for piece, start in zip(self._places, self._starts, strict=False)
+        )
+
+    def run(self, x: torch.Tensor) -> torch.Tensor:
+        sent = x.to("cpu").contiguous()
+        y = self._fresh()
+        flat = y if self._in_order else torch.empty(self._starts[-1], dtype=self.dtype)
+        memory = _bytes(flat)[0]
+        self.comm.Allgatherv(_bytes(sent), [memory, self._counts, MPI.BYTE])
+        if not self._in_order:
+            for place, start in zip(self._places, self._starts, strict=False):
+                place.of(y).copy_(flat[start : start + place.size].view(place.shape))
+        return self._home(y)
+
+
+class _ReduceScatter(_Collective):
+    def __init__(self, comm: MPI.Comm, plan: Plan, leg: Leg, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__(comm, plan, leg, dtype, device)
+        sizes = {edge.peer: edge.size for edge in leg.sends}
+        self._counts = [sizes.get(rank, 0) for rank in leg.team]
+        self._places = [wire.Piece(edge, plan.shape_in or ()) for edge in leg.sends]
+
+    def run(self, x: torch.Tensor) -> torch.Tensor:
+        pieces = [place.of(x).reshape(-1) for place in self._places]
+        sent = _on_wire(torch.cat(pieces) if pieces else x.reshape(-1))
+        y = self._fresh(wire.wire_dtype(self.dtype))
+        self.comm.Reduce_scatter(_numbers(sent), _numbers(y), self._counts, MPI.SUM)
+        return self._home(y)
+
+
+_COLLECTIVES = {
+    Pattern.BROADCAST: _Broadcast,
+    Pattern.REDUCE: _Reduce,
+    Pattern.ALL_REDUCE: _AllReduce,
+    Pattern.ALL_GATHER: _AllGather,
+    Pattern.REDUCE_SCATTER: _ReduceScatter,
+}

@@ -1,0 +1,232 @@
+"""Ranks as threads of one process that take turns: no mpirun, and a deadlock is an error at once.
+
+One rank runs at a time. It hands over where it would wait, and the global random states of torch, numpy and random go
+with it, so that seeded code gives each rank what it would get in a process of its own. When every rank waits, each of them
+gets an error that names what all of them wait for.
+"""
+
+from __future__ import annotations
+
+import pickle
+import random
+import threading
+from collections import defaultdict, deque
+from collections.abc import Callable
+from typing import Any
+
+import numpy
+import torch
+
+from distdl_lite.plan import Plan
+from distdl_lite.transport import Team, enter, wire
+
+_MASK = (1 << 64) - 1
+
+
+class _Abandoned(BaseException):
+    """Ends a rank that waits for one that has failed."""
+
+
+def _random_states() -> tuple[Any, ...]:
+    return torch.get_rng_state(), numpy.random.get_state(), random.getstate()
+
+
+def _set_random_states(states: tuple[Any, ...]) -> None:
+    torch.set_rng_state(states[0])
+    numpy.random.set_state(states[1])
+    random.setstate(states[2])
+
+
+class World:
+    """The shared side of `size` ranks: whose turn it is, the mail between them, and their meetings."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self.mail: dict[tuple[int, int], deque[Any]] = defaultdict(deque)
+        self.meetings: dict[tuple[Any, ...], dict[int, Any]] = defaultdict(dict)
+        self.left: dict[tuple[Any, ...], int] = defaultdict(int)
+        self.errors: dict[int, BaseException] = {}
+        self.results: list[Any] = [None] * size
+        self._condition = threading.Condition()
+        self._turn = 0
+        self._waits: dict[int, tuple[Callable[[], bool], str] | None] = dict.fromkeys(range(size))
+        self._ended: set[int] = set()
+        self._deadlock: str | None = None
+
+    def run(self, rank: int, body: Callable[[], Any], states: tuple[Any, ...]) -> None:
+        """The life of one rank's thread."""
+        with self._condition:
+            self._condition.wait_for(lambda: self._turn == rank)
+        _set_random_states(states)
+        try:
+            self.results[rank] = body()
+        except BaseException as error:
+            self.errors[rank] = error
+        with self._condition:
+            self._ended.add(rank)
+            self._hand_over(rank)
+
+    def wait(self, rank: int, ready: Callable[[], bool], what: str) -> None:
+        """Hand over until `ready()`; `what` tells a deadlock's reader what for."""
+        if ready():
+            return
+        states = _random_states()
+        with self._condition:
+            self._waits[rank] = (ready, what)
+            self._hand_over(rank)
+            self._condition.wait_for(lambda: self._turn == rank)
+            self._waits[rank] = None
+        _set_random_states(states)
+        if not ready():
+            genuine = [r for r, error in self.errors.items() if not isinstance(error, _Abandoned)]
+            if genuine and self._deadlock is None:
+                raise _Abandoned(f"rank {rank} waited for {what} when rank {min(genuine)} failed")
+            raise RuntimeError(self._deadlock)
+
+    def _hand_over(self, rank: int) -> None:
+        """Give the turn to the next rank that can go on; if none can, to the next that must be told so."""
+        order = [(rank + step) % self.size for step in range(1, self.size + 1)]
+        alive = [r for r in order if r not in self._ended]
+        ready = [r for r in alive if (wait := self._waits[r]) is None or wait[0]()]
+        if alive and not ready and not self.errors:
+            lines = [f"rank {r} waits for {self._waits[r][1]}" for r in sorted(alive)]  # type: ignore[index]
+            lines += [f"rank {r} has ended" for r in sorted(self._ended)]
+            self._deadlock = "deadlock: " + "; ".join(lines)
+        if alive:
+            self._turn = (ready or alive)[0]
+            self._condition.notify_all()
+
+
+class ThreadTransport:
+    """One rank of a `World`."""
+
+    proc_null = -2
+
+    def __init__(self, world: World, rank: int) -> None:
+        self.world, self.rank, self.size = world, rank, world.size
+        self.local: dict[str, Any] = {}
+        self._met: dict[tuple[int, ...], int] = defaultdict(int)
+
+    def user_communicator(self, team: Team) -> None:
+        return None
+
+    def bind(self, plan: Plan, dtype: torch.dtype, device: torch.device) -> ThreadChannel:
+        return ThreadChannel(self, plan, dtype, device)
+
+    def _meet(self, team: Team, value: Any, what: str) -> list[Any]:
+        """What every rank of the team brings to its next meeting, in the order of the ranks."""
+        team = tuple(sorted(team))
+        number = self._met[team]
+        self._met[team] += 1
+        meetings = self.world.meetings
+        present = meetings[team, number]
+        present[self.rank] = (what, value)
+        self.world.wait(self.rank, lambda: len(present) == len(team), f"{what} number {number} of ranks {list(team)}")
+        self.world.left[team, number] += 1
+        if self.world.left[team, number] == len(team):
+            del meetings[team, number], self.world.left[team, number]
+        calls = {rank: call for rank, (call, _) in present.items()}
+        if len(set(calls.values())) > 1:
+            raise RuntimeError(f"ranks {list(team)} meet in different calls: {dict(sorted(calls.items()))}")
+        return [present[rank][1] for rank in team]
+
+    def agree(self, team: Team, value: int) -> int:
+        return sum(self._meet(team, value, "agreement")) & _MASK
+
+    def gather_objects(self, team: Team, value: Any) -> list[Any]:
+        found = self._meet(team, pickle.dumps(value), "gather of objects")
+        ordered = sorted(team)
+        return [pickle.loads(found[ordered.index(rank)]) for rank in team]
+
+    def all_reduce(self, team: Team, tensor: torch.Tensor, op: str = "sum") -> torch.Tensor:
+        sent = tensor.to(wire.wire_dtype(tensor.dtype), copy=True)
+        parts = self._meet(team, sent, f"all-reduce ({op}) of {tensor.numel()} {tensor.dtype}")
+        fold = {"sum": torch.add, "max": torch.maximum, "min": torch.minimum}[op]
+        total = parts[0]
+        for part in parts[1:]:
+            total = fold(total, part)
+        return tensor.copy_(total)
+
+    def broadcast(self, team: Team, tensor: torch.Tensor, root: int) -> None:
+        what = f"broadcast of {tensor.numel()} {tensor.dtype} from rank {root}"
+        sent = self._meet(team, tensor.clone() if self.rank == root else None, what)[sorted(team).index(root)]
+        if self.rank != root:
+            tensor.copy_(sent)
+
+
+class ThreadChannel:
+    """Runs every leg, collectives too, as the messages of its edges."""
+
+    def __init__(self, transport: ThreadTransport, plan: Plan, dtype: torch.dtype, device: torch.device) -> None:
+        self.transport, self.plan, self.dtype, self.device = transport, plan, dtype, device
+        self._sends = [(leg, edge) for leg in plan.legs for edge in leg.sends]
+        self._receives = [(leg, edge) for leg in plan.legs for edge in leg.receives]
+
+    def start(self, x: torch.Tensor) -> None:
+        for leg, edge in self._sends:
+            mail = self.transport.world.mail[self.plan.rank, edge.peer]
+            mail.append((leg.pattern, leg.team, x[edge.slices].clone()))
+
+    def finish(self, pending: None) -> torch.Tensor:
+        dtype = wire.wire_dtype(self.dtype) if self.plan.adds_out else self.dtype
+        y = torch.zeros(self.plan.shape_out or (0,), dtype=dtype, device=self.device)
+        for leg, edge in self._receives:
+            part = self._next(edge.peer, leg.pattern.value, leg.team)
+            if self.plan.adds_out:
+                y[edge.slices] += part
+            else:
+                y[edge.slices] = part
+        return y.to(self.dtype)
+
+    def _next(self, peer: int, pattern: str, team: Team) -> torch.Tensor:
+        rank = self.plan.rank
+        mail = self.transport.world.mail[peer, rank]
+        shape = list(self.plan.shape_out or ())
+        self.transport.world.wait(rank, lambda: bool(mail), f"a message of a {pattern} to shape {shape} from rank {peer}")
+        sent, sent_team, part = mail.popleft()
+        if (sent.value, sent_team) != (pattern, team):
+            raise RuntimeError(f"rank {rank} expects a message of a {pattern} from rank {peer}, which sent a {sent.value}")
+        return part
+
+
+def spmd(size: int, body: Callable[..., Any]) -> list[Any]:
+    """Run ``body(world)`` on `size` ranks as threads of this process that take turns.
+
+    Parameters
+    ----------
+    size : int
+        Number of ranks.
+    body : callable
+        Called once per rank with the `Partition` of all ranks.
+
+    Returns
+    -------
+    list
+        The results in rank order.
+
+    Raises
+    ------
+    Exception
+        The error of the lowest rank that failed. A deadlock is a RuntimeError that names what each rank waits for.
+    """
+    from distdl_lite.partition import Partition
+
+    if size < 1:
+        raise ValueError(f"spmd needs at least one rank, not {size}")
+    world = World(size)
+    states = _random_states()
+
+    def life(rank: int) -> None:
+        enter(ThreadTransport(world, rank))
+        world.run(rank, lambda: body(Partition()), states)
+
+    threads = [threading.Thread(target=life, args=(rank,), name=f"rank {rank}", daemon=True) for rank in range(size)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    _set_random_states(states)
+    genuine = {rank: error for rank, error in world.errors.items() if not isinstance(error, _Abandoned)}
+    if genuine:
+        raise genuine[min(genuine)]
+    return world.results
