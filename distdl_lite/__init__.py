@@ -2,7 +2,9 @@
 
 from distdl_lite import nn
 from distdl_lite.layout import Layout
+from distdl_lite.nn.gradient import check_optimizer, clip_grad_norm_, grad_norm
 from distdl_lite.nn.movement import gather, scatter, zero_volume_tensor
+from distdl_lite.nn.parameter import load_serial_state_dict, serial_state_dict
 from distdl_lite.operator import Operator
 from distdl_lite.partition import CartesianPartition, Partition
 from distdl_lite.plan import Plan, plan

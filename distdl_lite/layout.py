@@ -10,7 +10,7 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import accumulate, product
+from itertools import accumulate, pairwise, product
 
 from distdl_lite.partition import Grid, balanced, indices, ravel, unravel
 
@@ -50,7 +50,7 @@ class Dim:
     def overlaps(self) -> bool:
         """Whether two positions hold the same point, also one a period away."""
         full = [r for r in self.ranges if r[0] < r[1]]
-        if any(a[1] > b[0] for a, b in zip(full, full[1:], strict=False)):
+        if any(a[1] > b[0] for a, b in pairwise(full)):
             return True
         return self.period is not None and bool(full) and full[-1][1] - full[0][0] > self.period
 
@@ -117,6 +117,16 @@ class Layout:
             return True
         return any(dim.overlaps for dim in self.dims if set(dim.axes) & set(self.free_axes) or dim.period)
 
+    def same_boxes(self, other: Layout) -> bool:
+        """Whether every rank holds the same box in both layouts, and no other rank a copy of it."""
+        return not self.overlaps and self._squeezed() == other._squeezed()
+
+    def _squeezed(self) -> tuple[Sequence[int], Shape, tuple[Dim, ...]]:
+        """Ranks, grid shape and dims without the axes of length one."""
+        kept = [axis for axis, n in enumerate(self.grid.shape) if n > 1]
+        dims = tuple(replace(dim, axes=tuple(kept.index(a) for a in dim.axes if a in kept)) for dim in self.dims)
+        return self.grid.ranks, tuple(self.grid.shape[a] for a in kept), dims
+
     def replicas(self, rank: int) -> tuple[int, ...]:
         """The ranks of this rank's team that hold the same box, sorted."""
         index = self.grid.index(rank)
@@ -142,9 +152,7 @@ class Layout:
         for index in product(*choices):
             yield from _intersections(self.grid.rank(index), self.box_at(index), wanted, shifts)
 
-    def _choices(
-        self, axis: int, fixed: dict[int, int], wanted: Box, shifts: Sequence[Sequence[int]]
-    ) -> Sequence[int]:
+    def _choices(self, axis: int, fixed: dict[int, int], wanted: Box, shifts: Sequence[Sequence[int]]) -> Sequence[int]:
         """Indices along one axis whose ranges may meet the wanted box."""
         if axis in fixed:
             return (fixed[axis],)
@@ -186,7 +194,7 @@ def ranges_of(cuts: Sequence[int]) -> tuple[Range, ...]:
     >>> ranges_of((0, 4, 7))
     ((0, 4), (4, 7))
     """
-    return tuple(zip(cuts, cuts[1:], strict=False))
+    return tuple(pairwise(cuts))
 
 
 def blocks(grid: Grid, cuts: Sequence[Sequence[int]]) -> Layout:
@@ -307,7 +315,7 @@ def bounded(dim: Dim, length: int, boundary: str) -> Dim:
     if boundary == "zeros":
         return dim
     if boundary == "circular":
-        return replace(dim, period=length)
+        return replace(dim, period=length) if out else dim
     return replace(dim, ranges=tuple(_read(r, length, boundary) for r in dim.ranges))
 
 

@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from enum import Enum
+from itertools import pairwise
 from typing import Any
 
 from distdl_lite.layout import Box, Layout, Shape, shape_of
@@ -234,7 +235,7 @@ def _tiles(parts: Layout, wholes: Layout) -> bool:
     for part, entire in zip(parts.dims, wholes.dims, strict=True):
         if set(part.axes) & set(parts.free_axes):
             low, high = part.ranges[0][0], part.ranges[-1][1]
-            joined = all(a[1] == b[0] for a, b in zip(part.ranges, part.ranges[1:], strict=False))
+            joined = all(a[1] == b[0] for a, b in pairwise(part.ranges))
             if len(part.axes) != 1 or not joined or set(entire.ranges) != {(low, high)}:
                 return False
         elif (part.axes, part.ranges) != (entire.axes, entire.ranges):
@@ -242,9 +243,7 @@ def _tiles(parts: Layout, wholes: Layout) -> bool:
     return True
 
 
-def simulate(
-    plans: Iterable[Plan], blocks: Mapping[int, Any], zeros: Callable[[Shape], Any]
-) -> dict[int, Any]:
+def simulate(plans: Iterable[Plan], blocks: Mapping[int, Any], zeros: Callable[[Shape], Any]) -> dict[int, Any]:
     """Run an operator without any transport.
 
     Parameters
@@ -261,15 +260,15 @@ def simulate(
     dict
         The output of every rank that holds one.
     """
-    plans = {p.rank: p for p in plans}
+    by_rank = {p.rank: p for p in plans}
     outputs = {}
-    for rank, mine in plans.items():
+    for rank, mine in by_rank.items():
         if mine.shape_out is None:
             continue
         y = zeros(mine.shape_out)
         for leg in mine.legs:
             for number, edge in enumerate(leg.receives):
-                twin = _twin(plans[edge.peer], leg, rank, sum(e.peer == edge.peer for e in leg.receives[:number]))
+                twin = _twin(by_rank[edge.peer], leg, rank, sum(e.peer == edge.peer for e in leg.receives[:number]))
                 y[edge.slices] += blocks[edge.peer][twin.slices]
         outputs[rank] = y
     return outputs

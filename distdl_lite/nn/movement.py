@@ -35,12 +35,15 @@ class Inputs:
     ----------
     shapes : dict from world rank to tuple of int
     dtype : torch.dtype
+    device : str
+        Its type.
     requires_grad : bool
         Whether any rank's input requires grad.
     """
 
     shapes: dict[int, Shape]
     dtype: torch.dtype
+    device: str
     requires_grad: bool
 
 
@@ -59,7 +62,9 @@ def agreed_inputs(name: str, structure: Structure, P_x: Partition, position: int
     passed = {rank: s[position] if position < len(s) else missing for rank, s in structure.items()}
     for rank, tensor in passed.items():
         if tensor.kind != "Tensor":
-            raise TypeError(f"{name}: rank {rank} passed {tensor.kind}, a tensor is needed (dl.zero_volume_tensor() for none)")
+            raise TypeError(
+                f"{name}: rank {rank} passed {tensor.kind}, a tensor is needed (dl.zero_volume_tensor() for none)"
+            )
     inside = {rank: passed[rank] for rank in P_x.ranks}
     for rank, tensor in passed.items():
         if rank not in inside and tensor.size and tensor.shape:
@@ -69,10 +74,10 @@ def agreed_inputs(name: str, structure: Structure, P_x: Partition, position: int
     _check_alike(name, "dtype", {rank: tensor.dtype for rank, tensor in inside.items()})
     _check_alike(name, "device", {rank: tensor.device for rank, tensor in inside.items()})
     _check_alike(name, "number of dims", {rank: len(tensor.shape) for rank, tensor in inside.items()})
-    dtype = next(iter(inside.values())).dtype
-    assert dtype is not None
+    first = next(iter(inside.values()))
+    assert first.dtype is not None
     shapes = {rank: tensor.shape for rank, tensor in inside.items()}
-    return Inputs(shapes, dtype, any(tensor.requires_grad for tensor in passed.values()))
+    return Inputs(shapes, first.dtype, first.device, any(tensor.requires_grad for tensor in passed.values()))
 
 
 def _check_alike(name: str, what: str, values: Mapping[int, Any]) -> None:
@@ -88,6 +93,21 @@ def _check_alike(name: str, what: str, values: Mapping[int, Any]) -> None:
 def _plain(P: Partition) -> str:
     """A partition as every rank writes it alike."""
     return f"the partition of shape {P.shape} over ranks {list(P.ranks)}"
+
+
+def computing_dtype(name: str, inputs: Inputs, weight: torch.dtype) -> torch.dtype:
+    """The dtype of what a layer computes: autocast's, else that of input and weight, which must be one.
+
+    Raises
+    ------
+    TypeError
+        If they differ and there is no autocast.
+    """
+    if torch.is_autocast_enabled(inputs.device):
+        return torch.get_autocast_dtype(inputs.device)
+    if weight is not inputs.dtype:
+        raise TypeError(f"{name}: the input has dtype {inputs.dtype}, the weight {weight}")
+    return weight
 
 
 def into(operator: Operator, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -202,7 +222,9 @@ class Broadcast(Movement):
         self._source, self._target = self._source.padded(dim), self._target.padded(dim)
         long = [axis for axis in self._teams if self._source.shape[axis] > 1]
         if (self.transpose_src or self.transpose_dest) and len(long) > 1:
-            raise ValueError(f"{name}: transposed, with axes {long} matched, it is ambiguous which ranks belong together")
+            raise ValueError(
+                f"{name}: transposed, with axes {long} matched, it is ambiguous which ranks belong together"
+            )
 
     def _matched(self, name: str) -> tuple[int, ...]:
         return _matched_axes(name, self._source, self._target)

@@ -1,0 +1,108 @@
+"""Gradients of cut and replicated weights: norms, clipping, and which optimizers look at one element at a time."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+
+from distdl_lite.nn.parameter import team_of
+
+# Their update of an element depends on that element alone, so it is the same on a block as on the whole weight.
+_ELEMENTWISE = {
+    "SGD", "Adam", "AdamW", "Adamax", "NAdam", "RAdam", "RMSprop", "Adagrad", "Adadelta", "Rprop", "ASGD", "SparseAdam",
+}  # fmt: skip
+
+
+def _counted_once(module: torch.nn.Module, rank: int, first: int) -> Iterator[torch.Tensor]:
+    """This rank's gradients of which it is the first holder; a plain torch parameter counts on the first rank."""
+    for inner in module.modules():
+        places = getattr(inner, "_distdl_places", {})
+        for name, parameter in inner._parameters.items():
+            if parameter is None or parameter.grad is None or not parameter.numel():
+                continue
+            place = places.get(name)
+            if (first if place is None else min(place.replicas.team)) == rank:
+                yield parameter.grad
+
+
+def grad_norm(module: torch.nn.Module, norm_type: float = 2.0) -> torch.Tensor:
+    """The norm of all gradients of a distributed model, each weight counted once.
+
+    Parameters
+    ----------
+    module : torch.nn.Module
+        The ranks of its layers call this together.
+    norm_type : float
+        p of the p-norm; ``inf`` is the largest absolute value.
+
+    Returns
+    -------
+    torch.Tensor
+        A scalar, the same on all ranks of the model's layers and what the serial model's would be; 0 on ranks outside.
+    """
+    transport, team = team_of(module)
+    total = torch.zeros((), dtype=torch.float64)
+    if transport.rank not in team:
+        return total.to(torch.get_default_dtype())
+    is_largest = math.isinf(norm_type)
+    for gradient in _counted_once(module, transport.rank, team[0]):
+        norm = torch.linalg.vector_norm(gradient.detach(), norm_type, dtype=_wide(gradient.dtype)).to("cpu")
+        total = torch.maximum(total, norm) if is_largest else total + norm.double() ** norm_type
+    transport.all_reduce(team, total, "max" if is_largest else "sum")
+    return (total if is_largest else total ** (1 / norm_type)).to(torch.get_default_dtype())
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.complex128 if dtype.is_complex else torch.float64
+
+
+def clip_grad_norm_(
+    module: torch.nn.Module, max_norm: float, norm_type: float = 2.0, error_if_nonfinite: bool = False
+) -> torch.Tensor:
+    """Scale all gradients of a distributed model so that their norm is at most `max_norm`, as torch does serially.
+
+    Parameters
+    ----------
+    module : torch.nn.Module
+        The ranks of its layers call this together.
+    max_norm, norm_type : float
+        As in ``torch.nn.utils.clip_grad_norm_``.
+    error_if_nonfinite : bool
+        Whether a norm that is nan or infinite raises, on all ranks.
+
+    Returns
+    -------
+    torch.Tensor
+        The norm before scaling.
+
+    Raises
+    ------
+    RuntimeError
+        With `error_if_nonfinite`, if the norm is not finite.
+    """
+    norm = grad_norm(module, norm_type)
+    if error_if_nonfinite and not torch.isfinite(norm):
+        raise RuntimeError(f"the gradients' norm of order {norm_type} is {norm.item()}, it cannot be clipped")
+    factor = torch.clamp(max_norm / (norm + 1e-6), max=1.0)
+    for parameter in module.parameters():
+        if parameter.grad is not None:
+            parameter.grad.detach().mul_(factor.to(parameter.grad.device, parameter.grad.dtype))
+    return norm
+
+
+def check_optimizer(optimizer: torch.optim.Optimizer) -> None:
+    """Refuse an optimizer whose step looks across a tensor, which is wrong where weights are cut or absent.
+
+    Raises
+    ------
+    ValueError
+        If the optimizer is not known to be elementwise; Adafactor, Muon and LBFGS are not.
+    """
+    name = type(optimizer).__name__
+    if name not in _ELEMENTWISE:
+        raise ValueError(
+            f"{name} is not known to update each element by itself, which cut weights need; "
+            f"these do: {', '.join(sorted(_ELEMENTWISE))}"
+        )
