@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from enum import Enum
+from functools import cached_property
 from itertools import pairwise
 from typing import Any
 
@@ -124,7 +125,7 @@ class Plan:
             self.pattern.adjoint,
         )
 
-    @property
+    @cached_property
     def fills(self) -> bool:
         """Whether the receives write every point of the output exactly once."""
         if self.adds_out or self.shape_out is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -139,6 +140,8 @@ class Module(torch.nn.Module):
 
     def _distdl_forward_pre_hook(self, input: tuple[Any, ...], kwargs: Mapping[str, Any] | None = None) -> None:
         """Agree on the structure of this call, and set up for it unless that was done before."""
+        if kwargs:
+            input, kwargs = self._distdl_positional(input, kwargs)
         if self._distdl_team is None:
             self._distdl_resolve()
         if not self._distdl_is_inside:
@@ -154,10 +157,23 @@ class Module(torch.nn.Module):
         if self._modules and not self._distdl_agrees_each:
             self._distdl_begin_ride()
 
+    def _distdl_positional(
+        self, input: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
+        """The arguments as forward takes them: positional ones first, also where the caller named them."""
+        try:
+            bound = inspect.signature(self.forward).bind(*input, **kwargs)
+        except TypeError:  # forward itself will say what is wrong
+            return input, kwargs
+        return bound.args, bound.kwargs
+
     def _distdl_input_changed(self, input: tuple[Any, ...], kwargs: Mapping[str, Any] | None = None) -> bool:
         """Whether the global structure differs from the one set up for; the layer's ranks agree on it."""
-        self._distdl_next_key = self._distdl_agreed_key(input, kwargs)
-        return bool(self._distdl_next_key != self._distdl_key)
+        key = self._distdl_agreed_key(input, kwargs)
+        if key == self._distdl_key:
+            return False
+        self._distdl_next_key = key
+        return True
 
     def _distdl_module_requires_reset(self, input: tuple[Any, ...]) -> bool:
         """Whether the structure agreed on last is not among those whose set-up is kept."""

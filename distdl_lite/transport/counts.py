@@ -25,7 +25,9 @@ class Tally:
             self.by_label.setdefault(label, Tally()).add(messages, size, seconds, collectives, None)
 
 
-def record(local: dict[str, Any], messages: int, size: int, seconds: float, collectives: int, label: str | None) -> None:
+def record(
+    local: dict[str, Any], messages: int, size: int, seconds: float, collectives: int, label: str | None
+) -> None:
     """Add to every tally that is open on this rank."""
     for tally in local.get("tallies", ()):
         tally.add(messages, size, seconds, collectives, label)

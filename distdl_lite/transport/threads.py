@@ -182,10 +182,14 @@ class ThreadChannel:
         rank = self.plan.rank
         mail = self.transport.world.mail[peer, rank]
         shape = list(self.plan.shape_out or ())
-        self.transport.world.wait(rank, lambda: bool(mail), f"a message of a {pattern} to shape {shape} from rank {peer}")
+        self.transport.world.wait(
+            rank, lambda: bool(mail), f"a message of a {pattern} to shape {shape} from rank {peer}"
+        )
         sent, sent_team, part = mail.popleft()
         if (sent.value, sent_team) != (pattern, team):
-            raise RuntimeError(f"rank {rank} expects a message of a {pattern} from rank {peer}, which sent a {sent.value}")
+            raise RuntimeError(
+                f"rank {rank} expects a message of a {pattern} from rank {peer}, which sent a {sent.value}"
+            )
         return part
 
 

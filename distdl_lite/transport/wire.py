@@ -50,7 +50,9 @@ class Piece:
 class Message:
     """All pieces that go to, or come from, one peer, in one flat host buffer."""
 
-    def __init__(self, peer: int, edges: Iterable[Edge], shape: Shape, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self, peer: int, edges: Iterable[Edge], shape: Shape, dtype: torch.dtype, device: torch.device
+    ) -> None:
         self.peer = peer
         self.pieces = [Piece(edge, shape) for edge in edges]
         size = sum(piece.size for piece in self.pieces)
