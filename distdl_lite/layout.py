@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate, pairwise, product
 
-from distdl_lite.partition import Grid, balanced, indices, ravel, unravel
+from distdl_lite.grid import Grid, balanced, indices, ravel, unravel
 
 Range = tuple[int, int]
 Box = tuple[Range, ...]
@@ -111,8 +111,15 @@ class Layout:
         return tuple(a for a in self.free_axes if a in used)
 
     @cached_property
+    def is_empty(self) -> bool:
+        """Whether no rank holds anything, as some dim is empty on all."""
+        return any(all(start >= stop for start, stop in dim.ranges) for dim in self.dims)
+
+    @cached_property
     def overlaps(self) -> bool:
         """Whether a point may be held by two ranks of one team."""
+        if self.is_empty:
+            return False
         if self.cut_axes != self.free_axes:
             return True
         return any(dim.overlaps for dim in self.dims if set(dim.axes) & set(self.free_axes) or dim.period)
@@ -185,6 +192,31 @@ def shape_of(box: Box) -> Shape:
     return tuple(max(stop - start, 0) for start, stop in box)
 
 
+def uncovered(box: Box, covers: Sequence[Box]) -> list[Box]:
+    """The rest of a box without the boxes that cover parts of it, as disjoint boxes.
+
+    >>> uncovered(((0, 4), (0, 4)), [((0, 4), (1, 4))])
+    [((0, 4), (0, 1))]
+    """
+    rest = [box]
+    for cover in covers:
+        rest = [piece for part in rest for piece in _without(part, cover)]
+    return rest
+
+
+def _without(box: Box, cover: Box) -> Iterator[Box]:
+    """What is left of a box beside another, cut off one dim after the other."""
+    common = tuple((max(a, c), min(b, d)) for (a, b), (c, d) in zip(box, cover, strict=True))
+    if any(start >= stop for start, stop in common):
+        if all(start < stop for start, stop in box):
+            yield box
+        return
+    for dim, ((start, stop), (low, high)) in enumerate(zip(box, common, strict=True)):
+        for side in ((start, low), (high, stop)):
+            if side[0] < side[1]:
+                yield (*common[:dim], side, *box[dim + 1 :])
+
+
 # ---- layouts from cut points and from local shapes -------------------------------------------------------------------
 
 
@@ -243,6 +275,8 @@ def cuts_from_shapes(grid: Grid, shapes: Mapping[int, Shape]) -> tuple[tuple[int
         If a shape has another number of dims than the grid has axes, or the shapes are no tensor product, that is, two
         ranks with the same index along an axis disagree about their length there. The text names the rank.
 
+    Examples
+    --------
     >>> cuts_from_shapes(Grid((2,), (0, 1)), {0: (4,), 1: (3,)})
     ((0, 4, 7),)
     """
@@ -350,4 +384,22 @@ def read_by_kernel(
         if a < b
         else (stride * a - padding, stride * a - padding)
         for a, b in ranges_of(outputs)
+    )
+
+
+def read_by_transposed_kernel(
+    outputs: Sequence[int], kernel: int, stride: int = 1, dilation: int = 1, padding: int = 0
+) -> tuple[Range, ...]:
+    """The input ranges that output blocks of a transposed convolution gather, which may leave the dim.
+
+    Output range [a, b) reads the inputs i with ``a <= i s - p + d (k - 1)`` and ``i s - p < b``; an empty one none.
+
+    >>> read_by_transposed_kernel((0, 3, 7), kernel=3, stride=2, padding=1)
+    ((0, 2), (1, 4))
+    """
+    firsts = [-((dilation * (kernel - 1) - padding - a) // stride) for a in outputs]
+    stops = [(b - 1 + padding) // stride + 1 for b in outputs]
+    return tuple(
+        (first, max(first, stop) if a < b else first)
+        for (a, b), first, stop in zip(ranges_of(outputs), firsts, stops[1:], strict=False)
     )

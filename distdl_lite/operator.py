@@ -14,6 +14,9 @@ from distdl_lite.plan import Plan
 from distdl_lite.transport import Channel, Transport
 from distdl_lite.transport.counts import record
 
+_NOTHING = torch.empty(0)
+_ANCHOR = torch.empty(0, requires_grad=True)  # gives a graph node to a rank whose input needs none
+
 
 class Operator:
     """A linear movement of tensors between two layouts.
@@ -94,8 +97,7 @@ class Operator:
         """Move `x`; differentiable."""
         if not (torch.is_grad_enabled() and (x.requires_grad or self.graph)):
             return self.apply(x)
-        anchor = None if x.requires_grad else torch.empty(0, requires_grad=True)
-        return _Move.apply(x, anchor, self)
+        return _Move.apply(x, None if x.requires_grad else _ANCHOR, self)
 
     def _bind(self, x: torch.Tensor) -> Channel:
         if x.dtype is torch.bool and (self.plan.adds_out or self.plan.pattern.sums):
@@ -130,14 +132,18 @@ class _Move(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, anchor: torch.Tensor | None, operator: Operator) -> torch.Tensor:
         ctx.operator = operator
-        ctx.shape = x.shape
+        if operator.plan.shape_in is None:
+            ctx.shape = x.shape
         # Reading a saved tensor before communicating makes non-reentrant checkpointing recompute at the same place on
         # all ranks.
-        ctx.save_for_backward(x.new_empty(0))
+        ctx.save_for_backward(_NOTHING)
         return operator.apply(x)
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, None, None]:
         _ = ctx.saved_tensors
-        moved = ctx.operator.adjoint(gradient)
-        return moved.view(ctx.shape) if ctx.needs_input_grad[0] else None, None, None
+        operator = ctx.operator
+        moved = operator.adjoint(gradient)
+        if not ctx.needs_input_grad[0]:
+            return None, None, None
+        return (moved.view(ctx.shape) if operator.plan.shape_in is None else moved), None, None

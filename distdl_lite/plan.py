@@ -16,7 +16,7 @@ from functools import cached_property
 from itertools import pairwise
 from typing import Any
 
-from distdl_lite.layout import Box, Layout, Shape, shape_of
+from distdl_lite.layout import Box, Layout, Shape, shape_of, uncovered
 
 
 class Pattern(Enum):
@@ -125,12 +125,25 @@ class Plan:
             self.pattern.adjoint,
         )
 
+    @property
+    def returned_shape(self) -> Shape:
+        """Shape of the tensor a rank gets, ``(0,)`` where it holds nothing; a scalar's ``()`` is not nothing."""
+        return (0,) if self.shape_out is None else self.shape_out
+
     @cached_property
-    def fills(self) -> bool:
-        """Whether the receives write every point of the output exactly once."""
-        if self.adds_out or self.shape_out is None:
-            return False
-        return sum(edge.size for leg in self.legs for edge in leg.receives) == math.prod(self.shape_out)
+    def gaps(self) -> list[tuple[slice, ...]]:
+        """Where the output receives nothing, which is zero."""
+        return self._uncovered([edge.box for leg in self.legs for edge in leg.receives])
+
+    @cached_property
+    def kept_gaps(self) -> list[tuple[slice, ...]]:
+        """Where the output receives nothing from this rank itself; all of it if it receives several pieces."""
+        kept = [edge.box for leg in self.legs for edge in leg.receives if edge.peer == self.rank]
+        return self._uncovered(kept if len(kept) == 1 else [])
+
+    def _uncovered(self, boxes: list[Box]) -> list[tuple[slice, ...]]:
+        entire = tuple((0, n) for n in self.returned_shape)
+        return [tuple(slice(*side) for side in box) for box in uncovered(entire, boxes)]
 
 
 def plan(X: Layout, Y: Layout, rank: int) -> Plan:
@@ -138,7 +151,8 @@ def plan(X: Layout, Y: Layout, rank: int) -> Plan:
 
     Examples
     --------
-    >>> from distdl_lite.layout import Grid, balanced_blocks
+    >>> from distdl_lite.grid import Grid
+    >>> from distdl_lite.layout import balanced_blocks
     >>> rows, columns = Grid((2, 1), (0, 1)), Grid((1, 2), (0, 1))
     >>> p = plan(balanced_blocks(rows, (2, 2)), balanced_blocks(columns, (2, 2)), rank=0)
     >>> [edge.box for edge in p.legs[0].sends]
@@ -198,7 +212,7 @@ def _collective(pattern: Pattern, X: Layout, Y: Layout, rank: int, key: tuple[in
 
 def classify(X: Layout, Y: Layout) -> Pattern:
     """The native collective that the operator from `X` to `Y` is, the same for all its teams and on all ranks."""
-    if not (X.free_axes or Y.free_axes) or _periods(X, Y) != [None] * len(X.dims):
+    if X.is_empty or Y.is_empty or not (X.free_axes or Y.free_axes) or _periods(X, Y) != [None] * len(X.dims):
         return Pattern.EXCHANGE
     alike = _by_team(X) == _by_team(Y)
     if alike and not X.cut_axes and not Y.cut_axes:

@@ -17,6 +17,7 @@ from weakref import WeakValueDictionary
 
 import torch
 
+from distdl_lite.shown import shown
 from distdl_lite.transport import Transport
 
 BUCKET_BYTES = 25 * 2**20
@@ -81,20 +82,7 @@ class _Replicated(torch.autograd.Function):
         if ctx.reducer.may_defer(ctx.parameter):
             ctx.reducer.add(ctx.parameter, gradient, ctx.replicas)
             return None, None, None, None
-        return _Sum.apply(gradient, ctx.replicas.team, ctx.reducer.transport), None, None, None
-
-
-class _Sum(torch.autograd.Function):
-    """A sum over a team at once, its own adjoint."""
-
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, team: tuple[int, ...], transport: Transport) -> torch.Tensor:
-        ctx.team, ctx.transport = team, transport
-        return transport.all_reduce(team, x.clone(memory_format=torch.contiguous_format))
-
-    @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        return _Sum.apply(gradient, ctx.team, ctx.transport), None, None
+        return shown(gradient, ctx.replicas.team, ctx.reducer.transport), None, None, None
 
 
 Entry = tuple[torch.Tensor, torch.Tensor, Replicas]  # parameter, local gradient, where its copies are

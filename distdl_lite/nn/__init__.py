@@ -1,14 +1,50 @@
 """Distributed modules: the base Module, the seven primitives, layers and losses."""
 
+from distdl_lite.nn.adaptive_pool import (
+    DistributedAdaptiveAvgPool1d,
+    DistributedAdaptiveAvgPool2d,
+    DistributedAdaptiveAvgPool3d,
+    DistributedAdaptiveMaxPool1d,
+    DistributedAdaptiveMaxPool2d,
+    DistributedAdaptiveMaxPool3d,
+)
+from distdl_lite.nn.class_loss import DistributedCrossEntropyLoss, DistributedNLLLoss
 from distdl_lite.nn.conv import DistributedConv1d, DistributedConv2d, DistributedConv3d
+from distdl_lite.nn.conv_transpose import (
+    DistributedConvTranspose1d,
+    DistributedConvTranspose2d,
+    DistributedConvTranspose3d,
+)
+from distdl_lite.nn.linear import DistributedLinear
+from distdl_lite.nn.loss import (
+    DistributedBCELoss,
+    DistributedBCEWithLogitsLoss,
+    DistributedHuberLoss,
+    DistributedKLDivLoss,
+    DistributedL1Loss,
+    DistributedMSELoss,
+    DistributedPoissonNLLLoss,
+    DistributedSmoothL1Loss,
+)
 from distdl_lite.nn.module import Module
-from distdl_lite.nn.movement import (
+from distdl_lite.nn.movement import Movement
+from distdl_lite.nn.norm import DistributedBatchNorm
+from distdl_lite.nn.parameter import Layer
+from distdl_lite.nn.pool import (
+    DistributedAvgPool1d,
+    DistributedAvgPool2d,
+    DistributedAvgPool3d,
+    DistributedMaxPool1d,
+    DistributedMaxPool2d,
+    DistributedMaxPool3d,
+)
+from distdl_lite.nn.primitives import (
     AllGather,
     AllSumReduce,
     Broadcast,
     HaloExchange,
-    Movement,
     ReduceScatter,
     Repartition,
     SumReduce,
 )
+from distdl_lite.nn.upsample import DistributedUpsample

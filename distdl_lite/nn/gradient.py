@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from functools import reduce
 
 import torch
 
@@ -40,18 +41,25 @@ def grad_norm(module: torch.nn.Module, norm_type: float = 2.0) -> torch.Tensor:
     Returns
     -------
     torch.Tensor
-        A scalar, the same on all ranks of the model's layers and what the serial model's would be; 0 on ranks outside.
+        A scalar of the parameters' dtype, the same on all ranks of the model's layers and what the serial model's would
+        be; 0 on ranks outside.
     """
     transport, team = team_of(module)
     total = torch.zeros((), dtype=torch.float64)
     if transport.rank not in team:
-        return total.to(torch.get_default_dtype())
+        return total.to(_dtype_of(module))
     is_largest = math.isinf(norm_type)
     for gradient in _counted_once(module, transport.rank, team[0]):
         norm = torch.linalg.vector_norm(gradient.detach(), norm_type, dtype=_wide(gradient.dtype)).to("cpu")
         total = torch.maximum(total, norm) if is_largest else total + norm.double() ** norm_type
     transport.all_reduce(team, total, "max" if is_largest else "sum")
-    return (total if is_largest else total ** (1 / norm_type)).to(torch.get_default_dtype())
+    return (total if is_largest else total ** (1 / norm_type)).to(_dtype_of(module))
+
+
+def _dtype_of(module: torch.nn.Module) -> torch.dtype:
+    """The real dtype of the parameters, which all ranks have the same of, also those that hold none of their elements."""
+    dtypes = [parameter.dtype for parameter in module.parameters()]
+    return reduce(torch.promote_types, dtypes).to_real() if dtypes else torch.get_default_dtype()
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:

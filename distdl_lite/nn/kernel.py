@@ -1,15 +1,22 @@
-"""What layers with sliding kernels share."""
+"""What layers share whose outputs read a range of the input per dim: convolutions, pools, interpolation."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 
-from distdl_lite.layout import Layout, Shape
+from distdl_lite import layout as lay
+from distdl_lite.layout import Dim, Layout, Range, Shape
 from distdl_lite.nn.module import Module
+from distdl_lite.nn.movement import Inputs, agreed_inputs, into
 from distdl_lite.operator import Operator
+from distdl_lite.partition import Partition
 from distdl_lite.plan import plan
+
+Local = Callable[[torch.Tensor], torch.Tensor]
 
 
 def per_dim(name: str, value: int | Sequence[int], dims: int) -> tuple[int, ...]:
@@ -33,3 +40,160 @@ def connected_zeros(shape: Shape, *used: torch.Tensor | None) -> torch.Tensor:
     tensors = [tensor for tensor in used if tensor is not None]
     nothing = sum(tensor.reshape(-1)[:0].sum() for tensor in tensors)
     return torch.zeros(shape, dtype=tensors[0].dtype, device=tensors[0].device) + nothing
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which torch adds up and weighs values of `dtype`."""
+    return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
+
+
+# ---- layers without weights ------------------------------------------------------------------------------------------
+
+
+class Geometry(Protocol):
+    """How the outputs of one spatial dim read its inputs."""
+
+    @property
+    def outputs(self) -> int:
+        """The global number of outputs."""
+
+    def reads(self, start: int, stop: int) -> Range:
+        """The input range that the outputs [start, stop) read; it may leave the dim, which ends it there."""
+
+
+@dataclass(frozen=True)
+class View:
+    """One spatial dim as one rank sees it.
+
+    Attributes
+    ----------
+    geometry : Geometry
+    length : int
+        The global number of inputs.
+    block, held : (start, stop)
+        This rank's outputs, and the inputs it holds for them.
+    is_whole : bool
+        Whether the dim is not cut, so that the rank holds all of it.
+    """
+
+    geometry: Any
+    length: int
+    block: Range
+    held: Range
+    is_whole: bool
+
+    @property
+    def size(self) -> int:
+        return self.block[1] - self.block[0]
+
+
+@dataclass(frozen=True)
+class _Built:
+    fetch: Operator | None
+    dtype: torch.dtype
+    shape: Shape
+    local: Local
+
+
+class SpatialLayer(Module):
+    """Base of layers without weights that treat each channel alone: pools and interpolation.
+
+    Each rank fetches the inputs that its outputs read, wherever their owners are, by one operator, and computes alone. A dim
+    that is not cut stays whole. Override `geometry` and `local`.
+
+    Parameters
+    ----------
+    P_x : Partition
+        Of the input and the output: ``[P_b, P_c, *P_space]``.
+    """
+
+    def __init__(self, P_x: Partition, dims: int) -> None:
+        super().__init__(P_x)
+        self.P_x, self.dims = P_x, dims
+        if P_x.dim != dims + 2:
+            raise self._refuse(
+                f"P_x of shape {P_x.shape} has {P_x.dim} axes, a tensor (N, C, *space) has {dims + 2} dims"
+            )
+
+    def _refuse(self, why: str) -> ValueError:
+        return ValueError(f"{type(self).__name__}: {why}")
+
+    def geometry(self, d: int, length: int, inputs: Inputs) -> Geometry:
+        """The geometry of spatial dim `d`; the same on all ranks. Raises ValueError if the length does not fit."""
+        raise NotImplementedError
+
+    def local(self, views: Sequence[View]) -> Local:
+        """What this rank computes from the inputs it holds."""
+        raise NotImplementedError
+
+    def _distdl_module_setup(self, input: tuple[Any, ...]) -> _Built:
+        inputs = agreed_inputs(type(self).__name__, self._distdl_structure, self.P_x)
+        grid = self.P_x.grid_of_ranks
+        X = lay.blocks(grid, lay.cuts_from_shapes(grid, inputs.shapes))
+        batch, channels, *space = lay.global_shape_of(X)
+        if 0 in space:
+            raise self._refuse(f"the input of shape {lay.global_shape_of(X)} has no points")
+        geometries = [self.geometry(d, n, inputs) for d, n in enumerate(space)]
+        Y = lay.balanced_blocks(grid, (batch, channels, *(g.outputs for g in geometries)))
+        reads = [_reads(Y.dims[2 + d], g, n) for d, (g, n) in enumerate(zip(geometries, space, strict=True))]
+        Z = Layout(grid, (*Y.dims[:2], *reads))
+        box, held = Y.box(self._distdl_transport.rank), Z.box(self._distdl_transport.rank)
+        assert box is not None
+        assert held is not None
+        whole = [n == 1 for n in grid.shape[2:]]
+        views = [View(*view) for view in zip(geometries, space, box[2:], held[2:], whole, strict=True)]
+        shape = lay.shape_of(box)
+        local = (lambda z: connected_zeros(shape, z)) if 0 in shape else self.local(views)
+        return _Built(operator_between(X, Z, self, inputs.requires_grad), inputs.dtype, shape, local)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not self._distdl_is_inside:
+            return x
+        built: _Built = self._distdl_plan
+        return built.local(x if built.fetch is None else into(built.fetch, x, built.dtype))
+
+
+def _reads(outputs: Dim, geometry: Geometry, length: int) -> Dim:
+    """What the output blocks of a dim hold of the input."""
+    if len(outputs.ranges) == 1:
+        return Dim(((0, length),), outputs.axes)
+    ranges = tuple(geometry.reads(a, b) if a < b else (length, length) for a, b in outputs.ranges)
+    return lay.bounded(Dim(ranges, outputs.axes), length, "none")
+
+
+def windows(z: torch.Tensor, dim: int, index: torch.Tensor) -> torch.Tensor:
+    """The points that each output of a dim reads: of shape ``(..., outputs, taps, ...)`` for an index (outputs, taps)."""
+    return z.index_select(dim, index.reshape(-1).to(z.device)).unflatten(dim, index.shape)
+
+
+def check_floating(layer: Module, inputs: Inputs) -> None:
+    """Raise TypeError if the input is of integers, which have no averages."""
+    if not inputs.dtype.is_floating_point:
+        raise TypeError(f"{type(layer).__name__}: the input has dtype {inputs.dtype}, a floating dtype is needed")
+
+
+def edge_pad(
+    wanted: lay.Box, held: lay.Box, global_shape: Shape, boundary: str
+) -> Callable[[torch.Tensor], torch.Tensor] | None:
+    """The local step that reflects or replicates at the global edge: from the box held to the box wanted, None if equal."""
+    if wanted == held:
+        return None
+    rows = [
+        None if w == h else torch.tensor([_folded(i, n, boundary) - h[0] for i in range(*w)], dtype=torch.long)
+        for w, h, n in zip(wanted, held, global_shape, strict=True)
+    ]
+
+    def pad(y: torch.Tensor) -> torch.Tensor:
+        for dim, row in enumerate(rows):
+            if row is not None:
+                y = y.index_select(dim, row.to(y.device))
+        return y
+
+    return pad
+
+
+def _folded(i: int, n: int, boundary: str) -> int:
+    """The point inside ``[0, n)`` that point `i` repeats."""
+    if boundary == "reflect":
+        return abs(i) if i < n else 2 * (n - 1) - i
+    return min(max(i, 0), n - 1)

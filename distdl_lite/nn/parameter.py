@@ -9,10 +9,11 @@ from typing import Any
 
 import torch
 
+from distdl_lite.grid import Grid
 from distdl_lite.layout import Layout, Shape, global_shape_of, shape_of, whole
 from distdl_lite.nn.module import Module, raise_together
 from distdl_lite.operator import Operator
-from distdl_lite.partition import Grid, Partition
+from distdl_lite.partition import Partition
 from distdl_lite.plan import plan
 from distdl_lite.reducer import Replicas, replicated
 from distdl_lite.transport import Transport, current

@@ -7,13 +7,23 @@ context ids, and models have thousands of layers.
 
 from __future__ import annotations
 
+import os
+import sys
 from array import array
+from collections.abc import Sequence
 from typing import Any
 
 import torch
+
+if "mpi4py.MPI" not in sys.modules and "MPI4PY_RC_THREAD_LEVEL" not in os.environ:
+    import mpi4py
+
+    # One thread at a time calls MPI here, autograd's in backward; under "multiple" an agreement takes 3.1 us, not 1.3.
+    mpi4py.rc.thread_level = "serialized"
 from mpi4py import MPI
 
-from distdl_lite.plan import Leg, Pattern, Plan
+from distdl_lite.layout import Shape, shape_of
+from distdl_lite.plan import Edge, Leg, Pattern, Plan
 from distdl_lite.transport import Team, Transport, wire
 
 _TYPES = {
@@ -60,10 +70,15 @@ def _numbers(tensor: torch.Tensor) -> list[Any]:
     return [memory, size, _TYPES[tensor.dtype]]
 
 
+def _at_host(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor contiguous in host memory, itself where it is so already."""
+    return (tensor if tensor.device.type == "cpu" else tensor.cpu()).contiguous()
+
+
 def _on_wire(tensor: torch.Tensor) -> torch.Tensor:
     """A contiguous host tensor of a dtype MPI can add; the tensor itself where it is one already."""
-    if tensor.dtype in _TYPES and tensor.device.type == "cpu":
-        return tensor.contiguous()
+    if tensor.dtype in _TYPES:
+        return _at_host(tensor)
     return tensor.to("cpu", wire.wire_dtype(tensor.dtype)).contiguous()
 
 
@@ -150,6 +165,8 @@ class MPIChannel:
         ]
 
     def start(self, x: torch.Tensor) -> torch.Tensor | None:
+        if x.is_conj() or x.is_neg():  # lazily conjugated or negated: the memory does not hold the values
+            x = x.resolve_conj().resolve_neg()
         y = None
         if self._exchanges:
             self._exchanges[0].start(x)
@@ -163,18 +180,18 @@ class MPIChannel:
             return self._exchanges[0].finish()
         if pending is not None:
             return pending
-        return torch.zeros(self.plan.shape_out or (0,), dtype=self.dtype, device=self.device)
+        return torch.zeros(self.plan.returned_shape, dtype=self.dtype, device=self.device)
 
 
 class _Exchange:
     """Packed persistent messages: 195 us against 577 us of Alltoallw for a 4 MiB repartition on 2 ranks."""
 
     def __init__(self, transport: MPITransport, plan: Plan, leg: Leg, dtype: torch.dtype, device: torch.device) -> None:
-        rank = self._rank = plan.rank
-        self._shape, self._fills, self._adds = plan.shape_out or (0,), plan.fills, plan.adds_out
-        self._sends = wire.messages(wire.without(leg.sends, rank), plan.shape_in, dtype, device)
-        self._receives = wire.messages(wire.without(leg.receives, rank), plan.shape_out, dtype, device)
-        self._local = wire.local_pairs(leg.sends, leg.receives, rank, plan.shape_in, plan.shape_out)
+        self._shape, self._adds, self._dtype = plan.returned_shape, plan.adds_out, dtype
+        self._sends = wire.messages(leg.sends, plan.rank, dtype, device)
+        self._receives = wire.messages(leg.receives, plan.rank, dtype, device, plan.adds_out)
+        self._kept = wire.kept(leg.sends, leg.receives, plan.rank)
+        self._gaps = plan.kept_gaps if plan.adds_out else plan.gaps
         comm = transport.comm
         self._receiving = [comm.Recv_init(_bytes(m.host), m.peer, _TAG) for m in self._receives]
         self._sending = [comm.Send_init(_bytes(m.host), m.peer, _TAG) for m in self._sends]
@@ -182,41 +199,53 @@ class _Exchange:
         self._x: torch.Tensor | None = None
 
     def start(self, x: torch.Tensor) -> None:
-        if self._receiving:
-            MPI.Prequest.Startall(self._receiving)
-        for message in self._sends:
-            message.pack(x)
-        if self._sending:
-            MPI.Prequest.Startall(self._sending)
+        for request in self._receiving:
+            request.Start()
+        source = wire.indexable(x)
+        for message, request in zip(self._sends, self._sending, strict=True):
+            message.pack(source)
+            request.Start()
         self._x = x
 
     def finish(self) -> torch.Tensor:
         x, self._x = self._x, None
         assert x is not None
-        y = x.new_empty(self._shape) if self._fills else x.new_zeros(self._shape)
         if self._adds:
-            self._wait()
-            self._add_in_rank_order(x, y)
-            return y
-        for source, target in self._local:
-            target.of(y).copy_(source.of(x))
-        self._wait()
-        for message in self._receives:
-            message.unpack(y, add=False)
-        return y
-
-    def _wait(self) -> None:
+            return self._finish_sum(x)
+        y = x.new_empty(self._shape)
+        source, target = wire.indexable(x), wire.indexable(y)
+        for gap in self._gaps:
+            target[gap] = 0
+        for here, there in self._kept:
+            target[there] = source[here]
         if self._requests:
             MPI.Request.Waitall(self._requests)
+        for message in self._receives:
+            message.unpack(target)
+        return y
 
-    def _add_in_rank_order(self, x: torch.Tensor, y: torch.Tensor) -> None:
-        """The sum of floats depends on its order: keep it the same in every run."""
-        for message in [m for m in self._receives if m.peer < self._rank]:
-            message.unpack(y, add=True)
-        for source, target in self._local:
-            target.of(y).add_(source.of(x))
-        for message in [m for m in self._receives if m.peer > self._rank]:
-            message.unpack(y, add=True)
+    def _finish_sum(self, x: torch.Tensor) -> torch.Tensor:
+        """This rank's own part, then the others' in rank order: a sum of floats depends on its order."""
+        y = x.new_empty(self._shape, dtype=wire.wire_dtype(self._dtype))
+        source = wire.indexable(x, adds=True)
+        target = y if isinstance(source, torch.Tensor) else wire.indexable(y)
+        for gap in self._gaps:
+            target[gap] = 0
+        with wire.quiet():
+            self._keep(source, target)
+            if self._requests:
+                MPI.Request.Waitall(self._requests)
+            for message in self._receives:
+                message.add_to(target)
+        return y.to(self._dtype)
+
+    def _keep(self, source: Any, target: Any) -> None:
+        """Where this rank's own pieces leave no gap, they are copied; several that overlap are added to zeros."""
+        for here, there in self._kept:
+            if len(self._kept) == 1:
+                target[there] = source[here]
+            else:
+                target[there] += source[here]
 
     def __del__(self) -> None:
         if MPI.Is_finalized():
@@ -230,15 +259,11 @@ class _Collective:
 
     def __init__(self, comm: MPI.Comm, plan: Plan, leg: Leg, dtype: torch.dtype, device: torch.device) -> None:
         self.comm, self.dtype, self.device = comm, dtype, device
-        self.shape_out = plan.shape_out or (0,)
+        self.shape_out = plan.returned_shape
         self.stays = device.type == "cpu" and wire.wire_dtype(dtype) is dtype
         self.sends, self.receives = bool(leg.sends), bool(leg.receives)
         self.root = -1 if leg.root is None else leg.team.index(leg.root)
         self.at_root = leg.root == plan.rank
-
-    def _fresh(self, like: torch.Tensor) -> torch.Tensor:
-        """A host tensor of the output's shape and of the dtype of `like`, which is on the wire already."""
-        return like.new_empty(self.shape_out)
 
     def _home(self, y: torch.Tensor) -> torch.Tensor:
         return y if self.stays else y.to(self.device, self.dtype)
@@ -247,7 +272,7 @@ class _Collective:
 class _Broadcast(_Collective):
     def run(self, x: torch.Tensor) -> torch.Tensor | None:
         if self.at_root:
-            sent = x.to("cpu").contiguous()
+            sent = _at_host(x)
             self.comm.Bcast(_bytes(sent), self.root)
             return x.clone(memory_format=torch.contiguous_format) if self.receives else None
         y = torch.empty(self.shape_out, dtype=self.dtype)
@@ -261,7 +286,7 @@ class _Reduce(_Collective):
         if not self.at_root:
             self.comm.Reduce(_numbers(sent), None, MPI.SUM, self.root)
             return None
-        y = self._fresh(sent)
+        y = sent.new_empty(self.shape_out)
         if self.sends:
             self.comm.Reduce(_numbers(sent), _numbers(y), MPI.SUM, self.root)
         else:  # the target is no source: it adds zero
@@ -273,7 +298,7 @@ class _Reduce(_Collective):
 class _AllReduce(_Collective):
     def run(self, x: torch.Tensor) -> torch.Tensor:
         sent = _on_wire(x)
-        y = self._fresh(sent)
+        y = sent.new_empty(self.shape_out)
         self.comm.Allreduce(_numbers(sent), _numbers(y), MPI.SUM)
         return self._home(y)
 
@@ -281,41 +306,71 @@ class _AllReduce(_Collective):
 class _AllGather(_Collective):
     def __init__(self, comm: MPI.Comm, plan: Plan, leg: Leg, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__(comm, plan, leg, dtype, device)
-        sizes = {edge.peer: edge.size * dtype.itemsize for edge in leg.receives}
-        self._counts = [sizes.get(rank, 0) for rank in leg.team]
-        self._places = [wire.Piece(edge, plan.shape_out or ()) for edge in leg.receives]
-        self._starts = [sum(piece.size for piece in self._places[:i]) for i in range(len(self._places) + 1)]
-        # Pieces that lie in the output one after the other need no unpacking.
-        self._in_order = all(
-            piece.offset == start and piece.is_contiguous()
-            for piece, start in zip(self._places, self._starts, strict=False)
-        )
+        self._counts = [count * dtype.itemsize for count in _counts(leg.team, leg.receives)]
+        self._even = len(set(self._counts)) == 1
+        self._in_order = wire.lie_in_order(leg.receives, self.shape_out)
+        self._places = _places(leg.receives)
 
     def run(self, x: torch.Tensor) -> torch.Tensor:
-        sent = x.to("cpu").contiguous()
-        y = self._fresh(sent)
-        flat = y if self._in_order else torch.empty(self._starts[-1], dtype=self.dtype)
-        memory = _bytes(flat)[0]
-        self.comm.Allgatherv(_bytes(sent), [memory, self._counts, MPI.BYTE])
+        sent = _at_host(x)
+        y = sent.new_empty(self.shape_out)
+        flat = y if self._in_order else sent.new_empty(y.numel())
+        if self._even:
+            self.comm.Allgather(_bytes(sent), [_bytes(flat)[0], self._counts[0], MPI.BYTE])
+        else:
+            self.comm.Allgatherv(_bytes(sent), [_bytes(flat)[0], self._counts, MPI.BYTE])
         if not self._in_order:
-            for place, start in zip(self._places, self._starts, strict=False):
-                place.of(y).copy_(flat[start : start + place.size].view(place.shape))
+            self._lay_out(flat, y)
         return self._home(y)
+
+    def _lay_out(self, flat: torch.Tensor, y: torch.Tensor) -> None:
+        target = wire.indexable(y)
+        parts = wire.indexable(flat)
+        start = 0
+        for slices, shape, size in self._places:
+            target[slices] = parts[start : start + size].reshape(shape)
+            start += size
 
 
 class _ReduceScatter(_Collective):
     def __init__(self, comm: MPI.Comm, plan: Plan, leg: Leg, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__(comm, plan, leg, dtype, device)
-        sizes = {edge.peer: edge.size for edge in leg.sends}
-        self._counts = [sizes.get(rank, 0) for rank in leg.team]
-        self._places = [wire.Piece(edge, plan.shape_in or ()) for edge in leg.sends]
+        self._counts = _counts(leg.team, leg.sends)
+        self._even = len(set(self._counts)) == 1
+        self._in_order = wire.lie_in_order(leg.sends, plan.shape_in or ())
+        self._places = _places(leg.sends)
 
     def run(self, x: torch.Tensor) -> torch.Tensor:
-        pieces = [place.of(x).reshape(-1) for place in self._places]
-        sent = _on_wire(torch.cat(pieces) if pieces else x.reshape(-1))
-        y = self._fresh(sent)
-        self.comm.Reduce_scatter(_numbers(sent), _numbers(y), self._counts, MPI.SUM)
+        sent = _on_wire(x)
+        if not self._in_order:
+            sent = self._line_up(sent)
+        y = sent.new_empty(self.shape_out)
+        if self._even:
+            memory, _, kind = _numbers(sent)
+            self.comm.Reduce_scatter_block([memory, self._counts[0], kind], _numbers(y), MPI.SUM)
+        else:
+            self.comm.Reduce_scatter(_numbers(sent), _numbers(y), self._counts, MPI.SUM)
         return self._home(y)
+
+    def _line_up(self, x: torch.Tensor) -> torch.Tensor:
+        flat = x.new_empty(x.numel())
+        source, parts = wire.indexable(x), wire.indexable(flat)
+        start = 0
+        for slices, shape, size in self._places:
+            parts[start : start + size].reshape(shape)[...] = source[slices]
+            start += size
+        return flat
+
+
+def _counts(team: Sequence[int], edges: Sequence[Edge]) -> list[int]:
+    """Elements per rank of a team; a rank with an empty block has no edge."""
+    sizes = {edge.peer: edge.size for edge in edges}
+    return [sizes.get(rank, 0) for rank in team]
+
+
+def _places(edges: Sequence[Edge]) -> list[tuple[wire.Slices, Shape, int]]:
+    """Where the runs of a flat buffer stand in a tensor."""
+    return [(edge.slices, shape_of(edge.box), edge.size) for edge in edges]
 
 
 _COLLECTIVES = {

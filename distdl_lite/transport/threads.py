@@ -169,7 +169,7 @@ class ThreadChannel:
 
     def finish(self, pending: None) -> torch.Tensor:
         dtype = wire.wire_dtype(self.dtype) if self.plan.adds_out else self.dtype
-        y = torch.zeros(self.plan.shape_out or (0,), dtype=dtype, device=self.device)
+        y = torch.zeros(self.plan.returned_shape, dtype=dtype, device=self.device)
         for leg, edge in self._receives:
             part = self._next(edge.peer, leg.pattern.value, leg.team)
             if self.plan.adds_out:

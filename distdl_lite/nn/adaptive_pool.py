@@ -1,0 +1,166 @@
+"""Adaptive pools, cut along batch, channels and space: output i of m reads ``[floor(i n / m), ceil((i + 1) n / m))``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from distdl_lite.layout import Range
+from distdl_lite.nn.kernel import Local, SpatialLayer, View, check_floating, wide, windows
+from distdl_lite.nn.movement import Inputs
+from distdl_lite.partition import Partition
+
+_MAX_POOLS = {1: F.adaptive_max_pool1d, 2: F.adaptive_max_pool2d, 3: F.adaptive_max_pool3d}
+_AVG_POOLS = {1: F.adaptive_avg_pool1d, 2: F.adaptive_avg_pool2d, 3: F.adaptive_avg_pool3d}
+
+
+@dataclass(frozen=True)
+class Adaptive:
+    """Windows of nearly equal length that cover a dim.
+
+    >>> Adaptive(7, 3).reads(1, 2)
+    (2, 5)
+    """
+
+    length: int
+    outputs: int
+
+    def reads(self, start: int, stop: int) -> Range:
+        return start * self.length // self.outputs, -(-stop * self.length // self.outputs)
+
+
+def _windows(view: View) -> tuple[torch.Tensor, torch.Tensor]:
+    """Index (outputs, taps) of a dim's windows, the short ones repeating their last point, and their lengths."""
+    starts, stops = torch.tensor([view.geometry.reads(i, i + 1) for i in range(*view.block)]).unsqueeze(-1).unbind(1)
+    taps = starts + torch.arange(int((stops - starts).max()))
+    return torch.minimum(taps, stops - 1) - view.held[0], stops - starts
+
+
+def largest(views: Sequence[View]) -> Local:
+    """The maxima over this rank's windows; among equal ones the first in row-major order gets the gradient, as in torch."""
+    indices = [_windows(view)[0] for view in views]
+
+    def pool(z: torch.Tensor) -> torch.Tensor:
+        for dim in range(z.dim() - 1, 1, -1):
+            z = windows(z, dim, indices[dim - 2]).max(dim + 1).values
+        return z
+
+    return pool
+
+
+def averaged(views: Sequence[View]) -> Local:
+    """The averages over this rank's windows."""
+    dims = [_windows(view) for view in views]
+
+    def pool(z: torch.Tensor) -> torch.Tensor:
+        y = z.to(wide(z.dtype))
+        for dim in range(z.dim() - 1, 1, -1):
+            index, length = dims[dim - 2]
+            shape = (1,) * (z.dim() - dim - 1)
+            repeated = (torch.arange(index.shape[1]) >= length).to(z.device).view(*index.shape, *shape)
+            y = windows(y, dim, index).masked_fill(repeated, 0).sum(dim + 1) / length.to(y).view(-1, *shape)
+        return y.to(z.dtype)
+
+    return pool
+
+
+class _DistributedAdaptivePool(SpatialLayer):
+    """A pool to a given number of outputs over the tensor that the blocks over `P_x` form, equal to torch's.
+
+    Input ``(N, C, *space)`` in blocks of any sizes, cut along any dims; output in balanced blocks over `P_x`, whose ranks
+    call it together. Ranks outside return what they pass.
+
+    Parameters
+    ----------
+    P_x : Partition
+        ``[P_b, P_c, *P_space]``.
+    output_size : int, None or sequence of them
+        The global number of outputs per dim; None keeps the input's.
+    return_indices : bool
+        Of a max pool: only False.
+
+    Raises
+    ------
+    ValueError
+        In the constructor if the partition does not fit the dims or the size is not positive. On all ranks alike.
+    TypeError
+        At build, if integers are to be averaged.
+    """
+
+    dims: int
+
+    def __init__(self, P_x: Partition, output_size: int | Sequence[int | None] | None) -> None:
+        super().__init__(P_x, type(self).dims)
+        sizes = tuple(output_size) if isinstance(output_size, Sequence) else (output_size,) * self.dims
+        if len(sizes) != self.dims or any(size is not None and size < 1 for size in sizes):
+            raise self._refuse(f"output_size={output_size} is not {self.dims} positive numbers")
+        self.output_size = sizes
+
+    def geometry(self, d: int, length: int, inputs: Inputs) -> Adaptive:
+        size = self.output_size[d]
+        return Adaptive(length, length if size is None else size)
+
+    def extra_repr(self) -> str:
+        return f"output_size={self.output_size}, P_x={self.P_x.shape}"
+
+
+class _DistributedAdaptiveMaxPool(_DistributedAdaptivePool):
+    def __init__(
+        self, P_x: Partition, output_size: int | Sequence[int | None] | None, return_indices: bool = False
+    ) -> None:
+        super().__init__(P_x, output_size)
+        if return_indices:
+            raise self._refuse("return_indices=True is not supported")
+
+    def local(self, views: Sequence[View]) -> Local:
+        if all(view.is_whole for view in views):
+            return lambda z: _MAX_POOLS[self.dims](z, _sizes(views))
+        return largest(views)
+
+
+class _DistributedAdaptiveAvgPool(_DistributedAdaptivePool):
+    def geometry(self, d: int, length: int, inputs: Inputs) -> Adaptive:
+        check_floating(self, inputs)
+        return super().geometry(d, length, inputs)
+
+    def local(self, views: Sequence[View]) -> Local:
+        if all(view.is_whole for view in views):
+            return lambda z: _AVG_POOLS[self.dims](z, _sizes(views))
+        return averaged(views)
+
+
+def _sizes(views: Sequence[View]) -> tuple[int, ...]:
+    return tuple(view.geometry.outputs for view in views)
+
+
+class DistributedAdaptiveMaxPool1d(_DistributedAdaptiveMaxPool):
+    __doc__ = _DistributedAdaptivePool.__doc__
+    dims = 1
+
+
+class DistributedAdaptiveMaxPool2d(_DistributedAdaptiveMaxPool):
+    __doc__ = _DistributedAdaptivePool.__doc__
+    dims = 2
+
+
+class DistributedAdaptiveMaxPool3d(_DistributedAdaptiveMaxPool):
+    __doc__ = _DistributedAdaptivePool.__doc__
+    dims = 3
+
+
+class DistributedAdaptiveAvgPool1d(_DistributedAdaptiveAvgPool):
+    __doc__ = _DistributedAdaptivePool.__doc__
+    dims = 1
+
+
+class DistributedAdaptiveAvgPool2d(_DistributedAdaptiveAvgPool):
+    __doc__ = _DistributedAdaptivePool.__doc__
+    dims = 2
+
+
+class DistributedAdaptiveAvgPool3d(_DistributedAdaptiveAvgPool):
+    __doc__ = _DistributedAdaptivePool.__doc__
+    dims = 3

@@ -1,0 +1,207 @@
+"""Losses over classes, also where the class dim is cut: no rank then sees all logits of a point."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from distdl_lite import layout as lay
+from distdl_lite.layout import Shape
+from distdl_lite.nn.kernel import connected_zeros
+from distdl_lite.nn.loss import _Built, _DistributedLoss
+from distdl_lite.operator import Operator
+from distdl_lite.partition import Partition
+from distdl_lite.plan import plan
+
+
+@dataclass(frozen=True)
+class _BuiltOverClasses(_Built):
+    """Also what a cut class dim needs; `over_classes` sums over it, None where it is whole."""
+
+    over_classes: Operator | None
+    team: tuple[int, ...]
+
+
+class DistributedNLLLoss(_DistributedLoss):
+    """torch's NLLLoss over the tensor that the blocks over `P_x` form, any axis of which may be cut.
+
+    Input of log-probabilities ``(C,)`` or ``(N, C, *space)``, target of class indices without the class dim, in blocks
+    that match. Ranks that differ only along the class axis pass the same target block.
+
+    Parameters
+    ----------
+    P_x : Partition
+        One axis per dim of the input.
+    weight : torch.Tensor, optional
+        Of all ``C`` classes, the same on all ranks.
+    ignore_index, reduction
+        As in torch; a mean divides by the global sum of the targets' weights.
+
+    Raises
+    ------
+    ValueError
+        At build, on all ranks, if input, target and weight do not fit, or reduction is "none" and the class dim is cut.
+    IndexError
+        On all ranks if a target is no class.
+
+    Notes
+    -----
+    The value is one number shown on every rank, and its gradient the serial one, as for the other losses.
+    """
+
+    function = F.nll_loss
+
+    def __init__(
+        self,
+        P_x: Partition,
+        *,
+        weight: torch.Tensor | None = None,
+        ignore_index: int = -100,
+        reduction: str = "mean",
+        **options: Any,
+    ) -> None:
+        super().__init__(P_x, reduction, weight=weight, ignore_index=ignore_index, **options)
+        self._axis = 0 if P_x.dim == 1 else 1
+
+    # ---- set-up ------------------------------------------------------------------------------------------------------
+
+    def _target_shape(self, input: Shape, target: Shape) -> Shape:
+        return (*input[: self._axis], *input[self._axis + 1 :])
+
+    def _local_options(self, box: lay.Box) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in self._options}
+
+    def _distdl_module_setup(self, input: tuple[Any, ...]) -> _BuiltOverClasses:
+        built = super()._distdl_module_setup(input)
+        classes, grid, axis = built.global_shape[self._axis], self.P_x.grid_of_ranks, self._axis
+        if self.weight is not None and self.weight.shape != (classes,):
+            raise self._refuse(f"weight of shape {tuple(self.weight.shape)} does not fit {classes} classes")
+        if grid.shape[axis] > 1 and self.reduction == "none":
+            raise self._refuse(f"reduction 'none' with the classes cut over P_x of shape {grid.shape}")
+        cuts = lay.cuts_from_shapes(grid, {rank: tensors[0].shape for rank, tensors in self._distdl_structure.items()})
+        points = [lay.Dim(((0, 1),)) if a == axis else lay.Dim(lay.ranges_of(cut), (a,)) for a, cut in enumerate(cuts)]
+        X = lay.Layout(grid, tuple(points), tuple(a for a in range(grid.dim) if a != axis))
+        rank, transport = self._distdl_transport.rank, self._distdl_transport
+        add_up = None
+        if grid.shape[axis] > 1:
+            add_up = Operator(plan(X, X, rank), transport, type(self).__name__, built.graph)
+        return _BuiltOverClasses(built.box, built.global_shape, built.graph, add_up, X.replicas(rank))
+
+    # ---- forward -----------------------------------------------------------------------------------------------------
+
+    def _terms(self, input: torch.Tensor, target: torch.Tensor, built: _BuiltOverClasses) -> torch.Tensor:
+        if built.over_classes is None:
+            return super()._terms(input, target, built)
+        terms = self._partial(self._log_probabilities(input, built), target, built)
+        return terms if torch.is_autocast_enabled(input.device.type) else terms.to(input.dtype)
+
+    def _log_probabilities(self, input: torch.Tensor, built: _BuiltOverClasses) -> torch.Tensor:
+        return input
+
+    def _partial(self, log_p: torch.Tensor, target: torch.Tensor, built: _BuiltOverClasses) -> torch.Tensor:
+        """The terms as far as they come from this rank's classes."""
+        start, stop = built.box[self._axis]
+        classes = built.global_shape[self._axis]
+        is_counted = target != self.ignore_index
+        wrong = target[is_counted & ((target < 0) | (target >= classes))]
+        if wrong.numel():
+            raise IndexError(f"Target {wrong[0].item()} is out of bounds.")
+        if start == stop:
+            return connected_zeros(target.shape, log_p)
+        is_mine = is_counted & (target >= start) & (target < stop)
+        index = torch.where(is_mine, target - start, 0)
+        picked = self._weighted(log_p, built).gather(self._axis, index.unsqueeze(self._axis)).squeeze(self._axis)
+        return -torch.where(is_mine, picked, 0)
+
+    def _weighted(self, log_p: torch.Tensor, built: _BuiltOverClasses) -> torch.Tensor:
+        if self.weight is None:
+            return log_p
+        shape = [-1 if a == self._axis else 1 for a in range(log_p.dim())]
+        return log_p * self.weight[slice(*built.box[self._axis])].view(shape)
+
+    def _weight(self, terms: torch.Tensor, target: torch.Tensor, built: _BuiltOverClasses) -> torch.Tensor:
+        is_counted = target != self.ignore_index
+        weights = is_counted if self.weight is None else self.weight[target[is_counted]]
+        return weights.sum(dtype=torch.float64) * self._counts()
+
+    def _counts(self) -> bool:
+        """Whether this rank, of those that hold the same points, counts their weights."""
+        return self.P_x.index is not None and self.P_x.index[self._axis] == 0
+
+
+class DistributedCrossEntropyLoss(DistributedNLLLoss):
+    """torch's CrossEntropyLoss over the tensor that the blocks over `P_x` form, any axis of which may be cut.
+
+    Input of logits ``(C,)`` or ``(N, C, *space)``; the target holds class indices and has no class dim, or probabilities
+    in the input's blocks. Where the classes are cut, their ranks share maxima and sums of exponentials, no logits.
+
+    Parameters
+    ----------
+    P_x, weight, ignore_index, reduction
+        As in `DistributedNLLLoss`.
+    label_smoothing : float
+        As in torch.
+
+    Raises
+    ------
+    ValueError, IndexError
+        As in `DistributedNLLLoss`; also in the constructor if `label_smoothing` is not in [0, 1].
+    """
+
+    function = F.cross_entropy
+
+    def __init__(
+        self,
+        P_x: Partition,
+        *,
+        weight: torch.Tensor | None = None,
+        ignore_index: int = -100,
+        reduction: str = "mean",
+        label_smoothing: float = 0.0,
+    ) -> None:
+        if not 0.0 <= label_smoothing <= 1.0:
+            raise ValueError(f"DistributedCrossEntropyLoss: label_smoothing={label_smoothing} is not in [0, 1]")
+        super().__init__(
+            P_x, weight=weight, ignore_index=ignore_index, reduction=reduction, label_smoothing=label_smoothing
+        )
+
+    def _target_shape(self, input: Shape, target: Shape) -> Shape:
+        return input if len(target) == len(input) else super()._target_shape(input, target)
+
+    def _distdl_module_setup(self, input: tuple[Any, ...]) -> _BuiltOverClasses:
+        built = super()._distdl_module_setup(input)
+        for rank, (x, target, *_) in self._distdl_structure.items():
+            if len(target.shape) == len(x.shape):
+                if target.dtype is None or not target.dtype.is_floating_point:
+                    raise self._refuse(f"rank {rank} passed probabilities of dtype {target.dtype}")
+                if self.ignore_index >= 0:
+                    raise self._refuse(f"ignore_index={self.ignore_index} with a target of probabilities")
+        return built
+
+    def _log_probabilities(self, input: torch.Tensor, built: _BuiltOverClasses) -> torch.Tensor:
+        """log_softmax over the cut class dim."""
+        assert built.over_classes is not None
+        x = input.float() if input.dtype in (torch.float16, torch.bfloat16) else input
+        shape = [1 if a == self._axis else n for a, n in enumerate(x.shape)]
+        top = x.detach().amax(self._axis, keepdim=True) if x.shape[self._axis] else x.new_full(shape, -torch.inf)
+        z = x - self._distdl_transport.all_reduce(built.team, top.contiguous(), "max")
+        return z - built.over_classes(z.exp().sum(self._axis, keepdim=True)).log()
+
+    def _partial(self, log_p: torch.Tensor, target: torch.Tensor, built: _BuiltOverClasses) -> torch.Tensor:
+        classes, smoothing = built.global_shape[self._axis], self.label_smoothing
+        if target.dim() == log_p.dim():
+            smooth = target * (1 - smoothing) + smoothing / classes
+            return -(self._weighted(log_p, built) * smooth).sum(self._axis)
+        terms = super()._partial(log_p, target, built)
+        if smoothing:
+            even = -self._weighted(log_p, built).sum(self._axis).masked_fill(target == self.ignore_index, 0)
+            terms = (1 - smoothing) * terms + smoothing / classes * even
+        return terms
+
+    def _weight(self, terms: torch.Tensor, target: torch.Tensor, built: _BuiltOverClasses) -> torch.Tensor:
+        if target.dim() == terms.dim():
+            return super()._weight(terms, target, built)
+        return torch.full_like(terms.sum(), terms.numel() * self._counts(), dtype=torch.float64, requires_grad=False)

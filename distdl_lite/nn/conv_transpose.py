@@ -1,0 +1,159 @@
+"""Transposed convolutions, cut along batch, space and features."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from distdl_lite import layout as lay
+from distdl_lite.layout import Dim, Layout, Shape
+from distdl_lite.nn.convolution import Convolution, Convolve
+from distdl_lite.nn.kernel import per_dim
+from distdl_lite.partition import Partition
+
+_CONVOLUTIONS: dict[int, Any] = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
+
+
+class _DistributedConvTranspose(Convolution):
+    """A transposed convolution over the tensor that the blocks over `P_x` form, equal to torch's for every option.
+
+    Input ``(N, C_in, *space)`` in blocks of any sizes over `P_x`; output ``(N, C_out, *space)`` in balanced blocks over
+    `P_y`. Ranks outside all partitions pass and get zero-volume tensors; those inside with an empty block take part.
+
+    Parameters
+    ----------
+    P_x : Partition
+        Of the input: ``[P_b, P_in, *P_space]``.
+    in_channels, out_channels, kernel_size, stride, padding, output_padding, groups, bias, dilation, padding_mode, device, dtype
+        As in torch.nn.ConvTranspose1d/2d/3d.
+    P_y : Partition, optional
+        Of the output: ``[P_b, P_out, *P_space]``; None is `P_x`.
+    P_w : Partition, optional
+        Of the work: ``[P_out, P_in, *P_space]``, or ``[P_b, P_out, P_in, *P_space]`` with the batch cut too. Without it
+        each rank of `P_y` fetches all input channels it needs and computes its output channels.
+
+    Raises
+    ------
+    ValueError
+        In the constructor if partitions do not fit each other or the dims, an option is one torch refuses, or a cut of
+        the features does not fall on group boundaries; at build if the input does not fit. On all ranks alike.
+
+    Notes
+    -----
+    The weight is ``(C_in, C_out / groups, *kernel)``. Parameters start from the serial layer's values for the same seed.
+    Output j of a dim gathers the inputs i with ``i s - p <= j <= i s - p + d (k - 1)``, wherever their owners are.
+    """
+
+    def __init__(
+        self,
+        P_x: Partition,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | Sequence[int],
+        stride: int | Sequence[int] = 1,
+        padding: int | Sequence[int] = 0,
+        output_padding: int | Sequence[int] = 0,
+        groups: int = 1,
+        bias: bool = True,
+        dilation: int | Sequence[int] = 1,
+        padding_mode: str = "zeros",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        P_y: Partition | None = None,
+        P_w: Partition | None = None,
+    ) -> None:
+        P_y = P_x if P_y is None else P_y
+        super().__init__(P_x, P_y, P_w)
+        self.P_x, self.P_y, self.P_w = P_x, P_y, P_w
+        self.in_channels, self.out_channels, self.groups = in_channels, out_channels, groups
+        self.kernel_size = per_dim("kernel_size", kernel_size, self.dims)
+        self.stride = per_dim("stride", stride, self.dims)
+        self.dilation = per_dim("dilation", dilation, self.dims)
+        self.padding = per_dim("padding", padding, self.dims)
+        self.output_padding = per_dim("output_padding", output_padding, self.dims)
+        self.padding_mode = padding_mode
+        self._check_options()
+        self._place(bias, device, dtype)
+        self._whole = tuple(n == 1 for n in self._work.shape[3:])
+
+    def _check_options(self) -> None:
+        self._check_sizes()
+        if self.padding_mode != "zeros":
+            raise self._refuse(f"padding_mode {self.padding_mode!r} is not 'zeros', the only one there is")
+        if min(self.padding) < 0:
+            raise self._refuse(f"padding={self.padding} must not be negative")
+        limits = zip(self.output_padding, self.stride, self.dilation, strict=True)
+        if any(not 0 <= o < max(s, d) for o, s, d in limits):
+            raise self._refuse(
+                f"output_padding={self.output_padding} must be below stride={self.stride} or dilation={self.dilation}"
+            )
+
+    def _weight_layout(self, outs: tuple[lay.Range, ...], ins: tuple[lay.Range, ...], axis: int) -> Layout:
+        out_dim = Dim(outs, (1,)) if axis == 2 else Dim(((0, self.out_channels // self.groups),))
+        return Layout(self._work, (Dim(ins, (axis,)), out_dim, *(Dim(((0, k),)) for k in self.kernel_size)))
+
+    def _output_length(self, d: int, n: int) -> int:
+        k, s, p = self.kernel_size[d], self.stride[d], self.padding[d]
+        length = (n - 1) * s - 2 * p + self.dilation[d] * (k - 1) + self.output_padding[d] + 1
+        if n < 1 or length < 1:
+            raise self._refuse(f"dim {d + 2} of length {n} has no output with kernel_size={k}, stride={s}, padding={p}")
+        return length
+
+    def _reads(self, d: int, n: int, cuts: Sequence[int]) -> Dim:
+        if self._whole[d]:
+            return Dim(((0, n),), (3 + d,))
+        ranges = lay.read_by_transposed_kernel(
+            cuts, self.kernel_size[d], self.stride[d], self.dilation[d], self.padding[d]
+        )
+        return lay.bounded(Dim(ranges, (3 + d,)), n, "none")
+
+    def _convolution(self, box: lay.Box, held: lay.Box, global_shape: Shape, groups: int) -> Convolve:
+        cut = [d for d, whole in enumerate(self._whole) if not whole]
+        padding, extra = (
+            [0 if d in cut else v[d] for d in range(self.dims)] for v in (self.padding, self.output_padding)
+        )
+        # Per cut dim, where this rank's outputs start and stop among those that the held inputs reach.
+        places = [(box[2 + d][0] - first, box[2 + d][1] - first) for d in cut for first in [self._first(d, held)]]
+
+        def convolve(z: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+            inside = bias if not cut else None
+            y = _CONVOLUTIONS[self.dims](z, weight, inside, self.stride, padding, extra, groups, self.dilation)
+            for d, (start, stop) in zip(cut, places, strict=True):
+                y = _between(y, 2 + d, start, stop)
+            return y if not cut else self.with_bias(y, bias)
+
+        return convolve
+
+    def _first(self, d: int, held: lay.Box) -> int:
+        """The first output that the held inputs of a cut dim reach."""
+        return held[2 + d][0] * self.stride[d] - self.padding[d]
+
+    def _own_repr(self) -> list[str]:
+        parts = [f"padding={self.padding}"] if any(self.padding) else []
+        return parts + ([f"output_padding={self.output_padding}"] if any(self.output_padding) else [])
+
+
+def _between(y: torch.Tensor, dim: int, start: int, stop: int) -> torch.Tensor:
+    """The points [start, stop) of a dim, zeros where it has none."""
+    left, right = max(-start, 0), max(stop - y.shape[dim], 0)
+    y = y.narrow(dim, max(start, 0), stop - right - max(start, 0))
+    return F.pad(y, (0, 0) * (y.dim() - dim - 1) + (left, right)) if left or right else y
+
+
+class DistributedConvTranspose1d(_DistributedConvTranspose):
+    __doc__ = _DistributedConvTranspose.__doc__
+    dims = 1
+
+
+class DistributedConvTranspose2d(_DistributedConvTranspose):
+    __doc__ = _DistributedConvTranspose.__doc__
+    dims = 2
+
+
+class DistributedConvTranspose3d(_DistributedConvTranspose):
+    __doc__ = _DistributedConvTranspose.__doc__
+    dims = 3

@@ -1,0 +1,211 @@
+"""What convolutions share, transposed or not: they are cut along batch, space and features by one rule.
+
+The weight lives on a work grid with the axes [batch, out, in, *space]. Three layouts make a convolution:
+
+    X   the input blocks over P_x
+    Z   over the work grid: the input channels of `in` and the points that the outputs of `space` read
+    Y   the output blocks over P_y; the work grid's partial outputs are added up over `in`
+
+so broadcasting over `out`, halos, all-gathers of channels and the sum over `in` are the two operators X -> Z and
+work -> Y, each left out where its two layouts are equal.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from distdl_lite import layout as lay
+from distdl_lite.grid import Grid, balanced
+from distdl_lite.layout import Dim, Layout, Shape, balanced_blocks, ranges_of
+from distdl_lite.nn.kernel import connected_zeros, operator_between
+from distdl_lite.nn.movement import agreed_inputs, computing_dtype, into
+from distdl_lite.nn.parameter import Layer, bias_bound, kaiming_bound, uniform
+from distdl_lite.operator import Operator
+from distdl_lite.partition import Partition
+
+Convolve = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class _Built:
+    """What forward needs for one structure."""
+
+    fetch: Operator | None
+    deliver: Operator | None
+    dtype: torch.dtype
+    out_dtype: torch.dtype
+    shape: Shape | None  # of this rank's part of the convolution, None outside the work grid
+    convolve: Convolve | None  # None where there is nothing to convolve
+
+
+class Convolution(Layer):
+    """Base of convolutions, transposed or not: the work grid, where weights live, fetch and deliver.
+
+    A subclass sets its options before it calls `_place`, and overrides `_weight_layout`, `_output_length`, `_reads` and
+    `_convolution`.
+    """
+
+    dims: int
+    P_x: Partition
+    P_y: Partition
+    P_w: Partition | None
+    in_channels: int
+    out_channels: int
+    groups: int
+    kernel_size: tuple[int, ...]
+    stride: tuple[int, ...]
+    dilation: tuple[int, ...]
+
+    # ---- the constructor's parts -------------------------------------------------------------------------------------
+
+    def _refuse(self, why: str) -> ValueError:
+        return ValueError(f"{type(self).__name__}: {why}")
+
+    def _check_sizes(self) -> None:
+        if self.groups < 1 or self.in_channels % self.groups or self.out_channels % self.groups:
+            raise self._refuse(
+                f"groups={self.groups} do not divide in_channels={self.in_channels} and out_channels={self.out_channels}"
+            )
+        for name in ("kernel_size", "stride", "dilation"):
+            if min(getattr(self, name)) < 1:
+                raise self._refuse(f"{name}={getattr(self, name)} must be positive")
+
+    def _place(self, bias: bool, device: Any, dtype: torch.dtype | None) -> None:
+        """Lay out the work grid and put the parameters on it."""
+        self._work = self._work_grid()
+        self._channels = self._channel_cuts()
+        weight = self._weight_layout(*self._channels)
+        fan_in = torch.Size(lay.global_shape_of(weight)[1:]).numel()
+        self.place("weight", weight, uniform(kaiming_bound(fan_in)), dtype, device)
+        along = Layout(self.P_y.grid_of_ranks, (Dim(self._channels[0], (1,)),)) if bias else None
+        self.place("bias", along, uniform(bias_bound(fan_in)), dtype, device)
+
+    def _work_grid(self) -> Grid:
+        """The grid [batch, out, in, *space] on which the convolution is computed."""
+        x, y, n = self.P_x.shape, self.P_y.shape, self.dims + 2
+        for name, P in (("P_x", self.P_x), ("P_y", self.P_y)):
+            if P.dim != n:
+                raise self._refuse(f"{name} of shape {P.shape} has {P.dim} axes, a tensor (N, C, *space) has {n} dims")
+        if self.P_w is None:
+            return Grid((y[0], y[1], 1, *y[2:]), self.P_y.ranks)
+        shape = self.P_w.shape if self.P_w.dim == n + 1 else (1, *self.P_w.shape)
+        wanted = (y[0], y[1], x[1], *y[2:])
+        if shape != wanted:
+            raise self._refuse(
+                f"P_w of shape {self.P_w.shape} does not fit P_x of shape {x} and P_y of shape {y}: "
+                f"[P_b, P_out, P_in, *P_space] must be {wanted} (P_b may be left out where it is 1)"
+            )
+        return Grid(shape, self.P_w.ranks)
+
+    def _channel_cuts(self) -> tuple[tuple[lay.Range, ...], tuple[lay.Range, ...], int]:
+        """Ranges of output and input channels of the work grid, and the axis that chooses the input's."""
+        outs = ranges_of(balanced(self.out_channels, self._work.shape[1]))
+        if self.groups == 1:
+            return outs, ranges_of(balanced(self.in_channels, self._work.shape[2])), 2
+        if self._work.shape[2] > 1:
+            raise self._refuse(f"groups={self.groups} cannot be summed over the {self._work.shape[2]} parts of P_in")
+        per_group = self.out_channels // self.groups
+        if any(a % per_group or b % per_group for a, b in outs):
+            raise self._refuse(
+                f"output channels cut at {[a for a, _ in outs[1:]]} do not fall on the boundaries of "
+                f"groups={self.groups} of {per_group} channels"
+            )
+        width = self.in_channels // self.groups
+        return outs, tuple((a // per_group * width, b // per_group * width) for a, b in outs), 1
+
+    # ---- what a subclass decides -------------------------------------------------------------------------------------
+
+    def _weight_layout(self, outs: tuple[lay.Range, ...], ins: tuple[lay.Range, ...], axis: int) -> Layout:
+        """The weight's blocks, for the ranges of output and input channels; `axis` of the work grid chooses the latter."""
+        raise NotImplementedError
+
+    def _output_length(self, d: int, n: int) -> int:
+        """The number of outputs of a spatial dim of length n. Raises ValueError if it is too short."""
+        raise NotImplementedError
+
+    def _reads(self, d: int, n: int, cuts: Sequence[int]) -> Dim:
+        """What the output blocks of a spatial dim read."""
+        raise NotImplementedError
+
+    def _convolution(self, box: lay.Box, held: lay.Box, global_shape: Shape, groups: int) -> Convolve:
+        """The local convolution from the inputs held to the outputs of the box; neither is empty."""
+        raise NotImplementedError
+
+    # ---- set-up ------------------------------------------------------------------------------------------------------
+
+    def layouts(self, shapes: dict[int, Shape]) -> tuple[Layout, Layout, Layout, Layout]:
+        """X, Z, the work grid's partial outputs, and Y; pure."""
+        X = lay.blocks(self.P_x.grid_of_ranks, lay.cuts_from_shapes(self.P_x.grid_of_ranks, shapes))
+        batch, channels, *space = lay.global_shape_of(X)
+        if channels != self.in_channels:
+            raise self._refuse(f"the input has {channels} channels, in_channels={self.in_channels}")
+        out_space = tuple(self._output_length(d, n) for d, n in enumerate(space))
+        outs, ins, axis = self._channels
+        batches = Dim(ranges_of(balanced(batch, self._work.shape[0])), (0,))
+        cuts = [balanced(m, self._work.shape[3 + d]) for d, m in enumerate(out_space)]
+        Z = Layout(self._work, (batches, Dim(ins, (axis,)), *(self._reads(d, n, cuts[d]) for d, n in enumerate(space))))
+        writes = (Dim(ranges_of(cut), (3 + d,)) for d, cut in enumerate(cuts))
+        partial = Layout(self._work, (batches, Dim(outs, (1,)), *writes))
+        Y = balanced_blocks(self.P_y.grid_of_ranks, (batch, self.out_channels, *out_space))
+        return X, Z, partial, Y
+
+    def _distdl_module_setup(self, input: tuple[Any, ...]) -> _Built:
+        inputs = agreed_inputs(type(self).__name__, self._distdl_structure, self.P_x)
+        X, Z, partial, Y = self.layouts(inputs.shapes)
+        graph = inputs.requires_grad or any(p.requires_grad for p in self.parameters())
+        fetch = operator_between(X, Z, self, inputs.requires_grad)
+        deliver = operator_between(partial, Y, self, graph)
+        out_dtype = computing_dtype(type(self).__name__, inputs, self.weight.dtype)
+        box = partial.box(self._distdl_transport.rank)
+        if box is None:
+            return _Built(fetch, deliver, inputs.dtype, out_dtype, None, None)
+        held = Z.box(self._distdl_transport.rank)
+        assert held is not None
+        shape = lay.shape_of(box)
+        groups = 1 if self.groups == 1 else shape[1] * self.groups // self.out_channels
+        is_empty = 0 in shape or 0 in lay.shape_of(held)
+        convolve = None if is_empty else self._convolution(box, held, lay.global_shape_of(X), groups)
+        return _Built(fetch, deliver, inputs.dtype, out_dtype, shape, convolve)
+
+    # ---- forward -----------------------------------------------------------------------------------------------------
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not self._distdl_is_inside:
+            return x
+        built: _Built = self._distdl_plan
+        z = x if built.fetch is None else into(built.fetch, x, built.dtype)
+        bias = self.use("bias") if self.P_y.active else None
+        if built.deliver is None:
+            return self._convolve(z, bias, built) if built.shape is not None else z
+        y = into(built.deliver, z if built.shape is None else self._convolve(z, None, built), built.out_dtype)
+        return self.with_bias(y, bias)
+
+    def _convolve(self, z: torch.Tensor, bias: torch.Tensor | None, built: _Built) -> torch.Tensor:
+        weight = self.use("weight")
+        assert built.shape is not None
+        assert weight is not None
+        if built.convolve is None:  # torch refuses to convolve nothing
+            return self.with_bias(connected_zeros(built.shape, z, weight, bias).to(built.out_dtype), bias)
+        return built.convolve(z, weight, bias)
+
+    def with_bias(self, y: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """The bias added to the channels, in the dtype of `y`, which autocast may have chosen."""
+        return y if bias is None else y + bias.to(y.dtype).view(1, -1, *(1,) * self.dims)
+
+    def extra_repr(self) -> str:
+        parts = [f"{self.in_channels}, {self.out_channels}", f"kernel_size={self.kernel_size}", f"stride={self.stride}"]
+        parts += self._own_repr()
+        parts += [f"dilation={self.dilation}"] if max(self.dilation) > 1 else []
+        parts += [f"groups={self.groups}"] if self.groups > 1 else []
+        parts += [f"P_x={self.P_x.shape}"]
+        parts += [f"P_y={self.P_y.shape}"] if self.P_y is not self.P_x else []
+        parts += [f"P_w={self.P_w.shape}"] if self.P_w is not None else []
+        return ", ".join(parts)
+
+    def _own_repr(self) -> list[str]:
+        """What a subclass adds to `extra_repr`."""
+        return []

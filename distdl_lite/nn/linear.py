@@ -1,0 +1,146 @@
+"""The linear layer, cut along its leading dims and along features by the rule of the convolutions.
+
+The weight lives on a work grid with the axes [*lead, out, in]; see `distdl_lite.nn.conv` for the three layouts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from distdl_lite import layout as lay
+from distdl_lite.grid import Grid, balanced
+from distdl_lite.layout import Dim, Layout, Shape, balanced_blocks, ranges_of
+from distdl_lite.nn.kernel import operator_between
+from distdl_lite.nn.movement import agreed_inputs, computing_dtype, into
+from distdl_lite.nn.parameter import Layer, bias_bound, kaiming_bound, uniform
+from distdl_lite.operator import Operator
+from distdl_lite.partition import Partition
+
+
+@dataclass(frozen=True)
+class _Built:
+    """What forward needs for one structure."""
+
+    fetch: Operator | None
+    deliver: Operator | None
+    dtype: torch.dtype
+    out_dtype: torch.dtype
+    works: bool  # whether this rank is in the work grid
+
+
+class DistributedLinear(Layer):
+    """``y = x W^T + b`` over the tensor that the blocks over `P_x` form, equal to torch's.
+
+    Input ``(*lead, in_features)`` in blocks of any sizes over `P_x`; output ``(*lead, out_features)`` in balanced blocks
+    over `P_y`. Ranks outside all partitions pass and get zero-volume tensors; those inside with an empty block take part.
+
+    Parameters
+    ----------
+    P_x : Partition
+        Of the input: ``[*P_lead, P_in]``.
+    P_y : Partition or None
+        Of the output: ``[*P_lead, P_out]``; None is `P_x`.
+    P_w : Partition or None
+        Of the weight: ``[P_out, P_in]``, or ``[*P_lead, P_out, P_in]`` where `P_y` cuts leading dims; lead axes left out
+        at the end are of length one. Without it each rank of `P_y` fetches all input features.
+    in_features, out_features, bias, device, dtype
+        As in torch.nn.Linear.
+
+    Raises
+    ------
+    ValueError
+        In the constructor if the partitions do not fit each other; at build if the input does not fit. On all ranks alike.
+
+    Notes
+    -----
+    Parameters start from the serial layer's values for the same seed. A weight block is replicated over the lead axes, and
+    a bias over those of `P_y`, which adds it once, after the sum over ``P_in``. The three partitions may be disjoint.
+    """
+
+    def __init__(
+        self,
+        P_x: Partition,
+        P_y: Partition | None,
+        P_w: Partition | None,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        P_y = P_x if P_y is None else P_y
+        super().__init__(P_x, P_y, P_w)
+        self.P_x, self.P_y, self.P_w = P_x, P_y, P_w
+        self.in_features, self.out_features = in_features, out_features
+        self._work = self._work_grid()
+        lead = self._work.dim - 2
+        self._outs = Dim(ranges_of(balanced(out_features, self._work.shape[lead])), (lead,))
+        self._ins = Dim(ranges_of(balanced(in_features, self._work.shape[lead + 1])), (lead + 1,))
+        weight = Layout(self._work, (self._outs, self._ins))
+        self.place("weight", weight, uniform(kaiming_bound(in_features)), dtype, device)
+        own = Layout(P_y.grid_of_ranks, (Dim(ranges_of(balanced(out_features, P_y.shape[-1])), (P_y.dim - 1,)),))
+        self.place("bias", own if bias else None, uniform(bias_bound(in_features)), dtype, device)
+
+    def _refuse(self, why: str) -> ValueError:
+        return ValueError(f"{type(self).__name__}: {why}")
+
+    def _work_grid(self) -> Grid:
+        x, y = self.P_x.shape, self.P_y.shape
+        if len(x) != len(y) or not x:
+            raise self._refuse(f"P_x of shape {x} and P_y of shape {y} must have one axis per dim of the tensors each")
+        if self.P_w is None:
+            return Grid((*y, 1), self.P_y.ranks)
+        w, wanted = self.P_w.shape, (*y, x[-1])
+        shape = (*w[:-2], *(1,) * (len(wanted) - len(w)), *w[-2:])
+        if shape != wanted:
+            raise self._refuse(
+                f"P_w of shape {w} does not fit P_x of shape {x} and P_y of shape {y}: [*P_lead, P_out, P_in] must be "
+                f"{wanted} (lead axes of length one may be left out at the end)"
+            )
+        return Grid(shape, self.P_w.ranks)
+
+    # ---- set-up ------------------------------------------------------------------------------------------------------
+
+    def layouts(self, shapes: dict[int, Shape]) -> tuple[Layout, Layout, Layout, Layout]:
+        """X, Z on the work grid, its partial outputs, and Y; pure."""
+        X = lay.blocks(self.P_x.grid_of_ranks, lay.cuts_from_shapes(self.P_x.grid_of_ranks, shapes))
+        *lead, features = lay.global_shape_of(X)
+        if features != self.in_features:
+            raise self._refuse(f"the input has {features} features, in_features={self.in_features}")
+        leads = [Dim(ranges_of(balanced(n, self._work.shape[d])), (d,)) for d, n in enumerate(lead)]
+        Z, partial = Layout(self._work, (*leads, self._ins)), Layout(self._work, (*leads, self._outs))
+        return X, Z, partial, balanced_blocks(self.P_y.grid_of_ranks, (*lead, self.out_features))
+
+    def _distdl_module_setup(self, input: tuple[Any, ...]) -> _Built:
+        name = type(self).__name__
+        inputs = agreed_inputs(name, self._distdl_structure, self.P_x)
+        X, Z, partial, Y = self.layouts(inputs.shapes)
+        graph = inputs.requires_grad or any(p.requires_grad for p in self.parameters())
+        fetch = operator_between(X, Z, self, inputs.requires_grad)
+        deliver = operator_between(partial, Y, self, graph)
+        out_dtype = computing_dtype(name, inputs, self.weight.dtype)
+        works = self._work.index(self._distdl_transport.rank) is not None
+        return _Built(fetch, deliver, inputs.dtype, out_dtype, works)
+
+    # ---- forward -----------------------------------------------------------------------------------------------------
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not self._distdl_is_inside:
+            return x
+        built: _Built = self._distdl_plan
+        z = x if built.fetch is None else into(built.fetch, x, built.dtype)
+        bias = self.use("bias") if self.P_y.active else None
+        if built.deliver is None:
+            return F.linear(z, self.use("weight"), bias) if built.works else z
+        y = into(built.deliver, F.linear(z, self.use("weight")) if built.works else z, built.out_dtype)
+        return y if bias is None else y + bias.to(y.dtype)
+
+    def extra_repr(self) -> str:
+        parts = [f"in_features={self.in_features}", f"out_features={self.out_features}", f"P_x={self.P_x.shape}"]
+        parts += [f"P_y={self.P_y.shape}"] if self.P_y is not self.P_x else []
+        parts += [f"P_w={self.P_w.shape}"] if self.P_w is not None else []
+        return ", ".join(parts)

@@ -1,0 +1,244 @@
+"""Losses: one global number, shown on every rank.
+
+Each rank adds up the terms of its block; the sums, the global weight they are divided by and whether any rank failed travel
+in one all-reduce.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from distdl_lite import layout as lay
+from distdl_lite.layout import Box, Shape
+from distdl_lite.nn.kernel import connected_zeros
+from distdl_lite.nn.module import Module, raise_together
+from distdl_lite.nn.movement import agreed_inputs
+from distdl_lite.partition import Partition
+from distdl_lite.shown import shown
+
+
+@dataclass(frozen=True)
+class _Built:
+    """What forward needs for one structure."""
+
+    box: Box
+    global_shape: Shape
+    graph: bool
+
+
+class _DistributedLoss(Module):
+    """A loss over the tensors that the blocks over `P_x` form, equal to torch's for every option.
+
+    Parameters
+    ----------
+    P_x : Partition
+        One axis per dim of the input, which is cut in blocks of any sizes; the target in the same blocks.
+    reduction : {"mean", "sum", "none"}
+        Means divide by global counts. "none" returns the block of terms and communicates nothing.
+    **options
+        torch's of the same name. Those that are tensors are whole and the same on all ranks.
+
+    Returns
+    -------
+    torch.Tensor
+        The global value, the same on every rank of `P_x`; a 0-dim zero with a graph node outside. Its gradient is the
+        serial one, since the value is one number shown on many ranks.
+
+    Raises
+    ------
+    ValueError
+        In the constructor for an option torch refuses; at build if the blocks of input and target do not match. On all
+        ranks alike, as is what torch raises for the values of a block, except with reduction "none".
+    """
+
+    function: Callable[..., torch.Tensor]
+    reductions: tuple[str, ...] = ("mean", "sum", "none")
+
+    def __init__(self, P_x: Partition, reduction: str, **options: Any) -> None:
+        super().__init__(P_x)
+        if reduction not in self.reductions:
+            raise self._refuse(f"reduction {reduction!r} is none of {', '.join(self.reductions)}")
+        self.P_x, self.reduction = P_x, reduction
+        self._options = tuple(options)
+        for name, value in options.items():
+            if isinstance(value, torch.Tensor) or name in ("weight", "pos_weight"):
+                if value is not None and value.requires_grad:
+                    raise self._refuse(f"{name} must not require grad")
+                self.register_buffer(name, value)
+            else:
+                setattr(self, name, value)
+
+    def _refuse(self, why: str) -> ValueError:
+        return ValueError(f"{type(self).__name__}: {why}")
+
+    # ---- set-up ------------------------------------------------------------------------------------------------------
+
+    def _distdl_module_setup(self, input: tuple[Any, ...]) -> _Built:
+        name, grid = type(self).__name__, self.P_x.grid_of_ranks
+        inputs = agreed_inputs(name, self._distdl_structure, self.P_x)
+        targets = agreed_inputs(name, self._distdl_structure, self.P_x, position=1)
+        X = lay.blocks(grid, lay.cuts_from_shapes(grid, inputs.shapes))
+        for rank, shape in inputs.shapes.items():
+            wanted = self._target_shape(shape, targets.shapes[rank])
+            if targets.shapes[rank] != wanted:
+                raise self._refuse(
+                    f"rank {rank} passed a target of shape {tuple(targets.shapes[rank])}, with its input of shape "
+                    f"{tuple(shape)} it must be {tuple(wanted)}"
+                )
+        box = X.box(self._distdl_transport.rank)
+        assert box is not None
+        return _Built(box, lay.global_shape_of(X), inputs.requires_grad or targets.requires_grad)
+
+    def _target_shape(self, input: Shape, target: Shape) -> Shape:
+        """The shape a target block must have."""
+        return input
+
+    def _local_options(self, box: Box) -> dict[str, Any]:
+        """The options for a block: of a tensor that torch would broadcast to the whole input, the part that meets it."""
+        return {name: _part(getattr(self, name), box) for name in self._options}
+
+    # ---- forward -----------------------------------------------------------------------------------------------------
+
+    def forward(self, input: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        if not self._distdl_is_inside:
+            return self._outside(input)
+        built: _Built = self._distdl_plan
+        if built.graph and not input.requires_grad:  # every rank needs a graph node
+            input = input.detach().requires_grad_(torch.is_grad_enabled())
+        if self.P_x.size == 1:
+            return type(self).function(input, target, reduction=self.reduction, **self._local_options(built.box))
+        if self.reduction == "none":
+            return self._terms(input, target, built)
+        return self._reduced(input, target, built)
+
+    def _outside(self, input: torch.Tensor) -> torch.Tensor:
+        if self.reduction == "none":
+            return input
+        zero = connected_zeros((), input)
+        return zero if zero.requires_grad else zero.requires_grad_(torch.is_grad_enabled())
+
+    def _reduced(self, input: torch.Tensor, target: torch.Tensor, built: _Built) -> torch.Tensor:
+        dtype, error, failed = input.dtype, None, False
+        try:
+            terms = self._terms(input, target, built)
+            dtype = terms.dtype
+            wide = torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
+            total = terms.sum(dtype=wide).double()
+            weight = self._weight(terms, target, built)
+        except Exception as raised:  # raised again below, on all ranks
+            error, failed = raised, True
+            total = weight = torch.zeros((), dtype=torch.float64, device=input.device)
+        parts = torch.stack([total, weight, torch.full_like(weight, failed)])
+        value, weight, failures = shown(parts, self._distdl_team, self._distdl_transport)
+        if failures.item():
+            raise_together(self._distdl_transport, self._distdl_team, error)
+        if self.reduction == "mean":
+            value = value / weight.detach()
+        elif self.reduction == "batchmean":
+            value = value / built.global_shape[0]
+        return value.to(dtype)
+
+    def _terms(self, input: torch.Tensor, target: torch.Tensor, built: _Built) -> torch.Tensor:
+        """This rank's terms of the sum."""
+        return type(self).function(input, target, reduction="none", **self._local_options(built.box))
+
+    def _weight(self, terms: torch.Tensor, target: torch.Tensor, built: _Built) -> torch.Tensor:
+        """This rank's share of what a mean is divided by."""
+        return torch.tensor(float(terms.numel()), dtype=torch.float64, device=terms.device)
+
+    def extra_repr(self) -> str:
+        options = [f"{name}={getattr(self, name)}" for name in self._options if name not in self._buffers]
+        return ", ".join([f"P_x={self.P_x.shape}", f"reduction={self.reduction!r}", *options])
+
+
+def _part(value: Any, box: Box) -> Any:
+    """The part of a tensor that broadcasting would put over the box; other values as they are."""
+    if not isinstance(value, torch.Tensor):
+        return value
+    ranges = box[len(box) - value.dim() :]
+    return value[tuple(slice(None) if n == 1 else slice(*r) for n, r in zip(value.shape, ranges, strict=True))]
+
+
+class DistributedMSELoss(_DistributedLoss):
+    __doc__ = _DistributedLoss.__doc__
+    function = F.mse_loss
+
+    def __init__(self, P_x: Partition, *, reduction: str = "mean") -> None:
+        super().__init__(P_x, reduction)
+
+
+class DistributedL1Loss(_DistributedLoss):
+    __doc__ = _DistributedLoss.__doc__
+    function = F.l1_loss
+
+    def __init__(self, P_x: Partition, *, reduction: str = "mean") -> None:
+        super().__init__(P_x, reduction)
+
+
+class DistributedSmoothL1Loss(_DistributedLoss):
+    __doc__ = _DistributedLoss.__doc__
+    function = F.smooth_l1_loss
+
+    def __init__(self, P_x: Partition, *, reduction: str = "mean", beta: float = 1.0) -> None:
+        super().__init__(P_x, reduction, beta=beta)
+
+
+class DistributedHuberLoss(_DistributedLoss):
+    __doc__ = _DistributedLoss.__doc__
+    function = F.huber_loss
+
+    def __init__(self, P_x: Partition, *, reduction: str = "mean", delta: float = 1.0) -> None:
+        super().__init__(P_x, reduction, delta=delta)
+
+
+class DistributedBCELoss(_DistributedLoss):
+    __doc__ = _DistributedLoss.__doc__
+    function = F.binary_cross_entropy
+
+    def __init__(self, P_x: Partition, *, weight: torch.Tensor | None = None, reduction: str = "mean") -> None:
+        super().__init__(P_x, reduction, weight=weight)
+
+
+class DistributedBCEWithLogitsLoss(_DistributedLoss):
+    __doc__ = _DistributedLoss.__doc__
+    function = F.binary_cross_entropy_with_logits
+
+    def __init__(
+        self,
+        P_x: Partition,
+        *,
+        weight: torch.Tensor | None = None,
+        reduction: str = "mean",
+        pos_weight: torch.Tensor | None = None,
+    ) -> None:
+        super().__init__(P_x, reduction, weight=weight, pos_weight=pos_weight)
+
+
+class DistributedKLDivLoss(_DistributedLoss):
+    __doc__ = _DistributedLoss.__doc__
+    function = F.kl_div
+    reductions = ("mean", "batchmean", "sum", "none")
+
+    def __init__(self, P_x: Partition, *, reduction: str = "mean", log_target: bool = False) -> None:
+        super().__init__(P_x, reduction, log_target=log_target)
+
+
+class DistributedPoissonNLLLoss(_DistributedLoss):
+    __doc__ = _DistributedLoss.__doc__
+    function = F.poisson_nll_loss
+
+    def __init__(
+        self,
+        P_x: Partition,
+        *,
+        log_input: bool = True,
+        full: bool = False,
+        eps: float = 1e-8,
+        reduction: str = "mean",
+    ) -> None:
+        super().__init__(P_x, reduction, log_input=log_input, full=full, eps=eps)

@@ -1,0 +1,332 @@
+"""The seven primitives: each is the two layouts it moves between."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from distdl_lite import layout as lay
+from distdl_lite.grid import Grid, balanced
+from distdl_lite.layout import Layout, Shape
+from distdl_lite.nn.kernel import edge_pad
+from distdl_lite.nn.movement import Movement, agreed_inputs, into
+from distdl_lite.partition import Partition, check_axes
+
+
+def _matched_axes(name: str, small: Grid, large: Grid) -> tuple[int, ...]:
+    """The axes along which the padded `small` equals `large`; elsewhere it must be one."""
+    if small.dim > large.dim:
+        raise ValueError(f"{name}: a partition of shape {small.shape} has more axes than one of shape {large.shape}")
+    shape = small.padded(large.dim).shape
+    wrong = [axis for axis in range(large.dim) if shape[axis] not in (1, large.shape[axis])]
+    if wrong:
+        raise ValueError(
+            f"{name}: cannot match a partition of shape {small.shape} to {large.shape}: axes {wrong} differ and are not 1"
+        )
+    return tuple(axis for axis in range(large.dim) if shape[axis] == large.shape[axis])
+
+
+class Broadcast(Movement):
+    """Copies of each of P_x's tensors on all ranks of P_y that NumPy's broadcasting of the partitions assigns to it.
+
+    P_x is padded on the left with axes of length one; along each axis it equals P_y or is one. The ranks with equal index
+    on the equal axes form a team, whose one member of P_x gives its tensor to all members of P_y. Shapes may differ from
+    team to team. The adjoint is `SumReduce` with the partitions swapped.
+
+    Parameters
+    ----------
+    P_x, P_y : Partition
+        Source and target.
+    transpose_src, transpose_dest : bool
+        Read that partition's shape and index in reverse before matching.
+    preserve_batch : bool
+        Whether ranks that receive nothing get ``(batch, 0)`` rather than ``(0,)``.
+
+    Raises
+    ------
+    ValueError
+        If the shapes do not broadcast, or, transposed, more than one matched axis is longer than 1 (which DistDL leaves
+        ambiguous).
+    """
+
+    def __init__(
+        self,
+        P_x: Partition,
+        P_y: Partition,
+        transpose_src: bool = False,
+        transpose_dest: bool = False,
+        preserve_batch: bool = True,
+    ) -> None:
+        super().__init__(P_x, P_y, preserve_batch)
+        self.transpose_src, self.transpose_dest = transpose_src, transpose_dest
+        self._source = P_x.grid_of_ranks.transposed() if transpose_src else P_x.grid_of_ranks
+        self._target = P_y.grid_of_ranks.transposed() if transpose_dest else P_y.grid_of_ranks
+        self._match()
+
+    def _match(self) -> None:
+        name = type(self).__name__
+        self._teams = self._matched(name)
+        dim = max(self._source.dim, self._target.dim)
+        self._source, self._target = self._source.padded(dim), self._target.padded(dim)
+        long = [axis for axis in self._teams if self._source.shape[axis] > 1]
+        if (self.transpose_src or self.transpose_dest) and len(long) > 1:
+            raise ValueError(
+                f"{name}: transposed, with axes {long} matched, it is ambiguous which ranks belong together"
+            )
+
+    def _matched(self, name: str) -> tuple[int, ...]:
+        return _matched_axes(name, self._source, self._target)
+
+    def layouts(self, shapes: Mapping[int, Shape]) -> tuple[Layout, Layout]:
+        by_team = _shape_of_teams(type(self).__name__, self._source, self._teams, shapes)
+        return lay.copies(self._source, self._teams, by_team), lay.copies(self._target, self._teams, by_team)
+
+
+class SumReduce(Broadcast):
+    """The sum of P_x's tensors over the ranks that NumPy's broadcasting of P_y to P_x puts together, on the ranks of P_y.
+
+    P_y is padded on the left with axes of length one; along each axis it equals P_x or is one. All tensors of a team have
+    the same shape. The adjoint is `Broadcast` with the partitions swapped.
+
+    Parameters, errors: as `Broadcast`, with the matching rule reversed; a ValueError also where shapes in a team differ.
+    """
+
+    def _matched(self, name: str) -> tuple[int, ...]:
+        return _matched_axes(name, self._target, self._source)
+
+
+def _shape_of_teams(
+    name: str, grid: Grid, team_axes: Sequence[int], shapes: Mapping[int, Shape]
+) -> dict[tuple[int, ...], Shape]:
+    """The local shape of each team, which all its members must share."""
+    found: dict[tuple[int, ...], tuple[int, Shape]] = {}
+    for rank in grid.ranks:
+        index = grid.index(rank)
+        assert index is not None
+        first, shape = found.setdefault(tuple(index[a] for a in team_axes), (rank, shapes[rank]))
+        if shape != shapes[rank]:
+            raise ValueError(f"{name}: cannot add shape {shapes[rank]} of rank {rank} and {shape} of rank {first}")
+    return {key: shape for key, (_, shape) in found.items()}
+
+
+class AllSumReduce(Movement):
+    """The sum over the ranks of P_x that differ in the reduced axes, on all of them. Its own adjoint.
+
+    Parameters
+    ----------
+    P_x : Partition
+    axes_reduce, axes_keep : iterable of int
+        The axes summed over, or the others; exactly one is given.
+
+    Raises
+    ------
+    ValueError
+        If not exactly one of the two is given, an axis does not exist, or shapes in a team differ.
+    """
+
+    def __init__(
+        self, P_x: Partition, axes_reduce: Iterable[int] | None = None, axes_keep: Iterable[int] | None = None
+    ) -> None:
+        super().__init__(P_x, P_x)
+        self.axes_keep = _kept_axes("AllSumReduce", P_x, axes_reduce, axes_keep, "axes_reduce")
+
+    def layouts(self, shapes: Mapping[int, Shape]) -> tuple[Layout, Layout]:
+        grid = self.P_x.grid_of_ranks
+        X = lay.copies(grid, self.axes_keep, _shape_of_teams("AllSumReduce", grid, self.axes_keep, shapes))
+        return X, X
+
+    def extra_repr(self) -> str:
+        return f"P_x={self.P_x.shape}, axes_keep={self.axes_keep}"
+
+
+def _kept_axes(
+    name: str, P_x: Partition, moved: Iterable[int] | None, kept: Iterable[int] | None, moved_name: str
+) -> tuple[int, ...]:
+    """The axes of a partition that stay, given either them or the others."""
+    if (moved is None) == (kept is None):
+        raise ValueError(f"{name}: exactly one of {moved_name} and axes_keep must be given")
+    if kept is not None:
+        return check_axes(kept, P_x.dim)
+    gone = check_axes(moved or (), P_x.dim)
+    return tuple(axis for axis in range(P_x.dim) if axis not in gone)
+
+
+class AllGather(Movement):
+    """The concatenation of P_x's blocks along the gathered axes, on all the ranks that differ there.
+
+    Its adjoint is `ReduceScatter`.
+
+    Parameters
+    ----------
+    P_x : Partition
+        One axis per tensor dim.
+    axes_all_gather, axes_keep : iterable of int
+        The axes gathered along, or the others; exactly one is given.
+
+    Raises
+    ------
+    ValueError
+        If not exactly one of the two is given, an axis does not exist, or the blocks form no tensor product.
+    """
+
+    def __init__(
+        self, P_x: Partition, axes_all_gather: Iterable[int] | None = None, axes_keep: Iterable[int] | None = None
+    ) -> None:
+        super().__init__(P_x, P_x)
+        self.axes_keep = _kept_axes("AllGather", P_x, axes_all_gather, axes_keep, "axes_all_gather")
+
+    def layouts(self, shapes: Mapping[int, Shape]) -> tuple[Layout, Layout]:
+        grid = self.P_x.grid_of_ranks
+        X = lay.blocks(grid, lay.cuts_from_shapes(grid, shapes))
+        X = Layout(grid, X.dims, self.axes_keep)
+        return X, lay.gathered(X, [axis for axis in range(grid.dim) if axis not in self.axes_keep])
+
+    extra_repr = AllSumReduce.extra_repr
+
+
+class ReduceScatter(Movement):
+    """The sum over the ranks that differ in the scattered axes, cut in balanced blocks along these axes.
+
+    Every rank passes a tensor that is whole along the scattered axes. The adjoint is `AllGather`.
+
+    Parameters
+    ----------
+    P_x : Partition
+        One axis per tensor dim.
+    axes_reduce_scatter, axes_keep : iterable of int
+        The axes summed and scattered along, or the others; exactly one is given.
+
+    Raises
+    ------
+    ValueError
+        If not exactly one of the two is given, an axis does not exist, or lengths along scattered dims differ.
+    """
+
+    def __init__(
+        self, P_x: Partition, axes_reduce_scatter: Iterable[int] | None = None, axes_keep: Iterable[int] | None = None
+    ) -> None:
+        super().__init__(P_x, P_x)
+        self.axes_keep = _kept_axes("ReduceScatter", P_x, axes_reduce_scatter, axes_keep, "axes_reduce_scatter")
+
+    def layouts(self, shapes: Mapping[int, Shape]) -> tuple[Layout, Layout]:
+        grid = self.P_x.grid_of_ranks
+        cuts = lay.cuts_from_shapes(grid, shapes)
+        dims_x, dims_y = [], []
+        for axis, cut in enumerate(cuts):
+            dim = lay.Dim(lay.ranges_of(cut), (axis,))
+            if axis in self.axes_keep:
+                dims_x.append(dim)
+                dims_y.append(dim)
+                continue
+            if any(stop - start != cut[1] for start, stop in dim.ranges):
+                lengths = [stop - start for start, stop in dim.ranges]
+                raise ValueError(f"ReduceScatter: lengths {lengths} along dim {axis} differ, they are added up")
+            dims_x.append(lay.Dim(((0, cut[1]),)))
+            dims_y.append(lay.Dim(lay.ranges_of(balanced(cut[1], grid.shape[axis])), (axis,)))
+        return Layout(grid, tuple(dims_x), self.axes_keep), Layout(grid, tuple(dims_y), self.axes_keep)
+
+    extra_repr = AllSumReduce.extra_repr
+
+
+class Repartition(Movement):
+    """Blocks over P_x, of any sizes, to balanced blocks over P_y: scatter, gather, transpose, move.
+
+    The adjoint is the Repartition back to the blocks that came in.
+
+    Parameters
+    ----------
+    P_x, P_y : Partition
+        One axis per tensor dim each; they may be disjoint, overlap or be equal.
+    preserve_batch : bool
+        Whether ranks that receive nothing get ``(batch, 0)`` rather than ``(0,)``.
+    bounds : sequence of sequences of int, optional
+        Cut points per dim of the output blocks, in place of balanced ones.
+
+    Raises
+    ------
+    ValueError
+        If the partitions have different numbers of axes, the tensor another one, the blocks form no tensor product, or
+        the bounds do not cut the tensor.
+    """
+
+    def __init__(
+        self,
+        P_x: Partition,
+        P_y: Partition,
+        preserve_batch: bool = True,
+        bounds: Sequence[Sequence[int]] | None = None,
+    ) -> None:
+        super().__init__(P_x, P_y, preserve_batch)
+        if P_x.dim != P_y.dim:
+            raise ValueError(f"Repartition: partitions of shape {P_x.shape} and {P_y.shape} differ in number of axes")
+        self.output_bounds = None if bounds is None else tuple(tuple(int(c) for c in cut) for cut in bounds)
+
+    def layouts(self, shapes: Mapping[int, Shape]) -> tuple[Layout, Layout]:
+        X = lay.blocks(self.P_x.grid_of_ranks, lay.cuts_from_shapes(self.P_x.grid_of_ranks, shapes))
+        n = lay.global_shape_of(X)
+        if self.output_bounds is None:
+            return X, lay.balanced_blocks(self.P_y.grid_of_ranks, n)
+        Y = lay.blocks(self.P_y.grid_of_ranks, self.output_bounds)
+        if lay.global_shape_of(Y) != n or any(cut[0] for cut in self.output_bounds):
+            raise ValueError(f"Repartition: bounds {self.output_bounds} do not cut a tensor of shape {n}")
+        return X, Y
+
+
+class HaloExchange(Movement):
+    """Each block grown by what its neighbours hold, however many neighbours that takes; an empty block stays empty.
+
+    The adjoint adds each halo to the points it was copied from.
+
+    Parameters
+    ----------
+    P_x : Partition
+        One axis per tensor dim.
+    halo : sequence of int or (int, int)
+        Per dim the number of points to the left and right.
+    boundary : {"none", "zeros", "circular", "reflect", "replicate"}
+        What lies beyond the global edge: nothing, zeros, the other end, the mirror image without the edge point, or the
+        edge point again.
+
+    Raises
+    ------
+    ValueError
+        If the halo does not fit the grid, is negative, the boundary is unknown, or it needs more points than there are.
+    """
+
+    def __init__(self, P_x: Partition, halo: Sequence[int | tuple[int, int]], boundary: str = "none") -> None:
+        super().__init__(P_x, P_x)
+        pairs = [(h, h) if isinstance(h, int) else (int(h[0]), int(h[1])) for h in halo]
+        if len(pairs) != P_x.dim or any(h < 0 for pair in pairs for h in pair):
+            raise ValueError(f"HaloExchange: a halo of {list(halo)} does not fit a partition of shape {P_x.shape}")
+        if boundary not in lay.BOUNDARIES:
+            raise ValueError(f"HaloExchange: boundary {boundary!r} is none of {', '.join(lay.BOUNDARIES)}")
+        self.halo, self.boundary = tuple(pairs), boundary
+
+    def layouts(self, shapes: Mapping[int, Shape]) -> tuple[Layout, Layout]:
+        X = lay.blocks(self.P_x.grid_of_ranks, lay.cuts_from_shapes(self.P_x.grid_of_ranks, shapes))
+        return X, lay.haloed(X, self.halo, self.boundary)
+
+    def _distdl_module_setup(self, input: tuple[Any, ...]) -> Any:
+        operator, dtype = super()._distdl_module_setup(input)
+        inputs = agreed_inputs("HaloExchange", self._distdl_structure, self.P_x)
+        X, Y = self.layouts(inputs.shapes)
+        box, held = X.box(self._distdl_transport.rank), Y.box(self._distdl_transport.rank)
+        if box is None or held is None or self.boundary not in ("reflect", "replicate"):
+            return operator, dtype, None
+        wanted = tuple(
+            (start - left, stop + right) if start < stop else (start, stop)
+            for (start, stop), (left, right) in zip(box, self.halo, strict=True)
+        )
+        return operator, dtype, edge_pad(wanted, held, lay.global_shape_of(X), self.boundary)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not self._distdl_is_inside:
+            return x
+        operator, dtype, pad = self._distdl_plan
+        y = into(operator, x, dtype)
+        return y if pad is None else pad(y)
+
+    def extra_repr(self) -> str:
+        return f"P_x={self.P_x.shape}, halo={self.halo}, boundary={self.boundary!r}"

@@ -1,0 +1,232 @@
+"""Interpolation, cut along batch, channels and space.
+
+Which points an output reads, and with what weights, is torch's affair: it rounds coordinates in its own way, by dtype and
+device. So it is asked. Interpolated indicators of the points i = c (mod q) show the weight of the one point of that kind
+near each output, for every c; that gives torch's own indices and weights for the *global* coordinates of each dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+import torch.nn.functional as F
+
+from distdl_lite.layout import Range
+from distdl_lite.nn.adaptive_pool import Adaptive, averaged
+from distdl_lite.nn.kernel import Geometry, Local, SpatialLayer, View, check_floating, wide, windows
+from distdl_lite.nn.movement import Inputs
+from distdl_lite.partition import Partition
+
+_LINEAR = {1: "linear", 2: "bilinear", 3: "trilinear"}
+_TAPS = {"nearest": 1, "nearest-exact": 1, "bicubic": 4}  # else 2
+
+
+@dataclass(frozen=True)
+class _Interpolated:
+    """What each output of a dim reads.
+
+    Attributes
+    ----------
+    index, weight : torch.Tensor
+        Of shape (outputs, taps): consecutive points, and their weights, zero beyond the dim's ends.
+    factor : int
+        n where the dim grows n-fold and torch's coordinates are exact relative to any block's start; else 0.
+    """
+
+    index: torch.Tensor
+    weight: torch.Tensor
+    factor: int
+
+    @property
+    def outputs(self) -> int:
+        return len(self.index)
+
+    @cached_property
+    def _ranges(self) -> tuple[list[int], list[int]]:
+        """Where the points with a weight start and stop, from each output on and up to it; neither decreases."""
+        has_none = self.weight == 0
+        starts = self.index.masked_fill(has_none, 2**62).amin(1).flip(0).cummin(0).values.flip(0)
+        stops = self.index.masked_fill(has_none, -1).amax(1).cummax(0).values + 1
+        return starts.tolist(), stops.tolist()
+
+    def reads(self, start: int, stop: int) -> Range:
+        return self._ranges[0][start], self._ranges[1][stop - 1]
+
+
+class DistributedUpsample(SpatialLayer):
+    """Interpolation of the tensor that the blocks over `P_x` form, equal to torch's.
+
+    Input ``(N, C, *space)`` of a floating dtype in blocks of any sizes, cut along any dims; output in balanced blocks over
+    `P_x`, whose ranks call it together. Ranks outside return what they pass. The nearest modes are exact, the others equal
+    torch's to the rounding of the sums.
+
+    Parameters
+    ----------
+    P_x : Partition
+        ``[P_b, P_c, *P_space]``.
+    size, scale_factor, mode, align_corners, recompute_scale_factor
+        As in torch.nn.Upsample, of the global tensor.
+
+    Raises
+    ------
+    ValueError
+        In the constructor if the partition does not fit the mode, or an option is one torch refuses; at build if there is
+        no output. On all ranks alike.
+    TypeError
+        At build, if the input is of an integer dtype.
+
+    Notes
+    -----
+    Where a scale factor is given, its inverse takes the coordinates to the input, unless it is recomputed from the sizes:
+    torch's rule.
+    """
+
+    def __init__(
+        self,
+        P_x: Partition,
+        size: int | Sequence[int] | None = None,
+        scale_factor: float | Sequence[float] | None = None,
+        mode: str = "nearest",
+        align_corners: bool | None = None,
+        recompute_scale_factor: bool | None = None,
+    ) -> None:
+        super().__init__(P_x, P_x.dim - 2)
+        self.size, self.scale_factor, self.mode, self.align_corners = size, scale_factor, mode, align_corners
+        self.recompute_scale_factor = recompute_scale_factor
+        self._check_mode()
+        self._sizes = self._per_dim("size", size)
+        self._factors = self._per_dim("scale_factor", scale_factor)
+
+    def _check_mode(self) -> None:
+        modes = {"nearest", "nearest-exact", "area", _LINEAR.get(self.dims), "bicubic" if self.dims == 2 else None}
+        if self.mode not in modes:
+            known = ", ".join(sorted(mode for mode in modes if mode))
+            raise self._refuse(f"mode {self.mode!r} is none of {known}, those for {self.dims} spatial dims")
+        if self.dims not in _LINEAR:
+            raise self._refuse(f"P_x of shape {self.P_x.shape} does not have 1, 2 or 3 spatial axes")
+        if self.align_corners is not None and self.mode in ("nearest", "nearest-exact", "area"):
+            raise self._refuse(f"align_corners={self.align_corners} has no meaning for mode {self.mode!r}")
+        if (self.size is None) == (self.scale_factor is None):
+            raise self._refuse(f"one of size={self.size} and scale_factor={self.scale_factor} must be given")
+        if self.recompute_scale_factor and self.size is not None:
+            raise self._refuse(f"recompute_scale_factor has no meaning for size={self.size}")
+
+    def _per_dim(self, name: str, value: float | Sequence[float] | None) -> tuple[float | None, ...]:
+        values = tuple(value) if isinstance(value, Sequence) else (value,) * self.dims
+        if len(values) != self.dims or any(v is not None and v <= 0 for v in values):
+            raise self._refuse(f"{name}={value} is not {self.dims} positive numbers")
+        return values
+
+    def geometry(self, d: int, length: int, inputs: Inputs) -> Geometry:
+        check_floating(self, inputs)
+        size, factor = self._sizes[d], self._factors[d]
+        outputs = int(length * factor) if size is None else int(size)
+        if outputs < 1:
+            raise self._refuse(f"dim {d + 2} of length {length} with scale_factor={factor} has no output")
+        if self.recompute_scale_factor:
+            factor = None
+        times = outputs / length
+        if self.mode == "nearest" and self.dims != 2 and factor not in (None, times) and times in (1, 2):
+            raise self._refuse(
+                f"dim {d + 2} of length {length} with scale_factor={factor}: torch's gradient is not that of its output; "
+                f"recompute_scale_factor=True mends it"
+            )
+        if self.mode == "area":
+            return Adaptive(length, outputs)
+        weight_dtype = inputs.dtype if self._taps == 1 else wide(inputs.dtype)
+        index, weight = self._read(length, outputs, factor, weight_dtype, inputs.device)
+        return _Interpolated(index, weight, self._exact_factor(length, outputs, factor))
+
+    @property
+    def _taps(self) -> int:
+        return _TAPS.get(self.mode, 2)
+
+    def _exact_factor(self, length: int, outputs: int, factor: float | None) -> int:
+        n = outputs // length
+        is_exact = outputs == n * length and n & (n - 1) == 0 and outputs < 2**22  # float32 holds these halves
+        return n if is_exact and factor in (None, n) and not self.align_corners else 0
+
+    def _read(
+        self, length: int, outputs: int, factor: float | None, dtype: torch.dtype, device: str
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The points that each output reads and their weights (outputs, taps), found by interpolating indicators."""
+        taps, positions = self._taps, torch.arange(outputs, dtype=torch.float64)
+        scale = 1 / factor if factor else length / outputs
+        if self.align_corners:
+            near = positions * ((length - 1) / max(outputs - 1, 1))
+        else:
+            near = positions * scale if self.mode == "nearest" else (positions + 0.5) * scale - 0.5
+        # Two points of slack on either side for torch's rounding.
+        low = near.floor().clamp(-1, length - 1).long() - (taps + 1) // 2 - 1
+        kinds = taps + 4
+        points = torch.arange(length)
+        indicators = (points % kinds == torch.arange(kinds)[:, None]).to(device, dtype)
+        found = self._interpolate_lines(indicators, outputs, factor).cpu()
+        near_points = low[:, None] + torch.arange(kinds)
+        weight = found.gather(0, (near_points % kinds).T).T
+        weight = weight.where((near_points >= 0) & (near_points < length), 0)
+        offset = (weight != 0).to(torch.int8).argmax(1, keepdim=True)
+        kept = offset + torch.arange(taps)
+        return low[:, None] + kept, weight.gather(1, kept.clamp(max=kinds - 1)).where(kept < kinds, 0)
+
+    def _interpolate_lines(self, lines: torch.Tensor, outputs: int, factor: float | None) -> torch.Tensor:
+        """Interpolate lines, of shape (lines, length), along their one dim; torch's rule depends on the number of dims."""
+        ones = (1,) * (self.dims - 1)
+        size = None if factor is not None else (*ones, outputs)
+        scale = None if factor is None else (*(1.0 for _ in ones), factor)
+        batch = lines.view(1, lines.shape[0], *ones, lines.shape[1])
+        return F.interpolate(batch, size, scale, self.mode, self.align_corners).view(-1, outputs)
+
+    def local(self, views: Sequence[View]) -> Local:
+        if all(view.is_whole for view in views):
+            return self._whole
+        if self.mode == "area":
+            return averaged(views)
+        if all(view.is_whole or view.geometry.factor for view in views):
+            return self._blockwise(views)
+        dims = [_placed(view) for view in views]
+
+        def interpolate(z: torch.Tensor) -> torch.Tensor:
+            y = z if self._taps == 1 else z.to(wide(z.dtype))
+            for dim in range(z.dim() - 1, 1, -1):
+                y = _weighted(y, dim, *dims[dim - 2])
+            return y.to(z.dtype)
+
+        return interpolate
+
+    def _whole(self, x: torch.Tensor) -> torch.Tensor:
+        size, scale, recompute = self.size, self.scale_factor, self.recompute_scale_factor
+        return F.interpolate(x, size, scale, self.mode, self.align_corners, recompute)
+
+    def _blockwise(self, views: Sequence[View]) -> Local:
+        """torch's interpolation of the held block, of which this rank's outputs are cut out."""
+        given = None if self.recompute_scale_factor else self.scale_factor
+        held = [view.held[1] - view.held[0] for view in views]
+        sizes = [v.geometry.outputs if v.is_whole else v.geometry.factor * n for v, n in zip(views, held, strict=True)]
+        starts = [v.block[0] - (0 if v.is_whole else v.geometry.factor * v.held[0]) for v in views]
+        cut = (..., *(slice(a, a + view.size) for a, view in zip(starts, views, strict=True)))
+        size, scale = (sizes, None) if given is None else (None, list(self._factors))
+        return lambda z: F.interpolate(z, size, scale, self.mode, self.align_corners)[cut]
+
+    def extra_repr(self) -> str:
+        given = f"size={self.size}" if self.scale_factor is None else f"scale_factor={self.scale_factor}"
+        corners = "" if self.align_corners is None else f", align_corners={self.align_corners}"
+        return f"{given}, mode={self.mode!r}{corners}, P_x={self.P_x.shape}"
+
+
+def _placed(view: View) -> tuple[torch.Tensor, torch.Tensor]:
+    """Index and weight (outputs, taps) of this rank's outputs in the block it holds."""
+    start, stop = view.block
+    index = view.geometry.index[start:stop].clamp(view.held[0], view.held[1] - 1)  # what is outside weighs nothing
+    return index - view.held[0], view.geometry.weight[start:stop]
+
+
+def _weighted(z: torch.Tensor, dim: int, index: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """The weighted sum of the points that each output of a dim reads."""
+    if index.shape[1] == 1:
+        return z.index_select(dim, index[:, 0].to(z.device))
+    trailing = (1,) * (z.dim() - dim - 1)
+    return (windows(z, dim, index) * weight.to(z).view(*weight.shape, *trailing)).sum(dim + 1)

@@ -1,0 +1,219 @@
+"""For tests of distributed code: ranks without mpirun, adjoints, equality with the serial layer, counts of messages."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from distdl_lite.partition import Partition
+from distdl_lite.transport import current
+from distdl_lite.transport.counts import Tally
+from distdl_lite.transport.threads import spmd
+
+__all__ = ["adjoint_test", "assert_equals_serial", "count", "spmd"]
+
+
+@contextmanager
+def count() -> Iterator[Tally]:
+    """Count what this rank's operators move while the block runs.
+
+    Yields
+    ------
+    Tally
+        ``messages`` (a collective counts one), ``bytes``, ``seconds`` and ``collectives``; ``by_label`` holds the same for
+        each primitive or layer.
+
+    Examples
+    --------
+    >>> with count() as c:  # doctest: +SKIP
+    ...     y = layer(x)
+    >>> c.messages, c.by_label["HaloExchange"].bytes  # doctest: +SKIP
+    """
+    local, tally = current().local, Tally()
+    local["tallies"] = [*local.get("tallies", ()), tally]
+    try:
+        yield tally
+    finally:
+        left = [other for other in local["tallies"] if other is not tally]
+        if left:
+            local["tallies"] = left
+        else:
+            del local["tallies"]
+
+
+# ---- adjoints --------------------------------------------------------------------------------------------------------
+
+
+def adjoint_test(function: Callable[..., Any], *inputs: torch.Tensor, P: Partition) -> float:
+    """The relative error of <F x, y> = <x, F* y>, where F* is what autograd finds for the linear function F.
+
+    Parameters
+    ----------
+    function : callable
+        A layer or function of local blocks, linear in all its inputs together, that returns a tensor or several.
+    *inputs : torch.Tensor
+        This rank's blocks of x, real or complex; zero-volume on a rank without data.
+    P : Partition
+        A partition with every rank that takes part; these ranks call this together. y is random, of the shape of each
+        rank's output.
+
+    Returns
+    -------
+    float
+        The difference over ``max(|F x| |y|, |x| |F* y|)``, each summed over all ranks of P in float64, the same on all.
+    """
+    x = [value.detach().clone().requires_grad_() for value in inputs]
+    result = function(*x)
+    outputs = [result] if isinstance(result, torch.Tensor) else list(result)
+    generator = torch.Generator().manual_seed(P.world_transport.rank)
+    y = [torch.randn(out.shape, dtype=_wide(out.dtype), generator=generator).to(out) for out in outputs]
+    found = torch.autograd.grad(outputs, x, y, allow_unused=True)
+    gradients = [torch.zeros_like(a) if g is None else g for a, g in zip(x, found, strict=True)]
+    pairs = [(outputs, y), (x, gradients), (outputs, outputs), (y, y), (x, x), (gradients, gradients)]
+    sums = torch.tensor([_dot(a, b) for a, b in pairs], dtype=torch.complex128)
+    if P.active:
+        P.world_transport.all_reduce(sorted(P.ranks), sums)
+    forward, backward = sums[:2].tolist()
+    norms = sums[2:].real.sqrt().tolist()
+    scale = max(norms[0] * norms[1], norms[2] * norms[3])
+    return float(abs(forward - backward) / scale) if scale else 0.0
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    """The dtype to draw random numbers in."""
+    return torch.complex128 if dtype.is_complex else torch.float64
+
+
+def _dot(left: Sequence[torch.Tensor], right: Sequence[torch.Tensor]) -> complex:
+    """The inner product of two lists of blocks in double precision."""
+    total = 0j
+    for a, b in zip(left, right, strict=True):
+        total += complex(torch.vdot(*(v.detach().cpu().to(torch.complex128).reshape(-1) for v in (a, b))))
+    return total
+
+
+# ---- equality with the serial layer ----------------------------------------------------------------------------------
+
+
+def assert_equals_serial(
+    distributed_layer: torch.nn.Module,
+    serial_layer: torch.nn.Module,
+    x_global: torch.Tensor | Sequence[torch.Tensor],
+    P_x: Partition,
+    P_y: Partition | None = None,
+    rtol: float = 0.0,
+    atol: float = 0.0,
+) -> None:
+    """Check that a distributed layer computes what its serial twin does.
+
+    The distributed layer gets the serial one's weights and buffers. Then every rank compares its block of the output, of
+    the input gradients and of all parameter gradients, and its buffers, with those of the serial layer, which it runs on
+    the whole input. The output's gradient is made of random integers: where the input and weights are integers in float64,
+    linear layers must agree exactly, which is the default.
+
+    Parameters
+    ----------
+    distributed_layer, serial_layer : torch.nn.Module
+        The serial one is left as it is.
+    x_global : torch.Tensor or sequence of tensors
+        The whole inputs, the same on every rank.
+    P_x, P_y : Partition
+        Of inputs and output, which are cut in balanced blocks. P_y is P_x by default; a 0-dim output is the same on all ranks.
+    rtol, atol : float
+        Of ``torch.testing.assert_close``.
+
+    Raises
+    ------
+    AssertionError
+        On all ranks, saying what differs on which. All ranks of P_x's world call this together.
+    """
+    from distdl_lite.nn.parameter import load_serial_state_dict
+
+    world = P_x.world_transport
+    serial = copy.deepcopy(serial_layer)
+    load_serial_state_dict(distributed_layer, serial.state_dict())
+    distributed_layer.zero_grad()
+    serial.zero_grad()
+    given = [x_global] if isinstance(x_global, torch.Tensor) else list(x_global)
+    whole = [_leaf(x) for x in given]
+    local = [_leaf(_block(x, P_x)) for x in given]
+    y, y_local = serial(*whole), distributed_layer(*local)
+    generator = torch.Generator().manual_seed(0)
+    g = torch.randint(-4, 5, y.shape, generator=generator).to(y)
+    if y.requires_grad:
+        y.backward(g)
+    if y_local.requires_grad:
+        y_local.backward(_block(g, P_y or P_x).view(y_local.shape))
+    pairs = {"output": (y_local, _block(y, P_y or P_x))} if (P_y or P_x).active else {}
+    if P_x.active:
+        for number, (x, x_local) in enumerate(zip(whole, local, strict=True)):
+            if x.requires_grad:
+                pairs[f"gradient of input {number}"] = x_local.grad, _block(x.grad, P_x)
+    pairs.update(_weights(distributed_layer, serial, world.rank))
+    _raise_differences(world, {name: _difference(*pair, rtol, atol) for name, pair in pairs.items()})
+
+
+def _leaf(x: torch.Tensor) -> torch.Tensor:
+    return x.detach().clone().requires_grad_(x.is_floating_point() or x.is_complex())
+
+
+def _block(x: torch.Tensor | None, P: Partition) -> torch.Tensor | None:
+    """This rank's block of a whole tensor, zero-volume outside `P`."""
+    if x is None or not x.dim():
+        return x
+    slices = P.block(x.shape)  # type: ignore[attr-defined]
+    return x.new_empty(0) if slices is None else x[slices]
+
+
+def _weights(distributed: torch.nn.Module, serial: torch.nn.Module, rank: int) -> dict[str, tuple[Any, Any]]:
+    """The gradients of parameters, and the buffers, that this rank holds, each with the serial layer's."""
+    pairs: dict[str, tuple[Any, Any]] = {}
+    gradients = {name: parameter.grad for name, parameter in serial.named_parameters()}
+    buffers = dict(serial.named_buffers())
+    for prefix, inner in distributed.named_modules(prefix=""):
+        places = getattr(inner, "_distdl_places", {})
+        for kind, tensors, wanted in (
+            ("gradient of", inner._parameters, gradients),
+            ("buffer", inner._buffers, buffers),
+        ):
+            for own_name, tensor in tensors.items():
+                name = f"{prefix}.{own_name}" if prefix else own_name
+                if tensor is None or name not in wanted:
+                    continue
+                place = places.get(own_name)
+                box = None if place is None else place.layout.box(rank)
+                if place is not None and box is None:
+                    continue
+                value = tensor.grad if kind == "gradient of" else tensor
+                serial_value = wanted[name]
+                if box is not None and serial_value is not None:
+                    serial_value = serial_value[tuple(slice(*r) for r in box)]
+                pairs[f"{kind} {name}"] = value, serial_value
+    return pairs
+
+
+def _difference(actual: torch.Tensor | None, expected: torch.Tensor | None, rtol: float, atol: float) -> str:
+    """What distinguishes two tensors, empty if nothing does."""
+    if actual is None or expected is None:
+        return "" if actual is expected else f"is {_named(actual)}, not {_named(expected)}"
+    try:
+        torch.testing.assert_close(actual.detach(), expected.detach(), rtol=rtol, atol=atol, equal_nan=True)
+    except AssertionError as error:
+        return str(error)
+    return ""
+
+
+def _named(tensor: torch.Tensor | None) -> str:
+    return "None" if tensor is None else f"a tensor of shape {tuple(tensor.shape)}"
+
+
+def _raise_differences(world: Any, found: dict[str, str]) -> None:
+    """Raise on all ranks what any of them found."""
+    everywhere = world.gather_objects(range(world.size), {name: text for name, text in found.items() if text})
+    lines = [f"rank {rank}: {name}: {text}" for rank, texts in enumerate(everywhere) for name, text in texts.items()]
+    if lines:
+        raise AssertionError("the distributed layer does not equal the serial one\n" + "\n".join(lines))
