@@ -1,0 +1,256 @@
+"""The command line: `python -m distdl_lite info`, `explain` and `bench`."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import platform
+import sys
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy
+import torch
+
+import distdl_lite
+from distdl_lite import layout as lay
+from distdl_lite import nn as dnn
+from distdl_lite import show
+from distdl_lite.grid import Grid
+from distdl_lite.partition import Partition
+from distdl_lite.plan import plan
+from distdl_lite.transport import enter
+from distdl_lite.transport.abort import abort_on_exception
+from distdl_lite.transport.threads import ThreadTransport, World
+
+_MOST_LISTED = 16
+
+# ---- info ------------------------------------------------------------------------------------------------------------
+
+
+def info(arguments: argparse.Namespace) -> str | None:
+    """Versions and what MPI offers; None on the ranks that do not print."""
+    lines = [
+        ("distdl_lite", distdl_lite.__version__),
+        ("Python", platform.python_version()),
+        ("torch", torch.__version__),
+        ("numpy", numpy.__version__),
+        ("CUDA in torch", f"{torch.cuda.device_count()} devices" if torch.cuda.is_available() else "not available"),
+    ]
+    try:
+        from distdl_lite.transport.mpi import MPI
+    except (ImportError, RuntimeError) as error:
+        return _listed([*lines, ("MPI", f"cannot be loaded: {type(error).__name__}: {error}")])
+    hosts = MPI.COMM_WORLD.gather(MPI.Get_processor_name())
+    if hosts is None:
+        return None
+    return _listed([*lines, *_mpi_facts(MPI, hosts)])
+
+
+def _mpi_facts(MPI: Any, hosts: list[str]) -> list[tuple[str, str]]:
+    levels = {getattr(MPI, f"THREAD_{name}"): name for name in ("SINGLE", "FUNNELED", "SERIALIZED", "MULTIPLE")}
+    kinds = MPI.COMM_WORLD.Get_info().Get("mpi_memory_alloc_kinds")
+    aware = (
+        "the MPI library does not say" if kinds is None else f"{'yes' if 'cuda' in kinds else 'no'} (memory: {kinds})"
+    )
+    return [
+        ("mpi4py", sys.modules["mpi4py"].__version__),
+        ("MPI library", MPI.Get_library_version().split("\n")[0].strip("\0 ")),
+        ("MPI standard", ".".join(map(str, MPI.Get_version()))),
+        ("thread level", levels[MPI.Query_thread()]),
+        ("CUDA-aware MPI", aware),
+        ("ranks", str(len(hosts))),
+        ("hosts", ", ".join(f"{host} ({number})" for host, number in Counter(hosts).items())),
+    ]
+
+
+def _listed(facts: Sequence[tuple[str, str]]) -> str:
+    return "\n".join(f"{name + ':':16}{value}" for name, value in facts)
+
+
+# ---- explain ---------------------------------------------------------------------------------------------------------
+
+_TWO_GRIDS = ("Broadcast", "SumReduce", "Repartition")
+_AXES = {"AllSumReduce": "axes_reduce", "AllGather": "axes_all_gather", "ReduceScatter": "axes_reduce_scatter"}
+_WHOLE = ("Broadcast", "SumReduce", "AllSumReduce")
+PRIMITIVES = (*_TWO_GRIDS, *_AXES, "HaloExchange")
+
+
+def explain(arguments: argparse.Namespace) -> str:
+    """Who sends what to whom; no rank but this process is needed."""
+    size = math.prod(arguments.grid)
+    ranks = max(size, math.prod(arguments.to or (1,)))
+    if not 0 <= arguments.rank < ranks:
+        raise ValueError(f"--rank {arguments.rank} is not among the {ranks} ranks of the grids")
+    enter(ThreadTransport(World(ranks), arguments.rank))
+    try:
+        layer = _primitive(arguments)
+        X, Y = layer.layouts(_local_shapes(arguments, layer.P_x.grid_of_ranks))
+    finally:
+        enter(None)
+    if arguments.svg:
+        Path(arguments.svg).write_text(show.svg([("input", X), ("output", Y)]), encoding="utf-8")
+    return _explanation(arguments, X, Y, ranks)
+
+
+def _primitive(arguments: argparse.Namespace) -> Any:
+    world = Partition.world()
+    name = arguments.primitive
+    P_x = world.grid(arguments.grid)
+    if arguments.to and name not in _TWO_GRIDS:
+        raise ValueError(f"{name} has one grid: --to is for {', '.join(_TWO_GRIDS)}")
+    if name in _TWO_GRIDS:
+        if not arguments.to:
+            raise ValueError(f"{name} needs --to, the grid of the output")
+        return getattr(dnn, name)(P_x, world.grid(arguments.to))
+    if name in _AXES:
+        return getattr(dnn, name)(P_x, **{_AXES[name]: _axes(arguments)})
+    if arguments.halo is None:
+        raise ValueError("HaloExchange needs --halo, a number of points per dim")
+    return dnn.HaloExchange(P_x, arguments.halo, arguments.boundary)
+
+
+def _axes(arguments: argparse.Namespace) -> tuple[int, ...]:
+    return tuple(range(len(arguments.grid))) if arguments.axes is None else arguments.axes
+
+
+def _local_shapes(arguments: argparse.Namespace, grid: Grid) -> dict[int, tuple[int, ...]]:
+    """What each rank passes: a whole tensor, or balanced blocks of one."""
+    if arguments.primitive in _WHOLE:
+        return dict.fromkeys(grid.ranks, arguments.shape)
+    X = lay.balanced_blocks(grid, arguments.shape)
+    if arguments.primitive == "ReduceScatter":
+        X = lay.gathered(X, [axis % grid.dim for axis in _axes(arguments)])
+    return {rank: lay.shape_of(X.box(rank) or ()) for rank in grid.ranks}
+
+
+def _explanation(arguments: argparse.Namespace, X: lay.Layout, Y: lay.Layout, ranks: int) -> str:
+    itemsize = getattr(torch, arguments.dtype).itemsize
+    few = ranks <= _MOST_LISTED and not arguments.rank_chosen
+    chosen = range(ranks) if few else [arguments.rank]
+    plans = [plan(X, Y, rank) for rank in chosen]
+    pattern, shape = plans[0].pattern, "x".join(map(str, arguments.shape))
+    grids = " to ".join("x".join(map(str, grid)) for grid in (arguments.grid, arguments.to) if grid)
+    each = "a tensor on each rank" if arguments.primitive in _WHOLE else "blocks"
+    lines = [
+        f"{arguments.primitive} of {shape} {arguments.dtype} ({each}), grid {grids}, {ranks} ranks",
+        f"runs as {show.MPI_NAMES[pattern]}, its adjoint as {show.MPI_NAMES[pattern.adjoint]}",
+    ]
+    for title, layout in (("input", X), ("output", Y)):
+        lines += ["", f"{title}:", show.layout_text(layout, chosen) or "nothing"]
+    lines += ["", "traffic:", *(show.plan_text(p, X, Y, itemsize) for p in plans), ""]
+    counted = [show.traffic(p, itemsize) for p in plans]
+    what = "messages" if not any(leg.team for p in plans for leg in p.legs) else "collective calls"
+    whose = "all ranks together" if few else f"rank {arguments.rank} of {ranks}"
+    lines.append(f"{whose}: {sum(n for n, _ in counted)} {what}, {sum(b for _, b in counted)} bytes for others")
+    return "\n".join(lines)
+
+
+# ---- bench -----------------------------------------------------------------------------------------------------------
+
+
+def bench(arguments: argparse.Namespace) -> str | None:
+    """Run a benchmark on all ranks; None on the ranks that do not print."""
+    from distdl_lite import bench as benchmarks
+
+    os.environ["OMP_NUM_THREADS"] = "1"
+    torch.set_num_threads(1)
+    P = Partition.world()
+    allowed = benchmarks.RANKS.get(arguments.which, (P.size,))
+    if P.size not in allowed:
+        text = f"bench {arguments.which} runs on {', '.join(map(str, allowed))} ranks, not on {P.size}: use mpirun -n 2"
+        sys.exit(text if P.rank == 0 else 1)
+    rows = getattr(benchmarks, f"{arguments.which}_rows")(P, arguments.seconds)
+    if P.rank != 0:
+        return None
+    if arguments.json:
+        benchmarks.write_json(rows, arguments.json)
+    return benchmarks.table(rows)
+
+
+# ---- arguments -------------------------------------------------------------------------------------------------------
+
+
+def _numbers(separator: str, least: int) -> Callable[[str], tuple[int, ...]]:
+    def numbers(text: str) -> tuple[int, ...]:
+        found = tuple(int(part) for part in text.split(separator))
+        if any(n < least for n in found):
+            raise ValueError(text)
+        return found
+
+    numbers.__name__ = f"{separator}-separated list of numbers"
+    return numbers
+
+
+def _halo(text: str) -> tuple[tuple[int, int], ...]:
+    pairs = [[int(side) for side in part.split(":")] for part in text.split(",")]
+    if any(len(pair) > 2 for pair in pairs):
+        raise ValueError(text)
+    return tuple((pair[0], pair[-1]) for pair in pairs)
+
+
+_halo.__name__ = "halo, such as 1,1 or 0,1:2"
+
+
+def _dtype(text: str) -> str:
+    if not isinstance(getattr(torch, text, None), torch.dtype):
+        raise ValueError(text)
+    return text
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line's grammar."""
+    made = argparse.ArgumentParser(prog="python -m distdl_lite", description=distdl_lite.__doc__)
+    commands = made.add_subparsers(required=True, metavar="COMMAND")
+    told = commands.add_parser("info", help="versions, MPI library, thread level, CUDA awareness, ranks, hosts")
+    told.set_defaults(run=info)
+    _add_explain(commands.add_parser("explain", help="who sends what to whom for a primitive; needs no MPI"))
+    timed = commands.add_parser("bench", help="our calls beside hand-written ones; start it with mpirun -n 2")
+    timed.add_argument("which", choices=("primitives", "conv", "plan"))
+    timed.add_argument("--json", metavar="FILE", help="write the rows there too")
+    timed.add_argument("--seconds", type=float, default=1.0, help="to spend on each row (1)")
+    timed.set_defaults(run=bench)
+    return made
+
+
+def _add_explain(told: argparse.ArgumentParser) -> None:
+    grid, dims = _numbers("x", 1), _numbers("x", 0)
+    told.add_argument("primitive", choices=PRIMITIVES, metavar="PRIMITIVE", help=", ".join(PRIMITIVES))
+    told.add_argument("--grid", type=grid, required=True, help="of the input's ranks, such as 2x2")
+    told.add_argument("--to", type=grid, help="grid of the output's ranks, where it is another one")
+    told.add_argument(
+        "--shape", type=dims, required=True, help="of the whole tensor, such as 7x5; of a rank's for copies and sums"
+    )
+    told.add_argument("--halo", type=_halo, help="points per dim, left:right where they differ: 1,1 or 0,1:2")
+    told.add_argument("--boundary", choices=lay.BOUNDARIES, default="none")
+    told.add_argument("--axes", type=_numbers(",", 0), help="summed, gathered or scattered along (all)")
+    told.add_argument("--rank", type=int, help=f"show this rank alone; 0 for more than {_MOST_LISTED} ranks")
+    told.add_argument("--dtype", type=_dtype, default="float32")
+    told.add_argument("--svg", metavar="FILE", help="draw input and output blocks there")
+    told.set_defaults(run=explain)
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit code."""
+    abort_on_exception()
+    grammar = parser()
+    arguments = grammar.parse_args(words)
+    if "rank" in arguments:
+        arguments.rank_chosen = arguments.rank is not None
+        arguments.rank = arguments.rank or 0
+    try:
+        text = arguments.run(arguments)
+    except ValueError as error:
+        if arguments.run is not explain:
+            raise
+        grammar.exit(2, f"{grammar.prog} explain: error: {error}\n")
+    if text is not None:
+        print(text)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
