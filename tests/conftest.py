@@ -1,0 +1,25 @@
+"""Settings of all tests."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+pytest_plugins = ["distdl_lite.pytest_plugin"]
+
+
+def pytest_configure() -> None:
+    torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Under mpirun run only what is about MPI: the other tests would do the same on every rank."""
+    if config.getoption("--with-mpi"):
+        serial = [item for item in items if item.get_closest_marker("mpi") is None]
+        config.hook.pytest_deselected(items=serial)
+        items[:] = [item for item in items if item.get_closest_marker("mpi") is not None]
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)

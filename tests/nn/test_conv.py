@@ -1,0 +1,164 @@
+"""Convolutions against torch's: cut along batch, channels and space, with blocks of all sizes."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import random
+from typing import Any
+
+import pytest
+import torch
+from convolutions import Case, assert_weighted_second_gradients, check, check_refused, run_random
+from ranks import on_ranks
+from twins import assert_refused, assert_twins, integers, with_integers
+
+import distdl_lite as dl
+from distdl_lite.nn.conv import DistributedConv1d, DistributedConv2d
+from distdl_lite.testing import count
+
+pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same'")
+
+
+def drawn_options(rng: random.Random, dims: int) -> dict[str, Any]:
+    def each(*choices: int) -> tuple[int, ...]:
+        return tuple(rng.choice(choices) for _ in range(dims))
+
+    padding = rng.choice([0, 1, 2, "same", "valid", each(0, 1, 2)])
+    return {
+        "stride": (1,) * dims if padding == "same" else each(1, 1, 2, 3),
+        "padding": padding,
+        "dilation": each(1, 1, 2),
+        "padding_mode": rng.choice(["zeros", "zeros", "circular", "reflect", "replicate"]),
+    }
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_random(seed: int) -> None:
+    """What torch accepts comes out equal, what it refuses is refused."""
+    run_random("Conv", seed, 40, drawn_options)
+
+
+SPACE = ((1, 1, 4), None, None)
+SQUARE = ((1, 1, 2, 2), None, None)
+CASES = [
+    Case("Conv1d", (2, 3, 7), {"padding": 3}, SPACE, (2, 2, 5)),  # a halo wider than the neighbour's block
+    Case("Conv1d", (2, 3, 3), {"stride": 3}, SPACE, (2, 2, 9)),  # fewer outputs than ranks
+    Case("Conv1d", (2, 3, 1), {"stride": 5}, SPACE, (2, 2, 9)),  # blocks that no output reads
+    Case("Conv1d", (2, 3, 1), {"stride": 2}, SPACE, (1, 2, 9)),
+    Case("Conv1d", (2, 3, 2), {"stride": 2, "padding": 1}, SPACE, (1, 2, 8)),
+    Case("Conv1d", (2, 3, 3), {"padding": 1}, SPACE, (0, 2, 9)),
+    Case("Conv1d", (2, 3, 3), {"padding": 1}, SPACE, (1, 2, 3)),  # a rank without input
+    Case("Conv1d", (2, 3, 3), {"padding": 1}, SPACE, (1, 2, 10), [(0, 1), (0, 2), (0, 7, 7, 8, 10)]),
+    Case("Conv2d", (2, 3, 3), {"dilation": 2, "padding": 2}, SQUARE, (1, 2, 7, 5)),
+    Case("Conv3d", (1, 2, 2), {"dilation": 2, "padding": 1}, ((1, 1, 2, 1, 2), None, None), (1, 1, 4, 3, 5)),
+    Case("Conv2d", (4, 6, 3), {"groups": 2, "padding": (1, 0)}, ((1, 2, 1, 2), None, None), (2, 4, 3, 7)),
+    Case("Conv2d", (3, 4, 3), {"padding": "same"}, ((1, 2, 1, 1), (1, 2, 1, 1), (2, 2, 1, 1)), (2, 3, 5, 4)),
+    Case("Conv1d", (5, 3, 3), {"padding": 1}, ((2, 2, 1), (2, 1, 1), (2, 1, 2, 1)), (3, 5, 6)),
+    Case("Conv1d", (5, 3, 3), {"padding": 1}, ((1, 1, 2), (1, 2, 2), (2, 1, 2)), (3, 5, 6)),
+    *(
+        Case("Conv2d", (2, 2, (3, 5)), {"padding": (1, 2), "padding_mode": mode}, SQUARE, (2, 2, 4, 5))
+        for mode in ("circular", "reflect", "replicate")
+    ),
+]
+
+
+@on_ranks(4, mpi=True)
+def test_awkward(world: dl.Partition) -> None:
+    """Named cases, on threads and on MPI ranks."""
+    for case in CASES:
+        check(world, case)
+
+
+@on_ranks(4)
+def test_placement(world: dl.Partition) -> None:
+    """Input and output on disjoint, overlapping and equal ranks in any order."""
+    for ranks_x, ranks_y in (([0, 1], [2, 3]), ([3, 1], [1, 2]), ([2, 0], [2, 0])):
+        P_x = world.create_partition_inclusive(ranks_x).grid((1, 1, 2))
+        P_y = world.create_partition_inclusive(ranks_y).grid((1, 2, 1))
+        layer = DistributedConv1d(P_x, 2, 4, 3, padding=1, dtype=torch.float64, P_y=P_y)
+        serial = with_integers(torch.nn.Conv1d(2, 4, 3, padding=1, dtype=torch.float64))
+        assert_twins(layer, serial, integers(2, 2, 7), P_x, P_y)
+
+
+@on_ranks(4)
+def test_second_gradients(world: dl.Partition) -> None:
+    """A gradient penalty's gradients are the serial layer's."""
+    P = world.grid((1, 1, 2, 2))
+    torch.manual_seed(3)
+    serial = torch.nn.Conv2d(2, 2, 3, padding=1, dtype=torch.float64)
+    torch.manual_seed(3)
+    layer = DistributedConv2d(P, 2, 2, 3, padding=1, dtype=torch.float64)
+    x = torch.randn(1, 2, 5, 4, dtype=torch.float64)
+    assert_weighted_second_gradients(layer, serial, x, P, world.rank)
+
+
+@on_ranks(2)
+def test_tensors(world: dl.Partition) -> None:
+    """Strided inputs, inputs without grad on one rank, two forwards before two backwards, stride-0 gradients."""
+    P = world.grid((1, 1, 2, 1))
+    serial = with_integers(torch.nn.Conv2d(2, 3, 3, padding=1, dtype=torch.float64))
+    layer = DistributedConv2d(P, 2, 3, 3, padding=1, dtype=torch.float64)
+    dl.load_serial_state_dict(layer, serial.state_dict())
+    wide, small = integers(1, 2, 4, 14)[..., ::2].transpose(2, 3), integers(2, 2, 5, 4)
+    small = small.to(memory_format=torch.channels_last)
+    expected = [serial(x) for x in (wide, small)]
+    blocks = [x[P.block(x.shape)].requires_grad_(world.rank == 0) for x in (wide, small)]
+    outputs = [layer(x) for x in blocks]
+    for y, y_serial in zip(outputs, expected, strict=True):
+        assert torch.equal(y, y_serial[P.block(y_serial.shape)])
+        y.sum().backward()
+        y_serial.sum().backward()
+    assert torch.equal(layer.weight.grad, serial.weight.grad)
+    assert torch.equal(layer.bias.grad, serial.bias.grad)
+
+
+@on_ranks(2)
+def test_life(world: dl.Partition) -> None:
+    """Shapes may change, layers be copied and pickled; one rank alone sends nothing."""
+    P = world.grid((1, 1, 2))
+    serial = with_integers(torch.nn.Conv1d(1, 2, 3, padding=1, dtype=torch.float64))
+    layer = DistributedConv1d(P, 1, 2, 3, padding=1, dtype=torch.float64)
+    for module in (layer, copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        for n in (5, 8, 5):
+            assert_twins(module, serial, integers(1, 1, n), P)
+    alone = world.grid((1, 1, 1))
+    layer = DistributedConv1d(alone, 1, 2, 3, padding=1)
+    with count() as c:
+        x = torch.ones(1, 1, 4) if alone.active else dl.zero_volume_tensor()
+        layer(x.requires_grad_()).sum().backward()
+    assert c.messages == 0
+    assert "1, 2, kernel_size=(3,), stride=(1,), padding=1, P_x=(1, 1, 1)" in repr(layer)
+
+
+@on_ranks(3)
+def test_refusals(world: dl.Partition) -> None:
+    """What cannot be done is refused on all ranks with one text."""
+    P = world.create_partition_inclusive([0, 2]).grid((1, 1, 2))
+    Q = world.create_partition_inclusive([0, 2]).grid((1, 2, 1))
+    attempts: list[tuple[Any, str]] = [
+        (lambda: DistributedConv2d(P, 2, 2, 3), "P_x of shape (1, 1, 2) has 3 axes"),
+        (lambda: DistributedConv1d(P, 2, 2, 3, padding_mode="odd"), "padding_mode 'odd'"),
+        (lambda: DistributedConv1d(P, 2, 2, 3, padding="most"), "padding 'most'"),
+        (lambda: DistributedConv1d(P, 2, 2, 3, padding="same", stride=2), "needs stride 1"),
+        (lambda: DistributedConv1d(P, 2, 2, 3, padding=-1), "must not be negative"),
+        (lambda: DistributedConv1d(P, 2, 2, 3, stride=0), "stride=(0,) must be positive"),
+        (lambda: DistributedConv1d(P, 2, 3, 3, groups=2), "groups=2 do not divide"),
+        (lambda: DistributedConv1d(P, 2, 2, (3, 3)), "does not have 1 numbers"),
+        (lambda: DistributedConv1d(Q, 3, 6, 3, groups=3), "do not fall on the boundaries of groups=3"),
+        (lambda: DistributedConv1d(Q, 2, 2, 3, P_w=P), "does not fit P_x"),
+    ]
+    for attempt, text in attempts:
+        assert_refused(world, P, attempt, text)
+    Q_w = world.create_partition_inclusive([0, 2]).grid((1, 2, 1))
+    refused = "cannot be summed over the 2 parts of P_in"
+    alone = world.create_partition_inclusive([0]).grid((1, 1, 1))
+    assert_refused(world, Q, lambda: DistributedConv1d(Q, 2, 2, 3, groups=2, P_y=alone, P_w=Q_w), refused)
+    grids = ((1, 1, 3), None, None)
+    check_refused(world, Case("Conv1d", (1, 1, 9), {}, grids, (1, 1, 7)), "shorter than the kernel")
+    reflected = {"padding": 4, "padding_mode": "reflect"}
+    check_refused(world, Case("Conv1d", (1, 1, 3), reflected, grids, (1, 1, 4)), "a reflect boundary of 4")
+    x = integers(1, 1, 7, dtype=torch.float32)
+    R = world.grid((1, 1, 3))
+    layer = DistributedConv1d(R, 1, 1, 3, dtype=torch.float64)
+    assert_refused(world, R, lambda: layer(x[R.block(x.shape)]), "dtype torch.float32", TypeError)

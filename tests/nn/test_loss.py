@@ -1,0 +1,243 @@
+"""Losses against torch's on the whole tensors: value and gradient, which is the serial one on any number of ranks."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import random
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from blocks import block, cuts_of, leaf
+from ranks import on_ranks
+from torch.utils.checkpoint import checkpoint
+
+import distdl_lite as dl
+from distdl_lite.nn import class_loss, loss
+from distdl_lite.partition import Partition
+
+GRIDS = (((4, 1, 1), (0, 1, 2, 3)), ((2, 1, 2), (3, 0, 2, 1)), ((1, 2, 1), (2, 1)), ((3, 1, 1), (1, 2, 3)))
+CLASS_GRIDS = (*GRIDS, ((1, 4, 1), (3, 2, 1, 0)), ((2, 2, 1), (0, 1, 2, 3)), ((1, 1, 1), (2,)))
+SHAPE = (5, 3, 4)
+
+
+def distributed(name: str) -> type:
+    return getattr(loss, f"Distributed{name}Loss", None) or getattr(class_loss, f"Distributed{name}Loss")
+
+
+def draw(*shape: int) -> torch.Tensor:
+    return torch.rand(shape, dtype=torch.float64)
+
+
+def elementwise() -> Iterator[tuple[str, dict[str, Any], torch.Tensor, torch.Tensor]]:
+    """Name, options, input and target."""
+    x, t = draw(*SHAPE) * 4 - 2, draw(*SHAPE)
+    yield "MSE", {}, x, t
+    yield "L1", {}, x, t
+    yield "SmoothL1", {"beta": 0.5}, x, t
+    yield "Huber", {"delta": 0.7}, x, t
+    yield "BCE", {}, x.sigmoid(), t
+    yield "BCE", {"weight": draw(3, 1)}, x.sigmoid(), t
+    yield "BCEWithLogits", {"weight": draw(*SHAPE), "pos_weight": draw(3, 4)}, x, t
+    yield "KLDiv", {}, x.log_softmax(1), t
+    yield "KLDiv", {"log_target": True}, x.log_softmax(1), t.log()
+    yield "PoissonNLL", {"full": True}, x, (t * 5).round()
+    yield "PoissonNLL", {"log_input": False, "eps": 1e-6}, x.abs(), (t * 5).round()
+
+
+def over_classes() -> Iterator[tuple[str, dict[str, Any], torch.Tensor, torch.Tensor]]:
+    x, t, weight = draw(*SHAPE) * 20 - 10, torch.randint(3, (5, 4)), draw(3)
+    some = torch.where(draw(5, 4) < 0.4, -100, t)
+    for options in ({}, {"weight": weight}, {"ignore_index": 1}, {"weight": weight, "ignore_index": 2}):
+        yield "NLL", options, x.log_softmax(1), t
+        yield "CrossEntropy", options, x, t
+        yield "CrossEntropy", {**options, "label_smoothing": 0.2}, x, t
+    yield "CrossEntropy", {}, x, some
+    yield "CrossEntropy", {}, x, torch.full_like(t, -100)
+    yield "CrossEntropy", {}, x, draw(*SHAPE).softmax(1)
+    yield "CrossEntropy", {"weight": weight, "label_smoothing": 0.3}, x, draw(*SHAPE).softmax(1)
+
+
+def serial_loss(name: str, reduction: str, options: dict[str, Any], x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+    with warnings.catch_warnings():  # torch warns of KLDivLoss's mean
+        warnings.simplefilter("ignore")
+        return getattr(torch.nn, f"{name}Loss")(reduction=reduction, **options)(x, t)
+
+
+def check(
+    P: Partition, case: tuple[str, dict[str, Any], torch.Tensor, torch.Tensor], reduction: str, cuts: Any
+) -> None:
+    """Compare a loss squared, whose upstream gradient is not one, and its input's gradient with torch's."""
+    name, options, x_global, t_global = case
+    x_serial, x = leaf(x_global), leaf(block(x_global, P, cuts))
+    dims = (0, 2) if t_global.dim() == 2 else None
+    serial = serial_loss(name, reduction, options, x_serial, t_global)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        value = distributed(name)(P, reduction=reduction, **options)(x, block(t_global, P, cuts, dims))
+    (serial**2).sum().backward()
+    (value**2).sum().backward()
+    if P.active:
+        mine = serial if not serial.dim() else block(serial, P, cuts, (0, 2) if serial.dim() == 2 else None)
+        torch.testing.assert_close(value, mine, equal_nan=True)
+        torch.testing.assert_close(x.grad, block(x_serial.grad, P, cuts), equal_nan=True)
+    elif reduction != "none":
+        assert value.item() == 0
+        assert value.dim() == 0
+
+
+@on_ranks(4, mpi=True)
+def test_elementwise_losses(world: Partition) -> None:
+    rng = random.Random(0)
+    for case in elementwise():
+        for number, (grid, ranks) in enumerate(GRIDS):
+            P = world.grid(grid, ranks)
+            for reduction in (
+                "mean",
+                *(["batchmean"] if case[0] == "KLDiv" else []),
+                *["sum", "none"][number % 2 :][:1],
+            ):
+                check(P, case, reduction, cuts_of(SHAPE, grid, rng if number % 2 else None))
+
+
+@on_ranks(4, mpi=True)
+def test_losses_over_classes(world: Partition) -> None:
+    rng = random.Random(1)
+    for case in over_classes():
+        for number, (grid, ranks) in enumerate(CLASS_GRIDS):
+            P = world.grid(grid, ranks)
+            for reduction in (
+                "mean",
+                *(["none"] if grid[1] == 1 and number else []),
+                *(["sum"] if number == 5 else []),
+            ):
+                check(P, case, reduction, cuts_of(SHAPE, grid, rng if number % 2 else None))
+
+
+@on_ranks(4)
+def test_one_sample_without_batch(world: Partition) -> None:
+    x, P = draw(7), world.grid((4,))
+    for t in (torch.tensor(5), draw(7).softmax(0)):
+        mine = t if t.dim() == 0 else block(t, P, P.bounds((7,)))
+        value = class_loss.DistributedCrossEntropyLoss(P)(block(x, P, P.bounds((7,))), mine)
+        torch.testing.assert_close(value, torch.nn.functional.cross_entropy(x, t))
+
+
+@on_ranks(4, mpi=True)
+def test_double_backward(world: Partition) -> None:
+    for name, options, x_global, t_global in (*list(elementwise())[::3], *list(over_classes())[1::4]):
+        P = world.grid((2, 2, 1), (0, 2, 1, 3))
+        cuts = P.bounds(SHAPE)
+        x_serial, x = leaf(x_global), leaf(block(x_global, P, cuts))
+        t = block(t_global, P, cuts, (0, 2) if t_global.dim() == 2 else None)
+        serial = serial_loss(name, "mean", options, x_serial, t_global) ** 2
+        value = distributed(name)(P, **options)(x, t) ** 2
+        for found, leafs in ((serial, x_serial), (value, x)):
+            (gradient,) = torch.autograd.grad(found, leafs, create_graph=True)
+            gradient.square().sum().backward()
+        torch.testing.assert_close(x.grad, block(x_serial.grad, P, cuts))
+
+
+@on_ranks(4)
+def test_the_target_has_a_gradient_too(world: Partition) -> None:
+    P = world.grid((3, 1), (0, 1, 3))
+    x, t = draw(5, 2), draw(5, 2)
+    cuts = P.bounds(x.shape)
+    t_serial, mine = leaf(t), leaf(block(t, P, cuts))
+    torch.nn.functional.mse_loss(x, t_serial).backward()
+    loss.DistributedMSELoss(P)(block(x, P, cuts), mine).backward()
+    if P.active:
+        torch.testing.assert_close(mine.grad, block(t_serial.grad, P, cuts))
+
+
+@on_ranks(4)
+def test_backward_is_the_same_line_on_all_ranks(world: Partition) -> None:
+    P = world.grid((1, 3), (0, 1, 2))
+    for module in (loss.DistributedMSELoss(P), class_loss.DistributedCrossEntropyLoss(P)):
+        x = block(draw(4, 5), P, P.bounds((4, 5))).requires_grad_(world.rank == 1)
+        t = block(draw(4, 5), P, P.bounds((4, 5)))
+        module(x, t).backward()
+        assert (x.grad is not None) == (world.rank == 1)
+        with torch.no_grad():
+            assert not module(x, t).requires_grad
+    x = leaf(torch.empty(0))
+    zero = loss.DistributedMSELoss(world.grid((1, 1), [0]))
+    if world.rank == 3:
+        zero(x, x).backward()
+        assert x.grad is not None
+
+
+@on_ranks(2)
+def test_low_precision_and_checkpoint(world: Partition) -> None:
+    P = world.grid((2, 1))
+    x, t = torch.rand(400, 40) * 30, torch.zeros(400, 40)
+    cuts = P.bounds(x.shape)
+    mine, zeros = block(x, P, cuts), block(t, P, cuts)
+    half = loss.DistributedMSELoss(P)(mine.half(), zeros.half())  # its sum is beyond float16
+    torch.testing.assert_close(half, torch.nn.functional.mse_loss(x.half(), t.half()))
+    classes = world.grid((1, 2))
+    target = torch.randint(40, (400,))
+    logits = block(x, classes, classes.bounds(x.shape))
+    with torch.autocast("cpu", torch.bfloat16):
+        value = class_loss.DistributedCrossEntropyLoss(classes)(logits.bfloat16(), target)
+        wanted = torch.nn.functional.cross_entropy(x.bfloat16(), target)
+    assert value.dtype is wanted.dtype is torch.float32
+    torch.testing.assert_close(value, wanted)  # summed in another order: the default float32 tolerance
+    for module, first, second in (
+        (loss.DistributedMSELoss(P), leaf(mine.double()), zeros.double()),
+        (class_loss.DistributedCrossEntropyLoss(classes), leaf(logits.double()), target),
+    ):
+        module(first, second).backward()
+        plain, first.grad = first.grad, None
+        checkpoint(lambda x, t, m=module: m(x * 1, t), first, second, use_reentrant=False).backward()
+        assert torch.equal(first.grad, plain)
+
+
+@on_ranks(4, mpi=True)
+def test_refusals(world: Partition) -> None:
+    P, classes = world.grid((2, 2, 1)), class_loss.DistributedCrossEntropyLoss
+    x = torch.rand(3, 2, 4)
+    first = world.rank == 0
+
+    def refused(error: type[Exception], text: str, module: torch.nn.Module, *tensors: torch.Tensor) -> None:
+        with pytest.raises(error, match=text) as found:
+            module(*tensors)
+        texts = world.allgather_data(str(found.value))
+        assert texts is not None
+        assert len(set(texts)) == 1
+
+    refused(ValueError, "rank 0 passed a target of shape", loss.DistributedMSELoss(P), x, x[:, :1] if first else x)
+    refused(ValueError, "it must be", classes(P), x, torch.zeros(3, 2, dtype=torch.long))
+    refused(ValueError, "classes cut", classes(P, reduction="none"), x, torch.zeros(3, 4, dtype=torch.long))
+    refused(ValueError, "does not fit 4 classes", classes(P, weight=torch.rand(3)), x, x)
+    refused(ValueError, "ignore_index", classes(P, ignore_index=0), x, x)
+    refused(ValueError, "probabilities of dtype", classes(P), x, x.long())
+    bad = torch.full((3, 4), 9 if first else 0)
+    refused(IndexError, "Target 9 is out of bounds", classes(P), x, bad)
+    rows = world.grid((4, 1, 1))
+    refused(IndexError, "Target 9 is out of bounds", classes(rows), x, bad)
+    refused(RuntimeError, "between 0 and 1", loss.DistributedBCELoss(rows), x * (9 if first else 1), x)
+    refused(TypeError, "rank 0 passed nothing", loss.DistributedMSELoss(P), *([x] if first else [x, x]))
+    with pytest.raises(ValueError, match="reduction 'max'"):
+        loss.DistributedL1Loss(P, reduction="max")
+    with pytest.raises(ValueError, match="label_smoothing"):
+        classes(P, label_smoothing=2.0)
+    with pytest.raises(ValueError, match="must not require grad"):
+        classes(P, weight=leaf(torch.rand(4)))
+
+
+@on_ranks(2)
+def test_copies_and_repr(world: Partition) -> None:
+    P = world.grid((2, 1))
+    module = class_loss.DistributedCrossEntropyLoss(P, weight=torch.rand(3), label_smoothing=0.1)
+    x, t = torch.rand(2, 3), torch.tensor([0, 2])
+    value = module(x, t)
+    assert torch.equal(copy.deepcopy(module)(x, t), value)
+    assert torch.equal(pickle.loads(pickle.dumps(module))(x, t), value)
+    assert repr(module) == (
+        "DistributedCrossEntropyLoss(P_x=(2, 1), reduction='mean', ignore_index=-100, label_smoothing=0.1)"
+    )
+    assert dl.serial_state_dict(module).keys() == ({"weight"} if world.rank == 0 else set())

@@ -1,0 +1,210 @@
+"""Where weights live: the serial values for the same seed, replicas equal for ever, state in and out."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Iterator
+
+import pytest
+import torch
+from blocks import block, check_held
+from ranks import on_ranks
+
+import distdl_lite as dl
+import distdl_lite.nn as dnn
+from distdl_lite.nn import parameter
+from distdl_lite.nn.linear import DistributedLinear
+from distdl_lite.nn.loss import DistributedMSELoss
+from distdl_lite.nn.norm import DistributedBatchNorm
+from distdl_lite.partition import Partition
+
+GRIDS = ((1, 1), (1, 2), (2, 2), (4, 1))  # of height and width
+
+
+def pairs(world: Partition) -> Iterator[tuple]:
+    """Functions that make torch's layer and ours."""
+    P, line, wide = world.grid((1, 1, 2, 2)), world.grid((1, 2, 1), (3, 1)), world.grid((1, 2), (2, 0))
+    cube = world.grid((4, 1, 1, 1, 1))
+    yield lambda: torch.nn.Conv2d(3, 5, 3), lambda: dnn.DistributedConv2d(P, 3, 5, 3)
+    yield lambda: torch.nn.Conv1d(4, 6, 2, groups=2), lambda: dnn.DistributedConv1d(line, 4, 6, 2, groups=2)
+    yield lambda: torch.nn.Conv3d(2, 3, 2, bias=False), lambda: dnn.DistributedConv3d(cube, 2, 3, 2, bias=False)
+    yield lambda: torch.nn.Linear(7, 5), lambda: DistributedLinear(wide, wide, world.grid((2, 2)), 7, 5)
+    yield lambda: torch.nn.Linear(3, 1), lambda: DistributedLinear(wide, wide, None, 3, 1)
+    yield lambda: torch.nn.BatchNorm2d(5), lambda: DistributedBatchNorm(world.grid((1, 2, 2, 1)), 5)
+    yield lambda: torch.nn.BatchNorm1d(5, affine=False), lambda: DistributedBatchNorm(wide, 5, affine=False)
+
+
+def with_seed(seed: int, make) -> tuple[torch.nn.Module, torch.Tensor]:
+    """A module, and what the generator draws next."""
+    torch.manual_seed(seed)
+    return make(), torch.rand(3)
+
+
+@on_ranks(4, mpi=True)
+def test_start_values(world: Partition) -> None:
+    for serial_of, layer_of in pairs(world):
+        (serial, after), (layer, after_ours) = with_seed(1, serial_of), with_seed(1, layer_of)
+        assert torch.equal(after, after_ours)
+        check_held(layer, serial, world.rank)
+        assert [n for n, _ in layer.named_parameters()] == [n for n, _ in serial.named_parameters()]
+        assert list(layer.state_dict()) == list(serial.state_dict())
+        for name, p in layer.named_parameters():
+            assert p.is_leaf
+            assert p.requires_grad
+            assert layer._distdl_places[name].layout.box(world.rank) is not None or p.numel() == 0
+
+
+@on_ranks(4)
+def test_a_large_weight_is_drawn_in_blocks(world: Partition) -> None:
+    at_once, parameter._DRAWN_AT_ONCE = parameter._DRAWN_AT_ONCE, 100
+    P = world.grid((1, 2))
+    try:
+        (serial, after), (layer, after_ours) = (
+            with_seed(2, lambda: torch.nn.Linear(37, 41)),
+            with_seed(2, lambda: DistributedLinear(P, P, world.grid((2, 2)), 37, 41)),
+        )
+    finally:
+        parameter._DRAWN_AT_ONCE = at_once
+    assert torch.equal(after, after_ours)
+    check_held(layer, serial, world.rank)
+
+
+def check_replicas(net: torch.nn.Module, world: Partition) -> None:
+    """Assert that every rank's copy of a weight or buffer has the same bits."""
+    mine = {}
+    for prefix, inner in net.named_modules():
+        for name, place in getattr(inner, "_distdl_places", {}).items():
+            if place.layout.box(world.rank) is not None:
+                mine[f"{prefix}.{name}", place.layout.box(world.rank)] = getattr(inner, name).detach().numpy().tobytes()
+    found: dict = {}
+    for theirs in world.allgather_data(mine):
+        for key, value in theirs.items():
+            assert found.setdefault(key, value) == value, key
+
+
+@on_ranks(4, mpi=True)
+def test_ranks_with_different_seeds_agree(world: Partition) -> None:
+    for _, layer_of in pairs(world):
+        torch.manual_seed(world.rank)
+        check_replicas(layer_of(), world)
+
+
+def nets(world: Partition, grid: tuple[int, int]) -> tuple[torch.nn.Module, torch.nn.Module, Partition, Partition]:
+    """torch's network and ours, of a convolution, batch normalisation and a linear layer along the width."""
+    h, w = grid
+    P_x, P_y = world.grid((1, 1, h, w)), world.grid((1, 1, h, 1))
+    P_w = world.grid((1, 1, h, 1, w))
+    torch.manual_seed(7)
+    serial = torch.nn.Sequential(
+        torch.nn.Conv2d(2, 3, 3, padding=1), torch.nn.BatchNorm2d(3), torch.nn.Tanh(), torch.nn.Linear(6, 4)
+    ).double()
+    kind = {"dtype": torch.float64}
+    ours = torch.nn.Sequential(
+        dnn.DistributedConv2d(P_x, 2, 3, 3, padding=1, **kind),
+        DistributedBatchNorm(P_x, 3, **kind),
+        torch.nn.Tanh(),
+        DistributedLinear(P_x, P_y, P_w, 6, 4, **kind),
+    )
+    dl.load_serial_state_dict(ours, serial.state_dict())
+    return serial, ours, P_x, P_y
+
+
+@on_ranks(4, mpi=True)
+def test_training_is_serial_training(world: Partition) -> None:
+    """50 steps stay within 1e-6: rounding of sums in another order grows from 1e-16 on the way."""
+    optimizers = (torch.optim.SGD, {"lr": 0.05, "momentum": 0.9}), (torch.optim.AdamW, {"lr": 1e-2})
+    for number, grid in enumerate(GRIDS):
+        for optimizer, options in optimizers if grid == (2, 2) else optimizers[number % 2 :][:1]:
+            serial, ours, P_x, P_y = nets(world, grid)
+            loss = DistributedMSELoss(P_y)
+            steps = [optimizer(net.parameters(), **options) for net in (serial, ours)]
+            dl.check_optimizer(steps[1])
+            generator = torch.Generator().manual_seed(0)
+            for _ in range(50):
+                x = torch.randn(2, 2, 5, 6, dtype=torch.float64, generator=generator)
+                t = torch.randn(2, 3, 5, 4, dtype=torch.float64, generator=generator)
+                wanted = torch.nn.functional.mse_loss(serial(x), t)
+                value = loss(ours(block(x, P_x, P_x.bounds(x.shape))), block(t, P_y, P_y.bounds(t.shape)))
+                for step, result in zip(steps, (wanted, value), strict=True):
+                    step.zero_grad()
+                    result.backward()
+                    step.step()
+                if P_y.active:
+                    torch.testing.assert_close(value, wanted, rtol=1e-6, atol=1e-6)
+            check_replicas(ours, world)
+            state = dl.serial_state_dict(ours)
+            for name, tensor in state.items():
+                torch.testing.assert_close(tensor, serial.state_dict()[name], rtol=1e-6, atol=1e-6)
+
+
+@on_ranks(4, mpi=True)
+def test_state_in_and_out(world: Partition) -> None:
+    for grid in GRIDS:
+        for root in (0, 3):
+            serial, ours, *_ = nets(world, grid)
+            state = {name: tensor.clone() for name, tensor in serial.state_dict().items()}
+            for tensor in state.values():
+                tensor.copy_(torch.randint(-9, 9, tensor.shape))
+            dl.load_serial_state_dict(ours, state if world.rank == root else None, root)
+            back = dl.serial_state_dict(ours, root)
+            assert list(back) == (list(state) if world.rank == root else [])
+            for name, tensor in back.items():
+                assert torch.equal(tensor, state[name])
+                assert tensor.dtype is state[name].dtype
+            check_replicas(ours, world)
+
+
+@on_ranks(4, mpi=True)
+def test_a_state_that_does_not_fit(world: Partition) -> None:
+    serial, ours, *_ = nets(world, (2, 2))
+    state = serial.state_dict()
+    before = copy.deepcopy(ours.state_dict())
+    for wrong, text in (
+        ({**state, "more": torch.ones(2)}, r"more: module has none, state \(2,\)"),
+        ({k: v for k, v in state.items() if k != "0.bias"}, r"0.bias: module \(3,\), state has none"),
+        ({**state, "3.weight": torch.ones(4, 3)}, r"3.weight: module \(4, 6\), state \(4, 3\)"),
+        (None, "state has none"),
+    ):
+        with pytest.raises(ValueError, match=text) as found:
+            dl.load_serial_state_dict(ours, wrong if world.rank == 0 else None)
+        texts = world.allgather_data(str(found.value))
+        assert texts is not None
+        assert len(set(texts)) == 1
+    for name, tensor in ours.state_dict().items():
+        assert torch.equal(tensor, before[name])
+
+
+@on_ranks(4)
+def test_copies_train_like_the_original(world: Partition) -> None:
+    _, ours, P_x, P_y = nets(world, (2, 2))
+    x = torch.randn(2, 2, 5, 6, dtype=torch.float64)
+    mine, twins = block(x, P_x, P_x.bounds(x.shape)), []
+    for net in (copy.deepcopy(ours), pickle.loads(pickle.dumps(ours)), ours):
+        y = net(mine)
+        DistributedMSELoss(P_y)(y, torch.zeros_like(y)).backward()
+        twins.append([p.grad for p in net.parameters() if p.grad is not None])
+    for copied in twins[:2]:
+        assert all(torch.equal(a, b) for a, b in zip(copied, twins[2], strict=True))
+
+
+@on_ranks(2)
+def test_gradients_of_replicas_by_every_way_into_autograd(world: Partition) -> None:
+    """backward, accumulation, autograd.grad and create_graph all give the sum over the replicas."""
+    P = world.grid((2, 1))
+    layer = DistributedLinear(P, P, None, 3, 2, dtype=torch.float64)
+    x_global = torch.randint(-4, 5, (5, 3)).double()
+    x = block(x_global, P, P.bounds(x_global.shape))
+    wanted = x_global.sum(0).expand(2, 3)
+    layer(x).sum().backward()
+    assert torch.equal(layer.weight.grad, wanted)
+    layer(x).sum().backward()
+    assert torch.equal(layer.weight.grad, 2 * wanted)
+    for create_graph in (False, True):
+        (found,) = torch.autograd.grad(layer(x).sum(), layer.weight, create_graph=create_graph)
+        assert torch.equal(found, wanted)
+    layer.weight.requires_grad_(False)
+    layer.zero_grad()
+    layer(x).sum().backward()
+    assert layer.weight.grad is None
+    assert torch.equal(layer.bias.grad, torch.full((2,), 5.0).double())

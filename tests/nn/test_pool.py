@@ -1,0 +1,200 @@
+"""Pools against torch's, with blocks of all sizes."""
+
+from __future__ import annotations
+
+import copy
+import math
+import pickle
+import random
+from typing import Any
+
+import pytest
+import torch
+from ranks import on_ranks
+from twins import assert_refused, assert_second_gradients, assert_twins, integers, uneven
+
+import distdl_lite as dl
+from distdl_lite.nn import adaptive_pool, pool
+from distdl_lite.testing import count, spmd
+
+GRIDS = {
+    1: [(1, 1, 4), (2, 1, 2), (1, 2, 2), (1, 1, 1), (1, 1, 3)],
+    2: [(1, 1, 2, 2), (1, 1, 4, 1), (2, 1, 1, 2), (1, 2, 1, 1), (1, 1, 1, 3)],
+    3: [(1, 1, 2, 1, 2), (1, 1, 3, 1, 1), (1, 1, 1, 2, 2)],
+}
+ROUNDING = 1e-14  # averages: the order of the sums differs
+
+
+def twin(name: str, P: dl.CartesianPartition, options: dict[str, Any]) -> tuple[torch.nn.Module, torch.nn.Module]:
+    module = adaptive_pool if "Adaptive" in name else pool
+    return getattr(module, f"Distributed{name}")(P, **options), getattr(torch.nn, name)(**options)
+
+
+def drawn_options(rng: random.Random, kind: str, dims: int) -> dict[str, Any]:
+    def each(*choices: Any) -> tuple[Any, ...]:
+        return tuple(rng.choice(choices) for _ in range(dims))
+
+    if kind.startswith("Adaptive"):
+        return {"output_size": each(1, 2, 3, 5, 7, None if dims > 1 else 4)}
+    kernel = each(1, 2, 3, 4)
+    options: dict[str, Any] = {
+        "kernel_size": kernel,
+        "stride": rng.choice([None, each(1, 2, 3)]),
+        "padding": tuple(rng.randint(0, k // 2) for k in kernel),
+        "ceil_mode": rng.random() < 0.5,
+    }
+    if kind == "MaxPool":
+        return {**options, "dilation": each(1, 1, 2)}
+    divisor = {"divisor_override": rng.choice([None, None, 3, -2])} if dims > 1 else {}
+    return {**options, "count_include_pad": rng.random() < 0.5, **divisor}
+
+
+@pytest.mark.parametrize("kind", ["MaxPool", "AvgPool", "AdaptiveMaxPool", "AdaptiveAvgPool"])
+def test_random(kind: str) -> None:
+    """What torch accepts comes out equal, ties and all."""
+    rng = random.Random(kind)
+    accepted = 0
+    while accepted < 40:
+        dims = rng.choice([1, 2, 2, 3])
+        grid, options = rng.choice(GRIDS[dims]), drawn_options(rng, kind, dims)
+        shape = (rng.choice([1, 2, 3]), rng.choice([1, 2, 3]), *(rng.choice([2, 3, 5, 7, 8, 11]) for _ in range(dims)))
+        x = integers(*shape) if rng.random() < 0.5 else torch.randn(shape, dtype=torch.float64)
+        bounds = uneven(rng, shape, grid) if rng.random() < 0.5 else None
+        try:
+            getattr(torch.nn, f"{kind}{dims}d")(**options)(x)
+        except RuntimeError:
+            continue
+        accepted += 1
+
+        def body(world: dl.Partition, case: Any = (f"{kind}{dims}d", grid, options, x, bounds)) -> None:
+            name, grid, options, x, bounds = case
+            P = world.grid(grid)
+            assert_twins(*twin(name, P, options), x, P, bounds=bounds, tolerance=0 if "Max" in name else ROUNDING)
+
+        spmd(math.prod(grid), body)
+
+
+CASES: list[tuple[str, dict[str, Any], tuple[int, ...], tuple[int, ...]]] = [
+    ("MaxPool1d", {"kernel_size": 1, "stride": 2}, (1, 1, 4), (2, 2, 9)),
+    ("MaxPool1d", {"kernel_size": 2, "padding": 1}, (1, 1, 4), (1, 2, 7)),
+    ("MaxPool1d", {"kernel_size": 3}, (1, 1, 4), (1, 2, 7)),  # fewer outputs than ranks, points nobody reads
+    ("AvgPool1d", {"kernel_size": 7, "stride": 1, "padding": 3}, (1, 1, 4), (1, 2, 5)),  # several hops
+    ("AvgPool1d", {"kernel_size": 2}, (1, 1, 4), (0, 2, 7)),
+    ("AvgPool1d", {"kernel_size": 1}, (1, 1, 4), (2, 2, 3)),  # a rank without input
+    ("MaxPool2d", {"kernel_size": 3, "dilation": 2, "padding": 1, "stride": 1}, (1, 1, 2, 2), (2, 2, 7, 6)),
+    ("MaxPool2d", {"kernel_size": 2, "ceil_mode": True}, (1, 1, 2, 2), (1, 3, 7, 5)),
+    (
+        "AvgPool2d",
+        {"kernel_size": 3, "stride": 2, "padding": 1, "count_include_pad": False},
+        (2, 1, 1, 2),
+        (3, 2, 7, 7),
+    ),
+    ("AvgPool2d", {"kernel_size": 2, "stride": 3, "ceil_mode": True, "padding": 1}, (1, 1, 4, 1), (1, 2, 10, 6)),
+    ("AvgPool2d", {"kernel_size": (3, 2), "divisor_override": 5}, (1, 2, 2, 1), (1, 3, 8, 8)),
+    ("MaxPool3d", {"kernel_size": 3, "stride": 1, "padding": 1}, (1, 1, 2, 1, 2), (1, 2, 3, 4, 5)),
+    ("AvgPool3d", {"kernel_size": 3, "stride": 2, "padding": 1}, (1, 1, 1, 2, 2), (1, 1, 4, 5, 6)),
+    ("AdaptiveAvgPool2d", {"output_size": 1}, (1, 1, 2, 2), (2, 2, 5, 3)),
+    ("AdaptiveMaxPool2d", {"output_size": (3, None)}, (1, 1, 2, 2), (2, 2, 7, 5)),
+]
+
+
+@on_ranks(4, mpi=True)
+def test_awkward(world: dl.Partition) -> None:
+    """Named cases, on threads and on MPI ranks."""
+    for name, options, grid, shape in CASES:
+        P = world.grid(grid)
+        assert_twins(*twin(name, P, options), integers(*shape), P, tolerance=0 if "Max" in name else ROUNDING)
+
+
+@on_ranks(4)
+def test_placement(world: dl.Partition) -> None:
+    """Ranks outside the partition return what they pass; grids may be in any order of ranks."""
+    for ranks, grid in (([3, 1], (1, 1, 2)), ([2], (1, 1, 1)), ([3, 0, 2], (1, 1, 3))):
+        P = world.create_partition_inclusive(ranks).grid(grid)
+        for name in ("MaxPool1d", "AvgPool1d"):
+            assert_twins(*twin(name, P, {"kernel_size": 3, "padding": 1, "stride": 2}), integers(2, 2, 8), P)
+
+
+@on_ranks(2)
+def test_minus_infinity(world: dl.Partition) -> None:
+    """The gradient of a window of nothing but -inf goes where the serial layer's goes."""
+    P = world.grid((1, 1, 2, 1))
+    x = torch.full((1, 1, 6, 4), -torch.inf, dtype=torch.float64)
+    assert_twins(*twin("MaxPool2d", P, {"kernel_size": 3, "stride": 2, "padding": 1, "ceil_mode": True}), x, P)
+
+
+@on_ranks(2)
+def test_dtypes(world: dl.Partition) -> None:
+    """Integers have maxima; half precision averages round once."""
+    P, square = world.grid((1, 1, 2)), world.grid((1, 1, 2, 1))
+    options = {"kernel_size": 3, "padding": 1, "stride": 1}
+    layer, serial = twin("MaxPool2d", square, options)
+    x = integers(1, 2, 7, 5, dtype=torch.int64)
+    assert torch.equal(layer(x[square.block(x.shape)]), serial(x)[square.block(x.shape)])
+    for name in ("AvgPool1d", "MaxPool1d"):
+        assert_twins(*twin(name, P, options), torch.randn(1, 2, 7).bfloat16(), P)
+
+
+@on_ranks(4)
+def test_second_gradients(world: dl.Partition) -> None:
+    """Double backward is the serial one's."""
+    P = world.grid((1, 1, 2, 2))
+    for name in ("MaxPool2d", "AvgPool2d"):
+        layer, serial = twin(name, P, {"kernel_size": 3, "stride": 2, "padding": 1})
+        assert_second_gradients(layer, serial, torch.randn(1, 2, 5, 6, dtype=torch.float64), P)
+    for name in ("AdaptiveMaxPool2d", "AdaptiveAvgPool2d"):
+        layer, serial = twin(name, P, {"output_size": (2, 3)})
+        assert_second_gradients(layer, serial, torch.randn(1, 2, 5, 7, dtype=torch.float64), P)
+
+
+@on_ranks(2)
+def test_no_message_where_none_is_needed(world: dl.Partition) -> None:
+    """Aligned windows, and a cut of the batch alone, cost no communication."""
+    for grid, shape in (((1, 1, 2), (2, 2, 8)), ((2, 1, 1), (2, 2, 7))):
+        P = world.grid(grid)
+        layer = pool.DistributedMaxPool1d(P, 2)
+        x = integers(*shape)
+        with count() as c:
+            layer(x[P.block(shape)])
+        assert c.messages == 0
+
+
+@on_ranks(2)
+def test_life(world: dl.Partition) -> None:
+    """Shapes may change, layers be copied and pickled; the description names options and partition."""
+    P = world.grid((1, 1, 2))
+    layer, serial = twin("AvgPool1d", P, {"kernel_size": 3, "padding": 1, "stride": 1})
+    for module in (layer, copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        for n in (5, 8, 5):
+            assert_twins(module, serial, integers(1, 1, n), P, tolerance=ROUNDING)
+    assert "kernel_size=(3,)" in repr(layer)
+    assert "P_x=(1, 1, 2)" in repr(layer)
+
+
+@on_ranks(3)
+def test_refusals(world: dl.Partition) -> None:
+    """What cannot be done is refused on all ranks with one text."""
+    P = world.create_partition_inclusive([0, 2]).grid((1, 1, 2))
+    square = world.create_partition_inclusive([0, 2]).grid((1, 1, 1, 2))
+
+    def with_input(make: Any, x: torch.Tensor) -> Any:
+        return lambda: make()(x[P.block(x.shape)] if P.active else dl.zero_volume_tensor())
+
+    attempts: list[tuple[Any, str]] = [
+        (lambda: pool.DistributedMaxPool1d(P, 2, return_indices=True), "return_indices"),
+        (lambda: adaptive_pool.DistributedAdaptiveMaxPool1d(P, 2, return_indices=True), "return_indices"),
+        (lambda: adaptive_pool.DistributedAdaptiveAvgPool1d(P, 0), "output_size=0"),
+        (lambda: pool.DistributedMaxPool2d(P, 2), "has 3 axes"),
+        (lambda: pool.DistributedMaxPool1d(P, 2, padding=2), "padding=(2,)"),
+        (lambda: pool.DistributedMaxPool1d(P, 2, stride=0), "stride=(0,)"),
+        (lambda: pool.DistributedMaxPool1d(P, (2, 2)), "does not have 1 numbers"),
+        (lambda: pool.DistributedAvgPool1d(P, 2, divisor_override=2), "divisor_override=2"),
+        (lambda: pool.DistributedAvgPool2d(square, 2, divisor_override=0), "divisor_override=0"),
+        (with_input(lambda: pool.DistributedMaxPool1d(P, 9), integers(1, 1, 7)), "too short"),
+        (with_input(lambda: pool.DistributedMaxPool1d(P, 2, padding=1, dilation=2), integers(1, 1, 1)), "but padding"),
+        (with_input(lambda: pool.DistributedMaxPool1d(P, 1), integers(1, 1, 0)), "no points"),
+    ]
+    for attempt, text in attempts:
+        assert_refused(world, P, attempt, text)
+    whole = with_input(lambda: pool.DistributedAvgPool1d(P, 2), integers(1, 1, 7, dtype=torch.int64))
+    assert_refused(world, P, whole, "torch.int64", TypeError)

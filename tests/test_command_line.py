@@ -1,0 +1,181 @@
+"""The command line, and the end of a job in which one rank raises."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+from distdl_lite.__main__ import PRIMITIVES, main
+from distdl_lite.transport.abort import abort_on_exception
+
+CASES = {
+    "Broadcast": ["--grid", "1x2", "--to", "2x2", "--shape", "3x5"],
+    "SumReduce": ["--grid", "2x2", "--to", "1x2", "--shape", "3x5"],
+    "Repartition": ["--grid", "2x2", "--to", "1x4", "--shape", "7x5"],
+    "AllSumReduce": ["--grid", "2x2", "--axes", "0", "--shape", "7x5x3"],
+    "AllGather": ["--grid", "2x2", "--axes", "1", "--shape", "7x5"],
+    "ReduceScatter": ["--grid", "2x2", "--axes", "0", "--shape", "7x5"],
+    "HaloExchange": ["--grid", "2x2", "--halo", "1,0:2", "--shape", "7x5", "--boundary", "circular"],
+}
+PATTERNS = {
+    "Broadcast": ("Bcast", "Reduce"),
+    "SumReduce": ("Reduce", "Bcast"),
+    "AllSumReduce": ("Allreduce", "Allreduce"),
+    "AllGather": ("Allgather", "Reduce_scatter"),
+    "ReduceScatter": ("Reduce_scatter", "Allgather"),
+}
+
+
+@pytest.fixture(autouse=True)
+def _hooks() -> object:
+    """`main` turns the abort on; take it back."""
+    yield
+    abort_on_exception(False)
+
+
+def explained(capsys: pytest.CaptureFixture[str], *words: str) -> str:
+    assert main(["explain", *words]) == 0
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", PRIMITIVES)
+def test_explain_names_pattern_and_every_rank(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    text = explained(capsys, name, *CASES[name])
+    forward, adjoint = PATTERNS.get(name, ("packed messages", "packed messages"))
+    assert f"runs as {forward}, its adjoint as {adjoint}\n" in text
+    assert all(f"rank {rank} " in text for rank in range(4))
+    assert "all ranks together: " in text
+
+
+def test_explain_a_repartition_box_by_box(capsys: pytest.CaptureFixture[str]) -> None:
+    text = explained(capsys, "Repartition", "--grid", "2x1", "--to", "1x2", "--shape", "7x5", "--dtype", "float64")
+    assert "rank 0  at 0,0  holds [0:4, 0:5]" in text
+    assert "rank 0  sends to       rank 1  64 bytes  [0:4, 3:5]" in text
+    assert "all ranks together: 2 messages, 136 bytes for others" in text
+
+
+def test_explain_one_rank_of_many(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["HaloExchange", "--grid", "64x64", "--halo", "1,1", "--shape", "640x640"]
+    assert "rank 0 of 4096: 3 messages" in explained(capsys, *words)
+    text = explained(capsys, *words, "--rank", "70")
+    assert "rank 70 of 4096: 8 messages, 176 bytes for others" in text
+    assert "rank 0 " not in text
+
+
+def test_explain_draws(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    explained(capsys, "Repartition", *CASES["Repartition"], "--svg", str(tmp_path / "blocks.svg"))
+    assert (tmp_path / "blocks.svg").read_text().count("<rect") == 8
+
+
+@pytest.mark.parametrize(
+    ("words", "text"),
+    [
+        (["Broadcast", "--grid", "2", "--shape", "3"], "Broadcast needs --to"),
+        (["HaloExchange", "--grid", "2", "--shape", "3"], "HaloExchange needs --halo"),
+        (["AllGather", "--grid", "2", "--to", "2", "--shape", "3"], "AllGather has one grid"),
+        (["Broadcast", "--grid", "2", "--to", "3", "--shape", "3"], "cannot match a partition of shape (2,) to (3,)"),
+        (["Repartition", "--grid", "2", "--to", "2", "--shape", "3x4"], "a tensor of shape (3, 4) cannot be cut"),
+        (
+            ["Repartition", "--grid", "2", "--to", "2", "--shape", "3", "--rank", "2"],
+            "--rank 2 is not among the 2 ranks",
+        ),
+        (["Repartition", "--grid", "2x", "--to", "2", "--shape", "3"], "argument --grid: invalid"),
+        (["Repartition", "--grid", "0", "--to", "2", "--shape", "3"], "argument --grid: invalid"),
+        (["Repartition", "--grid", "2", "--to", "2", "--shape", "3", "--dtype", "nn"], "argument --dtype: invalid"),
+        (["Scatter", "--grid", "2", "--shape", "3"], "argument PRIMITIVE: invalid choice: 'Scatter'"),
+    ],
+)
+def test_wrong_use_is_a_usage_error(words: list[str], text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as left:
+        main(["explain", *words])
+    assert left.value.code == 2
+    assert text in capsys.readouterr().err
+
+
+def python(code: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    return run([sys.executable, "-c", code], **variables)
+
+
+def run(words: list[str], **variables: str) -> subprocess.CompletedProcess[str]:
+    root = str(Path(__file__).parents[1])
+    environment = {**os.environ, "PYTHONPATH": root, **variables}
+    return subprocess.run(words, env=environment, capture_output=True, text=True, timeout=100, check=False)
+
+
+def test_explain_imports_no_mpi4py() -> None:
+    words = ["explain", "AllSumReduce", "--grid", "4", "--shape", "3"]
+    code = f"import sys; from distdl_lite.__main__ import main; main({words}); sys.exit('mpi4py' in sys.modules)"
+    assert python(code).returncode == 0
+
+
+def test_info_without_an_mpi_library_says_so() -> None:
+    done = run([sys.executable, "-m", "distdl_lite", "info"], MPI4PY_LIBMPI="/no/such/libmpi.so")
+    assert done.returncode == 0
+    assert "MPI:            cannot be loaded: " in done.stdout
+
+
+# ---- under mpirun ----------------------------------------------------------------------------------------------------
+
+
+def mpirun(count: int, *words: str) -> subprocess.CompletedProcess[str]:
+    found = shutil.which("mpirun", path=str(Path(sys.executable).parent))
+    if found is None:
+        pytest.skip("no mpirun beside the interpreter")
+    variables = {
+        "OMPI_ALLOW_RUN_AS_ROOT": "1",
+        "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
+        "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe",
+    }
+    return run([found, "-n", str(count), sys.executable, *words], **variables)
+
+
+def test_info_on_two_ranks_prints_once() -> None:
+    done = mpirun(2, "-m", "distdl_lite", "info")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("MPI library:") == 1
+    assert "ranks:          2\n" in done.stdout
+
+
+def test_bench_refuses_a_number_of_ranks_that_does_not_fit() -> None:
+    done = mpirun(3, "-m", "distdl_lite", "bench", "primitives")
+    assert done.returncode != 0
+    assert "bench primitives runs on 2, 4, 8, 16 ranks, not on 3" in done.stderr
+
+
+_RAISE = """
+import threading
+from distdl_lite.transport.abort import abort_on_exception
+from distdl_lite.partition import Partition
+abort_on_exception()
+P = Partition.world()
+P.allgather_data(0)
+def fail():
+    raise RuntimeError("only this rank")
+if P.rank == 1:
+    {}
+P.allgather_data(0)
+"""
+
+
+@pytest.mark.parametrize("failing", ["fail()", "threading.Thread(target=fail).start()"])
+def test_a_rank_that_raises_ends_the_job(failing: str) -> None:
+    done = mpirun(2, "-c", _RAISE.format(failing))
+    assert done.returncode != 0
+    assert "RuntimeError: only this rank" in done.stderr
+
+
+def test_abort_is_taken_back() -> None:
+    before = sys.excepthook, threading.excepthook
+    abort_on_exception()
+    abort_on_exception()
+    assert sys.excepthook is not before[0]
+    abort_on_exception(False)
+    assert (sys.excepthook, threading.excepthook) == before
+    abort_on_exception(False)
+    assert (sys.excepthook, threading.excepthook) == before

@@ -1,0 +1,98 @@
+"""Who may import whom, read from the sources."""
+
+from __future__ import annotations
+
+import ast
+import sys
+from pathlib import Path
+
+import pytest
+
+import distdl_lite
+
+ROOT = Path(distdl_lite.__file__).parent
+FILES = {path.relative_to(ROOT).with_suffix("").as_posix(): path for path in sorted(ROOT.rglob("*.py"))}
+# Each may import itself and what stands below it.
+LEVELS = [
+    "grid",
+    "partition",
+    "layout",
+    "plan",
+    "transport",
+    "operator",
+    "shown",
+    "reducer",
+    "nn/module",
+    "nn/movement",
+    "nn",
+]
+PURE = ["grid", "partition", "layout", "plan"]
+ANYTHING = ["__init__", "__main__", "testing", "pytest_plugin", "bench", "handwritten"]
+FRONT = ["parallel", "optim", "tagi", "checkpoint", "data", "show"]
+
+
+def imported(path: Path, inside_functions: bool = True) -> set[str]:
+    """Full names of all modules that a file imports."""
+    tree = ast.parse(path.read_text())
+    nodes = list(ast.walk(tree)) if inside_functions else tree.body
+    names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    for node in nodes:
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path} imports relatively"
+            names |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return {name for name in names if name}
+
+
+def level(name: str) -> int:
+    """The longest prefix of the file's name among the levels, the top for what is not listed."""
+    found = [number for number, known in enumerate(LEVELS) if name == known or name.startswith(f"{known}/")]
+    return max(found, default=len(LEVELS))
+
+
+def own(path: Path, **options: bool) -> set[str]:
+    """The package's files that a file imports."""
+    names = {name.replace(".", "/").removeprefix("distdl_lite/") for name in imported(path, **options)}
+    return {
+        name if name in FILES else f"{name}/__init__" for name in names if {name, f"{name}/__init__"} & FILES.keys()
+    }
+
+
+@pytest.mark.parametrize("name", [name for name in FILES if name not in ANYTHING and not name.endswith("__init__")])
+def test_arrows(name: str) -> None:
+    for other in own(FILES[name]) - {"__init__"}:
+        if name == "partition" and level(other) == LEVELS.index("transport"):
+            assert other not in own(FILES[name], inside_functions=False), "partition may import transport lazily only"
+            continue
+        assert level(other) <= level(name), f"{name} imports {other}"
+        assert name.split("/")[0] in FRONT or other.split("/")[0] not in FRONT, f"{name} imports {other}"
+
+
+@pytest.mark.parametrize("name", PURE)
+def test_pure_files_read_the_standard_library_alone(name: str) -> None:
+    outside = {n.split(".")[0] for n in imported(FILES[name])} - set(sys.stdlib_module_names) - {"distdl_lite"}
+    assert not outside
+    assert own(FILES[name], inside_functions=False) <= set(PURE)
+
+
+def test_mpi4py_is_imported_by_its_transport_alone() -> None:
+    users = {name for name, path in FILES.items() if any(n.split(".")[0] == "mpi4py" for n in imported(path))}
+    assert users - set(ANYTHING) <= {"transport/mpi"}
+    at_load = {
+        name
+        for name, path in FILES.items()
+        if any(n.split(".")[0] == "mpi4py" for n in imported(path, inside_functions=False))
+    }
+    assert at_load <= {"transport/mpi", "bench", "handwritten"}
+    loaders = {name for name, path in FILES.items() if "transport/mpi" in own(path, inside_functions=False)}
+    assert loaders <= {"bench", "handwritten"}
+
+
+def test_torch_distributed_is_imported_in_its_place_alone() -> None:
+    """The benchmark compares with it, and reads it where it does."""
+    assert not any(name.startswith("torch.distributed") for name in imported(FILES["bench"], inside_functions=False))
+    users = {n for n, path in FILES.items() if any(name.startswith("torch.distributed") for name in imported(path))}
+    assert users <= {"transport/torch_dist", "parallel/process_group", "bench"}
+
+
+def test_no_star_imports() -> None:
+    assert not {name for name, path in FILES.items() if any(n.endswith(".*") for n in imported(path))}

@@ -1,0 +1,309 @@
+"""The base Module: when it agrees, when it sets up, and what it does when something goes wrong."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from cases import integers
+from ranks import on_ranks
+
+import distdl_lite as dl
+import distdl_lite.nn as dnn
+from distdl_lite.partition import Partition
+
+
+class Recorder(dnn.Module):
+    """A layer that keeps a list of its set-ups."""
+
+    def __init__(self, P: Partition, keeps: bool = True) -> None:
+        super().__init__(P)
+        self.keeps, self.log = keeps, []
+
+    def _distdl_module_setup(self, input: tuple[Any, ...]) -> Any:
+        shapes = [tensors[0].shape for tensors in self._distdl_structure.values()]
+        self.log.append(("setup", shapes))
+        return len(self.log) if self.keeps else None
+
+    def _distdl_module_teardown(self, input: tuple[Any, ...]) -> None:
+        self.log.append(("teardown", None))
+
+    def forward(self, x: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
+        return x * scale
+
+    @property
+    def set_ups(self) -> int:
+        return sum(kind == "setup" for kind, _ in self.log)
+
+
+@contextmanager
+def spied(P: Partition) -> Iterator[Counter[str]]:
+    """Count the calls of this rank's transport that its layers agree and set up with."""
+    transport, calls = P.world_transport, Counter()
+
+    def spy(name: str) -> Any:
+        original = getattr(transport, name)
+
+        def call(*args: Any) -> Any:
+            calls[name] += 1
+            return original(*args)
+
+        return call
+
+    for name in ("agree", "gather_objects", "bind"):
+        setattr(transport, name, spy(name))
+    try:
+        yield calls
+    finally:
+        for name in ("agree", "gather_objects", "bind"):
+            delattr(transport, name)
+
+
+@on_ranks(4)
+def test_an_unchanged_forward_agrees_once_and_does_nothing_else(world: Partition) -> None:
+    P = world.grid((2, 2))
+    layer, x = dnn.HaloExchange(P, [1, 1]), integers((3, 3))
+    layer(x)
+    with spied(P) as calls:
+        layer(x)
+        assert calls == {"agree": 1}
+        layer(integers((2, 2)))
+        assert calls == {"agree": 2, "gather_objects": 2, "bind": 1}
+        layer(x)
+        layer(integers((2, 2)))
+        assert calls == {"agree": 4, "gather_objects": 2, "bind": 1}
+
+
+@on_ranks(4)
+def test_a_structure_seen_before_is_not_set_up_again(world: Partition) -> None:
+    P = world.grid((2, 2))
+    layer, x = Recorder(P), integers((3, 3))
+    layer(x)
+    for change in (
+        lambda: layer(integers((2, 3))),
+        lambda: layer(x.float()),
+        lambda: layer(x.clone().requires_grad_()),
+        lambda: layer(x.clone().requires_grad_(world.rank == 2)),
+        lambda: layer(x if world.rank else integers((4, 3))),
+        lambda: layer(x, 2.0),
+        lambda: layer.eval()(x),
+        lambda: layer.train()(x, scale=3.0),
+    ):
+        before = layer.set_ups
+        change()
+        assert layer.set_ups == before + 1
+        change()
+        layer(x)
+        change()
+        assert layer.set_ups == before + 1
+    with torch.no_grad():
+        before = layer.set_ups
+        layer(x)
+        assert layer.set_ups == before + 1
+    with torch.autocast("cpu", torch.bfloat16):
+        layer(x)
+        assert layer.set_ups == before + 2
+    layer(x=x)
+    layer(x)
+    assert layer.set_ups == before + 2
+    assert layer.log[0] == ("setup", [(3, 3)] * 4)
+
+
+@on_ranks(2)
+def test_structures_kept_are_bounded(world: Partition) -> None:
+    layer = Recorder(world)
+    for n in range(100):
+        layer(integers((n,)))
+    assert layer.set_ups == 100
+    layer(integers((99,)))
+    layer(integers((90,)))
+    assert layer.set_ups == 100
+    layer(integers((0,)))
+    assert layer.set_ups == 101
+
+
+@on_ranks(2)
+def test_frozen_parameters_are_part_of_the_structure(world: Partition) -> None:
+    """Also where they change on one rank only."""
+
+    class Weighted(Recorder):
+        def __init__(self, P: Partition) -> None:
+            super().__init__(P)
+            self.weight = torch.nn.Parameter(torch.ones(1))
+
+    layer = Weighted(world)
+    layer(integers((3,)))
+    layer.weight.requires_grad_(world.rank == 1)
+    layer(integers((3,)))
+    assert layer.set_ups == 2
+    layer.weight.requires_grad_(True)
+    layer(integers((3,)))
+    assert layer.set_ups == 2
+
+
+@on_ranks(2)
+def test_set_up_that_returns_nothing_is_torn_down_at_every_change(world: Partition) -> None:
+    layer = Recorder(world, keeps=False)
+    for n in (3, 3, 4, 3):
+        layer(integers((n,)))
+    assert [kind for kind, _ in layer.log] == ["setup", "teardown", "setup", "teardown", "setup"]
+
+
+@on_ranks(4, mpi=True)
+def test_an_error_in_set_up_on_one_rank_is_raised_on_all(world: Partition) -> None:
+    class Fragile(Recorder):
+        def _distdl_module_setup(self, input: tuple[Any, ...]) -> Any:
+            if world.rank == 2 and input[0].shape[0] == 5:
+                raise ValueError(f"rank 2 dislikes {tuple(input[0].shape)}")
+            return super()._distdl_module_setup(input)
+
+    layer = Fragile(world)
+    layer(integers((3,)))
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"rank 2 dislikes .5,."):
+            layer(integers((5,)))
+    layer(integers((3,)))
+    layer(integers((4,)))
+    assert layer.log[-1] == ("setup", [(4,)] * 4)
+
+
+# ---- modules in modules ----------------------------------------------------------------------------------------------
+
+
+class Network(dnn.Module):
+    """Layers inside a plain torch module inside a distributed one; the middle layer is called twice."""
+
+    def __init__(self, P: Partition, *partitions: Partition) -> None:
+        super().__init__(*partitions)
+        self.body = torch.nn.Sequential(dnn.HaloExchange(P, [1], "zeros"), torch.nn.Tanh(), dnn.AllSumReduce(P, [0]))
+        self.twice = dnn.HaloExchange(P, [1], "zeros")
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.body(self.twice(self.twice(x))[1:4])
+
+
+@on_ranks(4)
+def test_layers_inside_ride_on_one_agreement(world: Partition) -> None:
+    P, x = world.grid((4,)), integers((3,))
+    for net in (Network(P), Network(P, P)):
+        net(x)
+        with spied(P) as calls:
+            net(x)
+            assert calls == {"agree": 1}
+            net(integers((4,)))
+        with spied(P) as calls:
+            net(x)
+            net(integers((4,)))
+            net.eval()(x)
+            net.train()(x)
+        assert calls["agree"] == 4 + 4  # eval is new: each layer's call agrees once
+
+
+@on_ranks(4)
+def test_a_ride_ends_with_its_forward(world: Partition) -> None:
+    P, x = world.grid((4,)), integers((3,))
+    net = Network(P)
+    net(x)
+    assert world.world_transport.local["ride"] is None
+    net.body.append(torch.nn.Linear(1, 1))
+    with pytest.raises(RuntimeError):
+        net(x)
+    assert world.world_transport.local["ride"] is None
+    with spied(P) as calls:
+        net.twice(x)
+    assert calls["agree"] == 1
+
+
+@on_ranks(4)
+def test_data_dependent_shapes_agree_each_layer(world: Partition) -> None:
+    """One rank alone sees that the inner shape differs from the last call's."""
+
+    class Cut(dnn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.move = dnn.AllGather(world.grid((4,)), [0])
+            self.kept = 1
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.move(x[: self.kept])
+
+    net = Cut().agree_each_layer()
+    for kept in (1, 3, 2, 1):
+        net.kept = kept if world.rank == 1 else 1
+        assert net(integers((3,))).shape == (3 + kept,)
+
+
+@on_ranks(4)
+def test_static_shapes_drop_the_agreement(world: Partition) -> None:
+    P, x = world.grid((4,)), integers((3,))
+    layer = dnn.HaloExchange(P, [1]).static_shapes()
+    wanted = layer(x)
+    with spied(P) as calls:
+        assert torch.equal(layer(x), wanted)
+        assert not calls
+        layer(integers((2,)))
+        assert calls["agree"] == 1
+        layer(integers((2,)))
+        layer(x)
+        assert calls["agree"] == 1
+
+
+@on_ranks(4, mpi=True)
+def test_disjoint_teams_run_different_models(world: Partition) -> None:
+    """No call synchronises ranks outside the partitions it was given."""
+    left, right = world.grid((2,), [0, 1]), world.grid((2,), [3, 2])
+    x = integers((3,))
+    if left.active:
+        for _ in range(5):
+            assert torch.equal(dnn.AllSumReduce(left, [0])(x), 2 * x)
+    else:
+        assert torch.equal(dnn.AllGather(right, [0])(x), torch.cat([x, x]))
+
+
+@on_ranks(4)
+def test_modules_of_ranks_outside_are_skipped(world: Partition) -> None:
+    P = world.grid((2,), [1, 2])
+    layer = Recorder(P)
+    layer(integers((3,)) if P.active else torch.empty(0))
+    assert layer.set_ups == P.active
+    if not P.active:
+        with pytest.raises(ValueError, match=f"Recorder: rank {world.rank} passed a tensor of shape"):
+            layer(integers((3,)))
+
+
+@on_ranks(2)
+def test_copies_start_unbuilt(world: Partition) -> None:
+    layer = dnn.AllSumReduce(world.grid((2,)), [0])
+    layer(integers((3,)))
+    for twin in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        assert twin._distdl_plan is None
+        assert not twin._distdl_kept
+        assert torch.equal(twin(integers((3,))), 2 * integers((3,)))
+
+
+@on_ranks(1)
+def test_partitions_of_different_worlds_are_refused(world: Partition) -> None:
+    other = copy.copy(world._derive([0]))
+    other.world_transport = object()
+    with pytest.raises(ValueError, match="partitions of different communicators cannot work together"):
+        dnn.Module(world, other)
+
+
+@on_ranks(2)
+def test_users_movement(world: Partition) -> None:
+    """A movement of one's own is its two layouts."""
+
+    class Swap(dnn.Movement):
+        def layouts(self, shapes: dict[int, tuple[int, ...]]) -> tuple[dl.Layout, dl.Layout]:
+            X = dl.layout.balanced_blocks(self.P_x.grid_of_ranks, (sum(shape[0] for shape in shapes.values()),))
+            return X, dl.Layout(dl.grid.Grid((2,), (1, 0)), X.dims)
+
+    P = world.grid((2,))
+    y = Swap(P, P)(torch.full((3,), float(world.rank)))
+    assert torch.equal(y, torch.full((3,), 1.0 - world.rank))

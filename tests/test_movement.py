@@ -1,0 +1,500 @@
+"""The seven primitives and scatter and gather, against plain indexing of the whole tensor."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import pickle
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from cases import integers
+from ranks import on_ranks
+from torch.utils.checkpoint import checkpoint
+
+import distdl_lite as dl
+import distdl_lite.nn as dnn
+from distdl_lite.grid import indices, unravel
+from distdl_lite.nn.movement import Movement
+from distdl_lite.partition import Partition
+from distdl_lite.testing import adjoint_test
+
+NOTHING = torch.empty(0, dtype=torch.float64)
+
+
+def local(P: Partition, x: torch.Tensor) -> torch.Tensor:
+    """This rank's block."""
+    slices = P.block(x.shape)
+    return NOTHING.clone() if slices is None else x[slices].clone()
+
+
+def of_rank(P: Partition, shape: tuple[int, ...]) -> torch.Tensor:
+    """A tensor of its own for each rank of a partition."""
+    return integers(shape, seed=P.rank) if P.active else NOTHING.clone()
+
+
+def check_adjoint(layer: Movement, x: torch.Tensor, P: Partition) -> None:
+    assert adjoint_test(layer, x, P=P) < 1e-14
+    assert adjoint_test(layer, x * (1 + 2j), P=P) < 1e-14
+
+
+# ---- what each does --------------------------------------------------------------------------------------------------
+
+
+def source_of(index: tuple[int, ...], shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Where NumPy's broadcasting of `shape` finds the entry at `index`."""
+    return tuple(0 if n == 1 else i for i, n in zip(index[len(index) - len(shape) :], shape, strict=True))
+
+
+@on_ranks(4)
+def test_broadcast_and_sum_reduce(world: Partition) -> None:
+    for small, large, ranks in (
+        ((1,), (4,), [0]),
+        ((1,), (2, 2), [2]),
+        ((2, 1), (2, 2), [3, 0]),
+        ((1, 2), (2, 2), [1, 2]),
+        ((2,), (2, 2), [0, 1]),
+        ((2, 2), (2, 2), [3, 1, 0, 2]),
+        ((1, 1), (1, 3), [3]),
+    ):
+        P_x, P_y = world.grid(small, ranks), world.grid(large)
+        x = of_rank(P_x, (3, 2))
+        y = dnn.Broadcast(P_x, P_y)(x)
+        if P_y.active:
+            position = P_x.grid_of_ranks.ranks.index(P_x.grid_of_ranks.rank(source_of(P_y.index, small)))
+            assert torch.equal(y, integers((3, 2), seed=position))
+        else:
+            assert y.shape == (x.shape[0], 0)
+        check_adjoint(dnn.Broadcast(P_x, P_y), x, world)
+
+        y = of_rank(P_y, (3, 2))
+        total = dnn.SumReduce(P_y, P_x)(y)
+        if P_x.active:
+            parts = [
+                integers((3, 2), i) for i, index in enumerate(indices(large)) if source_of(index, small) == P_x.index
+            ]
+            assert torch.equal(total, sum(parts))
+        check_adjoint(dnn.SumReduce(P_y, P_x), y, world)
+
+
+@on_ranks(4)
+def test_transposed_broadcast(world: Partition) -> None:
+    """A transposed partition's shape and index are read in reverse."""
+    row, column, square = world.grid((1, 2)), world.grid((2, 1)), world.grid((2, 2))
+    y = dnn.Broadcast(row, square, transpose_src=True)(of_rank(row, (3,)))
+    assert torch.equal(y, integers((3,), seed=square.index[0]))
+    y = dnn.Broadcast(row, square, transpose_dest=True)(of_rank(row, (3,)))
+    assert torch.equal(y, integers((3,), seed=square.index[0]))
+    y = dnn.Broadcast(column, square, transpose_src=True, transpose_dest=True)(of_rank(column, (3,)))
+    assert torch.equal(y, integers((3,), seed=square.index[0]))
+    total = dnn.SumReduce(square, row, transpose_dest=True)(of_rank(square, (3,)))
+    if row.active:
+        assert torch.equal(total, sum(integers((3,), seed=2 * row.rank + i) for i in range(2)))
+    check_adjoint(dnn.Broadcast(row, square, transpose_src=True), of_rank(row, (3,)), world)
+    with pytest.raises(ValueError, match=r"transposed, with axes .0, 1. matched, it is ambiguous"):
+        dnn.Broadcast(square, square, transpose_src=True)
+
+
+@on_ranks(4)
+def test_all_sum_reduce(world: Partition) -> None:
+    P = world.grid((2, 2), [3, 1, 0, 2])
+    for axes in ((), (0,), (1,), (0, 1), (-1,)):
+        reduced = [axis % 2 for axis in axes]
+        layer = dnn.AllSumReduce(P, axes_reduce=axes)
+        x = integers((2, 3), seed=P.rank)
+        same = [r for r in range(4) if all(unravel(r, (2, 2))[a] == P.index[a] for a in range(2) if a not in reduced)]
+        assert torch.equal(layer(x), sum(integers((2, 3), seed=r) for r in same))
+        kept = dnn.AllSumReduce(P, axes_keep=[a for a in range(2) if a not in reduced])
+        assert torch.equal(kept(x), layer(x))
+        check_adjoint(layer, x, world)
+    with pytest.raises(ValueError, match="exactly one of axes_reduce and axes_keep must be given"):
+        dnn.AllSumReduce(P)
+    with pytest.raises(ValueError, match=r"axes \[2\] are not all axes"):
+        dnn.AllSumReduce(P, axes_reduce=(2,))
+
+
+@on_ranks(4)
+def test_all_gather_and_reduce_scatter(world: Partition) -> None:
+    for shape in ((3, 5), (7, 1), (0, 4), (4, 4)):
+        P, x = world.grid((2, 2), [2, 0, 3, 1]), integers(shape)
+        for axes in ((0,), (1,), (0, 1), ()):
+            keep = [a for a in range(2) if a not in axes]
+            block = P.block(shape)
+            wanted = x[tuple(block[a] if a in keep else slice(None) for a in range(2))]
+            gather, scatter = dnn.AllGather(P, axes), dnn.ReduceScatter(P, axes)
+            assert torch.equal(gather(local(P, x)), wanted)
+            check_adjoint(gather, local(P, x), world)
+
+            parts = wanted * (P.rank + 1)
+            factor = sum(
+                r + 1 for r in range(4) if all(unravel(r, (2, 2))[a] == P.index[a] for a in range(2) if a in keep)
+            )
+            assert torch.equal(scatter(parts), local(P, x) * factor)
+            check_adjoint(scatter, parts, world)
+
+
+@on_ranks(4)
+def test_repartition(world: Partition) -> None:
+    """Scatter, gather, transpose, move: disjoint, overlapping and equal grids, uneven and empty blocks."""
+    grids = [world.grid(shape, ranks) for shape, ranks in (
+        ((1, 1), [0]), ((1, 1), [3]), ((4, 1), None), ((1, 4), [3, 1, 0, 2]), ((2, 2), None), ((2, 1), [0, 1]),
+        ((1, 2), [2, 3]), ((3, 1), [1, 2, 3]),
+    )]  # fmt: skip
+    x = integers((5, 3))
+    for P_x in grids:
+        for P_y in grids:
+            layer = dnn.Repartition(P_x, P_y)
+            y = layer(local(P_x, x))
+            if P_y.active:
+                assert torch.equal(y, local(P_y, x)), (P_x, P_y)
+            else:
+                assert y.numel() == 0
+        check_adjoint(layer, local(P_x, x), world)
+    P = world.grid((4,))
+    x, cuts = integers((10,)), (0, 7, 7, 8, 10)
+    uneven = x[cuts[P.rank] : cuts[P.rank + 1]].clone()
+    assert torch.equal(dnn.Repartition(P, P)(uneven), local(P, x))
+    assert torch.equal(dnn.Repartition(P, P, bounds=[cuts])(local(P, x)), uneven)
+    for shape in ((0,), (1,), (3,)):
+        assert torch.equal(dnn.Repartition(P, world.grid((2,), [3, 1]))(integers(shape)[P.block(shape)]).reshape(-1),
+                           integers(shape)[world.grid((2,), [3, 1]).block(shape) or slice(0, 0)])  # fmt: skip
+
+
+PADDED: dict[str, Callable[..., torch.Tensor]] = {
+    "zeros": lambda x, pad: F.pad(x, pad),
+    **{mode: lambda x, pad, mode=mode: F.pad(x[None], pad, mode)[0] for mode in ("circular", "reflect", "replicate")},
+}
+
+
+@on_ranks(4)
+def test_halo_exchange(world: Partition) -> None:
+    """Several hops, corners, other widths to the left and right, a tensor smaller than the grid."""
+    for P, shape, halo in (
+        (world.grid((2, 2)), (5, 4), ((1, 1), (1, 1))),
+        (world.grid((2, 2), [2, 3, 1, 0]), (7, 5), ((0, 2), (3, 1))),
+        (world.grid((1, 4)), (3, 10), ((0, 0), (4, 7))),
+        (world.grid((4, 1)), (5, 2), ((3, 4), (1, 0))),
+        (world.grid((4, 1)), (3, 4), ((2, 2), (0, 1))),
+        (world.grid((1, 3), [3, 0, 1]), (2, 8), ((1, 1), (2, 3))),
+    ):
+        x = integers(shape)
+        for boundary in ("none", "zeros", "circular", "reflect", "replicate"):
+            layer = dnn.HaloExchange(P, halo, boundary)
+            y = layer(local(P, x))
+            if P.active:
+                assert torch.equal(y, grown(P, x, halo, boundary)), (P, boundary)
+            check_adjoint(layer, local(P, x), world)
+    assert torch.equal(dnn.HaloExchange(world.grid((4,)), [1])(integers((2,))), grown_line(world.rank))
+
+
+def grown(P: Partition, x: torch.Tensor, halo: tuple, boundary: str) -> torch.Tensor:
+    """This rank's block with its halo, cut out of the padded whole tensor."""
+    box = [(s.start, s.stop) for s in P.block(x.shape)]
+    wanted = [(a - left, b + right) if a < b else (a, b) for (a, b), (left, right) in zip(box, halo, strict=True)]
+    if boundary == "none":
+        return x[tuple(slice(max(a, 0), b) for a, b in wanted)]
+    (top, bottom), (left, right) = halo
+    padded = PADDED[boundary](x, (left, right, top, bottom))
+    return padded[tuple(slice(a + before, b + before) for (a, b), before in zip(wanted, (top, left), strict=True))]
+
+
+def grown_line(rank: int) -> torch.Tensor:
+    """Four blocks of two points, each the same, with one point from each neighbour."""
+    a, b = integers((2,)).tolist()
+    return torch.tensor([[a, b, a], [b, a, b, a], [b, a, b, a], [b, a, b]][rank], dtype=torch.float64)
+
+
+@on_ranks(4, mpi=True)
+def test_scatter_and_gather(world: Partition) -> None:
+    x, P = integers((5, 3)), world.grid((2, 1), [3, 1])
+    for root in (0, 3):
+        whole = x.clone().requires_grad_() if world.rank == root else None
+        block = dl.scatter(whole, P, root)
+        assert torch.equal(block.to(x), local(P, x)) if P.active else block.numel() == 0
+        back = dl.gather(2 * block, P, root)  # not None outside P, which would leave the block out of the graph
+        assert back.shape == ((5, 3) if world.rank == root else (0,))
+        if back.requires_grad:  # not on a rank that has no part in it
+            (back * (x if world.rank == root else 1)).sum().backward()
+        if whole is not None:
+            assert torch.equal(back, 2 * x)
+            assert torch.equal(whole.grad, 2 * x)
+    with pytest.raises(ValueError, match="root 4 is not a rank of a world of 4"):
+        dl.scatter(None, P, 4)
+
+
+# ---- who holds nothing -----------------------------------------------------------------------------------------------
+
+
+@on_ranks(4)
+def test_what_ranks_without_data_get(world: Partition) -> None:
+    P_x, P_y = world.grid((2, 1), [0, 1]), world.grid((1, 2), [1, 2])
+    x = local(P_x, integers((5, 3))) if P_x.active else dl.zero_volume_tensor(7, dtype=torch.float64)
+    for preserve, shapes in ((True, {0: (3, 0), 3: (7, 0)}), (False, {0: (0,), 3: (7, 0)})):
+        y = dnn.Repartition(P_x, P_y, preserve_batch=preserve)(x)
+        assert y.shape == {1: (5, 2), 2: (5, 1), **shapes}[world.rank]
+        assert y.dtype is torch.float64
+    assert dl.zero_volume_tensor().shape == (0,)
+    assert dl.zero_volume_tensor(3, torch.int8).dtype is torch.int8
+    # a rank outside P_x need not know the dtype
+    x = local(P_x, integers((5, 3))) if P_x.active else torch.empty(0, dtype=torch.float32)
+    y = dnn.Repartition(P_x, P_y)(x)
+    assert y.dtype is (torch.float64 if world.rank < 3 else torch.float32)
+
+
+@on_ranks(4, mpi=True)
+def test_gradients_where_only_one_rank_asks_for_them(world: Partition) -> None:
+    """All ranks get a graph node, so that none stays out of the others' backward; the one gets its gradient."""
+    P = world.grid((4,))
+    for asking in range(4):
+        for layer in (
+            dnn.HaloExchange(P, [1], "circular"),
+            dnn.AllSumReduce(P, [0]),
+            dnn.Repartition(P, world.grid((1,))),
+        ):
+            x = integers((2,), world.rank).requires_grad_(world.rank == asking)
+            y = layer(x)
+            assert y.requires_grad
+            y.sum().backward()
+            wanted = {"HaloExchange": 2.0, "AllSumReduce": 4.0, "Repartition": 1.0}[type(layer).__name__]
+            if world.rank == asking:
+                wanted = torch.full((2,), wanted, dtype=torch.float64)
+                assert torch.equal(x.grad, wanted)
+            else:
+                assert x.grad is None
+
+
+@on_ranks(4)
+def test_empty_blocks_and_batches(world: Partition) -> None:
+    """A rank inside a partition whose block is empty takes part, and gets a zero-volume gradient, not None."""
+    P_x, P_y = world.grid((1, 4)), world.grid((2, 2))
+    for shape in ((0, 5), (3, 2), (3, 0), (1, 1)):
+        x = local(P_x, integers(shape)).requires_grad_()
+        for layer in (dnn.Repartition(P_x, P_y), dnn.AllGather(P_x, [1]), dnn.HaloExchange(P_x, [0, 1], "zeros")):
+            y = layer(x)
+            x.grad = None
+            y.sum().backward()
+            assert x.grad is not None
+            assert x.grad.shape == x.shape
+        y = dnn.Repartition(P_x, P_y)(x)
+        assert torch.equal(y, local(P_y, integers(shape)))
+    total = dnn.AllSumReduce(P_x, [1])(torch.empty(0, 3, dtype=torch.float64))
+    assert total.shape == (0, 3)
+
+
+# ---- shapes that change, graphs that live on -------------------------------------------------------------------------
+
+
+@on_ranks(4, mpi=True)
+def test_a_change_that_one_rank_cannot_see(world: Partition) -> None:
+    """(7, 5) -> (8, 6) on a 2 x 2 grid leaves rank 0's block at (4, 3)."""
+    P, line = world.grid((2, 2)), world.grid((4, 1))
+    layers = [dnn.Repartition(P, line), dnn.HaloExchange(P, [1, (0, 1)], "circular")]
+    for shape in ((7, 5), (8, 6), (7, 5), (8, 5)):
+        x = integers(shape)
+        assert torch.equal(layers[0](local(P, x)), local(line, x))
+        assert torch.equal(layers[1](local(P, x)), grown(P, x, ((1, 1), (0, 1)), "circular"))
+
+
+@on_ranks(4, mpi=True)
+def test_two_forwards_then_two_backwards(world: Partition) -> None:
+    """A graph holds on to the operator it was made with."""
+    P, line = world.grid((2, 2)), world.grid((4, 1))
+    layer = dnn.Repartition(P, line)
+    shapes = [(7, 5), (8, 6), (2, 9)]
+    xs = [local(P, integers(shape)).requires_grad_() for shape in shapes]
+    ys = [layer(x) for x in xs]
+    for shape, y in reversed(list(zip(shapes, ys, strict=True))):
+        y.backward(local(line, integers(shape, seed=1)))
+    for shape, x in zip(shapes, xs, strict=True):
+        assert torch.equal(x.grad, local(P, integers(shape, seed=1)))
+
+
+@on_ranks(4)
+def test_double_backward(world: Partition) -> None:
+    """f = sum of (A x^2)^2 has the gradient 4 x (A^T A x^2); its derivative along v is checked by hand."""
+    P = world.grid((2, 2))
+    layer, x, v = dnn.AllSumReduce(P, [0]), integers((3,), world.rank).requires_grad_(), integers((3,), 50 + world.rank)
+    (gradient,) = torch.autograd.grad(layer(x**2).square().sum(), x, create_graph=True)
+    (second,) = torch.autograd.grad(gradient, x, v)
+    column = [r for r in range(4) if r % 2 == P.index[1]]
+    xs, vs = ({r: integers((3,), base + r) for r in column} for base in (0, 50))
+    s, t = sum(xs[r] ** 2 for r in column), sum(vs[r] * xs[r] for r in column)
+    assert torch.equal(gradient.detach(), 8 * xs[world.rank] * s)
+    assert torch.equal(second, 8 * vs[world.rank] * s + 16 * xs[world.rank] * t)
+
+
+@on_ranks(4)
+def test_inputs_and_gradients_are_left_alone(world: Partition) -> None:
+    """Also gradients of stride 0, and one that two operators share."""
+    P = world.grid((2, 2))
+    layers = [
+        dnn.HaloExchange(P, [1, 1], "zeros"),
+        dnn.AllSumReduce(P, [0]),
+        dnn.AllGather(P, [1]),
+        dnn.Repartition(P, P),
+        dnn.Broadcast(P, P),
+    ]
+    for layer in layers:
+        x = local(P, integers((4, 6))).requires_grad_()
+        before = x.detach().clone()
+        y = layer(x)
+        y.detach().add_(1)  # the output is fresh memory
+        assert torch.equal(x, before)
+        g = torch.ones(1, 1, dtype=torch.float64).expand(y.shape)
+        (y + 2 * y).backward(g)
+        assert torch.equal(g, torch.ones(y.shape, dtype=torch.float64))
+        x.grad.add_(1)
+        assert torch.equal(g, torch.ones(y.shape, dtype=torch.float64))
+
+
+@on_ranks(4)
+def test_copies_and_pickles(world: Partition) -> None:
+    P, line = world.grid((2, 2)), world.grid((4, 1))
+    x = integers((7, 5))
+    layers = [
+        dnn.Repartition(P, line),
+        dnn.Broadcast(world.grid((1, 1)), P, preserve_batch=False),
+        dnn.AllGather(P, [0]),
+        dnn.HaloExchange(P, [1, 1], "reflect"),
+    ]
+    for layer in layers:
+        block = local(layer.P_x, x)
+        wanted = layer(block)
+        for twin in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+            assert torch.equal(twin(block), wanted)
+            assert repr(twin) == repr(layer)
+        assert torch.equal(layer(block), wanted)
+
+
+@on_ranks(4, mpi=True)
+def test_checkpointing(world: Partition) -> None:
+    """Non-reentrant recomputation starts at the same place on all ranks, also where one asks for no gradient."""
+    P, line = world.grid((2, 2)), world.grid((4, 1))
+    there, back, halo = dnn.Repartition(P, line), dnn.Repartition(line, P), dnn.HaloExchange(P, [1, 0], "zeros")
+
+    def body(x: torch.Tensor) -> torch.Tensor:
+        return halo(back(there(x).square())).square()
+
+    for asking in (range(4), [2]):
+        results = []
+        for run in (body, lambda x: checkpoint(body, x, use_reentrant=False)):
+            x = local(P, integers((7, 5))).requires_grad_(world.rank in asking)
+            run(x).sum().backward()
+            results.append(x.grad)
+        assert results[0] is results[1] is None or torch.equal(*results)
+
+
+# ---- errors ----------------------------------------------------------------------------------------------------------
+
+
+def refusal(call: Callable[[], object]) -> str:
+    try:
+        call()
+    except (ValueError, TypeError, RuntimeError) as error:
+        return f"{type(error).__name__}: {error}"
+    return "no error"
+
+
+@on_ranks(4, mpi=True)
+def test_errors_have_the_same_text_on_all_ranks(world: Partition) -> None:
+    P, line, rank = world.grid((2, 2)), world.grid((4,)), world.rank
+    x = integers((2, 2))
+    small = world.grid((2,), [0, 1])
+    wrong = {
+        "the blocks form no tensor product": lambda: dnn.Repartition(P, P)(integers((2 + (rank == 3), 2))),
+        "rank 2: dtype torch.float32, others torch.float64": lambda: dnn.AllSumReduce(P, [0])(
+            x.float() if rank == 2 else x
+        ),
+        "rank 1 passed str": lambda: dnn.AllGather(P, [0])("x" if rank == 1 else x),
+        "rank 3: number of dims 1, others 2": lambda: dnn.Repartition(P, P)(x[0] if rank == 3 else x),
+        "cannot add shape": lambda: dnn.AllSumReduce(P, [0])(x[:1] if rank == 2 else x),
+        "has 1 dims, its partition of shape (2, 2) has 2 axes": lambda: dnn.Repartition(P, P)(x[0]),
+        "rank 3 passed a tensor of shape (2,), but is outside": lambda: dnn.Repartition(small, line)(
+            x[0] if rank in (0, 1, 3) else NOTHING
+        ),
+        "bool tensors can be moved but not added": lambda: dnn.AllSumReduce(P, [0])(x > 0),
+        "circular boundary of 5 needs more than the 4 points": lambda: dnn.HaloExchange(P, [5, 0], "circular")(x),
+        "do not cut a tensor of shape (8,)": lambda: dnn.Repartition(line, line, bounds=[(0, 1, 2, 3, 4)])(x[0]),
+        "differ in number of axes": lambda: dnn.Repartition(P, line),
+        "cannot match a partition of shape (4,) to (2, 2): axes [1] differ": lambda: dnn.Broadcast(line, P),
+        "does not fit a partition of shape (2, 2)": lambda: dnn.HaloExchange(P, [1]),
+        "boundary 'mirror' is none of": lambda: dnn.HaloExchange(P, [1, 1], "mirror"),
+        "lengths [2, 3] along dim 0 differ": lambda: dnn.ReduceScatter(P, [0])(integers((2 + P.index[0], 2))),
+    }
+    for text, call in wrong.items():
+        said = world.allgather_data(refusal(call))
+        assert len(set(said)) == 1, said
+        assert text in said[0]
+    # and the ranks are still together, also with a layer that refused before
+    layer = dnn.AllSumReduce(P, [0, 1])
+    assert "cannot add shape" in refusal(lambda: layer(x[:1] if rank == 2 else x))
+    assert torch.equal(layer(x), 4 * x)
+    assert "cannot add shape" in refusal(lambda: layer(x[:1] if rank == 2 else x))
+    assert torch.equal(layer(x), 4 * x)
+
+
+@on_ranks(4, mpi=True)
+def test_a_rank_outside_that_passes_data_raises_alone(world: Partition) -> None:
+    P = world.grid((2,), [0, 1])
+    layer, x = dnn.AllSumReduce(P, [0]), integers((3,))
+    if world.rank == 2:
+        with pytest.raises(ValueError, match=r"rank 2 passed a tensor of shape .3,., but is outside"):
+            layer(x)
+    else:
+        y = layer(x if P.active else NOTHING)
+        assert torch.equal(y, 2 * x) if P.active else y.numel() == 0
+
+
+# ---- life ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.mpi(min_size=2)
+def test_thousands_of_layers_use_no_more_communicators() -> None:
+    """MPICH has about 2,000 context ids; there is one communicator per team of ranks, whatever the number of layers.
+
+    Two ranks do this while the others sleep: ranks that share a core lose it for milliseconds at each collective.
+    """
+    world = Partition().create_partition_inclusive(range(2))
+    if not world.active:
+        return
+    P, x = world.grid((2, 1)), integers((2, 2))
+    kinds = [
+        lambda: dnn.AllSumReduce(P, [0]),
+        lambda: dnn.HaloExchange(P, [1, 1]),
+        lambda: dnn.AllGather(P, [0]),
+        lambda: dnn.Repartition(P, world.grid((1, 2))),
+        lambda: dnn.Broadcast(world.grid((1,), [1]), P),
+    ]
+    teams = world.world_transport._teams
+    before = {*teams, (0, 1)}
+    for number in range(3000):
+        layer = kinds[number % 5]()
+        layer(x if world.rank or number % 5 < 4 else NOTHING)
+    assert {*teams} <= before
+
+
+@on_ranks(2, mpi=True)
+def test_hundreds_of_forwards_hold_on_to_nothing(world: Partition) -> None:
+    """500 forwards and backwards of shapes that alternate, more of them than are kept."""
+    P, line = world.grid((1, 2)), world.grid((2, 1))
+    layer = dnn.Repartition(P, line)
+
+    def operators() -> int:
+        gc.collect()
+        return sum(
+            type(thing) is dl.Operator and thing.transport is world.world_transport for thing in gc.get_objects()
+        )
+
+    def run(times: int) -> None:
+        for number in range(times):
+            x = local(P, integers((5 + number % 80, 3))).requires_grad_()
+            layer(x).sum().backward()
+            assert bool((x.grad == 1).all())
+
+    others = operators()
+    run(160)
+    kept = operators()
+    run(340)
+    assert operators() <= kept <= others + 2 * 64

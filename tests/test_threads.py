@@ -1,0 +1,150 @@
+"""Ranks as threads that take turns: deadlocks are errors, random states belong to ranks, the lowest failure is raised."""
+
+from __future__ import annotations
+
+import random
+import threading
+import time
+
+import numpy
+import pytest
+import torch
+
+import distdl_lite.nn as dnn
+from distdl_lite.partition import Partition
+from distdl_lite.testing import spmd
+
+
+def test_results_are_in_rank_order() -> None:
+    assert spmd(3, lambda world: (world.rank, world.size)) == [(0, 3), (1, 3), (2, 3)]
+    with pytest.raises(ValueError, match="spmd needs at least one rank, not 0"):
+        spmd(0, lambda world: None)
+
+
+def test_one_rank_runs_at_a_time() -> None:
+    running: list[int] = []
+
+    def body(world: Partition) -> None:
+        for _ in range(5):
+            running.append(world.rank)
+            time.sleep(0.001)
+            assert running == [world.rank]
+            running.clear()
+            world.allgather_data(None)
+
+    spmd(4, body)
+
+
+def test_a_deadlock_names_what_each_rank_waits_for() -> None:
+    def body(world: Partition) -> None:
+        if world.rank == 0:
+            return
+        if world.rank == 1:
+            world.create_partition_inclusive([1, 2]).allgather_data(None)
+        else:
+            dnn.AllSumReduce(world.create_partition_inclusive([0, 2]).grid((2,)), [0])(torch.ones(3))
+
+    began = time.monotonic()
+    with pytest.raises(RuntimeError) as raised:
+        spmd(3, body)
+    assert time.monotonic() - began < 5
+    assert str(raised.value) == (
+        "deadlock: rank 1 waits for gather of objects number 0 of ranks [1, 2]; "
+        "rank 2 waits for agreement number 0 of ranks [0, 2]; rank 0 has ended"
+    )
+
+
+def test_a_deadlock_in_an_operator_names_the_message() -> None:
+    def body(world: Partition) -> None:
+        layer, x = dnn.Repartition(world.grid((2,)), world.grid((2,), [1, 0])).static_shapes(), torch.ones(3)
+        layer(x)
+        if world.rank:
+            layer(x)
+
+    with pytest.raises(RuntimeError, match=r"rank 1 waits for a message of a exchange to shape \[3\] from rank 0"):
+        spmd(2, body)
+
+
+def test_the_lowest_failing_rank_is_heard() -> None:
+    def body(world: Partition) -> None:
+        if world.rank in (1, 3):
+            raise KeyError(f"rank {world.rank}")
+        world.allgather_data(None)
+
+    with pytest.raises(KeyError, match="rank 1"):
+        spmd(4, body)
+
+
+def test_a_rank_that_catches_its_deadlock_goes_on() -> None:
+    """And the ranks that are left meet each other."""
+
+    def body(world: Partition) -> str:
+        pair = world.create_partition_inclusive([0, 1])
+        if world.rank == 0:
+            return "left"
+        with pytest.raises(RuntimeError, match="deadlock"):
+            pair.allgather_data(None)
+        return "went on"
+
+    assert spmd(2, body) == ["left", "went on"]
+
+
+def test_mismatched_calls_are_named() -> None:
+    def body(world: Partition) -> None:
+        transport, team = world.world_transport, (0, 1)
+        if world.rank:
+            transport.agree(team, 1)
+        else:
+            transport.all_reduce(team, torch.ones(3))
+
+    with pytest.raises(RuntimeError, match=r"ranks \[0, 1\] meet in different calls: .*all-reduce .*1: 'agreement'"):
+        spmd(2, body)
+
+
+def test_mismatched_messages_are_named() -> None:
+    def body(world: Partition) -> None:
+        P, x = world.grid((2,)), torch.ones(3)
+        layer = dnn.AllSumReduce(P, [0]) if world.rank else dnn.Repartition(P, world.grid((2,), [1, 0]))
+        layer(x)
+
+    with pytest.raises(RuntimeError, match=r"expects a message of a|deadlock"):
+        spmd(2, body)
+
+
+def drawn() -> tuple[float, float, float]:
+    return torch.rand(()).item(), float(numpy.random.rand()), random.random()
+
+
+def test_random_states_belong_to_ranks() -> None:
+    """Seeded code draws what it would in a process of its own, whatever the others draw between its calls."""
+
+    def body(world: Partition) -> list[tuple[float, float, float]]:
+        torch.manual_seed(world.rank // 2)
+        numpy.random.seed(world.rank // 2)
+        random.seed(world.rank // 2)
+        numbers = []
+        for _ in range(3):
+            numbers.append(drawn())
+            world.allgather_data(None)
+        return numbers
+
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    numbers = spmd(4, body)
+    assert numbers[0] == numbers[1] != numbers[2] == numbers[3]
+    assert len(set(numbers[0])) == 3
+    assert torch.equal(torch.get_rng_state(), before)
+    assert len(set(spmd(3, lambda world: drawn()))) == 1  # each starts from the caller's state
+
+
+def test_worlds_end_with_their_threads() -> None:
+    threads = threading.active_count()
+    spmd(4, lambda world: world.allgather_data(world.rank))
+    assert threading.active_count() == threads
+
+
+def test_worlds_in_worlds() -> None:
+    assert spmd(2, lambda world: spmd(2, lambda inner: (world.rank, inner.rank))) == [
+        [(0, 0), (0, 1)],
+        [(1, 0), (1, 1)],
+    ]
