@@ -10,22 +10,34 @@ release = version = version_of("distdl_lite")
 
 extensions = ["sphinx.ext.autodoc", "sphinx.ext.autosummary", "sphinx.ext.doctest", "sphinx.ext.napoleon"]
 exclude_patterns = ["_build"]
+templates_path = ["_templates"]
 html_theme = "furo"
+html_title = f"{project} {release}"
 
 autosummary_generate = True
-# Each object is documented once, where it is defined, also when a package re-exports it.
+# Pages of modules show what is defined there, not what is imported.
 autodoc_default_options = {"members": True, "member-order": "bysource", "ignore-module-all": True}
-autodoc_typehints = "description"
+autodoc_typehints = "signature"
+python_maximum_signature_line_length = 100
+python_use_unqualified_type_names = True
 napoleon_google_docstring = False
-napoleon_use_ivar = True
+# Names that share a line of a docstring share it here too.
+napoleon_use_param = False
+napoleon_custom_sections = [("Attributes", "params_style")]
 
 
 def let_doctests_see_their_module(app, what, name, obj, options, lines):
-    if what == "module":
-        lines += ["", ".. testsetup::", "", f"   from {name} import *"]
+    if any(line.lstrip().startswith(">>>") for line in lines):
+        module = getattr(obj, "__module__", name)
+        lines += ["", ".. testsetup::", "", f"   from {module} import *"]
+
+
+def leave_out_what_torch_documents(app, what, name, obj, skip, options):
+    return skip or str(getattr(obj, "__module__", "")).startswith("torch")
 
 
 def setup(app):
+    app.connect("autodoc-skip-member", leave_out_what_torch_documents)
     app.connect("autodoc-process-docstring", let_doctests_see_their_module)
     # autosummary looks a module up as an attribute of its package, where the function `plan` hides the module `plan`.
     function = distdl_lite.plan
