@@ -39,11 +39,12 @@ class Dim:
 
     @cached_property
     def _starts(self) -> list[int]:
-        return [start for start, _ in self.ranges]
+        """The least start from each position on: an empty range, which has no halo, may start after the next one."""
+        return list(accumulate((start for start, _ in reversed(self.ranges)), min))[::-1]
 
     @cached_property
     def _stops(self) -> list[int]:
-        """Running maxima of the stops, so that bisection holds also where an empty range stands between."""
+        """The greatest stop up to each position."""
         return list(accumulate((stop for _, stop in self.ranges), max))
 
     @cached_property
@@ -55,7 +56,7 @@ class Dim:
         return self.period is not None and bool(full) and full[-1][1] - full[0][0] > self.period
 
     def meeting(self, wanted: Range) -> range:
-        """Positions whose range may meet `wanted`; starts must not decrease."""
+        """Positions whose range may meet `wanted`."""
         return range(bisect_right(self._stops, wanted[0]), bisect_left(self._starts, wanted[1]))
 
 

@@ -52,6 +52,13 @@ def test_meeting_is_brute_force(
     assert len(set(found)) == len(found)
 
 
+def test_an_empty_block_stands_between_halos() -> None:
+    """Its start is greater than that of the next block with its halo."""
+    X = lay.haloed(lay.blocks(Grid((4,), range(4)), [(0, 0, 1, 1, 2)]), [(1, 2)], "none")
+    assert [X.box(rank) for rank in range(4)] == [((0, 0),), ((0, 2),), ((1, 1),), ((0, 2),)]
+    assert [rank for rank, _, _ in X.meeting(((0, 1),), (), (None,))] == [1, 3]
+
+
 @given(layouts())
 def test_overlaps_is_brute_force(layout: Layout) -> None:
     """`overlaps` may be pessimistic, but never misses a point held twice; on plain blocks it is exact."""
