@@ -19,13 +19,13 @@ __all__ = ["adjoint_test", "assert_equals_serial", "count", "spmd"]
 
 @contextmanager
 def count() -> Iterator[Tally]:
-    """Count what this rank's operators move while the block runs.
+    """Count what this rank's transport moves while the block runs.
 
     Yields
     ------
     Tally
         ``messages`` (a collective counts one), ``bytes``, ``seconds`` and ``collectives``; ``by_label`` holds the same for
-        each primitive or layer.
+        each primitive or layer, and as "sums" for losses and replica gradients. Agreements and set-up count in seconds alone.
 
     Examples
     --------

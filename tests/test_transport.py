@@ -147,6 +147,12 @@ def test_counts(world: dl.Partition) -> None:
     assert 0 < inner.seconds < 60
     op.apply(x)
     assert inner.messages == 3
+    team, transport = range(world.size), world.world_transport
+    with count() as sums:
+        transport.agree(team, 1)
+        transport.all_reduce(team, torch.ones(5))
+    assert (sums.messages, sums.bytes, list(sums.by_label)) == (1, 20, ["sums"])
+    assert sums.seconds > sums.by_label["sums"].seconds
     assert "tallies" not in world.world_transport.local
 
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import wraps
+from time import perf_counter
 from typing import Any
 
 
@@ -31,3 +34,22 @@ def record(
     """Add to every tally that is open on this rank."""
     for tally in local.get("tallies", ()):
         tally.add(messages, size, seconds, collectives, label)
+
+
+def counted(label: str | None = None) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Let a transport's collective be counted: its seconds, and with a label, as a message with the tensor's bytes."""
+
+    def decorate(method: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(method)
+        def call(self: Any, team: Any, value: Any, *args: Any) -> Any:
+            if "tallies" not in self.local or len(team) == 1:
+                return method(self, team, value, *args)
+            began = perf_counter()
+            result = method(self, team, value, *args)
+            messages, size = (0, 0) if label is None else (1, value.numel() * value.element_size())
+            record(self.local, messages, size, perf_counter() - began, messages, label)
+            return result
+
+        return call
+
+    return decorate

@@ -11,6 +11,7 @@ import os
 import sys
 from array import array
 from collections.abc import Sequence
+from time import perf_counter
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from mpi4py import MPI
 from distdl_lite.layout import Shape, shape_of
 from distdl_lite.plan import Edge, Leg, Pattern, Plan
 from distdl_lite.transport import Team, Transport, wire
+from distdl_lite.transport.counts import counted, record
 
 _TYPES = {
     torch.float32: MPI.FLOAT,
@@ -86,6 +88,7 @@ class MPITransport:
     """The ranks of one communicator."""
 
     def __init__(self, comm: MPI.Comm) -> None:
+        wire.keep_freed_memory()
         self.comm = comm.Dup()
         self.rank, self.size = self.comm.rank, self.comm.size
         self.proc_null: int = MPI.PROC_NULL
@@ -120,15 +123,20 @@ class MPITransport:
         if len(team) == 1:
             return value
         comm = self._teams.get(team) or self.communicator(team)  # type: ignore[arg-type]
+        began = perf_counter() if "tallies" in self.local else 0.0
         self._vote[0][0] = value
         comm.Allreduce(*self._vote_specs)
+        if began:
+            record(self.local, 0, 0, perf_counter() - began, 0, None)
         return self._vote[1][0]
 
+    @counted()
     def gather_objects(self, team: Team, value: Any) -> list[Any]:
         ordered = sorted(team)
         values = self.communicator(ordered).allgather(value)
         return [values[ordered.index(rank)] for rank in team] if ordered != list(team) else values
 
+    @counted("sums")
     def all_reduce(self, team: Team, tensor: torch.Tensor, op: str = "sum") -> torch.Tensor:
         if len(team) > 1 and tensor.numel():
             sent = _on_wire(tensor)
@@ -137,6 +145,7 @@ class MPITransport:
                 tensor.copy_(sent)
         return tensor
 
+    @counted("copies")
     def broadcast(self, team: Team, tensor: torch.Tensor, root: int) -> None:
         if len(team) > 1:
             ordered = sorted(team)
@@ -188,6 +197,8 @@ class _Exchange:
 
     def __init__(self, transport: MPITransport, plan: Plan, leg: Leg, dtype: torch.dtype, device: torch.device) -> None:
         self._shape, self._adds, self._dtype = plan.returned_shape, plan.adds_out, dtype
+        self._sum_dtype = wire.wire_dtype(dtype) if plan.adds_out else dtype
+        self._widens = self._sum_dtype is not dtype
         self._sends = wire.messages(leg.sends, plan.rank, dtype, device)
         self._receives = wire.messages(leg.receives, plan.rank, dtype, device, plan.adds_out)
         self._kept = wire.kept(leg.sends, leg.receives, plan.rank)
@@ -196,26 +207,32 @@ class _Exchange:
         self._receiving = [comm.Recv_init(_bytes(m.host), m.peer, _TAG) for m in self._receives]
         self._sending = [comm.Send_init(_bytes(m.host), m.peer, _TAG) for m in self._sends]
         self._requests = [*self._receiving, *self._sending]
+        self._starts = list(zip(self._sends, self._sending, strict=True))
         self._x: torch.Tensor | None = None
+        self._source: Any = None
 
     def start(self, x: torch.Tensor) -> None:
         for request in self._receiving:
             request.Start()
-        source = wire.indexable(x)
-        for message, request in zip(self._sends, self._sending, strict=True):
-            message.pack(source)
+        self._x, self._source = x, wire.indexable(x)
+        for message, request in self._starts:
+            message.pack(self._source)
             request.Start()
-        self._x = x
 
     def finish(self) -> torch.Tensor:
-        x, self._x = self._x, None
+        x, source = self._x, self._source
         assert x is not None
-        if self._adds:
-            return self._finish_sum(x)
-        y = x.new_empty(self._shape)
-        source, target = wire.indexable(x), wire.indexable(y)
+        self._x = self._source = None
+        y = x.new_empty(self._shape, dtype=self._sum_dtype)
+        if self._widens:
+            source, target = x.detach(), y
+        else:
+            target = wire.indexable(y)
         for gap in self._gaps:
             target[gap] = 0
+        if self._adds:
+            self._add_up(source, target)
+            return y.to(self._dtype) if self._widens else y
         for here, there in self._kept:
             target[there] = source[here]
         if self._requests:
@@ -224,28 +241,21 @@ class _Exchange:
             message.unpack(target)
         return y
 
-    def _finish_sum(self, x: torch.Tensor) -> torch.Tensor:
-        """This rank's own part, then the others' in rank order: a sum of floats depends on its order."""
-        y = x.new_empty(self._shape, dtype=wire.wire_dtype(self._dtype))
-        source = wire.indexable(x, adds=True)
-        target = y if isinstance(source, torch.Tensor) else wire.indexable(y)
-        for gap in self._gaps:
-            target[gap] = 0
+    def _add_up(self, source: Any, target: Any) -> None:
+        """This rank's own part, then the others' in rank order: a sum of floats depends on its order.
+
+        One own piece leaves no gap, and is copied; several may overlap, and are added to zeros.
+        """
         with wire.quiet():
-            self._keep(source, target)
+            for here, there in self._kept:
+                if len(self._kept) == 1:
+                    target[there] = source[here]
+                else:
+                    target[there] += source[here]
             if self._requests:
                 MPI.Request.Waitall(self._requests)
             for message in self._receives:
                 message.add_to(target)
-        return y.to(self._dtype)
-
-    def _keep(self, source: Any, target: Any) -> None:
-        """Where this rank's own pieces leave no gap, they are copied; several that overlap are added to zeros."""
-        for here, there in self._kept:
-            if len(self._kept) == 1:
-                target[there] = source[here]
-            else:
-                target[there] += source[here]
 
     def __del__(self) -> None:
         if MPI.Is_finalized():

@@ -19,6 +19,7 @@ import torch
 
 from distdl_lite.plan import Plan
 from distdl_lite.transport import Team, enter, wire
+from distdl_lite.transport.counts import counted
 
 _MASK = (1 << 64) - 1
 
@@ -130,14 +131,17 @@ class ThreadTransport:
             raise RuntimeError(f"ranks {list(team)} meet in different calls: {dict(sorted(calls.items()))}")
         return [present[rank][1] for rank in team]
 
+    @counted()
     def agree(self, team: Team, value: int) -> int:
         return sum(self._meet(team, value, "agreement")) & _MASK
 
+    @counted()
     def gather_objects(self, team: Team, value: Any) -> list[Any]:
         found = self._meet(team, pickle.dumps(value), "gather of objects")
         ordered = sorted(team)
         return [pickle.loads(found[ordered.index(rank)]) for rank in team]
 
+    @counted("sums")
     def all_reduce(self, team: Team, tensor: torch.Tensor, op: str = "sum") -> torch.Tensor:
         sent = tensor.to(wire.wire_dtype(tensor.dtype), copy=True)
         parts = self._meet(team, sent, f"all-reduce ({op}) of {tensor.numel()} {tensor.dtype}")
@@ -147,6 +151,7 @@ class ThreadTransport:
             total = fold(total, part)
         return tensor.copy_(total)
 
+    @counted("copies")
     def broadcast(self, team: Team, tensor: torch.Tensor, root: int) -> None:
         what = f"broadcast of {tensor.numel()} {tensor.dtype} from rank {root}"
         sent = self._meet(team, tensor.clone() if self.rank == root else None, what)[sorted(team).index(root)]
