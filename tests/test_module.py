@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,6 +13,7 @@ import pytest
 import torch
 from cases import integers
 from ranks import on_ranks
+from torch.nn.modules.module import register_module_forward_hook
 
 import distdl_lite as dl
 import distdl_lite.nn as dnn
@@ -285,6 +286,29 @@ def test_copies_start_unbuilt(world: Partition) -> None:
         assert twin._distdl_plan is None
         assert not twin._distdl_kept
         assert torch.equal(twin(integers((3,))), 2 * integers((3,)))
+
+
+@on_ranks(1)
+def test_hooks_of_torch_are_called(world: Partition) -> None:
+    """The shorter way through a call is for layers that have none."""
+    seen: list[str] = []
+    kinds: dict[str, Callable[[torch.nn.Module], Any]] = {
+        "pre": lambda layer: layer.register_forward_pre_hook(lambda *_: seen.append("pre")),
+        "forward": lambda layer: layer.register_forward_hook(lambda *_: seen.append("forward")),
+        "backward": lambda layer: layer.register_full_backward_hook(lambda *_: seen.append("backward")),
+        "backward pre": lambda layer: layer.register_full_backward_pre_hook(lambda *_: seen.append("backward pre")),
+        "global": lambda _: register_module_forward_hook(lambda *_: seen.append("global")),
+    }
+    layer, x = dnn.AllSumReduce(world, [0]), integers((3,)).requires_grad_()
+    with spied(world) as calls:
+        layer(x)
+        for kind, register in kinds.items():
+            handle = register(layer)
+            layer(x).sum().backward()
+            handle.remove()
+            assert seen == [kind]
+            seen.clear()
+    assert calls == {"agree": len(kinds) + 1, "gather_objects": 2, "bind": 2}
 
 
 @on_ranks(1)
