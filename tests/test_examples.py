@@ -1,0 +1,61 @@
+"""The examples, small, on ranks that are threads."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+import distdl_lite as dl
+from distdl_lite.testing import spmd
+
+_EXAMPLES = Path(__file__).parent.parent / "docs" / "examples"
+
+
+def example(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, _EXAMPLES / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_denoise_has_one_loss_curve_on_every_grid(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    denoise = example("denoise")
+    picture = tmp_path / "denoise.png"
+    options = denoise.parse(["--size", "56x72", "--steps", "6", "--out", str(picture)])
+
+    def losses(world: dl.Partition, grid: tuple[int, int]) -> list[float]:
+        return denoise.run(world.grid((1, 1, *grid)), options)
+
+    serial = spmd(1, lambda world: losses(world, (1, 1)))[0]
+    assert serial[-1] < serial[0]
+    for grid in [(1, 2), (2, 2), (4, 1)]:
+        picture.unlink()
+        capsys.readouterr()
+        for curve in spmd(grid[0] * grid[1], lambda world, grid=grid: losses(world, grid)):
+            torch.testing.assert_close(torch.tensor(curve), torch.tensor(serial), rtol=1e-3, atol=0)
+        assert picture.stat().st_size > 10_000
+        printed = capsys.readouterr().out
+        assert "rank 1:" in printed
+        assert float(printed.split("serial network's output: ")[1]) < 1e-5
+
+
+def test_denoise_takes_only_sizes_that_can_be_halved(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        example("denoise").parse(["--size", "60x72"])
+    assert "must be divisible by 8" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_lenet_learns_as_the_serial_network(ranks: int) -> None:
+    lenet = example("lenet")
+    losses, (accuracy, serial_accuracy) = spmd(ranks, lambda world: lenet.run(world, epochs=2, batch=128, seed=1))[0]
+    ours, serial = torch.tensor(losses).T
+    torch.testing.assert_close(ours, serial, rtol=1e-3, atol=0)
+    assert ours[-1] < 0.5 * ours[0]
+    assert accuracy == pytest.approx(serial_accuracy, abs=0.01)
