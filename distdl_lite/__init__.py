@@ -9,6 +9,7 @@ from distdl_lite.nn.rooted import gather, scatter
 from distdl_lite.operator import Operator
 from distdl_lite.partition import CartesianPartition, Partition
 from distdl_lite.plan import Plan, plan
+from distdl_lite.testing import count
 from distdl_lite.transport.abort import abort_on_exception
 
 __version__ = "0.1.0"
