@@ -25,6 +25,7 @@ from distdl_lite.plan import plan
 from distdl_lite.transport import enter
 from distdl_lite.transport.abort import abort_on_exception
 from distdl_lite.transport.threads import ThreadTransport, World
+from distdl_lite.transport.wire import wire_dtype
 
 _MOST_LISTED = 16
 
@@ -89,6 +90,8 @@ def explain(arguments: argparse.Namespace) -> str:
     try:
         layer = _primitive(arguments)
         X, Y = layer.layouts(_local_shapes(arguments, layer.P_x.grid_of_ranks))
+        if arguments.dtype == "bool" and (X.overlaps or plan(X, Y, 0).pattern.sums):
+            raise ValueError(f"{arguments.primitive}: bool tensors can be moved but not added")
     finally:
         enter(None)
     if arguments.svg:
@@ -128,11 +131,12 @@ def _local_shapes(arguments: argparse.Namespace, grid: Grid) -> dict[int, tuple[
 
 
 def _explanation(arguments: argparse.Namespace, X: lay.Layout, Y: lay.Layout, ranks: int) -> str:
-    itemsize = getattr(torch, arguments.dtype).itemsize
     few = ranks <= _MOST_LISTED and not arguments.rank_chosen
     chosen = range(ranks) if few else [arguments.rank]
     plans = [plan(X, Y, rank) for rank in chosen]
     pattern, shape = plans[0].pattern, "x".join(map(str, arguments.shape))
+    dtype = getattr(torch, arguments.dtype)
+    itemsize = (wire_dtype(dtype) if pattern.sums else dtype).itemsize
     grids = " to ".join("x".join(map(str, grid)) for grid in (arguments.grid, arguments.to) if grid)
     each = "a tensor on each rank" if arguments.primitive in _WHOLE else "blocks"
     lines = [
@@ -143,7 +147,7 @@ def _explanation(arguments: argparse.Namespace, X: lay.Layout, Y: lay.Layout, ra
         lines += ["", f"{title}:", show.layout_text(layout, chosen) or "nothing"]
     lines += ["", "traffic:", *(show.plan_text(p, X, Y, itemsize) for p in plans), ""]
     counted = [show.traffic(p, itemsize) for p in plans]
-    what = "messages" if not any(leg.team for p in plans for leg in p.legs) else "collective calls"
+    what = "messages" if not any(leg.team for p in plans for leg in p.legs) else "calls of collectives, one a rank"
     whose = "all ranks together" if few else f"rank {arguments.rank} of {ranks}"
     lines.append(f"{whose}: {sum(n for n, _ in counted)} {what}, {sum(b for _, b in counted)} bytes for others")
     return "\n".join(lines)
@@ -168,7 +172,7 @@ def bench(arguments: argparse.Namespace) -> str | None:
         return None
     if arguments.json:
         benchmarks.write_json(rows, arguments.json)
-    return benchmarks.table(rows)
+    return f"{benchmarks.table(rows)}\n\n{_BARS}"
 
 
 # ---- arguments -------------------------------------------------------------------------------------------------------
@@ -181,7 +185,7 @@ def _numbers(separator: str, least: int) -> Callable[[str], tuple[int, ...]]:
             raise ValueError(text)
         return found
 
-    numbers.__name__ = f"{separator}-separated list of numbers"
+    numbers.__name__ = f"list of numbers from {least} on, with {separator} between them,"
     return numbers
 
 
@@ -193,6 +197,10 @@ def _halo(text: str) -> tuple[tuple[int, int], ...]:
 
 
 _halo.__name__ = "halo, such as 1,1 or 0,1:2"
+_BARS = """\
+Both columns are medians of calls that took turns, the slower rank of each. `bar` says how much ours may take: so many
+microseconds more than the other, or so many times as long. A row that was given less than a second, or a machine that does
+other work, tells little."""
 
 
 def _dtype(text: str) -> str:
@@ -208,7 +216,9 @@ def parser() -> argparse.ArgumentParser:
     told = commands.add_parser("info", help="versions, MPI library, thread level, CUDA awareness, ranks, hosts")
     told.set_defaults(run=info)
     _add_explain(commands.add_parser("explain", help="who sends what to whom for a primitive; needs no MPI"))
-    timed = commands.add_parser("bench", help="our calls beside hand-written ones; start it with mpirun -n 2")
+    timed = commands.add_parser(
+        "bench", help="our calls beside hand-written ones; start it with mpirun -n 2", description=_BARS
+    )
     timed.add_argument("which", choices=("primitives", "conv", "plan"))
     timed.add_argument("--json", metavar="FILE", help="write the rows there too")
     timed.add_argument("--seconds", type=float, default=1.0, help="to spend on each row (1)")
@@ -225,10 +235,10 @@ def _add_explain(told: argparse.ArgumentParser) -> None:
         "--shape", type=dims, required=True, help="of the whole tensor, such as 7x5; of a rank's for copies and sums"
     )
     told.add_argument("--halo", type=_halo, help="points per dim, left:right where they differ: 1,1 or 0,1:2")
-    told.add_argument("--boundary", choices=lay.BOUNDARIES, default="none")
+    told.add_argument("--boundary", choices=lay.BOUNDARIES, default="none", help="what lies beyond the global edge")
     told.add_argument("--axes", type=_numbers(",", 0), help="summed, gathered or scattered along (all)")
     told.add_argument("--rank", type=int, help=f"show this rank alone; 0 for more than {_MOST_LISTED} ranks")
-    told.add_argument("--dtype", type=_dtype, default="float32")
+    told.add_argument("--dtype", type=_dtype, default="float32", help="of torch, for the bytes (float32)")
     told.add_argument("--svg", metavar="FILE", help="draw input and output blocks there")
     told.set_defaults(run=explain)
 
@@ -243,7 +253,7 @@ def main(words: Sequence[str] | None = None) -> int:
         arguments.rank = arguments.rank or 0
     try:
         text = arguments.run(arguments)
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         if arguments.run is not explain:
             raise
         grammar.exit(2, f"{grammar.prog} explain: error: {error}\n")

@@ -13,6 +13,7 @@ import torch
 from distdl_lite.plan import Plan
 from distdl_lite.transport import Channel, Transport
 from distdl_lite.transport.counts import record
+from distdl_lite.transport.wire import wire_dtype
 
 _NOTHING = torch.empty(0)
 _ANCHOR = torch.empty(0, requires_grad=True)  # gives a graph node to a rank whose input needs none
@@ -111,7 +112,8 @@ class Operator:
         collectives = sum(bool(leg.team) for leg in legs)
         sent = [edge for leg in legs for edge in leg.sends if edge.peer != rank]
         peers = {edge.peer for edge in sent}
-        size = sum(edge.size for edge in sent) * x.element_size()
+        on_wire = wire_dtype(x.dtype) if self.plan.pattern.sums else x.dtype
+        size = sum(edge.size for edge in sent) * on_wire.itemsize
         began = perf_counter()
         pending = channel.start(x)
         spent = perf_counter() - began

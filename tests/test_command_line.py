@@ -88,6 +88,8 @@ def test_explain_draws(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
         (["Repartition", "--grid", "2x", "--to", "2", "--shape", "3"], "argument --grid: invalid"),
         (["Repartition", "--grid", "0", "--to", "2", "--shape", "3"], "argument --grid: invalid"),
         (["Repartition", "--grid", "2", "--to", "2", "--shape", "3", "--dtype", "nn"], "argument --dtype: invalid"),
+        (["AllSumReduce", "--grid", "2", "--shape", "3", "--dtype", "bool"], "AllSumReduce: bool tensors can be moved"),
+        (["AllSumReduce", "--grid", "2", "--shape", "3", "--svg", "/no/such/folder.svg"], "No such file or directory"),
         (["Scatter", "--grid", "2", "--shape", "3"], "argument PRIMITIVE: invalid choice: 'Scatter'"),
     ],
 )

@@ -331,3 +331,22 @@ def test_users_movement(world: Partition) -> None:
     P = world.grid((2,))
     y = Swap(P, P)(torch.full((3,), float(world.rank)))
     assert torch.equal(y, torch.full((3,), 1.0 - world.rank))
+    with pytest.raises(ValueError, match=r"Swap: rank 0 holds shape \(1,\), layouts\(\) says \(2,\)"):
+        Swap(P, P)(torch.ones(1 + 2 * world.rank))
+    with pytest.raises(NotImplementedError, match=r"Movement: a Movement has a method layouts\(shapes\)"):
+        dnn.Movement(P, P)(torch.ones(1))
+
+
+@on_ranks(2)
+def test_errors_that_are_more_than_a_text(world: Partition) -> None:
+    class Failing(dnn.Module):
+        def _distdl_module_setup(self, input: tuple[Any, ...]) -> None:
+            if world.rank == 1:
+                raise KeyError("no such key") if input[0].dim() else UnicodeDecodeError("utf-8", b"x", 0, 1, "bad")
+
+    with pytest.raises(KeyError, match="Failing: no such key"):
+        Failing(world)(torch.ones(1))
+    with pytest.raises(RuntimeError, match=r"Failing: UnicodeDecodeError: .* bad"):
+        Failing(world)(torch.ones(()))
+    with pytest.raises(TypeError, match="DistributedConv2d: a Partition is needed, not 3"):
+        dnn.DistributedConv2d(3, 4, 3, 1)

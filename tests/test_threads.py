@@ -50,7 +50,7 @@ def test_a_deadlock_names_what_each_rank_waits_for() -> None:
     assert time.monotonic() - began < 5
     assert str(raised.value) == (
         "deadlock: rank 1 waits for gather of objects number 0 of ranks [1, 2]; "
-        "rank 2 waits for agreement number 0 of ranks [0, 2]; rank 0 has ended"
+        "rank 2 waits for agreement number 0 of ranks [0, 2] in AllSumReduce; rank 0 has ended"
     )
 
 

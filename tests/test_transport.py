@@ -153,6 +153,10 @@ def test_counts(world: dl.Partition) -> None:
         transport.all_reduce(team, torch.ones(5))
     assert (sums.messages, sums.bytes, list(sums.by_label)) == (1, 20, ["sums"])
     assert sums.seconds > sums.by_label["sums"].seconds
+    everywhere = lay.copies(line(*range(SIZE)), (), {(): (7,)})
+    with count() as halves:  # which travel as float32
+        dl.Operator(plan(everywhere, everywhere, world.rank), transport).apply(torch.ones(7, dtype=torch.bfloat16))
+    assert halves.bytes == 4 * 7 * (SIZE - 1)
     assert "tallies" not in world.world_transport.local
 
 

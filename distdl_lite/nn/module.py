@@ -97,8 +97,12 @@ class Module(torch.nn.Module):
     def __init__(self, *partitions: Partition | None) -> None:
         super().__init__()
         given = tuple(P for P in partitions if P is not None)
+        for P in given:
+            if not isinstance(P, Partition):
+                raise TypeError(f"{type(self).__name__}: a Partition is needed, not {P!r}")
         check_same_world(*given)
         self._distdl_partitions = given
+        self._distdl_label = type(self).__name__  # in errors and counts
         self._distdl_agrees_each = False
         self._distdl_is_static = False
         self._distdl_ends_rides = False
@@ -225,7 +229,7 @@ class Module(torch.nn.Module):
             self._distdl_plan = self._distdl_module_setup(input)
         except Exception as raised:
             error = raised
-        raise_together(transport, team, error)
+        raise_together(transport, team, error, self._distdl_label)
 
     def _distdl_refuse_data(self, input: tuple[Any, ...]) -> None:
         """Raise if this rank, which is outside the partitions, passes data."""
@@ -319,10 +323,24 @@ def _hashable(value: Any) -> Any:
     return type(value)
 
 
-def raise_together(transport: Transport, team: Sequence[int], error: Exception | None) -> None:
-    """Raise on all ranks of the team, with the same text, if any of them has an error; the lowest rank's goes first."""
-    outcome = None if error is None else (type(error), str(error))
+_PLAIN_ERRORS = (TypeError, ValueError, RuntimeError, NotImplementedError, IndexError, KeyError, AttributeError)
+
+
+def raise_together(transport: Transport, team: Sequence[int], error: Exception | None, name: str = "") -> None:
+    """Raise on all ranks of the team if any of them has an error, with the same text, which begins with a name.
+
+    The lowest rank's error goes first. One that is more than a text becomes a RuntimeError.
+    """
+    outcome = None if error is None else _told(error, name)
     failures = [found for found in transport.gather_objects(team, outcome) if found is not None]
     if failures:
         kind, text = failures[0]
-        raise kind(text) from error
+        # A refusal says all there is to say; the traceback of anything else may be of use.
+        raise kind(text) from (None if isinstance(error, (TypeError, ValueError)) else error)
+
+
+def _told(error: Exception, name: str) -> tuple[type[Exception], str]:
+    kind, text = type(error), str(error.args[0] if isinstance(error, KeyError) and error.args else error)
+    if kind not in _PLAIN_ERRORS:
+        kind, text = RuntimeError, f"{kind.__name__}: {text}"
+    return kind, text if text.startswith(name) else f"{name}: {text}"

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from distdl_lite.layout import Layout, Shape
+from distdl_lite.layout import Layout, Shape, shape_of
 from distdl_lite.nn.module import Module, Structure, TensorStructure
 from distdl_lite.operator import Operator
 from distdl_lite.partition import Partition
@@ -139,12 +139,17 @@ class Movement(Module):
         ValueError
             If the shapes do not fit.
         """
-        raise NotImplementedError
+        raise NotImplementedError(
+            "a Movement has a method layouts(shapes) that returns the layouts of input and output"
+        )
 
     def _distdl_module_setup(self, input: tuple[Any, ...]) -> tuple[Operator, torch.dtype]:
-        name = type(self).__name__
+        name = self._distdl_label
         inputs = agreed_inputs(name, self._distdl_structure, self.P_x)
         X, Y = self.layouts(inputs.shapes)
+        for rank, shape in inputs.shapes.items():
+            if (box := X.box(rank)) is None or shape_of(box) != shape:
+                raise ValueError(f"{name}: rank {rank} holds shape {shape}, layouts() says {box and shape_of(box)}")
         transport = self._distdl_transport
         built = plan(X, Y, transport.rank)
         if inputs.dtype is torch.bool and (X.overlaps or built.pattern.sums):

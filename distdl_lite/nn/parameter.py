@@ -149,6 +149,8 @@ def _entries(module: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor, Place
 
 def team_of(module: torch.nn.Module) -> tuple[Transport, tuple[int, ...]]:
     """The world of the distributed layers inside a module and their ranks; the whole ambient world if there are none."""
+    if not isinstance(module, torch.nn.Module):
+        raise TypeError(f"the model is needed, a torch.nn.Module, not {type(module).__name__}")
     layers = [inner for inner in module.modules() if isinstance(inner, Module) and inner._distdl_partitions]
     if not layers:
         world = current()

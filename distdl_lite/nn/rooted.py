@@ -55,5 +55,7 @@ def _rooted(kind: str, P: Partition, root: int) -> Repartition:
     kept = world.local.setdefault("rooted", {})
     if (kind, P, root) not in kept:
         alone = P._derive([root], (1,) * P.dim)
-        kept[kind, P, root] = Repartition(alone, P, False) if kind == "scatter" else Repartition(P, alone, False)
+        made = Repartition(alone, P, False) if kind == "scatter" else Repartition(P, alone, False)
+        made._distdl_label = kind
+        kept[kind, P, root] = made
     return kept[kind, P, root]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import threading
+import time
 from types import TracebackType
 from typing import Any
 
@@ -47,4 +48,5 @@ def _abort() -> None:
         return
     sys.stdout.flush()
     sys.stderr.flush()
+    time.sleep(0.2)  # mpirun forwards what was printed, and may be ended before it has
     MPI.COMM_WORLD.Abort(1)

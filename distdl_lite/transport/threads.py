@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import pickle
 import random
+import sys
 import threading
 from collections import defaultdict, deque
 from collections.abc import Callable
+from types import FrameType
 from typing import Any
 
 import numpy
@@ -73,7 +75,7 @@ class World:
             return
         states = _random_states()
         with self._condition:
-            self._waits[rank] = (ready, what)
+            self._waits[rank] = (ready, f"{what}{_inside(sys._getframe(1))}")
             self._hand_over(rank)
             self._condition.wait_for(lambda: self._turn == rank)
             self._waits[rank] = None
@@ -96,6 +98,16 @@ class World:
         if alive:
             self._turn = (ready or alive)[0]
             self._condition.notify_all()
+
+
+def _inside(frame: FrameType | None) -> str:
+    """The layer whose call a frame stands in."""
+    while frame is not None:
+        owner = frame.f_locals.get("self")
+        if isinstance(owner, torch.nn.Module):
+            return f" in {type(owner).__name__}"
+        frame = frame.f_back
+    return ""
 
 
 class ThreadTransport:

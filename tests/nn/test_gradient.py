@@ -95,3 +95,8 @@ def test_check_optimizer() -> None:
     for kind in (torch.optim.LBFGS, torch.optim.Adafactor):
         with pytest.raises(ValueError, match=f"{kind.__name__} is not known to update each element by itself"):
             dl.check_optimizer(kind(weights))
+
+
+def test_the_model_is_needed() -> None:
+    with pytest.raises(TypeError, match=r"the model is needed, a torch.nn.Module, not generator"):
+        dl.clip_grad_norm_(torch.nn.Linear(1, 1).parameters(), 1.0)
