@@ -28,6 +28,7 @@ from distdl_lite.transport.threads import ThreadTransport, World
 from distdl_lite.transport.wire import wire_dtype
 
 _MOST_LISTED = 16
+_MOST_RANKS = 2**24
 
 # ---- info ------------------------------------------------------------------------------------------------------------
 
@@ -84,6 +85,8 @@ def explain(arguments: argparse.Namespace) -> str:
     """Who sends what to whom; no rank but this process is needed."""
     size = math.prod(arguments.grid)
     ranks = max(size, math.prod(arguments.to or (1,)))
+    if ranks > _MOST_RANKS:
+        raise ValueError(f"grids of at most {_MOST_RANKS} ranks can be explained, not of {ranks}")
     if not 0 <= arguments.rank < ranks:
         raise ValueError(f"--rank {arguments.rank} is not among the {ranks} ranks of the grids")
     enter(ThreadTransport(World(ranks), arguments.rank))

@@ -345,7 +345,7 @@ def bounded(dim: Dim, length: int, boundary: str) -> Dim:
     """
     out = max((max(-start, stop - length) for start, stop in dim.ranges if start < stop), default=0)
     limit = {"circular": length, "reflect": length - 1, "replicate": 0 if length == 0 else out}.get(boundary, out)
-    if out > limit:
+    if out > max(limit, 0):
         raise ValueError(f"a {boundary} boundary of {out} needs more than the {length} points of the dim")
     if boundary == "zeros":
         return dim

@@ -356,9 +356,8 @@ def check_axes(axes: Iterable[int], dim: int) -> tuple[int, ...]:
 def check_same_world(*partitions: Partition) -> None:
     """Raise ValueError unless all partitions were made from the same communicator."""
     if len({id(P.world_transport) for P in partitions}) > 1:
-        raise ValueError(
-            f"partitions of different communicators cannot work together: {', '.join(map(repr, partitions))}"
-        )
+        shapes = ", ".join(str(P.shape) for P in partitions)
+        raise ValueError(f"partitions of different communicators cannot work together: those of shapes {shapes}")
 
 
 def union_of_ranks(*partitions: Partition | None) -> tuple[int, ...]:

@@ -52,6 +52,12 @@ def test_meeting_is_brute_force(
     assert len(set(found)) == len(found)
 
 
+@pytest.mark.parametrize("boundary", lay.BOUNDARIES)
+def test_a_dim_without_points_needs_none(boundary: str) -> None:
+    X = lay.blocks(Grid((1, 2), range(2)), [(0, 0), (0, 2, 4)])
+    assert lay.haloed(X, [(0, 0), (0, 1)], boundary).box(0)[0] == (0, 0)
+
+
 def test_an_empty_block_stands_between_halos() -> None:
     """Its start is greater than that of the next block with its halo."""
     X = lay.haloed(lay.blocks(Grid((4,), range(4)), [(0, 0, 1, 1, 2)]), [(1, 2)], "none")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -131,8 +132,6 @@ def test_structures_kept_are_bounded(world: Partition) -> None:
 
 @on_ranks(2)
 def test_frozen_parameters_are_part_of_the_structure(world: Partition) -> None:
-    """Also where they change on one rank only."""
-
     class Weighted(Recorder):
         def __init__(self, P: Partition) -> None:
             super().__init__(P)
@@ -140,7 +139,7 @@ def test_frozen_parameters_are_part_of_the_structure(world: Partition) -> None:
 
     layer = Weighted(world)
     layer(integers((3,)))
-    layer.weight.requires_grad_(world.rank == 1)
+    layer.weight.requires_grad_(False)
     layer(integers((3,)))
     assert layer.set_ups == 2
     layer.weight.requires_grad_(True)
@@ -335,6 +334,42 @@ def test_users_movement(world: Partition) -> None:
         Swap(P, P)(torch.ones(1 + 2 * world.rank))
     with pytest.raises(NotImplementedError, match=r"Movement: a Movement has a method layouts\(shapes\)"):
         dnn.Movement(P, P)(torch.ones(1))
+
+
+@on_ranks(2)
+def test_ranks_must_be_in_the_same_mode(world: Partition) -> None:
+    layer, x = dnn.DistributedBatchNorm(world.grid((2, 1)), 3), integers((4, 3)).float()
+    layer(x)
+    layer.train(world.rank == 1)
+    with pytest.raises(ValueError, match="BatchNorm: the ranks disagree: rank 1: mode training, others evaluation"):
+        layer(x)
+    layer.eval()
+    with torch.set_grad_enabled(world.rank == 1), pytest.raises(ValueError, match="others evaluation, no grad"):
+        layer(x)
+    with torch.autocast("cpu", enabled=world.rank == 1), pytest.raises(ValueError, match="autocast on cpu, others"):
+        layer(x)
+    layer(x)
+    layer.bias.requires_grad_(world.rank == 0)
+    with pytest.raises(ValueError, match="rank 1: mode evaluation, bias frozen, others evaluation"):
+        layer(x)
+
+
+@on_ranks(2)
+def test_ranks_must_pass_the_same_arguments(world: Partition) -> None:
+    layer, x = dnn.AllSumReduce(world, [0]), integers((4, 3))
+    odd = world.rank == 1
+    wrong: dict[str, Callable[[], Any]] = {
+        "rank 1: number of arguments 2, others 1": lambda: layer(x, x) if odd else layer(x),
+        "rank 1: keywords ['scale'], others []": lambda: layer(x, scale=2) if odd else layer(x),
+        "rank 1 passed a tensor of torch.sparse_coo": lambda: layer(x.to_sparse() if odd else x),
+        "rank 1 passed a nested tensor": lambda: layer(torch.nested.nested_tensor([x], layout=torch.jagged) if odd else x),
+        "tensors of torch.float32 on device meta cannot be moved": lambda: layer(torch.ones(3, device="meta")),
+        "tensors of torch.float8_e5m2 on device cpu": lambda: layer(torch.ones(3).to(torch.float8_e5m2)),
+    }
+    for text, call in wrong.items():
+        with pytest.raises((ValueError, TypeError), match=re.escape(text)):
+            call()
+    assert torch.equal(layer(x), 2 * x)
 
 
 @on_ranks(2)

@@ -94,7 +94,7 @@ class DistributedNLLLoss(_DistributedLoss):
 
     def _terms(self, input: torch.Tensor, target: torch.Tensor, built: _BuiltOverClasses) -> torch.Tensor:
         if built.over_classes is None:
-            return super()._terms(input, target, built)
+            return super()._terms(input.contiguous(), target, built)  # torch's backward takes no other in four dims
         terms = self._partial(self._log_probabilities(input, built), target, built)
         return terms if torch.is_autocast_enabled(input.device.type) else terms.to(input.dtype)
 

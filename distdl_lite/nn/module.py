@@ -32,6 +32,8 @@ class TensorStructure:
     def of(value: Any) -> TensorStructure:
         if not isinstance(value, torch.Tensor):
             return TensorStructure(kind=type(value).__name__)
+        if not _is_plain(value):
+            return TensorStructure(kind="a nested tensor" if value.is_nested else f"a tensor of {value.layout}")
         return TensorStructure(tuple(value.shape), value.dtype, value.device.type, value.requires_grad)
 
     @property
@@ -169,7 +171,7 @@ class Module(torch.nn.Module):
             return
         if self._distdl_input_changed(input, kwargs):
             if self._distdl_module_requires_reset(input):
-                self._distdl_build(input)
+                self._distdl_build(input, kwargs)
             else:
                 self._distdl_plan, self._distdl_structure = self._distdl_kept[self._distdl_next_key]
                 self._distdl_kept.move_to_end(self._distdl_next_key)
@@ -206,7 +208,7 @@ class Module(torch.nn.Module):
     def _distdl_module_teardown(self, input: tuple[Any, ...]) -> None:
         """Undo a set-up that returned None."""
 
-    def _distdl_build(self, input: tuple[Any, ...]) -> None:
+    def _distdl_build(self, input: tuple[Any, ...], kwargs: Mapping[str, Any] | None) -> None:
         """Exchange structures, set up, and agree that it went well on every rank."""
         if self._distdl_key is not None and self._distdl_plan is None:
             self._distdl_module_teardown(input)
@@ -214,22 +216,38 @@ class Module(torch.nn.Module):
         if type(self)._distdl_module_setup is Module._distdl_module_setup:
             self._distdl_plan = ()
         else:
-            self._distdl_exchange_and_set_up(input)
+            self._distdl_exchange_and_set_up(input, kwargs)
         if self._distdl_plan is not None:
             self._distdl_kept[self._distdl_next_key] = (self._distdl_plan, self._distdl_structure)
             if len(self._distdl_kept) > _CACHED_STRUCTURES:
                 self._distdl_kept.popitem(last=False)
 
-    def _distdl_exchange_and_set_up(self, input: tuple[Any, ...]) -> None:
+    def _distdl_exchange_and_set_up(self, input: tuple[Any, ...], kwargs: Mapping[str, Any] | None) -> None:
         team, transport = self._distdl_team, self._distdl_transport
-        mine = tuple(TensorStructure.of(value) for value in input)
-        self._distdl_structure = dict(zip(team, transport.gather_objects(team, mine), strict=True))
+        mine = tuple(TensorStructure.of(value) for value in input), self._distdl_mode(), list(kwargs or ())
+        passed = dict(zip(team, transport.gather_objects(team, mine), strict=True))
+        self._distdl_structure = {rank: tensors for rank, (tensors, _, _) in passed.items()}
         error = None
         try:
+            check_alike("mode", {rank: mode for rank, (_, mode, _) in passed.items()})
+            check_alike("number of arguments", {rank: len(tensors) for rank, (tensors, _, _) in passed.items()})
+            check_alike("keywords", {rank: names for rank, (_, _, names) in passed.items()})
             self._distdl_plan = self._distdl_module_setup(input)
         except Exception as raised:
             error = raised
         raise_together(transport, team, error, self._distdl_label)
+
+    def _distdl_mode(self) -> str:
+        """What else must be the same on all ranks, in words."""
+        words = ["training" if self.training else "evaluation"]
+        words += [] if torch.is_grad_enabled() else ["no grad"]
+        words += [f"autocast on {kind}" for kind in ("cpu", "cuda") if torch.is_autocast_enabled(kind)]
+        frozen = [
+            name
+            for name, parameter in self._parameters.items()
+            if parameter is not None and not parameter.requires_grad
+        ]
+        return ", ".join(words + [f"{name} frozen" for name in frozen])
 
     def _distdl_refuse_data(self, input: tuple[Any, ...]) -> None:
         """Raise if this rank, which is outside the partitions, passes data."""
@@ -275,7 +293,7 @@ class Module(torch.nn.Module):
             torch.is_autocast_enabled(),
         ]
         for value in input:
-            if isinstance(value, torch.Tensor):
+            if isinstance(value, torch.Tensor) and _is_plain(value):
                 parts += (value.shape, value.dtype, value.device, value.requires_grad)
             else:
                 parts.append(_hashable(value))
@@ -310,10 +328,14 @@ def _unbuilt() -> dict[str, Any]:
     }
 
 
+def _is_plain(tensor: torch.Tensor) -> bool:
+    return tensor.layout is torch.strided and not tensor.is_nested
+
+
 def _hashable(value: Any) -> Any:
     """A value's part in the structure: tensors by structure, plain values by value, anything else by type."""
     if isinstance(value, torch.Tensor):
-        return value.shape, value.dtype, value.device, value.requires_grad
+        return (value.shape if _is_plain(value) else None), value.dtype, value.device, value.requires_grad
     if isinstance(value, (bool, int, float, complex, str, bytes, torch.dtype, torch.device, type(None))):
         return value
     if isinstance(value, Mapping):
@@ -321,6 +343,16 @@ def _hashable(value: Any) -> Any:
     if isinstance(value, Sequence):
         return tuple(map(_hashable, value))
     return type(value)
+
+
+def check_alike(what: str, values: Mapping[int, Any]) -> None:
+    """Raise ValueError unless all ranks have the same value; the minority is named."""
+    found = list(values.values())
+    if found.count(found[0]) == len(found):
+        return
+    usual = max(found, key=found.count)
+    odd = [f"rank {rank}: {what} {value}" for rank, value in values.items() if value != usual]
+    raise ValueError(f"the ranks disagree: {', '.join(odd)}, others {usual}")
 
 
 _PLAIN_ERRORS = (TypeError, ValueError, RuntimeError, NotImplementedError, IndexError, KeyError, AttributeError)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from distdl_lite.layout import Layout, Shape, shape_of
-from distdl_lite.nn.module import Module, Structure, TensorStructure
+from distdl_lite.nn.module import Module, Structure, TensorStructure, check_alike
 from distdl_lite.operator import Operator
 from distdl_lite.partition import Partition
 from distdl_lite.plan import plan
@@ -52,7 +52,7 @@ def agreed_inputs(name: str, structure: Structure, P_x: Partition, position: int
     Raises
     ------
     TypeError
-        If a rank passed no tensor.
+        If a rank passed no tensor, or one that cannot be moved: sparse, nested, float8, without data.
     ValueError
         If dtypes, devices or numbers of dims differ between the ranks, or a rank outside `P_x` passed data. The text
         names the rank.
@@ -70,23 +70,15 @@ def agreed_inputs(name: str, structure: Structure, P_x: Partition, position: int
             raise ValueError(
                 f"{name}: rank {rank} passed a tensor of shape {tensor.shape}, but is outside {_plain(P_x)}"
             )
-    _check_alike(name, "dtype", {rank: tensor.dtype for rank, tensor in inside.items()})
-    _check_alike(name, "device", {rank: tensor.device for rank, tensor in inside.items()})
-    _check_alike(name, "number of dims", {rank: len(tensor.shape) for rank, tensor in inside.items()})
+    check_alike("dtype", {rank: tensor.dtype for rank, tensor in inside.items()})
+    check_alike("device", {rank: tensor.device for rank, tensor in inside.items()})
+    check_alike("number of dims", {rank: len(tensor.shape) for rank, tensor in inside.items()})
     first = next(iter(inside.values()))
     assert first.dtype is not None
+    if first.device == "meta" or (first.dtype.is_floating_point and first.dtype.itemsize == 1):
+        raise TypeError(f"{name}: tensors of {first.dtype} on device {first.device} cannot be moved")
     shapes = {rank: tensor.shape for rank, tensor in inside.items()}
     return Inputs(shapes, first.dtype, first.device, any(tensor.requires_grad for tensor in passed.values()))
-
-
-def _check_alike(name: str, what: str, values: Mapping[int, Any]) -> None:
-    """Raise ValueError unless all ranks have the same value; the minority is named."""
-    found = list(values.values())
-    if found.count(found[0]) == len(found):
-        return
-    usual = max(found, key=found.count)
-    odd = [f"rank {rank}: {what} {value}" for rank, value in values.items() if value != usual]
-    raise ValueError(f"{name}: the ranks disagree: {', '.join(odd)}, others {usual}")
 
 
 def _plain(P: Partition) -> str:
