@@ -362,7 +362,9 @@ def test_ranks_must_pass_the_same_arguments(world: Partition) -> None:
         "rank 1: number of arguments 2, others 1": lambda: layer(x, x) if odd else layer(x),
         "rank 1: keywords ['scale'], others []": lambda: layer(x, scale=2) if odd else layer(x),
         "rank 1 passed a tensor of torch.sparse_coo": lambda: layer(x.to_sparse() if odd else x),
-        "rank 1 passed a nested tensor": lambda: layer(torch.nested.nested_tensor([x], layout=torch.jagged) if odd else x),
+        "rank 1 passed a nested tensor": lambda: layer(
+            torch.nested.nested_tensor([x], layout=torch.jagged) if odd else x
+        ),
         "tensors of torch.float32 on device meta cannot be moved": lambda: layer(torch.ones(3, device="meta")),
         "tensors of torch.float8_e5m2 on device cpu": lambda: layer(torch.ones(3).to(torch.float8_e5m2)),
     }
@@ -385,3 +387,16 @@ def test_errors_that_are_more_than_a_text(world: Partition) -> None:
         Failing(world)(torch.ones(()))
     with pytest.raises(TypeError, match="DistributedConv2d: a Partition is needed, not 3"):
         dnn.DistributedConv2d(3, 4, 3, 1)
+
+
+@on_ranks(2)
+def test_ranks_that_swap_shapes_set_up_anew(world: dl.Partition) -> None:
+    """The ranks agree by a sum; it must tell (a, b) from (b, a), whatever a and b."""
+    layer = Recorder(world.grid((2,)))
+    for a in range(24):
+        for b in range(a):
+            pair = (a, b) if world.rank else (b, a)
+            layer(torch.empty(pair[0]))
+            key = layer._distdl_key
+            layer(torch.empty(pair[1]))
+            assert layer._distdl_key != key, pair
