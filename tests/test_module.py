@@ -331,3 +331,16 @@ def test_users_movement(world: Partition) -> None:
     P = world.grid((2,))
     y = Swap(P, P)(torch.full((3,), float(world.rank)))
     assert torch.equal(y, torch.full((3,), 1.0 - world.rank))
+
+
+@on_ranks(2)
+def test_ranks_that_swap_shapes_set_up_anew(world: dl.Partition) -> None:
+    """The ranks agree by a sum; it must tell (a, b) from (b, a), whatever a and b."""
+    layer = Recorder(world.grid((2,)))
+    for a in range(24):
+        for b in range(a):
+            pair = (a, b) if world.rank else (b, a)
+            layer(torch.empty(pair[0]))
+            key = layer._distdl_key
+            layer(torch.empty(pair[1]))
+            assert layer._distdl_key != key, pair

@@ -279,7 +279,8 @@ class Module(torch.nn.Module):
             parts.append(_hashable(kwargs))
         if self._parameters or self._modules:
             parts += [parameter.requires_grad for parameter in self._distdl_own_parameters()]
-        return hash(tuple(parts)) & _MASK
+        # A tuple's hash is nearly a sum of its items' hashes: of two ranks that swap shapes the sum would often stay the same.
+        return hash(hash(tuple(parts)).to_bytes(8, "little", signed=True)) & _MASK
 
     def _distdl_own_parameters(self) -> Iterator[torch.nn.Parameter]:
         return self.parameters() if self._modules else (p for p in self._parameters.values() if p is not None)
