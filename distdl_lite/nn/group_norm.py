@@ -8,7 +8,7 @@ import torch
 
 from distdl_lite import layout as lay
 from distdl_lite.layout import Box, Dim, Layout, Shape
-from distdl_lite.nn.norm import samples_as_channels
+from distdl_lite.nn.norm import channels_of_samples, samples_as_channels
 from distdl_lite.nn.norm_base import Norm
 from distdl_lite.partition import Partition
 
@@ -91,7 +91,7 @@ class DistributedGroupNorm(Norm):
         return samples_as_channels(x)
 
     def per_channel(self, parameter: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        return parameter.repeat(x.shape[0])
+        return channels_of_samples(parameter, x)
 
     def alone(self, x: torch.Tensor, *held: torch.Tensor | None) -> torch.Tensor:
         return torch.group_norm(x, x.shape[1] // self._size, *held, self.eps)

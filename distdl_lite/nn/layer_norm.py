@@ -8,7 +8,6 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 
-from distdl_lite import layout as lay
 from distdl_lite.layout import Dim, Layout, Shape
 from distdl_lite.nn.kernel import wide
 from distdl_lite.nn.norm_base import Norm
@@ -36,9 +35,7 @@ class _LastDimsNorm(Norm):
             raise self._refuse(
                 f"normalized_shape={self.normalized_shape} does not fit P_x of shape {P_x.shape}, which has an axis per dim"
             )
-        self.place_affine(
-            self.normalized_shape, range(self._lead, P_x.dim), elementwise_affine, bias, dtype, device
-        )
+        self.place_affine(self.normalized_shape, range(self._lead, P_x.dim), elementwise_affine, bias, dtype, device)
 
     def check_shape(self, shape: Shape) -> None:
         if shape[self._lead :] != self.normalized_shape:
@@ -55,9 +52,7 @@ class _LastDimsNorm(Norm):
         return parameter.reshape(1, 1, -1)
 
     def extra_repr(self) -> str:
-        return (
-            f"{self.normalized_shape}, eps={self.eps}, elementwise_affine={self.elementwise_affine}, P_x={self.P_x.shape}"
-        )
+        return f"{self.normalized_shape}, eps={self.eps}, elementwise_affine={self.elementwise_affine}, P_x={self.P_x.shape}"
 
 
 class DistributedLayerNorm(_LastDimsNorm):

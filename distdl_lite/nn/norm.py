@@ -69,7 +69,9 @@ class _RunningNorm(Norm):
         assert built.rows is not None
         count, factor = built.rows.count, self.factor()
         for running, new in zip(
-            (self.running_mean, self.running_var), self.per_feature(mean, var * (count / (count - 1)), built), strict=True
+            (self.running_mean, self.running_var),
+            self.per_feature(mean, var * (count / (count - 1)), built),
+            strict=True,
         ):
             new = new if built.fit is None else built.fit.adjoint.apply(new)
             running.copy_((1 - factor) * running.double() + factor * new)
@@ -236,7 +238,7 @@ class DistributedInstanceNorm(_RunningNorm):
         return samples_as_channels(x)
 
     def per_channel(self, parameter: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        return parameter.repeat(x.shape[0])
+        return channels_of_samples(parameter, x)
 
     def factor(self) -> float:
         return 0.0 if self.momentum is None else self.momentum
@@ -258,3 +260,8 @@ def samples_as_channels(x: torch.Tensor) -> torch.Tensor:
     """``(N, C, *space)`` as ``(1, N C, points)``."""
     batch, channels, *space = x.shape
     return x.reshape(1, batch * channels, math.prod(space))
+
+
+def channels_of_samples(parameter: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """A parameter per channel for that view; unlike repeat with second gradients also for no samples."""
+    return parameter.expand(x.shape[0], -1).reshape(-1)

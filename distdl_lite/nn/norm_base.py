@@ -161,7 +161,9 @@ class Norm(Layer):
 
     def _sum_over(self, R: Layout) -> Operator:
         """The sum of the numbers of each row over all ranks that have it."""
-        return Operator(plan(R, R, self._distdl_transport.rank), self._distdl_transport, type(self).__name__, graph=True)
+        return Operator(
+            plan(R, R, self._distdl_transport.rank), self._distdl_transport, type(self).__name__, graph=True
+        )
 
     def _check_dtype(self, inputs: Inputs) -> None:
         held = self.weight if self.weight is not None else self._buffers.get("running_mean")

@@ -177,7 +177,8 @@ class _Normalise(torch.autograd.Function):
 
 
 def _to(kind: torch.dtype, *tensors: torch.Tensor | None) -> list[torch.Tensor | None]:
-    return [None if t is None else t.to(kind) for t in tensors]
+    """In the dtype that is computed in, and contiguous: native_batch_norm_backward misreads a weight of stride 0."""
+    return [None if t is None else t.to(kind).contiguous() for t in tensors]
 
 
 def _backward(
