@@ -68,11 +68,8 @@ class _RunningNorm(Norm):
     def track(self, mean: torch.Tensor, var: torch.Tensor, built: Built) -> None:
         assert built.rows is not None
         count, factor = built.rows.count, self.factor()
-        for running, new in zip(
-            (self.running_mean, self.running_var),
-            self.per_feature(mean, var * (count / (count - 1)), built),
-            strict=True,
-        ):
+        latest = self.per_feature(mean, var * (count / (count - 1)), built)
+        for running, new in zip((self.running_mean, self.running_var), latest, strict=True):
             new = new if built.fit is None else built.fit.adjoint.apply(new)
             running.copy_((1 - factor) * running.double() + factor * new)
 

@@ -191,9 +191,6 @@ class Norm(Layer):
 
     def _parameter(self, name: str, built: Built) -> torch.Tensor | None:
         """A parameter as the input is cut; its gradient is summed over the replicas, here or with the statistics'."""
-        parameter = getattr(self, name)
-        if parameter is None:
-            return None
-        if built.rows is None or len(built.rows.team) == 1:
-            parameter = self.use(name)
-        return parameter if built.fit is None else built.fit(parameter)
+        here = built.rows is not None and len(built.rows.team) > 1
+        parameter = getattr(self, name) if here else self.use(name)
+        return parameter if parameter is None or built.fit is None else built.fit(parameter)

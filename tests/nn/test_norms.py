@@ -275,11 +275,16 @@ def test_dtypes_formats_and_life(world: Partition) -> None:
                 assert layer.weight.grad.dtype is torch.float32
         with torch.autocast("cpu", torch.bfloat16):
             assert layer(x.detach()).dtype is torch.bfloat16
-        flipped = block(whole, P, cuts).transpose(0, 3).contiguous().transpose(0, 3)
-        y = layer(flipped)
-        torch.testing.assert_close(y, layer(flipped.contiguous()))
+        x, g_x = leaf(block(whole, P, cuts)), block(g, P, cuts)
+        flipped = leaf(x.transpose(0, 3).contiguous()).transpose(0, 3)
+        flipped.retain_grad()
+        y, y_flipped = layer(x), layer(flipped)
+        y.backward(g_x)
+        y_flipped.backward(g_x.transpose(1, 3).contiguous().transpose(1, 3))
+        torch.testing.assert_close(y_flipped, y)
+        torch.testing.assert_close(flipped.grad, x.grad)
         layer.zero_grad()
-        y.sum().backward()  # a gradient of stride 0
+        layer(x).sum().backward()  # a gradient of stride 0
         x = leaf(block(whole, P, cuts))
         assert torch.equal(copy.deepcopy(layer)(x), pickle.loads(pickle.dumps(layer))(x))
         layer.zero_grad()
