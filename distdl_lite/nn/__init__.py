@@ -15,6 +15,8 @@ from distdl_lite.nn.conv_transpose import (
     DistributedConvTranspose2d,
     DistributedConvTranspose3d,
 )
+from distdl_lite.nn.group_norm import DistributedGroupNorm
+from distdl_lite.nn.layer_norm import DistributedLayerNorm, DistributedRMSNorm
 from distdl_lite.nn.linear import DistributedLinear
 from distdl_lite.nn.loss import (
     DistributedBCELoss,
@@ -28,7 +30,7 @@ from distdl_lite.nn.loss import (
 )
 from distdl_lite.nn.module import Module
 from distdl_lite.nn.movement import Movement
-from distdl_lite.nn.norm import DistributedBatchNorm
+from distdl_lite.nn.norm import DistributedBatchNorm, DistributedInstanceNorm
 from distdl_lite.nn.parameter import Layer
 from distdl_lite.nn.pool import (
     DistributedAvgPool1d,

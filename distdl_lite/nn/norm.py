@@ -1,43 +1,108 @@
-"""Batch normalisation with global statistics: one all-reduce forward, one backward."""
+"""Normalisation per channel, over the batch or over each sample, with running statistics."""
 
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 
 from distdl_lite import layout as lay
-from distdl_lite.grid import balanced
-from distdl_lite.layout import Dim, Layout, ranges_of
-from distdl_lite.nn.batch_norm import HALVES, Built, normalised
-from distdl_lite.nn.kernel import connected_zeros
-from distdl_lite.nn.movement import Inputs, agreed_inputs
-from distdl_lite.nn.parameter import Layer, constant
-from distdl_lite.operator import Operator
+from distdl_lite.layout import Dim, Layout, Shape
+from distdl_lite.nn.norm_base import Built, Norm
+from distdl_lite.nn.parameter import constant
 from distdl_lite.partition import Partition
-from distdl_lite.plan import plan
 
 
-class DistributedBatchNorm(Layer):
+class _RunningNorm(Norm):
+    """Base of both: weights and running statistics per channel."""
+
+    least_dims: int
+    form: str
+
+    def __init__(
+        self,
+        P_x: Partition,
+        num_features: int,
+        eps: float,
+        momentum: float | None,
+        affine: bool,
+        track_running_stats: bool,
+        device: torch.device | str | None,
+        dtype: torch.dtype | None,
+        bias: bool,
+    ) -> None:
+        super().__init__(P_x, eps)
+        if P_x.dim < self.least_dims:
+            raise self._refuse(f"P_x of shape {P_x.shape} has {P_x.dim} axes, a tensor {self.form} or more")
+        self.num_features, self.momentum = num_features, momentum
+        self.affine, self.track_running_stats = affine, track_running_stats
+        self.place_affine((num_features,), (1,), affine, bias, dtype, device)
+        channels = self._held if track_running_stats else None
+        self.place("running_mean", channels, constant(0.0), dtype, device, buffer=True)
+        self.place("running_var", channels, constant(1.0), dtype, device, buffer=True)
+        number = Layout(P_x.grid_of_ranks, ()) if track_running_stats else None
+        self.place("num_batches_tracked", number, constant(0), torch.long, device, buffer=True)
+
+    @property
+    def uses_batch(self) -> bool:
+        return self.training or self.running_mean is None
+
+    @property
+    def tracks(self) -> bool:
+        return self.training and self.track_running_stats
+
+    def factor(self) -> float:
+        """The weight of the newest statistics among the running ones."""
+        raise NotImplementedError
+
+    def running(self, built: Built) -> tuple[torch.Tensor | None, ...]:
+        """Running statistics as the input is cut, None where they are neither used nor updated."""
+        if self.training and not self.tracks:
+            return None, None
+        if built.fit is None or self.running_mean is None:
+            return self.running_mean, self.running_var
+        return built.fit.apply(self.running_mean), built.fit.apply(self.running_var)
+
+    @torch.no_grad()
+    def track(self, mean: torch.Tensor, var: torch.Tensor, built: Built) -> None:
+        assert built.rows is not None
+        count, factor = built.rows.count, self.factor()
+        latest = self.per_feature(mean, var * (count / (count - 1)), built)
+        for running, new in zip((self.running_mean, self.running_var), latest, strict=True):
+            new = new if built.fit is None else built.fit.adjoint.apply(new)
+            running.copy_((1 - factor) * running.double() + factor * new)
+
+    def per_feature(self, mean: torch.Tensor, var: torch.Tensor, built: Built) -> tuple[torch.Tensor, torch.Tensor]:
+        """From statistics of the rows to those of the channels over the whole batch."""
+        return mean, var
+
+    def extra_repr(self) -> str:
+        return (
+            f"{self.num_features}, eps={self.eps}, momentum={self.momentum}, affine={self.affine}, "
+            f"track_running_stats={self.track_running_stats}, P_x={self.P_x.shape}"
+        )
+
+
+class DistributedBatchNorm(_RunningNorm):
     """Batch normalisation over the tensor that the blocks over `P_x` form, equal to torch's for every option.
 
-    Input and output ``(N, C, *space)`` with any number of spatial dims, in blocks of any sizes, the channels balanced.
-    Ranks outside `P_x` pass and get zero-volume tensors; those inside with an empty block take part.
+    Input and output ``(N, C, *space)`` with any number of spatial dims, in blocks of any sizes. Ranks outside `P_x` pass and
+    get zero-volume tensors; those inside with an empty block take part.
 
     Parameters
     ----------
     P_x : Partition
-        ``[P_b, P_c, *P_space]``. Parameters and buffers are cut along ``P_c`` and replicated over the other axes.
-    num_features, eps, momentum, affine, track_running_stats, device, dtype
+        ``[P_b, P_c, *P_space]``. Parameters and buffers are in balanced blocks along ``P_c`` and replicated over the other
+        axes.
+    num_features, eps, momentum, affine, track_running_stats, device, dtype, bias
         As in torch.nn.BatchNorm1d/2d/3d.
 
     Raises
     ------
     ValueError
-        On all ranks: in the constructor if `P_x` has less than two axes; at build if the channels are not `num_features` in
-        balanced blocks, or there is one value per channel to train with (torch's text).
+        On all ranks: in the constructor if `P_x` has less than two axes; at build if the input does not have the channels
+        that the layer has weights or statistics for, or there is one value per channel to train with (torch's text).
     TypeError
         At build, if the dtypes of input and weight do not go together.
 
@@ -46,8 +111,12 @@ class DistributedBatchNorm(Layer):
     Each rank finds mean and sum of squared deviations of its block in float64. Float32 ranks add up ``(n, sum(x - c),
     sum((x - c)^2))`` about a common pivot c, the running mean; float64 ranks gather theirs and merge them exactly (Chan,
     Golub and LeVeque 1979). The gradients of weight and bias come out of the all-reduce in backward, already
-    summed over the replicas. With running statistics in use nothing is communicated forward.
+    summed over the replicas. With running statistics in use nothing is communicated forward. An input whose channels are
+    not in balanced blocks costs one more exchange for each parameter and buffer, which it moves to the input's blocks.
     """
+
+    weights_are_per_row = True
+    least_dims, form = 2, "(N, C, *space) has two"
 
     def __init__(
         self,
@@ -59,22 +128,10 @@ class DistributedBatchNorm(Layer):
         track_running_stats: bool = True,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        *,
+        bias: bool = True,
     ) -> None:
-        super().__init__(P_x)
-        if P_x.dim < 2:
-            raise self._refuse(f"P_x of shape {P_x.shape} has {P_x.dim} axes, a tensor (N, C, *space) has two or more")
-        self.P_x, self.num_features, self.eps, self.momentum = P_x, num_features, eps, momentum
-        self.affine, self.track_running_stats = affine, track_running_stats
-        grid = P_x.grid_of_ranks
-        self._cuts = balanced(num_features, P_x.shape[1])
-        channels = Layout(grid, (Dim(ranges_of(self._cuts), (1,)),))
-        weights, statistics = channels if affine else None, channels if track_running_stats else None
-        self.place("weight", weights, constant(1.0), dtype, device)
-        self.place("bias", weights, constant(0.0), dtype, device)
-        self.place("running_mean", statistics, constant(0.0), dtype, device, buffer=True)
-        self.place("running_var", statistics, constant(1.0), dtype, device, buffer=True)
-        number = Layout(grid, ()) if track_running_stats else None
-        self.place("num_batches_tracked", number, constant(0), torch.long, device, buffer=True)
+        super().__init__(P_x, num_features, eps, momentum, affine, track_running_stats, device, dtype, bias)
 
     @property
     def gamma(self) -> torch.nn.Parameter | None:
@@ -86,89 +143,122 @@ class DistributedBatchNorm(Layer):
         """DistDL's name of the bias."""
         return self.bias
 
-    def _refuse(self, why: str) -> ValueError:
-        return ValueError(f"{type(self).__name__}: {why}")
-
-    # ---- set-up ------------------------------------------------------------------------------------------------------
-
-    @property
-    def _uses_batch(self) -> bool:
-        return self.training or self.running_mean is None
-
-    def _distdl_module_setup(self, input: tuple[Any, ...]) -> Built:
-        inputs = agreed_inputs(type(self).__name__, self._distdl_structure, self.P_x)
-        grid = self.P_x.grid_of_ranks
-        cuts = lay.cuts_from_shapes(grid, inputs.shapes)
-        if cuts[1] != self._cuts:
-            raise self._refuse(
-                f"the input's channels are cut at {cuts[1]}, those of num_features={self.num_features} at {self._cuts}"
-            )
-        self._check_dtype(inputs)
-        batch, _, *space = (cut[-1] for cut in cuts)
-        count = batch * math.prod(space)
-        if count == 1 and self._uses_batch:
-            size = torch.Size((batch, self.num_features, *space))
+    def check_shape(self, shape: Shape) -> None:
+        if self.uses_batch and math.prod(shape) == shape[1]:
+            size = torch.Size(shape)
             raise ValueError(f"Expected more than 1 value per channel when training, got input size {size}")
-        index = grid.index(self._distdl_transport.rank)
-        assert index is not None
-        team = tuple(sorted(grid.members({1: index[1]})))
-        counts = tuple(math.prod((n, *space)) for n, _, *space in (inputs.shapes[r] for r in team))
-        gather = self._sum_over_team((len(team),)) if inputs.dtype is torch.float64 else None
-        graph = inputs.requires_grad or any(p.requires_grad for p in self.parameters())
-        return Built(self._sum_over_team(()), gather, team, counts, count, graph)
 
-    def _sum_over_team(self, lead: tuple[int, ...]) -> Operator:
-        """The sum of two numbers per channel over the ranks that share the channels."""
-        shapes = {(i,): (*lead, 2 * (b - a)) for i, (a, b) in enumerate(ranges_of(self._cuts))}
-        X = lay.copies(self.P_x.grid_of_ranks, (1,), shapes)
-        return Operator(
-            plan(X, X, self._distdl_transport.rank), self._distdl_transport, type(self).__name__, graph=True
-        )
+    def rows(self, X: Layout) -> tuple[tuple[Dim, ...], int]:
+        batch, _, *space = lay.global_shape_of(X)
+        return X.dims[1:2], math.prod((batch, *space))
 
-    def _check_dtype(self, inputs: Inputs) -> None:
-        held = self.weight if self.weight is not None else self.running_mean
-        if held is None or held.dtype is inputs.dtype:
-            return
-        if not (inputs.dtype in HALVES and held.dtype is torch.float32):
-            name = type(self).__name__
-            raise TypeError(f"{name}: the input has dtype {inputs.dtype}, weights and statistics {held.dtype}")
+    def as_channels(self, x: torch.Tensor) -> torch.Tensor:
+        return x
 
-    # ---- forward -----------------------------------------------------------------------------------------------------
+    def per_channel(self, parameter: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        return parameter
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if not self._distdl_is_inside:
-            return x
-        built: Built = self._distdl_plan
-        tracks = self.training and self.track_running_stats
-        if tracks:
-            self.num_batches_tracked.add_(1)
-        if built.count == 0 or not self._uses_batch or len(built.counts) == 1:
-            return self._local(x, tracks)
-        pivot = self.running_mean.double() if tracks else torch.zeros((), dtype=torch.float64, device=x.device)
-        y, mean, var = normalised(x, self.weight, self.bias, pivot, self.eps, built)
-        if tracks:
-            self._track(mean, var, built.count)
-        return y
+    def pivot(self, x: torch.Tensor, built: Built) -> torch.Tensor:
+        mean, _ = self.running(built)
+        return super().pivot(x, built) if mean is None else mean.double()
 
-    def _factor(self) -> float:
+    def factor(self) -> float:
         return 1.0 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
 
-    def _local(self, x: torch.Tensor, tracks: bool) -> torch.Tensor:
-        """torch's own, where no other rank's values count."""
-        used = (self.running_mean, self.running_var) if tracks or not self.training else (None, None)
-        factor = self._factor() if tracks else 0.0
-        if not x.shape[1]:
-            return connected_zeros(x.shape, x, self.use("weight"), self.use("bias"))
-        return F.batch_norm(x, *used, self.use("weight"), self.use("bias"), self._uses_batch, factor, self.eps)
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self._distdl_is_inside and self.tracks:
+            self.num_batches_tracked.add_(1)
+        return super().forward(x)
 
-    @torch.no_grad()
-    def _track(self, mean: torch.Tensor, var: torch.Tensor, count: int) -> None:
-        factor = self._factor()
-        for running, new in ((self.running_mean, mean), (self.running_var, var * (count / (count - 1)))):
-            running.copy_((1 - factor) * running.double() + factor * new)
+    def alone(self, x: torch.Tensor, *held: torch.Tensor | None) -> torch.Tensor:
+        weight, bias, *running = held
+        factor = self.factor() if self.tracks else 0.0
+        return F.batch_norm(x, *running, weight, bias, self.uses_batch, factor, self.eps)
 
-    def extra_repr(self) -> str:
-        return (
-            f"{self.num_features}, eps={self.eps}, momentum={self.momentum}, affine={self.affine}, "
-            f"track_running_stats={self.track_running_stats}, P_x={self.P_x.shape}"
-        )
+
+class DistributedInstanceNorm(_RunningNorm):
+    """Instance normalisation over the tensor that the blocks over `P_x` form, equal to torch's for every option.
+
+    Input and output ``(N, C, *space)`` with any number of spatial dims, in blocks of any sizes; each channel of each sample is
+    normalised over its space. Ranks outside `P_x` pass and get zero-volume tensors; those inside with an empty block take
+    part.
+
+    Parameters
+    ----------
+    P_x : Partition
+        ``[P_b, P_c, *P_space]``. Parameters and buffers are in balanced blocks along ``P_c`` and replicated over the other
+        axes.
+    num_features, eps, momentum, affine, track_running_stats, device, dtype, bias
+        As in torch.nn.InstanceNorm1d/2d/3d, with whom a momentum of None keeps the running statistics.
+
+    Raises
+    ------
+    ValueError
+        On all ranks: in the constructor if `P_x` has less than three axes; at build if the input does not have the channels
+        that the layer has weights or statistics for, or one spatial point to train with (torch's text).
+    TypeError
+        At build, if the dtypes of input and weight do not go together.
+
+    Notes
+    -----
+    Where space is cut, one all-reduce forward and one backward, as in `DistributedBatchNorm`; else none, nor with running
+    statistics in use. Where these are updated and batch or space are cut, one more all-reduce averages the statistics over
+    the batch. Gradients of weight and bias are summed by the reducer when backward ends.
+    """
+
+    least_dims, form = 3, "(N, C, *space) has three"
+
+    def __init__(
+        self,
+        P_x: Partition,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = False,
+        track_running_stats: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        bias: bool = True,
+    ) -> None:
+        super().__init__(P_x, num_features, eps, momentum, affine, track_running_stats, device, dtype, bias)
+
+    def check_shape(self, shape: Shape) -> None:
+        if self.uses_batch and math.prod(shape[2:]) == 1:
+            size = torch.Size(shape)
+            raise ValueError(f"Expected more than 1 spatial element when training, got input size {size}")
+
+    def rows(self, X: Layout) -> tuple[tuple[Dim, ...], int]:
+        return X.dims[:2], math.prod(lay.global_shape_of(X)[2:])
+
+    def as_channels(self, x: torch.Tensor) -> torch.Tensor:
+        return samples_as_channels(x)
+
+    def per_channel(self, parameter: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        return channels_of_samples(parameter, x)
+
+    def factor(self) -> float:
+        return 0.0 if self.momentum is None else self.momentum
+
+    def per_feature(self, mean: torch.Tensor, var: torch.Tensor, built: Built) -> tuple[torch.Tensor, torch.Tensor]:
+        # All ranks with the channels take part, so that the replicas stay bitwise equal. Each sample is there once per
+        # block of space, which the mean does not feel.
+        assert built.rows is not None
+        parts = torch.stack([mean, var, torch.ones_like(mean)]).view(3, *built.rows.shape).sum(1)
+        mean, var, number = self._distdl_transport.all_reduce(built.team, parts)
+        return mean / number, var / number
+
+    def alone(self, x: torch.Tensor, *held: torch.Tensor | None) -> torch.Tensor:
+        weight, bias, *running = held
+        return F.instance_norm(x, *running, weight, bias, self.uses_batch, self.factor(), self.eps)
+
+
+def samples_as_channels(x: torch.Tensor) -> torch.Tensor:
+    """``(N, C, *space)`` as ``(1, N C, points)``."""
+    batch, channels, *space = x.shape
+    return x.reshape(1, batch * channels, math.prod(space))
+
+
+def channels_of_samples(parameter: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """A parameter per channel for that view; unlike repeat with second gradients also for no samples."""
+    return parameter.expand(x.shape[0], -1).reshape(-1)

@@ -1,0 +1,138 @@
+"""Normalisation over the last dims: layer norm, and its kind without centring."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+
+from distdl_lite.layout import Dim, Layout, Shape
+from distdl_lite.nn.kernel import wide
+from distdl_lite.nn.norm_base import Norm
+from distdl_lite.partition import Partition
+
+
+class _LastDimsNorm(Norm):
+    """Base of both: rows are counted by the leading dims, weights vary over the last ones."""
+
+    def __init__(
+        self,
+        P_x: Partition,
+        normalized_shape: int | Sequence[int],
+        eps: float | None,
+        elementwise_affine: bool,
+        bias: bool,
+        device: torch.device | str | None,
+        dtype: torch.dtype | None,
+    ) -> None:
+        super().__init__(P_x, eps)
+        sizes = (normalized_shape,) if isinstance(normalized_shape, int) else normalized_shape
+        self.normalized_shape, self.elementwise_affine = tuple(int(n) for n in sizes), elementwise_affine
+        self._lead = P_x.dim - len(self.normalized_shape)
+        if self._lead < 0 or not self.normalized_shape:
+            raise self._refuse(
+                f"normalized_shape={self.normalized_shape} does not fit P_x of shape {P_x.shape}, which has an axis per dim"
+            )
+        self.place_affine(self.normalized_shape, range(self._lead, P_x.dim), elementwise_affine, bias, dtype, device)
+
+    def check_shape(self, shape: Shape) -> None:
+        if shape[self._lead :] != self.normalized_shape:
+            raise self._refuse(f"the input of shape {shape} does not end in normalized_shape={self.normalized_shape}")
+
+    def rows(self, X: Layout) -> tuple[tuple[Dim, ...], int]:
+        return X.dims[: self._lead], math.prod(self.normalized_shape)
+
+    def as_channels(self, x: torch.Tensor) -> torch.Tensor:
+        lead, last = x.shape[: self._lead], x.shape[self._lead :]
+        return x.reshape(1, math.prod(lead), math.prod(last))
+
+    def per_channel(self, parameter: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        return parameter.reshape(1, 1, -1)
+
+    def extra_repr(self) -> str:
+        return f"{self.normalized_shape}, eps={self.eps}, elementwise_affine={self.elementwise_affine}, P_x={self.P_x.shape}"
+
+
+class DistributedLayerNorm(_LastDimsNorm):
+    """Layer normalisation over the tensor that the blocks over `P_x` form, equal to torch's.
+
+    Input and output ``(*lead, *normalized_shape)``, any dims of which may be cut in blocks of any sizes. Ranks outside `P_x`
+    pass and get zero-volume tensors; those inside with an empty block take part.
+
+    Parameters
+    ----------
+    P_x : Partition
+        ``[*P_lead, *P_normalized]``. Parameters are in balanced blocks along the latter axes, replicated over the former.
+    normalized_shape, eps, elementwise_affine, bias, device, dtype
+        As in torch.nn.LayerNorm.
+
+    Raises
+    ------
+    ValueError
+        On all ranks: in the constructor if `P_x` has fewer axes than `normalized_shape` dims; at build if the input does not
+        end in `normalized_shape`.
+    TypeError
+        At build, if the dtypes of input and weight do not go together.
+
+    Notes
+    -----
+    Where a normalised dim is cut, one all-reduce forward of two float64 numbers per row (for float64 input, three from each
+    rank) and one of two backward, among the ranks that share rows; else none. Gradients of weight and bias are summed by the
+    reducer when backward ends. An input whose normalised dims are not in balanced blocks costs one more exchange for each
+    parameter, which it moves to the input's blocks. The statistics are found as in `DistributedBatchNorm`.
+    """
+
+    def __init__(
+        self,
+        P_x: Partition,
+        normalized_shape: int | Sequence[int],
+        eps: float = 1e-5,
+        elementwise_affine: bool = True,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(P_x, normalized_shape, eps, elementwise_affine, bias, device, dtype)
+
+    def alone(self, x: torch.Tensor, *held: torch.Tensor | None) -> torch.Tensor:
+        return F.layer_norm(x, self.normalized_shape, *held, self.eps)
+
+
+class DistributedRMSNorm(_LastDimsNorm):
+    """Division by the root mean square over the last dims of the tensor that the blocks over `P_x` form, as torch's.
+
+    As `DistributedLayerNorm`, with one number per row in each all-reduce, whatever the dtype.
+
+    Parameters
+    ----------
+    P_x : Partition
+        ``[*P_lead, *P_normalized]``. The weight is in balanced blocks along the latter axes, replicated over the former.
+    normalized_shape, eps, elementwise_affine, device, dtype
+        As in torch.nn.RMSNorm: `eps` None is that of the dtype it is computed in, float32 or float64.
+
+    Raises
+    ------
+    ValueError, TypeError
+        As `DistributedLayerNorm`. torch's promotion of an input and a weight of different dtypes is not offered.
+    """
+
+    numbers = 1
+
+    def __init__(
+        self,
+        P_x: Partition,
+        normalized_shape: int | Sequence[int],
+        eps: float | None = None,
+        elementwise_affine: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(P_x, normalized_shape, eps, elementwise_affine, False, device, dtype)
+
+    def epsilon(self, x: torch.Tensor) -> float:
+        return torch.finfo(wide(x.dtype)).eps if self.eps is None else self.eps
+
+    def alone(self, x: torch.Tensor, *held: torch.Tensor | None) -> torch.Tensor:
+        return F.rms_norm(x, self.normalized_shape, held[0], self.eps)

@@ -1,0 +1,196 @@
+"""What all normalisations share: where their parameters live, who adds up statistics, and when nobody has to."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from distdl_lite import layout as lay
+from distdl_lite.grid import balanced, ravel
+from distdl_lite.layout import Box, Dim, Layout, Shape, ranges_of
+from distdl_lite.nn.kernel import check_floating, connected_zeros, operator_between, wide
+from distdl_lite.nn.movement import Inputs, agreed_inputs
+from distdl_lite.nn.normalised import Rows, normalised
+from distdl_lite.nn.parameter import Layer, constant
+from distdl_lite.operator import Operator
+from distdl_lite.partition import Partition
+from distdl_lite.plan import plan
+
+
+@dataclass(frozen=True)
+class Built:
+    """What forward needs for one structure."""
+
+    rows: Rows | None  # None where each rank computes alone
+    fit: Operator | None  # from parameters as they are held to parameters as the input is cut
+    team: tuple[int, ...]  # the ranks with the same block of parameters
+
+
+class Norm(Layer):
+    """Base of normalisations.
+
+    A subclass places its parameters with `place_affine` and says what a row is, the values that are normalised together:
+    which dims it is counted by (`rows`), how a block is seen as channels of rows (`as_channels`, `per_channel`, `row_of`), and
+    what torch computes where no row is cut (`alone`).
+
+    Parameters
+    ----------
+    P_x : Partition
+        Of the input and the output, one axis per dim.
+    """
+
+    numbers = 2  # per row: sums of values and of squares
+    weights_are_per_row = False  # then their gradients are among the sums
+
+    def __init__(self, P_x: Partition, eps: float) -> None:
+        super().__init__(P_x)
+        self.P_x, self.eps = P_x, eps
+
+    def _refuse(self, why: str) -> ValueError:
+        return ValueError(f"{type(self).__name__}: {why}")
+
+    def place_affine(
+        self,
+        shape: Shape,
+        axes: Sequence[int],
+        weight: bool,
+        bias: bool,
+        dtype: torch.dtype | None,
+        device: torch.device | str | None,
+    ) -> None:
+        """Place weight and bias in balanced blocks along the axes that cut the input's dims they are for."""
+        grid = self.P_x.grid_of_ranks
+        dims = (Dim(ranges_of(balanced(n, grid.shape[a])), (a,)) for n, a in zip(shape, axes, strict=True))
+        self._held, self._held_axes = Layout(grid, tuple(dims)), tuple(axes)
+        self.place("weight", self._held if weight else None, constant(1.0), dtype, device)
+        self.place("bias", self._held if weight and bias else None, constant(0.0), dtype, device)
+
+    # ---- what a subclass says ----------------------------------------------------------------------------------------
+
+    @property
+    def uses_batch(self) -> bool:
+        """Whether the input's own statistics are used."""
+        return True
+
+    @property
+    def tracks(self) -> bool:
+        """Whether running statistics are updated."""
+        return False
+
+    def check_shape(self, shape: Shape) -> None:
+        """Raise what torch would for an input of this global shape."""
+
+    def rows(self, X: Layout) -> tuple[tuple[Dim, ...], int]:
+        """How the rows lie over the grid, and the number of values of each."""
+        raise NotImplementedError
+
+    def row_of(self, box: Box, device: torch.device) -> torch.Tensor | None:
+        """The row of each channel of a block, None where each is one."""
+        return None
+
+    def as_channels(self, x: torch.Tensor) -> torch.Tensor:
+        """A block as ``(B, K, *S)``."""
+        raise NotImplementedError
+
+    def per_channel(self, parameter: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """A parameter for that view of a block `x`."""
+        raise NotImplementedError
+
+    def alone(self, x: torch.Tensor, *held: torch.Tensor | None) -> torch.Tensor:
+        """torch's own with weight, bias and running statistics, where no other rank's values count."""
+        raise NotImplementedError
+
+    def running(self, built: Built) -> tuple[torch.Tensor | None, ...]:
+        """The running statistics that `alone` takes."""
+        return ()
+
+    def epsilon(self, x: torch.Tensor) -> float:
+        """What is added to the variance."""
+        return self.eps
+
+    def pivot(self, x: torch.Tensor, built: Built) -> torch.Tensor:
+        """Near the mean of each row, and the same on all ranks of it; in float64."""
+        return torch.zeros((), dtype=torch.float64, device=x.device)
+
+    def track(self, mean: torch.Tensor, var: torch.Tensor, built: Built) -> None:
+        """Update running statistics by those of the rows."""
+
+    # ---- set-up ------------------------------------------------------------------------------------------------------
+
+    def _distdl_module_setup(self, input: tuple[Any, ...]) -> Built:
+        inputs = agreed_inputs(type(self).__name__, self._distdl_structure, self.P_x)
+        grid = self.P_x.grid_of_ranks
+        X = lay.blocks(grid, lay.cuts_from_shapes(grid, inputs.shapes))
+        check_floating(self, inputs)
+        self._check_dtype(inputs)
+        self.check_shape(lay.global_shape_of(X))
+        fit, index = self._fit(X), grid.index(self._distdl_transport.rank)
+        assert index is not None
+        team = tuple(sorted(grid.members({a: index[a] for a in self._held_axes})))
+        dims, count = self.rows(X)
+        R = Layout(grid, (Dim(((0, self.numbers),)), *dims), tuple(a for d in dims for a in d.axes if not d.overlaps))
+        needed = R.free_axes or (self.tracks and (fit is not None or len(team) > 1))
+        if not (self.uses_batch and count and needed):
+            return Built(None, fit, team)
+        sizes = [grid.shape[a] for a in R.free_axes]
+        gather = None
+        if inputs.dtype is torch.float64 and self.numbers == 2:
+            gather = self._sum_over(replace(R, dims=(Dim(((0, math.prod(sizes)),)), Dim(((0, 3),)), *dims)))
+        position = ravel([index[a] for a in R.free_axes], sizes)
+        row_of = self.row_of(X.box_at(index), input[0].device)
+        summed = team if self.weights_are_per_row else (self._distdl_transport.rank,)
+        graph = inputs.requires_grad or any(p.requires_grad for p in self.parameters())
+        return Built(Rows(self._sum_over(R), gather, position, count, row_of, summed, graph), fit, team)
+
+    def _fit(self, X: Layout) -> Operator | None:
+        """Each line of ranks along the held axes moves its one copy of a parameter to the input's cuts."""
+        held = [t for t in (*self._parameters.values(), *self._buffers.values()) if t is not None]
+        if not held:
+            return None
+        wanted = tuple(X.dims[a] for a in self._held_axes)
+        shape, given = lay.global_shape_of(self._held), tuple(max(r[1] for r in dim.ranges) for dim in wanted)
+        if given != shape:
+            raise self._refuse(f"the input of shape {lay.global_shape_of(X)} has {given} where weights have {shape}")
+        others = tuple(a for a in range(X.grid.dim) if a not in self._held_axes)
+        graph = any(p.requires_grad for p in self.parameters())
+        return operator_between(Layout(X.grid, self._held.dims, others), Layout(X.grid, wanted, others), self, graph)
+
+    def _sum_over(self, R: Layout) -> Operator:
+        """The sum of the numbers of each row over all ranks that have it."""
+        return Operator(
+            plan(R, R, self._distdl_transport.rank), self._distdl_transport, type(self).__name__, graph=True
+        )
+
+    def _check_dtype(self, inputs: Inputs) -> None:
+        held = self.weight if self.weight is not None else self._buffers.get("running_mean")
+        if held is None or held.dtype in (inputs.dtype, wide(inputs.dtype)):
+            return
+        name = type(self).__name__
+        raise TypeError(f"{name}: the input has dtype {inputs.dtype}, weights and statistics {held.dtype}")
+
+    # ---- forward -----------------------------------------------------------------------------------------------------
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not self._distdl_is_inside:
+            return x
+        built: Built = self._distdl_plan
+        rows = built.rows
+        weight, bias = (self._parameter(name, built) for name in ("weight", "bias"))
+        if rows is None:
+            running = self.running(built)  # also on a rank with an empty block: this may communicate
+            return self.alone(x, weight, bias, *running) if x.numel() else connected_zeros(x.shape, x, weight, bias)
+        weight, bias = (None if t is None else self.per_channel(t, x) for t in (weight, bias))
+        y, mean, var = normalised(self.as_channels(x), weight, bias, self.pivot(x, built), self.epsilon(x), rows)
+        if self.tracks:
+            self.track(mean, var, built)
+        return y.view(x.shape)
+
+    def _parameter(self, name: str, built: Built) -> torch.Tensor | None:
+        """A parameter as the input is cut; its gradient is summed over the replicas, here or with the statistics'."""
+        here = built.rows is not None and len(built.rows.team) > 1
+        parameter = getattr(self, name) if here else self.use(name)
+        return parameter if parameter is None or built.fit is None else built.fit(parameter)

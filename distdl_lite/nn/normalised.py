@@ -1,0 +1,293 @@
+"""Normalisation by statistics over all ranks, and its adjoint."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from distdl_lite.layout import Shape
+from distdl_lite.nn.kernel import wide
+from distdl_lite.operator import Operator
+from distdl_lite.shown import shown, used
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Which values share a mean and a variance, and how the ranks that hold them add up; for one structure.
+
+    A block is seen as ``(B, K, *S)``. Each of its K channels belongs to a row: the values, on any ranks, that are normalised
+    together.
+
+    Attributes
+    ----------
+    add_up : Operator
+        From numbers per row to their sums over the ranks that share the row. The first dim counts the numbers: two, or
+        one where the rows are not centred but only divided by their root mean square.
+    gather : Operator or None
+        For float64 input: n, mean and variance of each row, from each of these ranks apart.
+    position : int
+        This rank's place among them.
+    count : int
+        Values per row.
+    row_of : tensor of int64 or None
+        The row of each channel; None where each is one.
+    team : tuple of int
+        The ranks that the gradients of the weights are summed over in the same collective; this rank alone where the
+        reducer does that.
+    graph : bool
+        Whether anything requires grad on any rank.
+    """
+
+    add_up: Operator
+    gather: Operator | None
+    position: int
+    count: int
+    row_of: torch.Tensor | None
+    team: tuple[int, ...]
+    graph: bool
+
+    @property
+    def numbers(self) -> int:
+        return self.add_up.plan.returned_shape[0]
+
+    @property
+    def shape(self) -> Shape:
+        """Of this rank's rows."""
+        return self.add_up.plan.returned_shape[1:]
+
+    def fold(self, values: torch.Tensor) -> torch.Tensor:
+        """Sums over the channels of each row, along the last dim."""
+        if self.row_of is None:
+            return values
+        return values.new_zeros(*values.shape[:-1], math.prod(self.shape)).index_add(-1, self.row_of, values)
+
+    def spread(self, values: torch.Tensor) -> torch.Tensor:
+        """The number of each channel's row, along the last dim."""
+        return values if self.row_of is None else values.index_select(-1, self.row_of)
+
+    def summed(self, values: torch.Tensor, differentiable: bool = False) -> torch.Tensor:
+        """Numbers per row, added up over all ranks that share the row."""
+        move = self.add_up if differentiable else self.add_up.apply
+        return move(values.reshape(self.add_up.plan.returned_shape)).view(values.shape)
+
+
+def normalised(
+    x: torch.Tensor,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    pivot: torch.Tensor,
+    eps: float,
+    rows: Rows,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The normalised block, and mean and biased variance of each row over all ranks in float64.
+
+    Weight and bias have one number per channel, or one per element of a channel as ``(1, 1, *S)``.
+    """
+    anchor = torch.empty(0, requires_grad=True) if rows.graph else None
+    return _Normalise.apply(x, weight, bias, anchor, pivot, eps, rows)
+
+
+# ---- statistics ------------------------------------------------------------------------------------------------------
+
+
+def _statistics(x: torch.Tensor, pivot: torch.Tensor, rows: Rows) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and biased variance of each row over all ranks, in float64; zero and mean square if it is not centred."""
+    n, mean, var = _own_statistics(x, rows)
+    if rows.gather is not None:
+        apart = mean.new_zeros(rows.gather.plan.returned_shape)
+        apart[rows.position] = torch.stack([n, mean, var]).view(apart.shape[1:])
+        gathered = rows.gather.apply(apart).view(len(apart), 3, len(mean))
+        _, mean, var = _merged(*gathered.unbind(1), lambda t: t.sum(0), lambda t: t)
+        return mean, var
+    shift = mean - pivot
+    sums = torch.stack([n * shift, n * (var + shift * shift)])[-rows.numbers :]
+    *shifts, square = rows.summed(sums) / rows.count
+    if not shifts:
+        return torch.zeros_like(square), square
+    return pivot + shifts[0], (square - shifts[0] * shifts[0]).clamp_(min=0)
+
+
+def _own_statistics(x: torch.Tensor, rows: Rows) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Number, mean and biased variance of this rank's values of each row."""
+    channels = x.shape[1]
+    mean = var = n = torch.zeros(channels, dtype=torch.float64, device=x.device)
+    if x.numel():
+        mean, var = torch.batch_norm_update_stats(x.double(), None, None, 0.0)
+        n = torch.full_like(mean, x.numel() // channels)
+    return (n, mean, var) if rows.row_of is None else _merged(n, mean, var, rows.fold, rows.spread)
+
+
+Map = Callable[[torch.Tensor], torch.Tensor]
+
+
+def _merged(
+    n: torch.Tensor, mean: torch.Tensor, var: torch.Tensor, add: Map, spread: Map
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Number, mean and biased variance of parts taken together (Chan, Golub and LeVeque 1979)."""
+    total = add(n)
+    shares = n / spread(total).clamp(min=1)
+    merged = add(shares * mean)
+    return total, merged, add(shares * (var + (mean - spread(merged)) ** 2))
+
+
+# ---- the function ----------------------------------------------------------------------------------------------------
+
+
+class _Normalise(torch.autograd.Function):
+    """Normalisation by the values' own statistics; `_composed` is the same in plain operations."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        weight: torch.Tensor | None,
+        bias: torch.Tensor | None,
+        anchor: torch.Tensor | None,
+        pivot: torch.Tensor,
+        eps: float,
+        rows: Rows,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        mean, var = _statistics(x, pivot, rows)
+        ctx.rows, ctx.eps = rows, eps
+        ctx.save_for_backward(x, weight, bias, mean, var)
+        ctx.mark_non_differentiable(mean, var)
+        if not x.numel():
+            return torch.empty_like(x), mean, var
+        kind, by_element = wide(x.dtype), weight is not None and weight.dim() > 1
+        weight, bias, m, v = _to(kind, weight, bias, rows.spread(mean), rows.spread(var))
+        if not by_element:
+            return F.batch_norm(x, m, v, weight, bias, False, 0.0, eps), mean, var
+        y = F.batch_norm(x.to(kind), m, v, None, None, False, 0.0, eps).mul_(weight)
+        return (y if bias is None else y.add_(bias)).to(x.dtype), mean, var
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor, *_: Any) -> tuple[Any, ...]:
+        x, weight, bias, mean, var = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            found = _differentiable_backward(gradient, x, weight, bias, mean, ctx.eps, ctx.rows)
+        else:
+            found = _backward(gradient, x, weight, mean, var, ctx.eps, ctx.rows)
+        wanted = (g if needed else None for g, needed in zip(found, ctx.needs_input_grad, strict=False))
+        return (*wanted, None, None, None, None)
+
+
+def _to(kind: torch.dtype, *tensors: torch.Tensor | None) -> list[torch.Tensor | None]:
+    """In the dtype that is computed in, and contiguous: native_batch_norm_backward misreads a weight of stride 0."""
+    return [None if t is None else t.to(kind).contiguous() for t in tensors]
+
+
+def _backward(
+    gradient: torch.Tensor,
+    x: torch.Tensor,
+    weight: torch.Tensor | None,
+    mean: torch.Tensor,
+    var: torch.Tensor,
+    eps: float,
+    rows: Rows,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of input, weight and bias."""
+    dtype, kind = x.dtype, wide(x.dtype)
+    x, gradient = x.to(kind), gradient.to(kind)
+    mean, var = rows.spread(mean), rows.spread(var)
+    scale = (var + eps).rsqrt()
+    gx, slopes, offsets, gw, gb = _with_fixed_statistics(gradient, x, weight, mean, var, eps)
+    # What the statistics add to gx: (x - mean) slope + offset, from sums over the row.
+    factor = scale.new_ones(()) if weight is None or weight.dim() > 1 else weight.double()
+    sums = torch.stack([offsets, slopes])
+    if len(rows.team) > 1:
+        sums = rows.summed(sums)
+        gb, gw = sums
+        sums = sums * factor
+    else:
+        sums = rows.spread(rows.summed(rows.fold(sums * factor)[-rows.numbers :]))
+    *offset, slope = sums / rows.count * scale
+    if x.numel():
+        shape = (1, -1, *(1,) * (x.dim() - 2))
+        added = (x - mean.to(kind).view(shape)).mul_((slope * scale).to(kind).view(shape))
+        for number in offset:
+            added.add_(number.to(kind).view(shape))
+        gx = gx.sub_(added)
+    held = kind if weight is None else weight.dtype
+    return gx.to(dtype), gw.to(held), gb.to(held)
+
+
+def _with_fixed_statistics(
+    gradient: torch.Tensor,
+    x: torch.Tensor,
+    weight: torch.Tensor | None,
+    mean: torch.Tensor,
+    var: torch.Tensor,
+    eps: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The input's gradient as if the statistics did not depend on it, two sums per channel, gradients of weight and bias.
+
+    The sums are in float64, of the gradient times the normalised value and of the gradient. Torch's one pass each.
+    """
+    channels, by_element = x.shape[1], weight is not None and weight.dim() > 1
+    if not x.numel():
+        nothing = mean.new_zeros(channels)
+        of_weight = torch.zeros_like(weight) if by_element else nothing
+        return gradient, nothing, nothing, of_weight, of_weight
+    weight, m, v = _to(x.dtype, weight, mean, var)
+    inner, own = (gradient * weight, None) if by_element else (gradient, weight)
+    gx, gw, gb = torch.ops.aten.native_batch_norm_backward(
+        inner, x, own, m, v, None, None, False, eps, [True, True, True]
+    )
+    slopes, offsets = gw.double(), gb.double()
+    if by_element:
+        m, scale, flat = m.view(1, -1, 1), (v + eps).rsqrt().view(1, -1, 1), weight.view(-1)
+        _, gw, gb = torch.ops.aten.native_layer_norm_backward(
+            gradient, x, flat.shape, m, scale, flat, flat, [False, True, True]
+        )
+        gw, gb = gw.view_as(weight), gb.view_as(weight)
+    return gx, slopes, offsets, gw, gb
+
+
+# ---- gradients of gradients ------------------------------------------------------------------------------------------
+
+
+def _composed(
+    x: torch.Tensor,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    pivot: torch.Tensor,
+    eps: float,
+    rows: Rows,
+) -> torch.Tensor:
+    """The normalised tensor by differentiable operations, in float64 about a pivot near the mean."""
+    shape, over = (1, -1, *(1,) * (x.dim() - 2)), (0, *range(2, x.dim()))
+    apart = x.double() - rows.spread(pivot).view(shape)
+    sums = rows.fold(torch.stack([apart.sum(over), (apart * apart).sum(over)])[-rows.numbers :])
+    *means, var = rows.spread(rows.summed(sums, differentiable=True) / rows.count)
+    for mean in means:
+        apart, var = apart - mean.view(shape), var - mean * mean
+    y = apart * (var + eps).rsqrt().view(shape)
+    weight, bias = (t if t is None or t.dim() > 1 else t.view(shape) for t in (weight, bias))
+    y = y if weight is None else y * weight
+    return (y if bias is None else y + bias).to(x.dtype)
+
+
+def _differentiable_backward(
+    gradient: torch.Tensor,
+    x: torch.Tensor,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    mean: torch.Tensor,
+    eps: float,
+    rows: Rows,
+) -> tuple[torch.Tensor | None, ...]:
+    """`_backward` through `_composed`, for gradients of gradients."""
+    team, transport = rows.team, rows.add_up.transport
+    held = [t if t is None or t.requires_grad else t.detach().requires_grad_() for t in (x, weight, bias)]
+    x_used, *weights_used = (None if t is None else t.view_as(t) for t in held)
+    weights_used = [None if t is None else used(t, team, transport) for t in weights_used]
+    y = _composed(x_used, *weights_used, mean, eps, rows)
+    wanted = [t for t in (x_used, *weights_used) if t is not None]
+    gx, *rest = torch.autograd.grad(y, wanted, gradient, create_graph=True)
+    sums = iter(shown(torch.stack(rest), team, transport) if rest else ())
+    return gx, *(None if t is None else next(sums) for t in (weight, bias))

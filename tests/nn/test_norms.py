@@ -1,0 +1,350 @@
+"""Layer, RMS, group and instance norms: statistics over any dims, however they are cut.
+
+Compared to 1e-9 in float64: sums of a few numbers near one, in another order than torch's.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import pickle
+import random
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from blocks import block, check_held, cuts_of, leaf
+from ranks import on_ranks
+from torch.utils.checkpoint import checkpoint
+from twins import assert_refused, assert_starts_alike
+
+import distdl_lite as dl
+import distdl_lite.nn as dnn
+from distdl_lite.nn.normalised import _composed
+from distdl_lite.partition import Partition
+
+TOLERANCE = {"rtol": 1e-9, "atol": 1e-9}
+INSTANCE = {3: torch.nn.InstanceNorm1d, 4: torch.nn.InstanceNorm2d, 5: torch.nn.InstanceNorm3d}
+Twins = tuple[torch.nn.Module, torch.nn.Module]
+
+
+def twins(P: Partition, kind: str, shape: tuple[int, ...], dtype: torch.dtype = torch.float64, **given: Any) -> Twins:
+    """torch's layer, with random weights, and ours with its values; `given` has the arguments of the kind."""
+    number = given.pop("number")
+    arguments = {
+        "layer": lambda: (shape[len(shape) - number :],),
+        "rms": lambda: (shape[len(shape) - number :],),
+        "group": lambda: (number, shape[1]),
+        "instance": lambda: (shape[1],),
+    }[kind]()
+    ours, theirs = {
+        "layer": (dnn.DistributedLayerNorm, torch.nn.LayerNorm),
+        "rms": (dnn.DistributedRMSNorm, torch.nn.RMSNorm),
+        "group": (dnn.DistributedGroupNorm, torch.nn.GroupNorm),
+        "instance": (dnn.DistributedInstanceNorm, INSTANCE.get(len(shape))),
+    }[kind]
+    serial, layer = theirs(*arguments, dtype=dtype, **given), ours(P, *arguments, dtype=dtype, **given)
+    if kind == "rms":
+        serial.register_parameter("bias", None)  # as ours has it
+    assert list(layer.state_dict()) == list(serial.state_dict())
+    assert_starts_alike(layer, serial, P.world_transport.rank)
+    with torch.no_grad():
+        for p in serial.parameters():
+            p.uniform_(-1, 2)
+    dl.load_serial_state_dict(layer, serial.state_dict())
+    return serial, layer
+
+
+def drawn(rng: random.Random, kind: str) -> tuple[tuple[int, ...], dict[str, Any]]:
+    """A shape and options that torch takes."""
+    dims = rng.choice((3, 4, 5) if kind == "instance" else (1, 2, 3, 4) if kind in ("layer", "rms") else (2, 3, 4))
+    shape = [rng.randint(1, 5) for _ in range(dims)]
+    if rng.random() < 0.1:
+        shape[0] = 0
+    if kind in ("layer", "rms"):
+        shape[-1] = rng.randint(2, 7)  # of one value little is left but rounding errors
+        given = {"number": rng.randint(1, dims), "elementwise_affine": rng.random() < 0.8}
+        if kind == "layer":
+            given["bias"] = rng.random() < 0.7
+        return tuple(shape), {**given, "eps": rng.choice((1e-5, 0.1))}
+    options = {"number": rng.randint(1, 4), "affine": rng.random() < 0.8, "eps": rng.choice((1e-5, 0.1))}
+    if kind == "group":
+        shape[1] = options["number"] * rng.randint(2, 4)
+        return tuple(shape), options
+    shape[0], shape[-1] = max(shape[0], 1), rng.randint(2, 7)
+    return tuple(shape), {**options, "track_running_stats": rng.random() < 0.5, "momentum": rng.choice((None, 0.3))}
+
+
+def grid_of(rng: random.Random, dims: int, size: int) -> tuple[int, ...]:
+    """A grid of at most `size` ranks."""
+    while True:
+        shape = tuple(rng.choice((1, 1, 1, 2, 2, 3, 4)) for _ in range(dims))
+        if math.prod(shape) <= size:
+            return shape
+
+
+def compare(world: Partition, rng: random.Random, kind: str) -> None:
+    """Two steps of training and one of evaluation against torch."""
+    shape, given = drawn(rng, kind)
+    grid = grid_of(rng, len(shape), world.size)
+    P = world.grid(grid, rng.sample(range(world.size), math.prod(grid)))
+    serial, layer = twins(P, kind, shape, **given)
+    for training in (True, True, False):
+        serial.train(training)
+        layer.train(training)
+        cuts = cuts_of(shape, grid, rng if rng.random() < 0.6 else None)
+        whole, g = torch.randn(shape, dtype=torch.float64) * 3 + 50, torch.randn(shape, dtype=torch.float64)
+        x_serial, x = leaf(whole), leaf(block(whole, P, cuts))
+        y_serial, y = serial(x_serial), layer(x)
+        y_serial.backward(g)
+        y.backward(block(g, P, cuts))
+        if P.active:
+            torch.testing.assert_close(y, block(y_serial, P, cuts), **TOLERANCE)
+            torch.testing.assert_close(x.grad, block(x_serial.grad, P, cuts), **TOLERANCE)
+        check_held(layer, serial, world.rank, **TOLERANCE)
+
+
+@pytest.mark.parametrize("kind", ["layer", "rms", "group", "instance"])
+def test_equals_serial(kind: str) -> None:
+    @on_ranks(4)
+    def search(world: Partition) -> None:
+        rng = random.Random(kind)
+        for _ in range(40):
+            compare(world, rng, kind)
+
+    search("threads")
+
+
+CASES = (  # kind, shape, grid, options
+    ("layer", (3, 7), (1, 4), {"number": 1}),
+    ("layer", (2, 3, 5), (2, 1, 2), {"number": 2}),
+    ("layer", (3, 2, 5), (1, 2, 2), {"number": 2, "bias": False}),
+    ("rms", (3, 7), (2, 2), {"number": 1}),
+    ("rms", (2, 3, 4), (1, 2, 2), {"number": 3}),
+    ("group", (2, 6, 3), (1, 4, 1), {"number": 2}),  # cuts inside groups
+    ("group", (3, 4, 3), (1, 2, 2), {"number": 4}),
+    ("group", (2, 5), (2, 2), {"number": 1, "affine": False}),
+    ("instance", (2, 3, 5), (2, 1, 2), {"number": 0, "affine": True, "track_running_stats": True}),
+    ("instance", (3, 2, 3, 4), (1, 1, 2, 2), {"number": 0, "affine": True}),
+    ("instance", (3, 2, 4), (2, 2, 1), {"number": 0, "affine": True, "track_running_stats": True}),
+)
+
+
+@on_ranks(4, mpi=True)
+def test_double_backward(world: Partition) -> None:
+    """Values, gradients and gradients of gradients, over MPI too; replicas stay bitwise equal."""
+    rng = random.Random(1)
+    for number, (kind, shape, grid, given) in enumerate(CASES * 2):
+        P = world.grid(grid)
+        serial, layer = twins(P, kind, shape, **given)
+        whole, weight = torch.randn(shape, dtype=torch.float64), torch.randn(shape, dtype=torch.float64)
+        cuts = cuts_of(shape, grid, rng if number < len(CASES) else None)
+        x_serial, x = leaf(whole), leaf(block(whole, P, cuts))
+        y_serial, y = serial(x_serial), layer(x)
+        torch.testing.assert_close(y, block(y_serial, P, cuts), **TOLERANCE)
+        for model, start, z, w in ((serial, x_serial, y_serial, weight), (layer, x, y, block(weight, P, cuts))):
+            gradients = torch.autograd.grad((z**2 * w).sum(), [start, *model.parameters()], create_graph=True)
+            sum(gradient.square().sum() for gradient in gradients).backward()
+        # The composition takes the variance about a pivot: 1e-7 of the largest gradient is what is left of it.
+        scale = 1e-7 * x_serial.grad.abs().max().item()
+        torch.testing.assert_close(x.grad, block(x_serial.grad, P, cuts), rtol=1e-7, atol=scale)
+        check_held(layer, serial, world.rank, rtol=1e-7, atol=scale)
+        layer.zero_grad()
+        layer(x).square().sum().backward()
+        for name, tensor in (*layer.named_parameters(), *layer.named_buffers()):
+            value = tensor if tensor.grad is None else tensor.grad
+            shared = layer._distdl_places[name].replicas.team
+            copies = world.world_transport.gather_objects(shared, value.detach().clone())
+            assert all(torch.equal(copies[0], other) for other in copies)
+
+
+@on_ranks(4)
+def test_the_fused_function_is_the_composition(world: Partition) -> None:
+    for kind, shape, grid, given in CASES:
+        P = world.grid(grid)
+        _, layer = twins(P, kind, shape, **given)
+        x = leaf(block(torch.randn(shape, dtype=torch.float64), P, P.bounds(shape)))
+        g = torch.randn_like(x)
+        y = layer(x)
+        rows = layer._distdl_plan.rows
+        assert rows is not None
+        weight, bias = (None if t is None else layer.per_channel(t, x) for t in (layer.weight, layer.bias))
+        pivot = torch.zeros(math.prod(rows.shape), dtype=torch.float64)
+        plain = _composed(layer.as_channels(x), weight, bias, pivot, layer.epsilon(x), rows).view(x.shape)
+        torch.testing.assert_close(y, plain, **TOLERANCE)
+        (fused,) = torch.autograd.grad(y, x, g)
+        torch.testing.assert_close(fused, torch.autograd.grad(plain, x, g)[0], **TOLERANCE)
+
+
+@on_ranks(4, mpi=True)
+def test_far_from_zero(world: Partition) -> None:
+    """Float32 values of mean 1e4 and deviation 1: rounding them to float32 is 5e-4, the statistics add nothing to it."""
+    whole = torch.randn(4, 6, 16) + 1e4
+    for kind, grid, given in (("layer", (1, 1, 4), {"number": 1}), ("group", (1, 4, 1), {"number": 2})):
+        P = world.grid(grid)
+        serial, layer = twins(P, kind, tuple(whole.shape), torch.float32, eps=0.0, **given)
+        y = layer(block(whole, P, P.bounds(whole.shape)))
+        wanted = serial.double()(whole.double()).float()
+        torch.testing.assert_close(y, block(wanted, P, P.bounds(whole.shape)), rtol=0, atol=6e-3)
+
+
+@on_ranks(4)
+def test_collectives(world: Partition) -> None:
+    """How many forward, and how many in backward without weights; none where no row is cut."""
+    wanted = (
+        ("layer", (2, 3, 4), (1, 2, 2), {"number": 1, "elementwise_affine": False}, 1, 1),
+        ("layer", (2, 3, 4), (2, 2, 1), {"number": 1, "elementwise_affine": False}, 0, 0),
+        ("rms", (2, 3, 4), (1, 1, 4), {"number": 2, "elementwise_affine": False}, 1, 1),
+        ("group", (2, 6, 4), (1, 2, 2), {"number": 2, "affine": False}, 1, 1),
+        ("group", (2, 6, 4), (2, 2, 1), {"number": 2, "affine": False}, 0, 0),
+        ("group", (2, 6, 4), (1, 4, 1), {"number": 1, "affine": False}, 1, 1),
+        ("instance", (2, 3, 4), (1, 2, 2), {"number": 0}, 1, 1),
+        ("instance", (2, 3, 4), (2, 2, 1), {"number": 0}, 0, 0),
+        ("instance", (2, 3, 4), (1, 1, 4), {"number": 0, "track_running_stats": True}, 2, 1),
+        ("instance", (2, 3, 4), (2, 1, 1), {"number": 0, "track_running_stats": True}, 1, 0),
+    )
+    for dtype in (torch.float32, torch.float64):
+        for kind, shape, grid, given, forward, backward in wanted:
+            P = world.grid(grid)
+            _, layer = twins(P, kind, shape, dtype, **given)
+            x = leaf(block(torch.randn(shape, dtype=dtype), P, P.bounds(shape)))
+            layer(x).sum().backward()
+            with dl.testing.count() as counts:
+                y = layer(x)
+                assert counts.collectives == counts.messages == forward * P.active
+                y.sum().backward()
+            assert counts.collectives == counts.messages == (forward + backward) * P.active
+            if "track_running_stats" in given:
+                layer.eval()
+                with dl.testing.count() as counts:
+                    layer(x).sum().backward()
+                assert counts.messages == 0
+
+
+@on_ranks(4)
+def test_a_group_across_some_cuts_takes_messages(world: Partition) -> None:
+    """Blocks of channels [0, 2), [2, 3), [3, 5), [5, 6) and groups of three: only ranks that share a group meet."""
+    P = world.grid((1, 4, 1))
+    _, layer = twins(P, "group", (2, 6, 3), torch.float32, number=2, affine=False)
+    x = leaf(torch.randn(2, (2, 1, 2, 1)[world.rank], 3))
+    layer(x).sum().backward()
+    with dl.testing.count() as counts:
+        layer(x).sum().backward()
+    assert (counts.collectives, counts.messages) == (0, 2)
+
+
+@on_ranks(4)
+def test_a_rank_whose_input_needs_no_gradient(world: Partition) -> None:
+    for kind, shape, grid, given in CASES:
+        P = world.grid(grid)
+        affine = given.get("affine", True)
+        for frozen in (True, False) if affine else (False,):
+            _, layer = twins(P, kind, shape, **given)
+            layer.requires_grad_(not frozen)
+            x = block(torch.randn(shape, dtype=torch.float64), P, P.bounds(shape)).requires_grad_(world.rank == 1)
+            layer(x).square().sum().backward()
+            assert (x.grad is not None) == (world.rank == 1)
+            if layer.weight is not None:
+                assert (layer.weight.grad is None) == frozen
+
+
+@on_ranks(2)
+def test_dtypes_formats_and_life(world: Partition) -> None:
+    for kind, grid, given in (
+        ("layer", (1, 1, 1, 2), {"number": 2}),
+        ("rms", (1, 1, 1, 2), {"number": 1, "eps": None}),
+        ("group", (1, 2, 1, 1), {"number": 1}),
+        ("instance", (1, 1, 2, 1), {"number": 0, "affine": True}),
+    ):
+        P, shape = world.grid(grid), (4, 3, 5, 6)
+        serial, layer = twins(P, kind, shape, torch.float32, **given)
+        whole, g, cuts = torch.randn(shape), torch.randn(shape), P.bounds(shape)
+        for dtype in (torch.float32, torch.float16, torch.bfloat16):
+            for fmt in (torch.contiguous_format, torch.channels_last):
+                x_serial = leaf(whole.to(dtype))  # its own statistics in float32, then rounded
+                x = leaf(block(x_serial, P, cuts).contiguous(memory_format=fmt))
+                y_serial, y = serial(x_serial.float()), layer(x)
+                y_serial.backward(g.to(dtype).float())
+                y.backward(block(g, P, cuts).to(dtype))
+                assert y.dtype is dtype
+                torch.testing.assert_close(y, block(y_serial, P, cuts).to(dtype))  # the dtype's default tolerance
+                assert x.grad.dtype is dtype
+                atol = max(2 * torch.finfo(dtype).eps, 1e-5)
+                torch.testing.assert_close(x.grad, block(x_serial.grad, P, cuts), rtol=1e-2, atol=atol)
+                assert layer.weight.grad.dtype is torch.float32
+        with torch.autocast("cpu", torch.bfloat16):
+            assert layer(x.detach()).dtype is torch.bfloat16
+        x, g_x = leaf(block(whole, P, cuts)), block(g, P, cuts)
+        flipped = leaf(x.transpose(0, 3).contiguous()).transpose(0, 3)
+        flipped.retain_grad()
+        y, y_flipped = layer(x), layer(flipped)
+        y.backward(g_x)
+        y_flipped.backward(g_x.transpose(1, 3).contiguous().transpose(1, 3))
+        torch.testing.assert_close(y_flipped, y)
+        torch.testing.assert_close(flipped.grad, x.grad)
+        layer.zero_grad()
+        layer(x).sum().backward()  # a gradient of stride 0
+        x = leaf(block(whole, P, cuts))
+        assert torch.equal(copy.deepcopy(layer)(x), pickle.loads(pickle.dumps(layer))(x))
+        layer.zero_grad()
+        layer(x).square().sum().backward()
+        plain, of_weight = x.grad, layer.weight.grad
+        x.grad = None
+        layer.zero_grad()
+        checkpoint(lambda x, layer: layer(x * 1), x, layer, use_reentrant=False).square().sum().backward()
+        assert torch.equal(x.grad, plain)
+        assert torch.equal(layer.weight.grad, of_weight)
+        with torch.no_grad():
+            assert not layer(x).requires_grad
+        assert f"P_x={grid}" in repr(layer)
+
+
+@on_ranks(4)
+def test_constructors_refuse(world: Partition) -> None:
+    P = world.grid((2, 2))
+    attempts: tuple[tuple[Callable[[], Any], str], ...] = (
+        (
+            lambda: dnn.DistributedLayerNorm(P, (2, 3, 4)),
+            "DistributedLayerNorm: normalized_shape=(2, 3, 4) does not fit P_x of shape (2, 2), which has an axis per dim",
+        ),
+        (lambda: dnn.DistributedRMSNorm(P, ()), "DistributedRMSNorm: normalized_shape=() does not fit"),
+        (lambda: dnn.DistributedGroupNorm(P, 4, 6), "num_channels (6) must be divisible by num_groups (4)"),
+        (lambda: dnn.DistributedGroupNorm(P, 0, 6), "num_channels (6) must be divisible by num_groups (0)"),
+        (
+            lambda: dnn.DistributedGroupNorm(world.grid((4,)), 1, 6),
+            "has 1 axes, a tensor (N, C, *space) has two or more",
+        ),
+        (lambda: dnn.DistributedInstanceNorm(P, 6), "has 2 axes, a tensor (N, C, *space) has three or more"),
+    )
+    for attempt, text in attempts:
+        assert_refused(world, P, attempt, text)
+
+
+@on_ranks(4)
+def test_inputs_refused(world: Partition) -> None:
+    P, lead = world.grid((2, 2, 1)), world.rank // 2
+    one = "Expected more than 1 value per channel when training, got input size [1, 6, 1]"
+    attempts = (
+        (dnn.DistributedLayerNorm(P, (2, 4)), (1, 2, 4), "(2, 4, 4) does not end in normalized_shape=(2, 4)"),
+        (dnn.DistributedRMSNorm(P, 5), (1, 2, 4), "(2, 4, 4) does not end in normalized_shape=(5,)"),
+        (dnn.DistributedGroupNorm(P, 2, 6), (1, 2, 4), "the input of shape (2, 4, 4) has 4 channels, num_channels=6"),
+        (dnn.DistributedGroupNorm(P, 6, 6), (1 - lead, 3, 1), one),
+        (dnn.DistributedInstanceNorm(P, 6, affine=True), (1, 2, 4), "(2, 4, 4) has (4,) where weights have (6,)"),
+        (
+            dnn.DistributedInstanceNorm(P, 6),
+            (1, 3, 1),
+            "Expected more than 1 spatial element when training, got input size torch.Size([2, 6, 1])",
+        ),
+    )
+    for layer, shape, text in attempts:
+        assert_refused(world, P, lambda layer=layer, shape=shape: layer(torch.rand(shape)), text)
+    layer = dnn.DistributedGroupNorm(P, 2, 6)
+    for dtype, text in (
+        (torch.float64, "the input has dtype torch.float64, weights and statistics torch.float32"),
+        (torch.int64, "the input has dtype torch.int64, a floating dtype is needed"),
+        (torch.complex64, "the input has dtype torch.complex64, a floating dtype is needed"),
+    ):
+        assert_refused(world, P, lambda dtype=dtype: layer(torch.ones(1, 3, 4, dtype=dtype)), text, TypeError)
+    layer = dnn.DistributedInstanceNorm(P, 6)  # holds nothing that other channels would not fit
+    assert layer(torch.rand(1, 2, 4)).shape == (1, 2, 4)
