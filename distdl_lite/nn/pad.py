@@ -109,7 +109,9 @@ class _DistributedPad(Module):
     def _bounded(self, wanted: Layout, shape: Shape) -> Layout:
         """What the ranks hold of a tensor of the given shape to make the wanted boxes, which may leave it."""
         boundary = {"constant": "zeros", "reflect": "reflect", "replicate": "replicate"}[self.mode]
-        return replace(wanted, dims=tuple(map(lay.bounded, wanted.dims, shape, (boundary,) * len(shape))))
+        padded = zip(wanted.dims[-self.dims :], shape[-self.dims :], strict=True)
+        dims = (*wanted.dims[: -self.dims], *(lay.bounded(dim, n, boundary) for dim, n in padded))
+        return replace(wanted, dims=dims)
 
     def _around(self, X: Layout, wanted: Layout) -> tuple[Layout, Layout]:
         """What negative padding leaves of the blocks, and the wanted boxes of that tensor, repeated without end.

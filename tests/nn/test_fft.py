@@ -68,7 +68,8 @@ def test_random(function: str) -> None:
             try:
                 assert_transformed(dnn.DistributedFFT(P, function, dim, s, norm), x, cuts, P)
             except ValueError as error:
-                assert "can be cut in place of" in str(error)
+                if "can be cut in place of" not in str(error):
+                    raise
                 return False
             return True
 
