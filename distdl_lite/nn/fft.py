@@ -108,11 +108,11 @@ class DistributedFFT(Module):
         sizes = self._sizes(lay.global_shape_of(here))
         steps, left = [], self._dims
         while left:
-            n, allowed = lay.global_shape_of(here), self._allowed(left)
-            there = here
-            if all(here.grid.shape[d] > 1 for d in allowed):
-                there = lay.balanced_blocks(self._freed(here.grid, n, left, allowed), n)
-            now = tuple(d for d in allowed if there.grid.shape[d] == 1)
+            there, now = here, self._ready(here.grid, left)
+            if not now:
+                n = lay.global_shape_of(here)
+                there = lay.balanced_blocks(self._freed(here.grid, n, left), n)
+                now = self._ready(there.grid, left)
             move = operator_between(here, there, self, inputs.requires_grad)
             function = self.function if self._dims[-1] in now else _COMPLEX[self.function]
             steps.append(_Step(move, _TRANSFORMS[function], now, tuple(sizes[d] for d in now)))
@@ -137,20 +137,21 @@ class DistributedFFT(Module):
             raise self._refuse(f"dim={self.dim} of a tensor of shape {shape} with s={self.s} has no points")
         return sizes
 
-    def _allowed(self, left: tuple[int, ...]) -> tuple[int, ...]:
-        """The dims that may be transformed next: a real transform begins, its inverse ends, with the halved dim."""
-        if self.function == "rfft" and self._dims[-1] in left:
-            return self._dims[-1:]
-        return left[:-1] if self.function == "irfft" and len(left) > 1 else left
+    def _ready(self, grid: Grid, left: tuple[int, ...]) -> tuple[int, ...]:
+        """The dims to transform on a grid: a real transform begins, its inverse ends, with the halved dim."""
+        now, halved = tuple(d for d in left if grid.shape[d] == 1), self._dims[-1]
+        if self.function == "rfft" and halved in left and halved not in now:
+            return ()
+        return tuple(d for d in now if d != halved) if self.function == "irfft" and now != left else now
 
-    def _freed(self, grid: Grid, n: Shape, left: tuple[int, ...], allowed: tuple[int, ...]) -> Grid:
+    def _freed(self, grid: Grid, n: Shape, left: tuple[int, ...]) -> Grid:
         """The grid in which all dims that are left are whole, or one, whichever keeps more ranks busy."""
-        found = [made for made in (moved(grid, n, whole) for whole in (left, *((d,) for d in allowed))) if made]
-        best = max(found, key=lambda made: _parts(made, n), default=None)
+        found = [made for made in (moved(grid, n, whole) for whole in (left, *((d,) for d in left))) if made]
+        useful = [made for made in found if self._ready(made, left)]
+        best = max(useful, key=lambda made: _parts(made, n), default=None)
         if best is None or _parts(best, n) == 1 < _parts(grid, n):
             raise self._refuse(
-                f"no dim of a tensor of shape {n} can be cut in place of dims {allowed}, which are cut over a grid of "
-                f"shape {grid.shape}"
+                f"no dim of a tensor of shape {n} can be cut in place of dims {left}, on a grid of shape {grid.shape}"
             )
         return best
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,20 +56,15 @@ class DistributedFlatten(Module):
     def __init__(self, P_x: Partition, start_dim: int = 1, end_dim: int = -1, P_y: Partition | None = None) -> None:
         super().__init__(P_x, P_y)
         self.P_x, self.P_y, self.start_dim, self.end_dim = P_x, P_y, start_dim, end_dim
-        n = P_x.dim
+        n, x = P_x.dim, P_x.shape
         if not (-n <= start_dim < n and -n <= end_dim < n and start_dim % n <= end_dim % n):
             raise self._refuse(f"start_dim={start_dim} to end_dim={end_dim} are no dims of a tensor of {n} dims")
-        self._first, self._last = start_dim % n, end_dim % n
-        head, inner, tail = (
-            P_x.shape[: self._first],
-            P_x.shape[self._first + 1 : self._last + 1],
-            P_x.shape[self._last + 1 :],
-        )
-        flat = (*head, torch.Size(P_x.shape[self._first : self._last + 1]).numel(), *tail)
-        if P_y is None and max(inner, default=1) > 1:
+        self._first, self._last = first, last = start_dim % n, end_dim % n
+        flat = (*x[:first], math.prod(x[first : last + 1]), *x[last + 1 :])
+        if P_y is None and flat[first] > x[first]:
             raise self._refuse(
-                f"dims {self._first + 1} to {self._last} are cut by P_x of shape {P_x.shape}; their blocks are no boxes of the "
-                f"flattened tensor: give P_y, such as a partition of shape {flat}"
+                f"P_x of shape {x} cuts dims {first + 1} to {last}, so that its blocks are no boxes of the flattened tensor: "
+                f"give P_y, such as a partition of shape {flat}"
             )
         if P_y is not None and P_y.dim != len(flat):
             raise self._refuse(f"P_y of shape {P_y.shape} has {P_y.dim} axes, the output has {len(flat)} dims")

@@ -87,11 +87,9 @@ class _DistributedPad(Module):
         moved = [tuple((a - left, b - left) for a, b in dim.ranges) for dim, left in zip(Y.dims, lefts, strict=True)]
         wanted = Layout(grid, tuple(Dim(ranges, (axis,)) for axis, ranges in enumerate(moved)))
         kept, Z = self._around(X, wanted) if self.mode == "circular" else (X, self._bounded(wanted, n))
-        mine, left, box, held = (layout.box(rank) for layout in (X, kept, wanted, Z))
-        assert mine is not None
-        assert left is not None
-        assert box is not None
-        assert held is not None
+        index = grid.index(rank)
+        assert index is not None
+        mine, left, box, held = (layout.box_at(index) for layout in (X, kept, wanted, Z))
         if max(grid.shape[first:]) == 1 and X.dims[:first] == Y.dims[:first]:
             return _Built(None, None, inputs.dtype, self._whole(lay.shape_of(box)))
         crop = tuple(slice(c - a, d - a) for (a, _), (c, d) in zip(mine, left, strict=True))
@@ -131,20 +129,20 @@ class _DistributedPad(Module):
 
     def _whole(self, shape: Shape) -> Local:
         """torch's padding, of which no other rank holds anything."""
-        if self.mode != "constant" and 0 in shape:  # which torch refuses
+        if self.mode in ("reflect", "replicate") and 0 in shape:  # which torch refuses
             return lambda x: connected_zeros(shape, x)
         return lambda x: F.pad(x, self.padding, self.mode, self.value)
 
     def _edge(self, wanted: lay.Box, held: lay.Box, shape: Shape) -> Local | None:
         """What is left to do beyond the edge of the tensor of the given shape."""
-        if self.mode != "constant":
-            return edge_pad(wanted, held, shape, self.mode) if self.mode != "circular" else None
+        if self.mode in ("reflect", "replicate"):
+            return edge_pad(wanted, held, shape, self.mode)
+        if self.value == 0:  # nobody holds anything there, so zeros arrive; a circular one has no edge
+            return None
         outside = [
             tuple(slice(a - start, b - start) for (a, b), (start, _) in zip(piece, wanted, strict=True))
             for piece in lay.uncovered(wanted, [tuple((0, n) for n in shape)])
         ]
-        if not outside or self.value == 0:
-            return None
 
         def fill(y: torch.Tensor) -> torch.Tensor:
             with torch.no_grad():  # the adjoint reads no gradient of points beyond the edge
