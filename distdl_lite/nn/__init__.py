@@ -15,6 +15,8 @@ from distdl_lite.nn.conv_transpose import (
     DistributedConvTranspose2d,
     DistributedConvTranspose3d,
 )
+from distdl_lite.nn.fft import DistributedFFT
+from distdl_lite.nn.flatten import DistributedFlatten
 from distdl_lite.nn.group_norm import DistributedGroupNorm
 from distdl_lite.nn.layer_norm import DistributedLayerNorm, DistributedRMSNorm
 from distdl_lite.nn.linear import DistributedLinear
@@ -28,9 +30,27 @@ from distdl_lite.nn.loss import (
     DistributedPoissonNLLLoss,
     DistributedSmoothL1Loss,
 )
+from distdl_lite.nn.mean import DistributedMean
 from distdl_lite.nn.module import Module
 from distdl_lite.nn.movement import Movement
 from distdl_lite.nn.norm import DistributedBatchNorm, DistributedInstanceNorm
+from distdl_lite.nn.pad import (
+    DistributedCircularPad1d,
+    DistributedCircularPad2d,
+    DistributedCircularPad3d,
+    DistributedConstantPad1d,
+    DistributedConstantPad2d,
+    DistributedConstantPad3d,
+    DistributedReflectionPad1d,
+    DistributedReflectionPad2d,
+    DistributedReflectionPad3d,
+    DistributedReplicationPad1d,
+    DistributedReplicationPad2d,
+    DistributedReplicationPad3d,
+    DistributedZeroPad1d,
+    DistributedZeroPad2d,
+    DistributedZeroPad3d,
+)
 from distdl_lite.nn.parameter import Layer
 from distdl_lite.nn.pool import (
     DistributedAvgPool1d,

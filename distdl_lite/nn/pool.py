@@ -109,7 +109,8 @@ class _DistributedMaxPool(_Pool):
     kernel_size, stride, padding, dilation, ceil_mode
         As in torch.nn.MaxPool1d/2d/3d.
     return_indices : bool
-        Only False.
+        Whether the blocks of maxima and of their places are returned, as a pair. A place is torch's: the flat index into the
+        spatial dims of the global tensor.
 
     Raises
     ------
@@ -133,8 +134,7 @@ class _DistributedMaxPool(_Pool):
         ceil_mode: bool = False,
     ) -> None:
         super().__init__(P_x, kernel_size, stride, padding, dilation, ceil_mode)
-        if return_indices:
-            raise self._refuse("return_indices=True is not supported")
+        self.return_indices = return_indices
 
     def geometry(self, d: int, length: int, inputs: Inputs) -> _Sliding:
         found = super().geometry(d, length, inputs)
@@ -149,14 +149,37 @@ class _DistributedMaxPool(_Pool):
     def local(self, views: Sequence[View]) -> Local:
         # torch's own padding on the left never wins: a maximum of nothing but -inf has the serial gradient.
         native, before = _padding(views, left=True)
+        options = (self.kernel_size, self.stride, native, self.dilation, self.ceil_mode, self.return_indices)
 
-        def pool(z: torch.Tensor) -> torch.Tensor:
+        def pool(z: torch.Tensor) -> Any:
             if before is not None:
                 z = F.pad(z, before, value=_lowest(z.dtype))
-            max_pool = _MAX_POOLS[self.dims]
-            return _cropped(max_pool(z, self.kernel_size, self.stride, native, self.dilation, self.ceil_mode), views)
+            y = _MAX_POOLS[self.dims](z, *options)
+            if not self.return_indices:
+                return _cropped(y, views)
+            return _cropped(y[0], views), _global_places(_cropped(y[1], views), z.shape[2:], views)
 
         return pool
+
+    def forward(self, x: torch.Tensor) -> Any:
+        y = super().forward(x)
+        if self.return_indices and isinstance(y, torch.Tensor):  # nothing was pooled
+            return y, torch.empty_like(y, dtype=torch.long)
+        return y
+
+    def extra_repr(self) -> str:
+        return super().extra_repr() + (", return_indices=True" if self.return_indices else "")
+
+
+def _global_places(places: torch.Tensor, held: Sequence[int], views: Sequence[View]) -> torch.Tensor:
+    """Flat indices into a held block of the given shape as flat indices into the global tensor."""
+    if all(view.is_whole for view in views):
+        return places
+    found, stride = torch.zeros_like(places), 1
+    for n, view in zip(reversed(held), reversed(views), strict=True):
+        found += (places % n + view.held[0]) * stride
+        places, stride = places // n, stride * view.length
+    return found
 
 
 def _lowest(dtype: torch.dtype) -> float:

@@ -14,6 +14,7 @@ from ranks import on_ranks
 from twins import assert_refused, assert_second_gradients, assert_twins, integers, uneven
 
 import distdl_lite as dl
+import distdl_lite.nn as dnn
 from distdl_lite.nn import adaptive_pool, pool
 from distdl_lite.testing import count, spmd
 
@@ -135,6 +136,54 @@ def test_dtypes(world: dl.Partition) -> None:
         assert_twins(*twin(name, P, options), torch.randn(1, 2, 7).bfloat16(), P)
 
 
+def test_indices() -> None:
+    """The places of the maxima, ties and NaNs too, are torch's in the global tensor, and the maxima have its gradient."""
+    rng = random.Random(4)
+    accepted = 0
+    while accepted < 40:
+        dims = rng.choice([1, 2, 2, 3])
+        grid, options = rng.choice(GRIDS[dims]), drawn_options(rng, "MaxPool", dims)
+        options["return_indices"] = True
+        shape = (rng.choice([1, 2]), rng.choice([1, 2]), *(rng.choice([2, 3, 5, 7, 8, 11]) for _ in range(dims)))
+        x = integers(*shape, dtype=rng.choice([torch.float64, torch.float32, torch.bfloat16]))
+        x[x == 2] = rng.choice([2.0, torch.nan, -torch.inf])
+        bounds = uneven(rng, shape, grid) if rng.random() < 0.5 else None
+        serial = getattr(torch.nn, f"MaxPool{dims}d")(**options)
+        x_serial = x.clone().requires_grad_()
+        try:
+            wanted = serial(x_serial)
+        except RuntimeError:
+            continue
+        accepted += 1
+        wanted[0].sum().backward()
+        wanted = (*wanted, x_serial.grad)
+
+        def body(world: dl.Partition, case: Any = (f"MaxPool{dims}d", grid, options, x, bounds, wanted)) -> None:
+            name, grid, options, x, bounds, wanted = case
+            P = world.grid(grid)
+            layer = twin(name, P, options)[0]
+            leaf = x[P.block(x.shape)].clone().requires_grad_()
+            y, places = layer(leaf if bounds is None else dnn.Repartition(P, P, bounds=bounds)(leaf))
+            y.sum().backward()
+            for found, whole in zip((y, places, leaf.grad), wanted, strict=True):
+                torch.testing.assert_close(found, whole[P.block(whole.shape)], rtol=0, atol=0, equal_nan=True)
+
+        spmd(math.prod(grid), body)
+
+
+@on_ranks(3)
+def test_indices_where_nothing_is_pooled(world: dl.Partition) -> None:
+    """A rank without outputs, and one outside the partition, get pairs too; integers have places."""
+    P = world.grid((1, 1, 2))
+    layer, serial = twin("MaxPool1d", P, {"kernel_size": 3, "return_indices": True})
+    x = integers(1, 2, 4, dtype=torch.int64)
+    y, places = layer(x[P.block(x.shape)] if P.active else dl.zero_volume_tensor())
+    assert places.dtype is torch.int64
+    if P.active:
+        assert all(torch.equal(a, b[P.block(b.shape)]) for a, b in zip((y, places), serial(x), strict=True))
+    assert "return_indices=True" in repr(layer)
+
+
 @on_ranks(4)
 def test_second_gradients(world: dl.Partition) -> None:
     """Double backward is the serial one's."""
@@ -181,7 +230,6 @@ def test_refusals(world: dl.Partition) -> None:
         return lambda: make()(x[P.block(x.shape)] if P.active else dl.zero_volume_tensor())
 
     attempts: list[tuple[Any, str]] = [
-        (lambda: pool.DistributedMaxPool1d(P, 2, return_indices=True), "return_indices"),
         (lambda: adaptive_pool.DistributedAdaptiveMaxPool1d(P, 2, return_indices=True), "return_indices"),
         (lambda: adaptive_pool.DistributedAdaptiveAvgPool1d(P, 0), "output_size=0"),
         (lambda: pool.DistributedMaxPool2d(P, 2), "has 3 axes"),

@@ -1,0 +1,92 @@
+"""Means over cut dims: sums divided by global counts."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from distdl_lite import layout as lay
+from distdl_lite.nn.kernel import wide
+from distdl_lite.nn.module import Module
+from distdl_lite.nn.movement import agreed_inputs
+from distdl_lite.partition import Partition
+from distdl_lite.shown import shown
+
+
+@dataclass(frozen=True)
+class _Built:
+    team: tuple[int, ...]  # the ranks whose blocks are summed up with this one's
+    count: int
+    graph: bool
+
+
+class DistributedMean(Module):
+    """The mean over some dims of the tensor that the blocks over `P_x` form, as torch.mean.
+
+    Input of a floating or complex dtype in blocks of any sizes. The output is cut as the other dims of the input are, and
+    the same on all ranks that differ only along the averaged axes: one value shown on each of them, as a loss is. So each
+    of them must go on to compute the same with it, and its gradient is the serial one, not their number times it. (Means
+    per channel that go on into a layer over fewer ranks are `DistributedAdaptiveAvgPool2d`'s with output_size 1.)
+    Ranks outside return what they pass.
+
+    Parameters
+    ----------
+    P_x : Partition
+        One axis per dim of the input.
+    dim : int, sequence of int or None
+        The dims to average; None, or none, are all.
+    keepdim : bool
+        Whether they stay, with length 1.
+
+    Raises
+    ------
+    ValueError
+        In the constructor if a dim does not exist or is named twice; at build if the blocks form no tensor product.
+    TypeError
+        At build, if the input is of an integer dtype. On all ranks alike.
+
+    Notes
+    -----
+    Sums of the blocks, in float32 for half precision, are added up by one Allreduce over the ranks that share the result
+    and divided by the global number of points, 0 / 0 for none. Backward communicates nothing, double backward one Allreduce.
+    """
+
+    def __init__(self, P_x: Partition, dim: int | Sequence[int] | None = None, keepdim: bool = False) -> None:
+        super().__init__(P_x)
+        self.P_x, self.dim, self.keepdim = P_x, dim, keepdim
+        named = (dim,) if isinstance(dim, int) else tuple(dim or ())
+        self._dims = tuple(sorted(d % P_x.dim for d in named)) or tuple(range(P_x.dim))
+        if any(not -P_x.dim <= d < P_x.dim for d in named) or len(set(self._dims)) != len(self._dims):
+            raise self._refuse(f"dim={dim} are not different dims of a tensor of {P_x.dim} dims")
+
+    def _refuse(self, why: str) -> ValueError:
+        return ValueError(f"{type(self).__name__}: {why}")
+
+    def _distdl_module_setup(self, input: tuple[Any, ...]) -> _Built:
+        inputs = agreed_inputs(type(self).__name__, self._distdl_structure, self.P_x)
+        if not (inputs.dtype.is_floating_point or inputs.dtype.is_complex):
+            raise TypeError(f"{type(self).__name__}: the input has dtype {inputs.dtype}, which has no means")
+        grid = self.P_x.grid_of_ranks
+        n = lay.global_shape_of(lay.blocks(grid, lay.cuts_from_shapes(grid, inputs.shapes)))
+        index = grid.index(self._distdl_transport.rank)
+        assert index is not None
+        team = grid.members({axis: i for axis, i in enumerate(index) if axis not in self._dims})
+        return _Built(tuple(sorted(team)), math.prod(n[d] for d in self._dims), inputs.requires_grad)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not self._distdl_is_inside:
+            return x
+        built: _Built = self._distdl_plan
+        if len(built.team) == 1:
+            return x.mean(self._dims, self.keepdim)
+        if built.graph and not x.requires_grad:  # every rank needs a graph node for double backward
+            x = x.detach().requires_grad_(torch.is_grad_enabled())
+        part = x.sum(self._dims, self.keepdim, dtype=wide(x.dtype))
+        return (shown(part, built.team, self._distdl_transport) / built.count).to(x.dtype)
+
+    def extra_repr(self) -> str:
+        return f"dim={self.dim}, keepdim={self.keepdim}, P_x={self.P_x.shape}"
