@@ -15,6 +15,13 @@ from distdl_lite.nn.conv_transpose import (
     DistributedConvTranspose2d,
     DistributedConvTranspose3d,
 )
+from distdl_lite.nn.dropout import (
+    DistributedDropout,
+    DistributedDropout1d,
+    DistributedDropout2d,
+    DistributedDropout3d,
+)
+from distdl_lite.nn.embedding import DistributedEmbedding
 from distdl_lite.nn.linear import DistributedLinear
 from distdl_lite.nn.loss import (
     DistributedBCELoss,
@@ -29,6 +36,7 @@ from distdl_lite.nn.loss import (
 from distdl_lite.nn.module import Module
 from distdl_lite.nn.movement import Movement
 from distdl_lite.nn.norm import DistributedBatchNorm
+from distdl_lite.nn.parallel_linear import DistributedColumnParallelLinear, DistributedRowParallelLinear
 from distdl_lite.nn.parameter import Layer
 from distdl_lite.nn.pool import (
     DistributedAvgPool1d,
@@ -47,4 +55,5 @@ from distdl_lite.nn.primitives import (
     Repartition,
     SumReduce,
 )
+from distdl_lite.nn.softmax import DistributedLogSoftmax, DistributedSoftmax
 from distdl_lite.nn.upsample import DistributedUpsample
