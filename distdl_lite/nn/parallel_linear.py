@@ -128,6 +128,7 @@ class _ParallelLinear(Layer):
         return grid, list(lead), features
 
     def _operator(self, X: Layout, Y: Layout) -> Operator:
+        """Between the blocks of lines; it needs no anchor of its own, since forward anchors what it gives it."""
         return Operator(plan(X, Y, self._distdl_transport.rank), self._distdl_transport, type(self).__name__)
 
     def _gathered_and_kept(self, entire: Layout, parts: Layout) -> tuple[Operator, Operator]:

@@ -102,16 +102,18 @@ def test_equals_serial(world: Partition) -> None:
 
 @on_ranks(4, mpi=True)
 def test_feed_forward_and_double_backward(world: Partition) -> None:
-    """Column then row, the rows cut outside and whole inside, or whole throughout; also with the batch cut."""
+    """Column then row: the hidden features cut, the rows cut outside too, or all whole; also with the batch cut."""
     torch.manual_seed(0)
     serial = torch.nn.Sequential(torch.nn.Linear(6, 9), torch.nn.Tanh(), torch.nn.Linear(9, 2)).double()
     x = torch.randn(4, 6, dtype=torch.float64)
-    for shape, cuts_rows in itertools.product(((1, 4), (2, 2)), (False, True)):
+    for shape, (cuts_rows, is_whole) in itertools.product(
+        ((1, 4), (2, 2)), ((False, False), (True, False), (False, True))
+    ):
         P = world.grid(shape)
         net = torch.nn.Sequential(
-            Column(P, 6, 9, sequence_parallel=cuts_rows, dtype=torch.float64),
+            Column(P, 6, 9, gather_output=is_whole, sequence_parallel=cuts_rows, dtype=torch.float64),
             torch.nn.Tanh(),
-            Row(P, 9, 2, scatter_output=cuts_rows, dtype=torch.float64),
+            Row(P, 9, 2, input_is_parallel=not is_whole, scatter_output=cuts_rows, dtype=torch.float64),
         )
         dl.load_serial_state_dict(net, serial.state_dict())
         serial.zero_grad()
@@ -173,7 +175,7 @@ def test_start_values(world: Partition) -> None:
         assert all(value == norm for value in world.allgather_data(norm) or ())
 
 
-@on_ranks(2)
+@on_ranks(2, mpi=True)
 def test_life(world: Partition) -> None:
     P = world.grid((1, 2))
     for layer, width in (

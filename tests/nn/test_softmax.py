@@ -29,9 +29,10 @@ KINDS = ((dnn.DistributedSoftmax, torch.nn.Softmax), (dnn.DistributedLogSoftmax,
 
 
 def drawn(rng: random.Random, shape: list[int]) -> torch.Tensor:
-    """Values that overflow without the shift, some -inf, some lines of nothing else."""
+    """Values that overflow without the shift, some -inf, some lines of nothing else, a few inf and nan."""
     x = torch.randn(shape, dtype=torch.float64) * 10 ** rng.choice((0, 1, 4))
     x = torch.where(torch.rand(shape) < rng.choice((0, 0.3, 0.9)), -torch.inf, x)
+    x = torch.where(torch.rand(shape) < rng.choice((0, 0, 0.05)), rng.choice((torch.inf, torch.nan)), x)
     return x + rng.choice((0, 1e5))
 
 
@@ -82,7 +83,7 @@ def test_messages(world: Partition) -> None:
     assert counted.messages == 0
 
 
-@on_ranks(2)
+@on_ranks(2, mpi=True)
 def test_low_precision(world: Partition) -> None:
     """Halves are computed in float32, where torch's own log-softmax is two units of the last place off."""
     P, x = world.grid((1, 2)), torch.randn(3, 8) * 20
