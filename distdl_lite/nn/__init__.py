@@ -15,6 +15,13 @@ from distdl_lite.nn.conv_transpose import (
     DistributedConvTranspose2d,
     DistributedConvTranspose3d,
 )
+from distdl_lite.nn.dropout import (
+    DistributedDropout,
+    DistributedDropout1d,
+    DistributedDropout2d,
+    DistributedDropout3d,
+)
+from distdl_lite.nn.embedding import DistributedEmbedding
 from distdl_lite.nn.fft import DistributedFFT
 from distdl_lite.nn.flatten import DistributedFlatten
 from distdl_lite.nn.group_norm import DistributedGroupNorm
@@ -51,6 +58,7 @@ from distdl_lite.nn.pad import (
     DistributedZeroPad2d,
     DistributedZeroPad3d,
 )
+from distdl_lite.nn.parallel_linear import DistributedColumnParallelLinear, DistributedRowParallelLinear
 from distdl_lite.nn.parameter import Layer
 from distdl_lite.nn.pool import (
     DistributedAvgPool1d,
@@ -69,4 +77,5 @@ from distdl_lite.nn.primitives import (
     Repartition,
     SumReduce,
 )
+from distdl_lite.nn.softmax import DistributedLogSoftmax, DistributedSoftmax
 from distdl_lite.nn.upsample import DistributedUpsample

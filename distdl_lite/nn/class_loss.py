@@ -10,19 +10,19 @@ import torch.nn.functional as F
 
 from distdl_lite import layout as lay
 from distdl_lite.layout import Shape
-from distdl_lite.nn.kernel import connected_zeros
+from distdl_lite.nn.kernel import connected_zeros, wide
 from distdl_lite.nn.loss import _Built, _DistributedLoss
-from distdl_lite.operator import Operator
+from distdl_lite.nn.module import raise_together
+from distdl_lite.nn.softmax import CutDim, cut_dim, log_softmax
 from distdl_lite.partition import Partition
-from distdl_lite.plan import plan
+from distdl_lite.shown import shown
 
 
 @dataclass(frozen=True)
 class _BuiltOverClasses(_Built):
-    """Also what a cut class dim needs; `over_classes` sums over it, None where it is whole."""
+    """Also the class dim if it is cut."""
 
-    over_classes: Operator | None
-    team: tuple[int, ...]
+    over_classes: CutDim | None
 
 
 class DistributedNLLLoss(_DistributedLoss):
@@ -38,18 +38,20 @@ class DistributedNLLLoss(_DistributedLoss):
     weight : torch.Tensor, optional
         Of all ``C`` classes, the same on all ranks.
     ignore_index, reduction
-        As in torch; a mean divides by the global sum of the targets' weights.
+        As in torch; a mean divides by the global sum of the targets' weights. With "none" the terms of the target's block,
+        the same on ranks that differ only along the class axis, and so is the gradient that each of them takes.
 
     Raises
     ------
     ValueError
-        At build, on all ranks, if input, target and weight do not fit, or reduction is "none" and the class dim is cut.
+        At build, on all ranks, if input, target and weight do not fit.
     IndexError
-        On all ranks if a target is no class.
+        If a target is no class: on all ranks, with reduction "none" on those that hold this target.
 
     Notes
     -----
-    The value is one number shown on every rank, and its gradient the serial one, as for the other losses.
+    The value is one number shown on every rank, and its gradient the serial one, as for the other losses. With reduction
+    "none" and cut classes the terms are summed in one all-reduce among the ranks that hold classes of the same points.
     """
 
     function = F.nll_loss
@@ -76,27 +78,35 @@ class DistributedNLLLoss(_DistributedLoss):
 
     def _distdl_module_setup(self, input: tuple[Any, ...]) -> _BuiltOverClasses:
         built = super()._distdl_module_setup(input)
-        classes, grid, axis = built.global_shape[self._axis], self.P_x.grid_of_ranks, self._axis
+        classes, grid = built.global_shape[self._axis], self.P_x.grid_of_ranks
         if self.weight is not None and self.weight.shape != (classes,):
             raise self._refuse(f"weight of shape {tuple(self.weight.shape)} does not fit {classes} classes")
-        if grid.shape[axis] > 1 and self.reduction == "none":
-            raise self._refuse(f"reduction 'none' with the classes cut over P_x of shape {grid.shape}")
         cuts = lay.cuts_from_shapes(grid, {rank: tensors[0].shape for rank, tensors in self._distdl_structure.items()})
-        points = [lay.Dim(((0, 1),)) if a == axis else lay.Dim(lay.ranges_of(cut), (a,)) for a, cut in enumerate(cuts)]
-        X = lay.Layout(grid, tuple(points), tuple(a for a in range(grid.dim) if a != axis))
-        rank, transport = self._distdl_transport.rank, self._distdl_transport
-        add_up = None
-        if grid.shape[axis] > 1:
-            add_up = Operator(plan(X, X, rank), transport, type(self).__name__, built.graph)
-        return _BuiltOverClasses(built.box, built.global_shape, built.graph, add_up, X.replicas(rank))
+        over_classes = cut_dim(self, self.P_x, cuts, self._axis, built.graph)
+        return _BuiltOverClasses(built.box, built.global_shape, built.graph, over_classes)
 
     # ---- forward -----------------------------------------------------------------------------------------------------
 
     def _terms(self, input: torch.Tensor, target: torch.Tensor, built: _BuiltOverClasses) -> torch.Tensor:
         if built.over_classes is None:
             return super()._terms(input.contiguous(), target, built)  # torch's backward takes no other in four dims
-        terms = self._partial(self._log_probabilities(input, built), target, built)
+        find = self._shown if self.reduction == "none" else self._partial
+        terms = find(self._log_probabilities(input, built), target, built)
         return terms if torch.is_autocast_enabled(input.device.type) else terms.to(input.dtype)
+
+    def _shown(self, log_p: torch.Tensor, target: torch.Tensor, built: _BuiltOverClasses) -> torch.Tensor:
+        """The terms, shown on all ranks that hold classes of these points; with them travels whether any of these failed."""
+        assert built.over_classes is not None
+        team, error = built.over_classes.team, None
+        try:
+            parts = self._partial(log_p, target, built)
+        except Exception as raised:  # raised again below, on all of the team
+            error, parts = raised, log_p.new_zeros(self._target_shape(log_p.shape, ()))
+        failed = parts.new_full((1,), error is not None)
+        terms = shown(torch.cat([parts.reshape(-1), failed]), team, self._distdl_transport)
+        if terms[-1].item():
+            raise_together(self._distdl_transport, team, error)
+        return terms[:-1].view(parts.shape)
 
     def _log_probabilities(self, input: torch.Tensor, built: _BuiltOverClasses) -> torch.Tensor:
         return input
@@ -184,11 +194,7 @@ class DistributedCrossEntropyLoss(DistributedNLLLoss):
     def _log_probabilities(self, input: torch.Tensor, built: _BuiltOverClasses) -> torch.Tensor:
         """log_softmax over the cut class dim."""
         assert built.over_classes is not None
-        x = input.float() if input.dtype in (torch.float16, torch.bfloat16) else input
-        shape = [1 if a == self._axis else n for a, n in enumerate(x.shape)]
-        top = x.detach().amax(self._axis, keepdim=True) if x.shape[self._axis] else x.new_full(shape, -torch.inf)
-        z = x - self._distdl_transport.all_reduce(built.team, top.contiguous(), "max")
-        return z - built.over_classes(z.exp().sum(self._axis, keepdim=True)).log()
+        return log_softmax(input.to(wide(input.dtype)), built.over_classes)
 
     def _partial(self, log_p: torch.Tensor, target: torch.Tensor, built: _BuiltOverClasses) -> torch.Tensor:
         classes, smoothing = built.global_shape[self._axis], self.label_smoothing

@@ -111,7 +111,7 @@ def test_losses_over_classes(world: Partition) -> None:
             P = world.grid(grid, ranks)
             for reduction in (
                 "mean",
-                *(["none"] if grid[1] == 1 and number else []),
+                *(["none"] if number else []),
                 *(["sum"] if number == 5 else []),
             ):
                 check(P, case, reduction, cuts_of(SHAPE, grid, rng if number % 2 else None))
@@ -122,21 +122,23 @@ def test_one_sample_without_batch(world: Partition) -> None:
     x, P = draw(7), world.grid((4,))
     for t in (torch.tensor(5), draw(7).softmax(0)):
         mine = t if t.dim() == 0 else block(t, P, P.bounds((7,)))
-        value = class_loss.DistributedCrossEntropyLoss(P)(block(x, P, P.bounds((7,))), mine)
-        torch.testing.assert_close(value, torch.nn.functional.cross_entropy(x, t))
+        for reduction in ("mean", "none"):
+            value = class_loss.DistributedCrossEntropyLoss(P, reduction=reduction)(block(x, P, P.bounds((7,))), mine)
+            torch.testing.assert_close(value, torch.nn.functional.cross_entropy(x, t))
 
 
 @on_ranks(4, mpi=True)
 def test_double_backward(world: Partition) -> None:
-    for name, options, x_global, t_global in (*list(elementwise())[::3], *list(over_classes())[1::4]):
+    some = [(case, "mean") for case in (*list(elementwise())[::3], *list(over_classes())[1::4])]
+    for (name, options, x_global, t_global), reduction in (*some, *((case, "none") for case, _ in some[-3:])):
         P = world.grid((2, 2, 1), (0, 2, 1, 3))
         cuts = P.bounds(SHAPE)
         x_serial, x = leaf(x_global), leaf(block(x_global, P, cuts))
         t = block(t_global, P, cuts, (0, 2) if t_global.dim() == 2 else None)
-        serial = serial_loss(name, "mean", options, x_serial, t_global) ** 2
-        value = distributed(name)(P, **options)(x, t) ** 2
+        serial = serial_loss(name, reduction, options, x_serial, t_global) ** 2
+        value = distributed(name)(P, reduction=reduction, **options)(x, t) ** 2
         for found, leafs in ((serial, x_serial), (value, x)):
-            (gradient,) = torch.autograd.grad(found, leafs, create_graph=True)
+            (gradient,) = torch.autograd.grad(found.sum(), leafs, create_graph=True)
             gradient.square().sum().backward()
         torch.testing.assert_close(x.grad, block(x_serial.grad, P, cuts))
 
@@ -211,12 +213,13 @@ def test_refusals(world: Partition) -> None:
 
     refused(ValueError, "rank 0 passed a target of shape", loss.DistributedMSELoss(P), x, x[:, :1] if first else x)
     refused(ValueError, "it must be", classes(P), x, torch.zeros(3, 2, dtype=torch.long))
-    refused(ValueError, "classes cut", classes(P, reduction="none"), x, torch.zeros(3, 4, dtype=torch.long))
     refused(ValueError, "does not fit 4 classes", classes(P, weight=torch.rand(3)), x, x)
     refused(ValueError, "ignore_index", classes(P, ignore_index=0), x, x)
     refused(ValueError, "probabilities of dtype", classes(P), x, x.long())
     bad = torch.full((3, 4), 9 if first else 0)
     refused(IndexError, "Target 9 is out of bounds", classes(P), x, bad)
+    everywhere, x_all = torch.full((3, 4), 9 * (world.rank in (0, 2))), world.grid((1, 4, 1))
+    refused(IndexError, "Target 9 is out of bounds", classes(x_all, reduction="none"), x, everywhere)
     rows = world.grid((4, 1, 1))
     refused(IndexError, "Target 9 is out of bounds", classes(rows), x, bad)
     refused(RuntimeError, "between 0 and 1", loss.DistributedBCELoss(rows), x * (9 if first else 1), x)

@@ -1,0 +1,184 @@
+"""Dropout whose mask does not depend on the partition: a hash of one seed and the global index."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+
+from distdl_lite import layout as lay
+from distdl_lite.layout import Box, Shape
+from distdl_lite.nn.module import Module
+from distdl_lite.nn.movement import agreed_inputs
+from distdl_lite.nn.parallel_linear import anchored
+from distdl_lite.partition import Partition
+
+_HASHED_AT_ONCE = 2**16  # elements: the two int64 tensors of a hash then stay in the cache
+_STEP, _FACTORS = 0x9E3779B97F4A7C15, ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB))
+
+
+def _signed(number: int) -> int:
+    """The int64 of the same 64 bits."""
+    return (number + 2**63) % 2**64 - 2**63
+
+
+def _fold(z: torch.Tensor, shift: int) -> torch.Tensor:
+    """``z ^ (z >> shift)`` of unsigned numbers, in place."""
+    return z.bitwise_xor_((z >> shift).bitwise_and_((1 << (64 - shift)) - 1))
+
+
+def mask_of(box: Box, global_shape: Shape, seed: int, p: float, device: torch.device | str = "cpu") -> torch.Tensor:
+    """What dropout keeps of a box of a tensor: each point with probability 1 - p, by its global index alone.
+
+    Point i in row-major order of `global_shape` gets the i-th number of splitmix64 started at `seed`: Steele, Lea and Flood,
+    "Fast splittable pseudorandom number generators", OOPSLA 2014, figure 17, with the constants of Stafford's mix 13, as in
+    Vigna's splitmix64.c. It is kept where that number, read as a signed one, is at least ``p * 2^64 - 2^63``, which is
+    exact for every float p from 2^-12 on, and to 2^-64 below.
+
+    Parameters
+    ----------
+    box : tuple of (start, stop)
+    global_shape : tuple of int
+    seed : int
+        64 bits.
+    p : float
+        Of [0, 1).
+    device : torch.device or str
+
+    Returns
+    -------
+    torch.Tensor
+        bool, of the shape of the box.
+    """
+    mask = torch.empty(lay.shape_of(box), dtype=torch.bool, device=device)
+    _fill(mask, [start for start, _ in box], global_shape, seed, int(p * 2.0**64) - 2**63)
+    return mask
+
+
+def _fill(mask: torch.Tensor, starts: list[int], global_shape: Shape, seed: int, threshold: int) -> None:
+    """Write the part of a mask that starts at the given point, in pieces of bounded size."""
+    if mask.numel() > _HASHED_AT_ONCE:
+        dim = max(range(mask.dim()), key=lambda d: mask.shape[d])
+        half = mask.shape[dim] // 2
+        middle = [start + half * (d == dim) for d, start in enumerate(starts)]
+        _fill(mask.narrow(dim, 0, half), starts, global_shape, seed, threshold)
+        _fill(mask.narrow(dim, half, mask.shape[dim] - half), middle, global_shape, seed, threshold)
+        return
+    z = torch.full((1,) * mask.dim(), _signed(seed + _STEP), device=mask.device)
+    for d, (start, n) in enumerate(zip(starts, mask.shape, strict=True)):
+        stride = _signed(_STEP * math.prod(global_shape[d + 1 :]))
+        positions = torch.arange(start, start + n, device=mask.device).mul_(stride)  # int64 wraps around
+        z = z + positions.view(*(-1 if e == d else 1 for e in range(mask.dim())))
+    for shift, factor in _FACTORS:
+        _fold(z, shift).mul_(_signed(factor))
+    torch.ge(_fold(z, 31), threshold, out=mask)
+
+
+class DistributedDropout(Module):
+    """Dropout over the tensor that the blocks over `P_x` form: the same mask on any partition, though not torch's.
+
+    In training each point is zeroed with probability p and the others are multiplied by ``1 / (1 - p)``; in eval the input is
+    returned. Input and output in the same blocks, of any sizes. Ranks outside `P_x` pass and get zero-volume tensors.
+
+    Parameters
+    ----------
+    P_x : Partition
+        One axis per dim of the input.
+    p : float
+        Of [0, 1]; it is met exactly.
+    inplace : bool
+        Whether the input is overwritten.
+
+    Raises
+    ------
+    ValueError
+        In the constructor if p is not in [0, 1]; at build if the blocks form no tensor product. On all ranks alike.
+
+    Notes
+    -----
+    The mask is a hash of the global index and of a seed, see `distdl_lite.nn.dropout.mask_of`. Every rank, also one outside
+    `P_x`, draws one seed from torch's CPU generator in each forward that drops some points; that of the first rank of `P_x`
+    counts, so that ranks with different generators agree. This takes one broadcast of 8 bytes in forward; backward
+    communicates nothing. As the seed comes from the generator, checkpointing recomputes the same mask.
+    """
+
+    _masked: int | None = None  # leading dims that have a mask of their own: all
+
+    def __init__(self, P_x: Partition, p: float = 0.5, inplace: bool = False) -> None:
+        super().__init__(P_x)
+        if not 0.0 <= p <= 1.0:
+            raise ValueError(f"{type(self).__name__}: p={p} is not in [0, 1]")
+        self.P_x, self.p, self.inplace = P_x, p, inplace
+
+    def _distdl_module_setup(self, input: tuple[Any, ...]) -> tuple[Box, Shape, bool]:
+        inputs = agreed_inputs(type(self).__name__, self._distdl_structure, self.P_x)
+        X = lay.blocks(self.P_x.grid_of_ranks, lay.cuts_from_shapes(self.P_x.grid_of_ranks, inputs.shapes))
+        box = X.box(self._distdl_transport.rank)
+        assert box is not None
+        return box[: self._masked], lay.global_shape_of(X)[: self._masked], inputs.requires_grad
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not self.training or self.p == 0:
+            return x
+        if self.p == 1:
+            return x.mul_(0) if self.inplace else x * 0
+        seed = torch.randint(2**63 - 1, (1,))
+        if not self._distdl_is_inside:
+            return x
+        ranks = self.P_x.ranks
+        self._distdl_transport.broadcast(sorted(ranks), seed, ranks[0])
+        box, global_shape, graph = self._distdl_plan
+        if not self.inplace:  # with a graph node everywhere, all ranks recompute a checkpoint
+            x = anchored(x, graph)
+        mask = mask_of(box, global_shape, int(seed), self.p, x.device)
+        mask = mask.view(*mask.shape, *(1,) * (x.dim() - mask.dim()))
+        return (x.mul_(mask) if self.inplace else x * mask).mul_(1 / (1 - self.p))
+
+    def extra_repr(self) -> str:
+        return f"p={self.p}, inplace={self.inplace}, P_x={self.P_x.shape}"
+
+
+class _ChannelDropout(DistributedDropout):
+    """Dropout of whole channels of the tensor ``(N, C, *space)`` that the blocks over `P_x` form.
+
+    The mask is that of `DistributedDropout` for a tensor ``(N, C)``, whose description holds for the rest.
+
+    Parameters
+    ----------
+    P_x : Partition
+        ``[P_b, P_c, *P_space]``, any axis of which may be cut.
+    p, inplace
+        As in `DistributedDropout`.
+
+    Raises
+    ------
+    ValueError
+        As in `DistributedDropout`; also in the constructor if `P_x` has another number of axes.
+    """
+
+    _masked = 2
+    _dims: int
+
+    def __init__(self, P_x: Partition, p: float = 0.5, inplace: bool = False) -> None:
+        super().__init__(P_x, p, inplace)
+        if P_x.dim != 2 + self._dims:
+            raise ValueError(
+                f"{type(self).__name__}: P_x of shape {P_x.shape} has {P_x.dim} axes, a tensor (N, C, *space) has "
+                f"{2 + self._dims} dims"
+            )
+
+
+class DistributedDropout1d(_ChannelDropout):
+    __doc__ = _ChannelDropout.__doc__
+    _dims = 1
+
+
+class DistributedDropout2d(_ChannelDropout):
+    __doc__ = _ChannelDropout.__doc__
+    _dims = 2
+
+
+class DistributedDropout3d(_ChannelDropout):
+    __doc__ = _ChannelDropout.__doc__
+    _dims = 3
