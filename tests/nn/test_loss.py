@@ -223,7 +223,9 @@ def test_refusals(world: Partition) -> None:
     rows = world.grid((4, 1, 1))
     refused(IndexError, "Target 9 is out of bounds", classes(rows), x, bad)
     refused(RuntimeError, "between 0 and 1", loss.DistributedBCELoss(rows), x * (9 if first else 1), x)
-    refused(TypeError, "rank 0 passed nothing", loss.DistributedMSELoss(P), *([x] if first else [x, x]))
+    refused(
+        ValueError, "rank 0: number of arguments 1, others 2", loss.DistributedMSELoss(P), *([x] if first else [x, x])
+    )
     with pytest.raises(ValueError, match="reduction 'max'"):
         loss.DistributedL1Loss(P, reduction="max")
     with pytest.raises(ValueError, match="label_smoothing"):
