@@ -103,6 +103,8 @@ class Plan:
         Whether points of the output (of the adjoint's output) may receive more than one contribution.
     pattern : Pattern
         Of the operator as a whole, the same on all ranks.
+    nothing : tuple of int
+        Shape of the tensor that a rank gets where it holds nothing.
     """
 
     rank: int
@@ -112,6 +114,7 @@ class Plan:
     adds_out: bool
     adds_in: bool
     pattern: Pattern
+    nothing: Shape = (0,)
 
     def adjoint(self) -> Plan:
         """The plan of the adjoint: sends and receives swapped."""
@@ -127,8 +130,8 @@ class Plan:
 
     @property
     def returned_shape(self) -> Shape:
-        """Shape of the tensor a rank gets, ``(0,)`` where it holds nothing; a scalar's ``()`` is not nothing."""
-        return (0,) if self.shape_out is None else self.shape_out
+        """Shape of the tensor a rank gets; a scalar's ``()`` is not nothing."""
+        return self.nothing if self.shape_out is None else self.shape_out
 
     @cached_property
     def gaps(self) -> list[tuple[slice, ...]]:

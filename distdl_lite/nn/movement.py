@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -146,16 +146,15 @@ class Movement(Module):
         built = plan(X, Y, transport.rank)
         if inputs.dtype is torch.bool and (X.overlaps or built.pattern.sums):
             raise TypeError(f"{name}: bool tensors can be moved but not added")
+        if self.preserve_batch and input[0].dim():
+            built = replace(built, nothing=(input[0].shape[0], 0))
         return Operator(built, transport, name, inputs.requires_grad), inputs.dtype
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not self._distdl_is_inside:
             return x
         operator, dtype = self._distdl_plan
-        y = into(operator, x, dtype)
-        if operator.plan.shape_out is None and self.preserve_batch and x.dim():
-            return y.view(x.shape[0], 0)
-        return y
+        return into(operator, x, dtype)
 
     def extra_repr(self) -> str:
         return f"P_x={self.P_x.shape}, P_y={self.P_y.shape}"

@@ -194,7 +194,7 @@ def draw(path: str, P: dl.Partition, pictures: dict[str, torch.Tensor]) -> None:
         row, column = rows[len(rows) // 2], columns[len(columns) // 2]
         below.set_xlim(column - 100, column + 100)
         below.set_ylim(row + 60, row - 60)
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=90)
 
 
 # ---- the main job ----------------------------------------------------------------------------------------------------
