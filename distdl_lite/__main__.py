@@ -20,6 +20,7 @@ from distdl_lite import layout as lay
 from distdl_lite import nn as dnn
 from distdl_lite import show
 from distdl_lite.grid import Grid
+from distdl_lite.nn import overlap
 from distdl_lite.partition import Partition
 from distdl_lite.plan import plan
 from distdl_lite.transport import enter
@@ -165,6 +166,8 @@ def bench(arguments: argparse.Namespace) -> str | None:
 
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
+    if arguments.overlap == "off":
+        overlap.LEAST_BYTES = sys.maxsize
     P = Partition.world()
     allowed = benchmarks.RANKS.get(arguments.which, (P.size,))
     if P.size not in allowed:
@@ -224,6 +227,9 @@ def parser() -> argparse.ArgumentParser:
     )
     timed.add_argument("which", choices=("primitives", "conv", "plan"))
     timed.add_argument("--json", metavar="FILE", help="write the rows there too")
+    timed.add_argument(
+        "--overlap", choices=("on", "off"), default="on", help="whether halos travel during convolutions (on)"
+    )
     timed.add_argument("--seconds", type=float, default=1.0, help="to spend on each row (1)")
     timed.set_defaults(run=bench)
     return made

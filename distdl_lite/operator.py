@@ -76,13 +76,16 @@ class Operator:
             self._moving = None
             raise
 
-    def finish(self, pending: Any) -> torch.Tensor:
-        """Wait for what `start` began; returns the local output as a fresh tensor, ``(0,)`` where there is none."""
+    def finish(self, pending: Any, into: torch.Tensor | None = None) -> torch.Tensor:
+        """Wait for what `start` began; returns the local output as a fresh tensor, ``(0,)`` where there is none.
+
+        A tensor `into` which an exchange shall add is changed and returned.
+        """
         channel, self._moving = self._moving, None
         if channel is None:
             raise RuntimeError(f"{self.label}: finished before it was started")
         began = perf_counter() if "tallies" in self.transport.local else 0.0
-        y = channel.finish(pending)
+        y = channel.finish(pending) if into is None else channel.finish(pending, into)
         if began:
             record(self.transport.local, 0, 0, perf_counter() - began, 0, self.label)
         return y

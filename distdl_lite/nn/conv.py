@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -9,8 +10,10 @@ import torch.nn.functional as F
 
 from distdl_lite import layout as lay
 from distdl_lite.layout import Dim, Layout, Shape
-from distdl_lite.nn.convolution import Convolution, Convolve
+from distdl_lite.nn import overlap
+from distdl_lite.nn.convolution import Convolution, Convolve, _Built
 from distdl_lite.nn.kernel import edge_pad, per_dim
+from distdl_lite.nn.movement import Inputs
 from distdl_lite.partition import Partition
 
 _CONVOLUTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
@@ -148,6 +151,29 @@ class _DistributedConv(Convolution):
         blocks = enumerate(zip(box[2:], held[2:], strict=True))
         wanted = (kept if self._whole[d] else self._wanted(d, block)[0] for d, (block, kept) in blocks)
         return edge_pad((*held[:2], *wanted), held, global_shape, self.padding_mode)
+
+    def _overlap(self, inputs: Inputs, X: Layout, Z: Layout, built: _Built) -> overlap.Overlap | None:
+        fetch, convolve, cut = built.fetch, built.convolve, [d for d in range(self.dims) if not self._whole[d]]
+        plain = built.deliver is None and X.grid == self.P_y.grid_of_ranks and math.prod(self._work.shape[1:3]) == 1
+        widest = math.prod(max(b - a for a, b in dim.ranges) for dim in X.dims) * inputs.dtype.itemsize
+        if fetch is None or not plain or self.padding_mode not in ("zeros", "circular") or widest < overlap.LEAST_BYTES:
+            return None
+        if (
+            inputs.dtype not in (torch.float32, torch.float64)
+            or built.out_dtype is not inputs.dtype
+            or convolve is None
+        ):
+            return None
+        padding = tuple(left for left, _ in self.pads)
+        kernel = overlap.Kernel(self.kernel_size, self.stride, padding, self.dilation, self.groups)
+        slabs = overlap.slabs(X, Z, kernel, cut, self._distdl_transport, type(self).__name__)
+        if slabs is None:
+            return None
+
+        def compose(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+            return convolve(fetch(x), weight, bias)
+
+        return overlap.Overlap(slabs, kernel, compose, inputs.requires_grad)
 
     def _own_repr(self) -> list[str]:
         padding = [f"padding={self.padding}"] if self.padding else []

@@ -13,7 +13,7 @@ work -> Y, each left out where its two layouts are equal.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -22,7 +22,8 @@ from distdl_lite import layout as lay
 from distdl_lite.grid import Grid, balanced
 from distdl_lite.layout import Dim, Layout, Shape, balanced_blocks, ranges_of
 from distdl_lite.nn.kernel import connected_zeros, operator_between
-from distdl_lite.nn.movement import agreed_inputs, computing_dtype, into
+from distdl_lite.nn.movement import Inputs, agreed_inputs, computing_dtype, into
+from distdl_lite.nn.overlap import Overlap
 from distdl_lite.nn.parameter import Layer, bias_bound, kaiming_bound, uniform
 from distdl_lite.operator import Operator
 from distdl_lite.partition import Partition
@@ -40,6 +41,7 @@ class _Built:
     out_dtype: torch.dtype
     shape: Shape | None  # of this rank's part of the convolution, None outside the work grid
     convolve: Convolve | None  # None where there is nothing to convolve
+    overlap: Overlap | None = None  # in place of fetch and convolve
 
 
 class Convolution(Layer):
@@ -169,7 +171,12 @@ class Convolution(Layer):
         groups = 1 if self.groups == 1 else shape[1] * self.groups // self.out_channels
         is_empty = 0 in shape or 0 in lay.shape_of(held)
         convolve = None if is_empty else self._convolution(box, held, lay.global_shape_of(X), groups)
-        return _Built(fetch, deliver, inputs.dtype, out_dtype, shape, convolve)
+        built = _Built(fetch, deliver, inputs.dtype, out_dtype, shape, convolve)
+        return replace(built, overlap=self._overlap(inputs, X, Z, built))
+
+    def _overlap(self, inputs: Inputs, X: Layout, Z: Layout, built: _Built) -> Overlap | None:
+        """What fetches the halo while it convolves, None where that cannot be done or does not pay; the same on all ranks."""
+        return None
 
     # ---- forward -----------------------------------------------------------------------------------------------------
 
@@ -177,6 +184,10 @@ class Convolution(Layer):
         if not self._distdl_is_inside:
             return x
         built: _Built = self._distdl_plan
+        if built.overlap is not None:
+            weight = self.use("weight")
+            assert weight is not None
+            return built.overlap(x, weight, self.use("bias"))
         z = x if built.fetch is None else into(built.fetch, x, built.dtype)
         bias = self.use("bias") if self.P_y.active else None
         if built.deliver is None:

@@ -23,8 +23,8 @@ class Channel(Protocol):
     def start(self, x: torch.Tensor) -> Any:
         """Begin to move `x`, which the caller leaves unchanged until `finish`; returns what `finish` takes."""
 
-    def finish(self, pending: Any) -> torch.Tensor:
-        """Wait, and return the output as a fresh tensor."""
+    def finish(self, pending: Any, into: torch.Tensor | None = None) -> torch.Tensor:
+        """Wait, and return the output as a fresh tensor; of an exchange, or add it to the tensor given."""
 
 
 class Transport(Protocol):

@@ -184,9 +184,9 @@ class MPIChannel:
             y = result if result is not None else y
         return y
 
-    def finish(self, pending: torch.Tensor | None) -> torch.Tensor:
+    def finish(self, pending: torch.Tensor | None, into: torch.Tensor | None = None) -> torch.Tensor:
         if self._exchanges:
-            return self._exchanges[0].finish()
+            return self._exchanges[0].finish() if into is None else self._exchanges[0].finish_into(into)
         if pending is not None:
             return pending
         return torch.zeros(self.plan.returned_shape, dtype=self.dtype, device=self.device)
@@ -239,6 +239,19 @@ class _Exchange:
             MPI.Request.Waitall(self._requests)
         for message in self._receives:
             message.unpack(target)
+        return y
+
+    def finish_into(self, y: torch.Tensor) -> torch.Tensor:
+        """Add what arrives to `y`."""
+        source, target = self._source, wire.indexable(y)
+        self._x = self._source = None
+        with wire.quiet():
+            for here, there in self._kept:
+                target[there] += source[here]
+            if self._requests:
+                MPI.Request.Waitall(self._requests)
+            for message in self._receives:
+                message.add_to(target)
         return y
 
     def _add_up(self, source: Any, target: Any) -> None:

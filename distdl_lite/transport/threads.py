@@ -184,12 +184,12 @@ class ThreadChannel:
             mail = self.transport.world.mail[self.plan.rank, edge.peer]
             mail.append((leg.pattern, leg.team, x[edge.slices].clone()))
 
-    def finish(self, pending: None) -> torch.Tensor:
+    def finish(self, pending: None, into: torch.Tensor | None = None) -> torch.Tensor:
         dtype = wire.wire_dtype(self.dtype) if self.plan.adds_out else self.dtype
-        y = torch.zeros(self.plan.returned_shape, dtype=dtype, device=self.device)
+        y = torch.zeros(self.plan.returned_shape, dtype=dtype, device=self.device) if into is None else into
         for leg, edge in self._receives:
             part = self._next(edge.peer, leg.pattern.value, leg.team)
-            if self.plan.adds_out:
+            if self.plan.adds_out or into is not None:
                 y[edge.slices] += part
             else:
                 y[edge.slices] = part

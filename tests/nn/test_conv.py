@@ -14,10 +14,17 @@ from ranks import on_ranks
 from twins import assert_refused, assert_twins, integers, with_integers
 
 import distdl_lite as dl
+from distdl_lite.nn import overlap
 from distdl_lite.nn.conv import DistributedConv1d, DistributedConv2d
 from distdl_lite.testing import count
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same'")
+
+
+@pytest.fixture(autouse=True, params=[overlap.LEAST_BYTES, 0], ids=["copied", "overlapped"])
+def _least_bytes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small blocks are copied with their halos; here they also overlap, where they can."""
+    monkeypatch.setattr(overlap, "LEAST_BYTES", request.param)
 
 
 def drawn_options(rng: random.Random, dims: int) -> dict[str, Any]:
@@ -162,3 +169,52 @@ def test_refusals(world: dl.Partition) -> None:
     R = world.grid((1, 1, 3))
     layer = DistributedConv1d(R, 1, 1, 3, dtype=torch.float64)
     assert_refused(world, R, lambda: layer(x[R.block(x.shape)]), "dtype torch.float32", TypeError)
+
+
+@on_ranks(4, mpi=True)
+def test_what_overlaps(world: dl.Partition) -> None:
+    """Blocks that are grown alike on both sides, by one slab for each; the bytes are those of the copying way."""
+    overlap.LEAST_BYTES = 0  # put back by the fixture
+    square, line = world.grid((1, 1, 2, 2)), world.grid((1, 1, 4, 1))
+    ways: list[tuple[Any, dict[str, Any], tuple[int, ...], int | None]] = [
+        (square, {"kernel_size": 3, "padding": 1}, (1, 2, 8, 9), 4),
+        (line, {"kernel_size": 3, "padding": 1}, (1, 2, 8, 9), 2),
+        (line, {"kernel_size": (3, 5), "padding": (1, 2), "stride": (1, 3)}, (1, 2, 8, 9), 2),
+        (square, {"kernel_size": 5, "padding": 2, "dilation": 1, "padding_mode": "circular"}, (1, 2, 8, 9), 4),
+        (line, {"kernel_size": 3, "padding": 1, "padding_mode": "reflect"}, (1, 2, 8, 9), None),
+        (line, {"kernel_size": 3, "padding": 1, "stride": 2}, (1, 2, 8, 9), None),
+        (line, {"kernel_size": 3}, (1, 2, 9, 9), None),
+        (line, {"kernel_size": 3, "padding": 1}, (1, 2, 3, 9), None),
+    ]
+    for P, options, shape, slabs in ways:
+        layer = DistributedConv2d(P, 2, 2, dtype=torch.float64, **options)
+        x = integers(*shape)[P.block(shape)].requires_grad_()
+        with count() as c:
+            layer(x).sum().backward()
+        built = layer._distdl_plan.overlap
+        assert (built and len(built.slabs)) == slabs, options
+        overlap.LEAST_BYTES = 1 << 40
+        with count() as copied:
+            copy.deepcopy(layer)(x).sum().backward()
+        overlap.LEAST_BYTES = 0
+        assert c.bytes == copied.bytes
+        assert c.messages == copied.messages or "padding_mode" in options  # round a ring both sides come from one rank
+
+
+@on_ranks(2)
+def test_an_input_without_gradient(world: dl.Partition) -> None:
+    """Then no rank moves one; where one rank's requires grad, all do."""
+    P, serial = world.grid((1, 1, 2)), with_integers(torch.nn.Conv1d(1, 2, 3, padding=1, dtype=torch.float64))
+    layer = DistributedConv1d(P, 1, 2, 3, padding=1, dtype=torch.float64)
+    dl.load_serial_state_dict(layer, serial.state_dict())
+    x = integers(1, 1, 9)
+    serial(x).square().sum().backward()
+    y = layer(x[P.block(x.shape)])
+    with count() as c:
+        y.square().sum().backward()
+    assert "DistributedConv1d" not in c.by_label
+    assert torch.equal(layer.weight.grad, serial.weight.grad)
+    layer.requires_grad_(False)
+    block = x[P.block(x.shape)].requires_grad_(world.rank == 1)
+    layer(block).sum().backward()
+    assert world.rank == 0 or torch.equal(block.grad[0, 0, -1], serial.weight[:, 0, 1:].sum())
