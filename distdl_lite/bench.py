@@ -223,7 +223,7 @@ def _redistribution(P: Partition) -> tuple[Callable[[torch.Tensor], torch.Tensor
 def conv_rows(P: Partition, seconds: float) -> list[Row]:
     """Convolutions cut along the height beside the same ones on the local blocks without any exchange."""
     rows = []
-    for count, channels, length, bar in ((8, 16, 256, 1.3), (1, 8, 64, None)):
+    for count, channels, length, bar in ((8, 16, 256, 1.3), (3, 16, 512, None), (1, 8, 64, None)):
         shape = 1, channels, length // P.size, length
         calls = [_calls(net, shape, _BOTH) for net in (_network(P, count, channels), _network(None, count, channels))]
         ours, floor = interleaved(P.comm, calls, 3 * seconds)

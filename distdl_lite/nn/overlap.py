@@ -21,7 +21,7 @@ from distdl_lite.operator import Operator
 from distdl_lite.plan import Pattern, plan
 from distdl_lite.transport import Transport
 
-LEAST_BYTES = 0 * 1024  # of the largest block; below, copying it takes less time than the calls for slabs
+LEAST_BYTES = 1 << 20  # of the largest block; below, copying it takes less time than the calls for slabs
 
 Convolve = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
 
