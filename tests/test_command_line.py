@@ -172,6 +172,12 @@ def test_a_rank_that_raises_ends_the_job(failing: str) -> None:
     assert "RuntimeError: only this rank" in done.stderr
 
 
+def test_a_rank_that_is_killed_ends_the_job() -> None:
+    """In the middle: the other waits for it in a layer."""
+    done = mpirun(2, "-c", _RAISE.format("import os, signal; os.kill(os.getpid(), signal.SIGKILL)"))
+    assert done.returncode != 0
+
+
 def test_abort_is_taken_back() -> None:
     before = sys.excepthook, threading.excepthook
     abort_on_exception()
