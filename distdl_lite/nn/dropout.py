@@ -9,9 +9,9 @@ import torch
 
 from distdl_lite import layout as lay
 from distdl_lite.layout import Box, Shape
+from distdl_lite.nn.kernel import anchored
 from distdl_lite.nn.module import Module
 from distdl_lite.nn.movement import agreed_inputs
-from distdl_lite.nn.parallel_linear import anchored
 from distdl_lite.partition import Partition
 
 _HASHED_AT_ONCE = 2**16  # elements: the two int64 tensors of a hash then stay in the cache

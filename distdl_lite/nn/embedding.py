@@ -14,31 +14,9 @@ from distdl_lite.nn.kernel import connected_zeros
 from distdl_lite.nn.module import raise_together
 from distdl_lite.nn.movement import agreed_inputs, zero_volume_tensor
 from distdl_lite.nn.parallel_linear import line_of
-from distdl_lite.nn.parameter import Draw, Layer
+from distdl_lite.nn.parameter import Layer, normal
 from distdl_lite.partition import Partition
 from distdl_lite.shown import shown
-
-_DRAWN_AT_ONCE = 2**20
-
-
-def normal(total: int) -> Draw:
-    """Draw `total` numbers from N(0, 1), block by block bit-equal to one call.
-
-    torch draws normal numbers in groups of 16, and the last 16 once more where the total is no multiple of it: so blocks but
-    the last must be multiples of 16, and no last one shorter.
-    """
-    left, drawn = total, torch.empty(0)
-
-    def draw(block: torch.Tensor) -> torch.Tensor:
-        nonlocal left, drawn
-        drawn = drawn.to(block)
-        while drawn.numel() < block.numel():
-            n = _DRAWN_AT_ONCE if left >= _DRAWN_AT_ONCE + 16 else left
-            drawn, left = torch.cat([drawn, block.new_empty(n).normal_()]), left - n
-        taken, drawn = drawn[: block.numel()], drawn[block.numel() :]
-        return block.copy_(taken.view(block.shape))
-
-    return draw
 
 
 class DistributedEmbedding(Layer):

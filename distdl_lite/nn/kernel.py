@@ -35,6 +35,12 @@ def operator_between(X: Layout, Y: Layout, layer: Module, graph: bool) -> Operat
     return Operator(plan(X, Y, layer._distdl_transport.rank), layer._distdl_transport, name, graph)
 
 
+def anchored(x: torch.Tensor, graph: bool) -> torch.Tensor:
+    """The tensor with a graph node if `graph`, which says that some rank's requires grad: all then enter backward."""
+    needs_node = graph and torch.is_grad_enabled() and not x.requires_grad
+    return x.detach().requires_grad_() if needs_node else x
+
+
 def connected_zeros(shape: Shape, *used: torch.Tensor | None) -> torch.Tensor:
     """Zeros that give a zero gradient, not None, to the tensors that an empty block would have been computed from."""
     tensors = [tensor for tensor in used if tensor is not None]

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 
 from distdl_lite import layout as lay
 from distdl_lite.layout import Box, Shape
-from distdl_lite.nn.kernel import connected_zeros
+from distdl_lite.nn.kernel import anchored, connected_zeros
 from distdl_lite.nn.module import Module, raise_together
 from distdl_lite.nn.movement import agreed_inputs
 from distdl_lite.partition import Partition
@@ -108,8 +108,7 @@ class _DistributedLoss(Module):
         if not self._distdl_is_inside:
             return self._outside(input)
         built: _Built = self._distdl_plan
-        if built.graph and not input.requires_grad:  # every rank needs a graph node
-            input = input.detach().requires_grad_(torch.is_grad_enabled())
+        input = anchored(input, built.graph)
         if self.P_x.size == 1:
             return type(self).function(input, target, reduction=self.reduction, **self._local_options(built.box))
         if self.reduction == "none":

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from distdl_lite import layout as lay
-from distdl_lite.nn.kernel import wide
+from distdl_lite.nn.kernel import anchored, wide
 from distdl_lite.nn.module import Module
 from distdl_lite.nn.movement import agreed_inputs
 from distdl_lite.partition import Partition
@@ -83,8 +83,7 @@ class DistributedMean(Module):
         built: _Built = self._distdl_plan
         if len(built.team) == 1:
             return x.mean(self._dims, self.keepdim)
-        if built.graph and not x.requires_grad:  # every rank needs a graph node for double backward
-            x = x.detach().requires_grad_(torch.is_grad_enabled())
+        x = anchored(x, built.graph)  # for double backward
         part = x.sum(self._dims, self.keepdim, dtype=wide(x.dtype))
         return (shown(part, built.team, self._distdl_transport) / built.count).to(x.dtype)
 

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from distdl_lite import layout as lay
 from distdl_lite.grid import Grid, balanced
 from distdl_lite.layout import Dim, Layout, Shape, ranges_of
-from distdl_lite.nn.kernel import Local, operator_between
+from distdl_lite.nn.kernel import Local, anchored, operator_between
 from distdl_lite.nn.movement import agreed_inputs, computing_dtype
 from distdl_lite.nn.parameter import Layer, bias_bound, kaiming_bound, uniform
 from distdl_lite.operator import Operator
@@ -27,12 +27,6 @@ from distdl_lite.plan import plan
 from distdl_lite.shown import shown, used
 
 Cuts = Sequence[int]
-
-
-def anchored(x: torch.Tensor, graph: bool) -> torch.Tensor:
-    """The tensor with a graph node if `graph`, which says that some rank's requires grad: all then enter backward."""
-    needs_node = graph and torch.is_grad_enabled() and not x.requires_grad
-    return x.detach().requires_grad_() if needs_node else x
 
 
 def line_of(grid: Grid, rank: int) -> tuple[int, ...]:

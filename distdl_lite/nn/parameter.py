@@ -50,6 +50,26 @@ def uniform(bound: float) -> Draw:
     return lambda block: block.uniform_(-bound, bound)
 
 
+def normal(total: int) -> Draw:
+    """Draw `total` numbers from N(0, 1), block by block bit-equal to one call.
+
+    torch draws normal numbers in groups of 16, and the last 16 once more where the total is no multiple of it: so blocks but
+    the last must be multiples of 16, and no last one shorter.
+    """
+    left, drawn = total, torch.empty(0)
+
+    def draw(block: torch.Tensor) -> torch.Tensor:
+        nonlocal left, drawn
+        drawn = drawn.to(block)
+        while drawn.numel() < block.numel():
+            n = _DRAWN_AT_ONCE if left >= _DRAWN_AT_ONCE + 16 else left
+            drawn, left = torch.cat([drawn, block.new_empty(n).normal_()]), left - n
+        taken, drawn = drawn[: block.numel()], drawn[block.numel() :]
+        return block.copy_(taken.view(block.shape))
+
+    return draw
+
+
 def constant(value: float) -> Draw:
     """Fill without drawing."""
     return lambda block: block.fill_(value)

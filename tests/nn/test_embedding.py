@@ -17,8 +17,7 @@ from twins import assert_refused, integers, uneven, with_integers
 import distdl_lite as dl
 import distdl_lite.nn as dnn
 from distdl_lite.grid import balanced
-from distdl_lite.nn.embedding import normal
-from distdl_lite.nn.parameter import _drawn
+from distdl_lite.nn.parameter import _drawn, normal
 from distdl_lite.partition import Partition
 from distdl_lite.testing import count
 
