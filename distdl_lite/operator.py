@@ -16,7 +16,7 @@ from distdl_lite.transport.counts import record
 from distdl_lite.transport.wire import wire_dtype
 
 _NOTHING = torch.empty(0)
-_ANCHOR = torch.empty(0, requires_grad=True)  # gives a graph node to a rank whose input needs none
+ANCHOR = torch.empty(0, requires_grad=True)  # gives a graph node to a rank whose input needs none
 
 
 class Operator:
@@ -101,7 +101,7 @@ class Operator:
         """Move `x`; differentiable."""
         if not (torch.is_grad_enabled() and (x.requires_grad or self.graph)):
             return self.apply(x)
-        return _Move.apply(x, None if x.requires_grad else _ANCHOR, self)
+        return _Move.apply(x, None if x.requires_grad else ANCHOR, self)
 
     def _bind(self, x: torch.Tensor) -> Channel:
         if x.dtype is torch.bool and (self.plan.adds_out or self.plan.pattern.sums):

@@ -64,9 +64,6 @@ class Convolution(Layer):
 
     # ---- the constructor's parts -------------------------------------------------------------------------------------
 
-    def _refuse(self, why: str) -> ValueError:
-        return ValueError(f"{type(self).__name__}: {why}")
-
     def _check_sizes(self) -> None:
         if self.groups < 1 or self.in_channels % self.groups or self.out_channels % self.groups:
             raise self._refuse(

@@ -100,9 +100,6 @@ class DistributedEmbedding(Layer):
             with torch.no_grad():
                 self.weight[self._local_padding] = 0
 
-    def _refuse(self, why: str, kind: type[Exception] = ValueError) -> Exception:
-        return kind(f"{type(self).__name__}: {why}")
-
     # ---- set-up ------------------------------------------------------------------------------------------------------
 
     def _distdl_module_setup(self, input: tuple[Any, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:

@@ -95,9 +95,6 @@ class DistributedFFT(Module):
         if len(self.s) != len(self.dim):
             raise self._refuse(f"s={self.s} does not have a length for each of dim={self.dim}")
 
-    def _refuse(self, why: str) -> ValueError:
-        return ValueError(f"{type(self).__name__}: {why}")
-
     # ---- set-up ------------------------------------------------------------------------------------------------------
 
     def _distdl_module_setup(self, input: tuple[Any, ...]) -> _Built:

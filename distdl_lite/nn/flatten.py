@@ -69,9 +69,6 @@ class DistributedFlatten(Module):
         if P_y is not None and P_y.dim != len(flat):
             raise self._refuse(f"P_y of shape {P_y.shape} has {P_y.dim} axes, the output has {len(flat)} dims")
 
-    def _refuse(self, why: str) -> ValueError:
-        return ValueError(f"{type(self).__name__}: {why}")
-
     def _distdl_module_setup(self, input: tuple[Any, ...]) -> _Built:
         inputs = agreed_inputs(type(self).__name__, self._distdl_structure, self.P_x)
         X = lay.blocks(self.P_x.grid_of_ranks, lay.cuts_from_shapes(self.P_x.grid_of_ranks, inputs.shapes))

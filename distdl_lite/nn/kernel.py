@@ -121,9 +121,6 @@ class SpatialLayer(Module):
                 f"P_x of shape {P_x.shape} has {P_x.dim} axes, a tensor (N, C, *space) has {dims + 2} dims"
             )
 
-    def _refuse(self, why: str) -> ValueError:
-        return ValueError(f"{type(self).__name__}: {why}")
-
     def geometry(self, d: int, length: int, inputs: Inputs) -> Geometry:
         """The geometry of spatial dim `d`; the same on all ranks. Raises ValueError if the length does not fit."""
         raise NotImplementedError

@@ -85,9 +85,6 @@ class DistributedLinear(Layer):
         own = Layout(P_y.grid_of_ranks, (Dim(ranges_of(balanced(out_features, P_y.shape[-1])), (P_y.dim - 1,)),))
         self.place("bias", own if bias else None, uniform(bias_bound(in_features)), dtype, device)
 
-    def _refuse(self, why: str) -> ValueError:
-        return ValueError(f"{type(self).__name__}: {why}")
-
     def _work_grid(self) -> Grid:
         x, y = self.P_x.shape, self.P_y.shape
         if len(x) != len(y) or not x:

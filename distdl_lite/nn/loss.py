@@ -15,7 +15,7 @@ import torch.nn.functional as F
 
 from distdl_lite import layout as lay
 from distdl_lite.layout import Box, Shape
-from distdl_lite.nn.kernel import anchored, connected_zeros
+from distdl_lite.nn.kernel import anchored, connected_zeros, wide
 from distdl_lite.nn.module import Module, raise_together
 from distdl_lite.nn.movement import agreed_inputs
 from distdl_lite.partition import Partition
@@ -73,9 +73,6 @@ class _DistributedLoss(Module):
             else:
                 setattr(self, name, value)
 
-    def _refuse(self, why: str) -> ValueError:
-        return ValueError(f"{type(self).__name__}: {why}")
-
     # ---- set-up ------------------------------------------------------------------------------------------------------
 
     def _distdl_module_setup(self, input: tuple[Any, ...]) -> _Built:
@@ -126,8 +123,7 @@ class _DistributedLoss(Module):
         try:
             terms = self._terms(input, target, built)
             dtype = terms.dtype
-            wide = torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
-            total = terms.sum(dtype=wide).double()
+            total = terms.sum(dtype=wide(dtype)).double()
             weight = self._weight(terms, target, built)
         except Exception as raised:  # raised again below, on all ranks
             error, failed = raised, True

@@ -63,9 +63,6 @@ class DistributedMean(Module):
         if any(not -P_x.dim <= d < P_x.dim for d in named) or len(set(self._dims)) != len(self._dims):
             raise self._refuse(f"dim={dim} are not different dims of a tensor of {P_x.dim} dims")
 
-    def _refuse(self, why: str) -> ValueError:
-        return ValueError(f"{type(self).__name__}: {why}")
-
     def _distdl_module_setup(self, input: tuple[Any, ...]) -> _Built:
         inputs = agreed_inputs(type(self).__name__, self._distdl_structure, self.P_x)
         if not (inputs.dtype.is_floating_point or inputs.dtype.is_complex):

@@ -130,6 +130,10 @@ class Module(torch.nn.Module):
         """Plans, requests and buffers are neither pickled nor copied."""
         return {**self.__dict__, **_unbuilt()}
 
+    def _refuse(self, why: str, kind: type[Exception] = ValueError) -> Exception:
+        """The error of a layer that cannot do what it is asked for."""
+        return kind(f"{type(self).__name__}: {why}")
+
     # ---- who agrees --------------------------------------------------------------------------------------------------
 
     def _distdl_layers(self) -> list[Module]:

@@ -50,9 +50,6 @@ class Norm(Layer):
         super().__init__(P_x)
         self.P_x, self.eps = P_x, eps
 
-    def _refuse(self, why: str) -> ValueError:
-        return ValueError(f"{type(self).__name__}: {why}")
-
     def place_affine(
         self,
         shape: Shape,

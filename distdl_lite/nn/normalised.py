@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 from distdl_lite.layout import Shape
 from distdl_lite.nn.kernel import wide
-from distdl_lite.operator import Operator
+from distdl_lite.operator import ANCHOR, Operator
 from distdl_lite.shown import shown, used
 
 
@@ -88,7 +88,7 @@ def normalised(
 
     Weight and bias have one number per channel, or one per element of a channel as ``(1, 1, *S)``.
     """
-    anchor = torch.empty(0, requires_grad=True) if rows.graph else None
+    anchor = ANCHOR if rows.graph else None
     return _Normalise.apply(x, weight, bias, anchor, pivot, eps, rows)
 
 

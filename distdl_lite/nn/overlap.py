@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 
 from distdl_lite.layout import Dim, Layout
-from distdl_lite.operator import Operator
+from distdl_lite.operator import ANCHOR, Operator
 from distdl_lite.plan import Pattern, plan
 from distdl_lite.transport import Transport
 
@@ -127,7 +127,7 @@ class Overlap:
     graph: bool
 
     def __call__(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        anchor = torch.empty(0, requires_grad=True) if self.graph and not x.requires_grad else None
+        anchor = ANCHOR if self.graph and not x.requires_grad else None
         return _Overlapped.apply(x, weight, bias, anchor, self)
 
 

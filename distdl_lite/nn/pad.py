@@ -72,9 +72,6 @@ class _DistributedPad(Module):
                 f"P_x of shape {P_x.shape} has {P_x.dim} axes, which does not fit {self.dims} padded dims"
             )
 
-    def _refuse(self, why: str) -> ValueError:
-        return ValueError(f"{type(self).__name__}: {why}")
-
     # ---- set-up ------------------------------------------------------------------------------------------------------
 
     def _distdl_module_setup(self, input: tuple[Any, ...]) -> _Built:

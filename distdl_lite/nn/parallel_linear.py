@@ -100,9 +100,6 @@ class _ParallelLinear(Layer):
         """What is done before and after the product, where the line has several ranks."""
         raise NotImplementedError
 
-    def _refuse(self, why: str) -> ValueError:
-        return ValueError(f"{type(self).__name__}: {why}")
-
     # ---- set-up ------------------------------------------------------------------------------------------------------
 
     def _lines(self, shapes: Mapping[int, Shape], rows: bool, copied: bool) -> tuple[Grid, list[Cuts], Cuts]:

@@ -231,7 +231,7 @@ class _Exchange:
         for gap in self._gaps:
             target[gap] = 0
         if self._adds:
-            self._add_up(source, target)
+            self._add_up(source, target, copies=len(self._kept) == 1)
             return y.to(self._dtype) if self._widens else y
         for here, there in self._kept:
             target[there] = source[here]
@@ -245,23 +245,17 @@ class _Exchange:
         """Add what arrives to `y`."""
         source, target = self._source, wire.indexable(y)
         self._x = self._source = None
-        with wire.quiet():
-            for here, there in self._kept:
-                target[there] += source[here]
-            if self._requests:
-                MPI.Request.Waitall(self._requests)
-            for message in self._receives:
-                message.add_to(target)
+        self._add_up(source, target, copies=False)
         return y
 
-    def _add_up(self, source: Any, target: Any) -> None:
+    def _add_up(self, source: Any, target: Any, copies: bool) -> None:
         """This rank's own part, then the others' in rank order: a sum of floats depends on its order.
 
-        One own piece leaves no gap, and is copied; several may overlap, and are added to zeros.
+        `copies`: there is one own piece, the rest of the target is zero, and the piece need not be added to zeros.
         """
         with wire.quiet():
             for here, there in self._kept:
-                if len(self._kept) == 1:
+                if copies:
                     target[there] = source[here]
                 else:
                     target[there] += source[here]
