@@ -7,7 +7,6 @@ puts the sums into ``.grad``: they are final when ``backward()`` returns.
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -79,10 +78,7 @@ class _Replicated(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, None, None, None]:
         _ = ctx.saved_tensors
-        if ctx.reducer.may_defer(ctx.parameter):
-            ctx.reducer.add(ctx.parameter, gradient, ctx.replicas)
-            return None, None, None, None
-        return shown(gradient, ctx.replicas.team, ctx.reducer.transport), None, None, None
+        return ctx.reducer.reduce(ctx.parameter, gradient, ctx.replicas), None, None, None
 
 
 Entry = tuple[torch.Tensor, torch.Tensor, Replicas]  # parameter, local gradient, where its copies are
@@ -99,15 +95,21 @@ class Reducer:
         # Weak: a backward that fails drops its callback, and with it what it had collected.
         self._collected: WeakValueDictionary[int, _Collected] = WeakValueDictionary()
 
-    def may_defer(self, parameter: torch.Tensor) -> bool:
-        """Whether the running backward is a plain ``backward()``, at whose end gradients may be put into ``.grad``.
+    def reduce(self, parameter: torch.Tensor, gradient: torch.Tensor, replicas: Replicas) -> torch.Tensor | None:
+        """Within a backward, the sum of the replicas' gradients; None if it will be put into ``.grad`` when that ends.
 
-        Under ``autograd.grad`` and ``backward(inputs=...)`` the engine runs only towards the tensors it was given, which
-        never include our token, and ``create_graph`` leaves grad mode on.
+        It will in a plain ``backward()``. Under ``autograd.grad`` and ``backward(inputs=...)`` the engine runs only towards
+        the tensors it was given, which never include our token, and ``create_graph`` leaves grad mode on. The node that
+        calls must have the token among its inputs.
         """
-        return parameter.is_leaf and not torch.is_grad_enabled() and _engine_will_run(self._token_node)
+        if len(replicas.team) < 2:
+            return gradient
+        if parameter.is_leaf and not torch.is_grad_enabled() and _engine_will_run(self._token_node):
+            self._add(parameter, gradient, replicas)
+            return None
+        return shown(gradient, replicas.team, self.transport)
 
-    def add(self, parameter: torch.Tensor, gradient: torch.Tensor, replicas: Replicas) -> None:
+    def _add(self, parameter: torch.Tensor, gradient: torch.Tensor, replicas: Replicas) -> None:
         """Take a local gradient; several of one parameter add up."""
         collected = self._collected.get(_running_backward())
         if collected is None:
@@ -130,17 +132,19 @@ class _Collected:
         ordered = sorted(self.entries.values(), key=lambda entry: (entry[2].team, entry[2].order))
         for team, entries in groupby(ordered, key=lambda entry: entry[2].team):
             group = list(entries)
-            self._check_alike(team, [f"{r.order} {r.name} {tuple(g.shape)} {g.dtype}" for _, g, r in group])
+            self._check_alike(team, group)
             for parameters, gradients in _buckets(group):
                 sums = sum_together(gradients, partial(self.transport.all_reduce, team))
                 for parameter, total in zip(parameters, sums, strict=True):
                     _accumulate(parameter, total)
 
-    def _check_alike(self, team: tuple[int, ...], names: list[str]) -> None:
+    def _check_alike(self, team: tuple[int, ...], group: Sequence[Entry]) -> None:
         """Raise on all of the team unless all its ranks are about to sum the same parameters."""
-        mine = zlib.crc32("\n".join(names).encode()) + (len(names) << 32)
+        # Integers alone: their hash is the same in every process.
+        mine = hash(tuple((r.order, g.shape, g.element_size(), g.is_complex()) for _, g, r in group)) % 2**64
         if self.transport.agree(team, mine) == mine * len(team) % 2**64:
             return
+        names = [f"{r.order} {r.name} {tuple(g.shape)} {g.dtype}" for _, g, r in group]
         everywhere = self.transport.gather_objects(team, names)
         lines = [f"rank {rank}: {', '.join(names)}" for rank, names in zip(team, everywhere, strict=True)]
         raise RuntimeError("backward reached different parameters on the ranks that share them; " + "; ".join(lines))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +15,9 @@ from distdl_lite.nn import overlap
 from distdl_lite.nn.convolution import Convolution, Convolve, _Built
 from distdl_lite.nn.kernel import edge_pad, per_dim
 from distdl_lite.nn.movement import Inputs
+from distdl_lite.operator import Operator
 from distdl_lite.partition import Partition
+from distdl_lite.reducer import reducer_of
 
 _CONVOLUTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 _PADDING_MODES = ("zeros", "circular", "reflect", "replicate")
@@ -152,28 +155,35 @@ class _DistributedConv(Convolution):
         wanted = (kept if self._whole[d] else self._wanted(d, block)[0] for d, (block, kept) in blocks)
         return edge_pad((*held[:2], *wanted), held, global_shape, self.padding_mode)
 
-    def _overlap(self, inputs: Inputs, X: Layout, Z: Layout, built: _Built) -> overlap.Overlap | None:
-        fetch, convolve, cut = built.fetch, built.convolve, [d for d in range(self.dims) if not self._whole[d]]
-        plain = built.deliver is None and X.grid == self.P_y.grid_of_ranks and math.prod(self._work.shape[1:3]) == 1
-        widest = math.prod(max(b - a for a, b in dim.ranges) for dim in X.dims) * inputs.dtype.itemsize
-        if fetch is None or not plain or self.padding_mode not in ("zeros", "circular") or widest < overlap.LEAST_BYTES:
+    def _fused(self, inputs: Inputs, X: Layout, Z: Layout, groups: int, built: _Built) -> overlap.Fused | None:
+        if built.convolve is None or self.padding_mode not in ("zeros", "circular"):
             return None
-        if (
-            inputs.dtype not in (torch.float32, torch.float64)
-            or built.out_dtype is not inputs.dtype
-            or convolve is None
-        ):
+        way = self._way(inputs, X, Z, groups, built.fetch)
+        weight, bias = self._distdl_places["weight"].replicas, self._distdl_places.get("bias")
+        if way is None or (built.fetch is None and len(weight.team) == 1):
             return None
-        padding = tuple(left for left, _ in self.pads)
-        kernel = overlap.Kernel(self.kernel_size, self.stride, padding, self.dilation, self.groups)
-        slabs = overlap.slabs(X, Z, kernel, cut, self._distdl_transport, type(self).__name__)
-        if slabs is None:
-            return None
+        fetch, convolve = built.fetch, built.convolve
 
         def compose(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-            return convolve(fetch(x), weight, bias)
+            return convolve(x if fetch is None else fetch(x), weight, bias)
 
-        return overlap.Overlap(slabs, kernel, compose, inputs.requires_grad)
+        replicas = weight, bias and bias.replicas
+        return overlap.Fused(way, compose, inputs.requires_grad, replicas, reducer_of(self._distdl_transport))
+
+    def _way(
+        self, inputs: Inputs, X: Layout, Z: Layout, groups: int, fetch: Operator | None
+    ) -> overlap.Copied | overlap.Overlapped | None:
+        """How the halo comes to the kernel; the same on all ranks. None: a node of its own, which keeps no second copy."""
+        pads = tuple(left for left, _ in self.pads)
+        kernel = overlap.Kernel(self.kernel_size, self.stride, pads, self.dilation, groups)
+        widest = math.prod(max(b - a for a, b in dim.ranges) for dim in X.dims) * inputs.dtype.itemsize
+        if fetch is None or widest < overlap.LEAST_BYTES:
+            padding = tuple(p if whole else 0 for p, whole in zip(pads, self._whole, strict=True))
+            return overlap.Copied(fetch, replace(kernel, padding=padding), inputs.requires_grad)
+        cut = [d for d in range(self.dims) if not self._whole[d]]
+        exact = inputs.dtype in (torch.float32, torch.float64)  # half sums of slabs would round twice
+        slabs = overlap.slabs(X, Z, kernel, cut, self._distdl_transport, type(self).__name__) if exact else None
+        return None if slabs is None else overlap.Overlapped(slabs, kernel, inputs.requires_grad)
 
     def _own_repr(self) -> list[str]:
         padding = [f"padding={self.padding}"] if self.padding else []

@@ -23,7 +23,7 @@ from distdl_lite.grid import Grid, balanced
 from distdl_lite.layout import Dim, Layout, Shape, balanced_blocks, ranges_of
 from distdl_lite.nn.kernel import connected_zeros, operator_between
 from distdl_lite.nn.movement import Inputs, agreed_inputs, computing_dtype, into
-from distdl_lite.nn.overlap import Overlap
+from distdl_lite.nn.overlap import Fused
 from distdl_lite.nn.parameter import Layer, bias_bound, kaiming_bound, uniform
 from distdl_lite.operator import Operator
 from distdl_lite.partition import Partition
@@ -41,7 +41,7 @@ class _Built:
     out_dtype: torch.dtype
     shape: Shape | None  # of this rank's part of the convolution, None outside the work grid
     convolve: Convolve | None  # None where there is nothing to convolve
-    overlap: Overlap | None = None  # in place of fetch and convolve
+    fused: Fused | None = None  # in place of all these
 
 
 class Convolution(Layer):
@@ -169,10 +169,16 @@ class Convolution(Layer):
         is_empty = 0 in shape or 0 in lay.shape_of(held)
         convolve = None if is_empty else self._convolution(box, held, lay.global_shape_of(X), groups)
         built = _Built(fetch, deliver, inputs.dtype, out_dtype, shape, convolve)
-        return replace(built, overlap=self._overlap(inputs, X, Z, built))
+        plain = deliver is None and X.grid == self.P_y.grid_of_ranks and out_dtype is inputs.dtype
+        if not (plain and out_dtype.is_floating_point) or any(a >= b for d in (*Z.dims, *Y.dims) for a, b in d.ranges):
+            return built
+        return replace(built, fused=self._fused(inputs, X, Z, groups, built))
 
-    def _overlap(self, inputs: Inputs, X: Layout, Z: Layout, built: _Built) -> Overlap | None:
-        """What fetches the halo while it convolves, None where that cannot be done or does not pay; the same on all ranks."""
+    def _fused(self, inputs: Inputs, X: Layout, Z: Layout, groups: int, built: _Built) -> Fused | None:
+        """The convolution as one graph node, None where that cannot be or does not pay.
+
+        It is asked for where each rank computes its own outputs of its own dtype and none is empty.
+        """
         return None
 
     # ---- forward -----------------------------------------------------------------------------------------------------
@@ -181,10 +187,8 @@ class Convolution(Layer):
         if not self._distdl_is_inside:
             return x
         built: _Built = self._distdl_plan
-        if built.overlap is not None:
-            weight = self.use("weight")
-            assert weight is not None
-            return built.overlap(x, weight, self.use("bias"))
+        if built.fused is not None:
+            return built.fused(x, self.weight, self.bias)
         z = x if built.fetch is None else into(built.fetch, x, built.dtype)
         bias = self.use("bias") if self.P_y.active else None
         if built.deliver is None:

@@ -1,9 +1,12 @@
-"""Convolutions whose halo travels while they compute, and which do not copy their input.
+"""Convolutions as one graph node, in which the halo of a large block travels while it computes.
 
-A convolution is linear: that of a block with its halo is that of the block with zeros in the halo's place, which waits for
-nobody, plus those of the halo's slabs alone, each of which reaches a few outputs at one edge. The backward mirrors it: the
-gradients of the slabs go out first, the block's own follow while they travel, and what arrives is added to it.
-`_Overlapped` does this; ``fetch`` and the plain convolution are the same, slower for large blocks, and differentiable twice.
+The plain composition of a convolution has four nodes: the weight's and the bias's sum over their replicas, the movement of
+the halo and the convolution. After a large convolution the caches are cold, and each costs 50 us; `Fused` is one.
+
+A small block is copied with its halo. A large one is not: a convolution is linear, that of a block with its halo is that of
+the block with zeros in the halo's place, which waits for nobody, plus those of the halo's slabs alone, each of which reaches
+a few outputs at one edge. The backward mirrors it: the gradients of the slabs go out first, the block's own follow while
+they travel, and what arrives is added to it.
 """
 
 from __future__ import annotations
@@ -17,8 +20,9 @@ import torch
 import torch.nn.functional as F
 
 from distdl_lite.layout import Dim, Layout
-from distdl_lite.operator import ANCHOR, Operator
+from distdl_lite.operator import Operator
 from distdl_lite.plan import Pattern, plan
+from distdl_lite.reducer import Reducer, Replicas, replicated
 from distdl_lite.transport import Transport
 
 LEAST_BYTES = 1 << 20  # of the largest block; below, copying it takes less time than the calls for slabs
@@ -106,31 +110,6 @@ class Slab:
         return x.narrow(self.dim, 0 if self.is_left else self.room, self.width)
 
 
-@dataclass(frozen=True)
-class Overlap:
-    """A convolution that overlaps, for one structure.
-
-    Attributes
-    ----------
-    slabs : tuple of Slab
-    kernel : Kernel
-        With zeros in the place of the halo.
-    compose : callable
-        The same of input, weight and bias by differentiable operations.
-    graph : bool
-        Whether any rank's input requires grad.
-    """
-
-    slabs: tuple[Slab, ...]
-    kernel: Kernel
-    compose: Convolve
-    graph: bool
-
-    def __call__(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        anchor = ANCHOR if self.graph and not x.requires_grad else None
-        return _Overlapped.apply(x, weight, bias, anchor, self)
-
-
 def slabs(
     X: Layout, Z: Layout, kernel: Kernel, cut: Sequence[int], transport: Transport, label: str
 ) -> tuple[Slab, ...] | None:
@@ -180,75 +159,142 @@ def _slab_dims(X: Layout, Z: Layout, done: Sequence[int], dim: int, is_left: boo
     return tuple(dims)
 
 
-class _Overlapped(torch.autograd.Function):
-    @staticmethod
+@dataclass(frozen=True)
+class Copied:
+    """Copies the block with its halo, where there is one."""
+
+    fetch: Operator | None
+    kernel: Kernel
+    graph: bool
+
     def forward(
-        ctx: Any,
+        self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+    ) -> tuple[torch.Tensor, Sequence[torch.Tensor]]:
+        z = x if self.fetch is None else self.fetch.apply(x)
+        return self.kernel(z, weight, bias), (z,)
+
+    def backward(
+        self,
+        gradient: torch.Tensor,
         x: torch.Tensor,
         weight: torch.Tensor,
         bias: torch.Tensor | None,
-        anchor: torch.Tensor | None,
-        how: Overlap,
-    ) -> torch.Tensor:
-        pending = [slab.fetch.start(x) for slab in how.slabs]
-        y = how.kernel(x, weight, bias)
-        arrived = []
-        for slab, moving in zip(how.slabs, pending, strict=True):
-            halo = slab.fetch.finish(moving)
+        kept: Sequence[torch.Tensor],
+        wanted: Sequence[bool],
+    ) -> Sequence[torch.Tensor | None]:
+        gz, gw, gb = self.kernel.backward(gradient, kept[0], weight, bias, (self.graph, *wanted))
+        return (self.fetch.adjoint.apply(gz) if self.graph and self.fetch is not None else gz), gw, gb
+
+
+@dataclass(frozen=True)
+class Overlapped:
+    """Computes the block with zeros in the place of the halo while the slabs travel."""
+
+    slabs: tuple[Slab, ...]
+    kernel: Kernel
+    graph: bool
+
+    def forward(
+        self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+    ) -> tuple[torch.Tensor, Sequence[torch.Tensor]]:
+        pending = [slab.fetch.start(x) for slab in self.slabs]
+        y = self.kernel(x, weight, bias)
+        kept = []
+        for slab, moving in zip(self.slabs, pending, strict=True):
             if slab.arrives:
-                arrived.append(slab.extended(halo))
-                slab.reached(y).add_(slab.kernel(arrived[-1], slab.met(weight), None))
-        ctx.how = how
-        ctx.save_for_backward(x, weight, bias, *arrived)
+                kept.append(slab.extended(slab.fetch.finish(moving)))
+                slab.reached(y).add_(slab.kernel(kept[-1], slab.met(weight), None))
+            else:
+                slab.fetch.finish(moving, into=x)  # adds nothing
+        return y, kept
+
+    def backward(
+        self,
+        gradient: torch.Tensor,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        kept: Sequence[torch.Tensor],
+        wanted: Sequence[bool],
+    ) -> Sequence[torch.Tensor | None]:
+        halos, parts, pending = iter(kept), [], []
+        for slab in self.slabs:
+            halo = gradient.new_empty(0)
+            if slab.arrives:
+                here, met = slab.reached(gradient), slab.met(weight)
+                halo, part, _ = slab.kernel.backward(here, next(halos), met, None, (self.graph, wanted[0], False))
+                parts.append((slab, part))
+            if self.graph:
+                pending.append(slab.fetch.adjoint.start(slab.cropped(halo) if slab.arrives else halo))
+        gx = self.kernel.backward(gradient, x, weight, bias, (True, False, False))[0] if self.graph else None
+        _, gw, gb = self.kernel.backward(gradient, x, weight, bias, (False, *wanted))
+        for slab, part in parts if wanted[0] else ():
+            slab.met(gw).add_(part)
+        for slab, moving in zip(self.slabs if self.graph else (), pending, strict=True):
+            slab.fetch.adjoint.finish(moving, into=gx)
+        return gx, gw, gb
+
+
+@dataclass(frozen=True)
+class Fused:
+    """A convolution as one graph node, for one structure.
+
+    Attributes
+    ----------
+    way : Copied or Overlapped
+    compose : callable
+        The same of input, weight and bias by differentiable operations.
+    graph : bool
+        Whether any rank's input requires grad.
+    replicas : (Replicas, Replicas or None)
+        Of weight and bias.
+    reducer : Reducer
+    """
+
+    way: Copied | Overlapped
+    compose: Convolve
+    graph: bool
+    replicas: tuple[Replicas, Replicas | None]
+    reducer: Reducer
+
+    def __call__(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        learns = weight.requires_grad or (bias is not None and bias.requires_grad)
+        if not (torch.is_grad_enabled() and (learns or self.graph)):
+            return self.way.forward(x, weight, bias)[0]
+        return _Fused.apply(x, weight, bias, self.reducer.token, self)
+
+
+class _Fused(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, token: torch.Tensor, how: Fused
+    ) -> torch.Tensor:
+        y, kept = how.way.forward(x, weight, bias)
+        ctx.how, ctx.parameters = how, (weight, bias)
+        ctx.save_for_backward(x, weight, bias, *kept)
         return y
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        x, weight, bias, *arrived = ctx.saved_tensors
-        how, (wants_x, wants_w, wants_b) = ctx.how, ctx.needs_input_grad[:3]
+        x, weight, bias, *kept = ctx.saved_tensors
+        how, (wants_x, *wanted) = ctx.how, ctx.needs_input_grad[:3]
         if torch.is_grad_enabled():
-            found = _differentiable_backward(how, gradient, x, weight, bias)
+            gx, *learned = _differentiable_backward(how, gradient, x, weight, bias)
         else:
-            found = _backward(how, gradient, x, weight, bias, arrived, wants_w, wants_b)
-        kept = (g if wanted else None for g, wanted in zip(found, (wants_x, wants_w, wants_b), strict=True))
-        return (*kept, None, None)
-
-
-def _backward(
-    how: Overlap,
-    gradient: torch.Tensor,
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    arrived: Sequence[torch.Tensor],
-    wants_w: bool,
-    wants_b: bool,
-) -> tuple[torch.Tensor | None, ...]:
-    halos, parts, pending = iter(arrived), [], []
-    for slab in how.slabs:
-        halo = gradient.new_empty(0)
-        if slab.arrives:
-            here, met = slab.reached(gradient), slab.met(weight)
-            halo, part, _ = slab.kernel.backward(here, next(halos), met, None, (how.graph, wants_w, False))
-            parts.append((slab, part))
-        if how.graph:
-            pending.append(slab.fetch.adjoint.start(slab.cropped(halo) if slab.arrives else halo))
-    gx = how.kernel.backward(gradient, x, weight, bias, (True, False, False))[0] if how.graph else None
-    _, gw, gb = how.kernel.backward(gradient, x, weight, bias, (False, wants_w, wants_b))
-    for slab, part in parts if wants_w else ():
-        slab.met(gw).add_(part)
-    for slab, moving in zip(how.slabs if how.graph else (), pending, strict=True):
-        slab.fetch.adjoint.finish(moving, into=gx)
-    return gx, gw, gb
+            gx, *learned = how.way.backward(gradient, x, weight, bias, kept, wanted)
+        found = zip(ctx.parameters, learned, wanted, how.replicas, strict=True)
+        sums = (how.reducer.reduce(p, g, replicas) if wants else None for p, g, wants, replicas in found)
+        return (gx if wants_x else None, *sums, None, None)
 
 
 def _differentiable_backward(
-    how: Overlap, gradient: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+    how: Fused, gradient: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
 ) -> tuple[torch.Tensor | None, ...]:
     """By the plain composition, for gradients of gradients; all ranks move the input's if any of them wants it."""
-    x = x.detach().requires_grad_() if how.graph and not x.requires_grad else x
-    given = [t if t is None else t.view_as(t) for t in (x, weight, bias)]
-    y = how.compose(*given)  # type: ignore[arg-type]
+    x = x.detach().requires_grad_() if how.graph and not x.requires_grad else x.view_as(x)
+    learned = zip((weight, bias), how.replicas, strict=True)
+    given = [x, *(t if t is None else replicated(t, r, how.reducer.transport).view_as(t) for t, r in learned)]
+    y = how.compose(*given)
     wanted = [t for t in given if t is not None and t.requires_grad]
     found = iter(torch.autograd.grad(y, wanted, gradient, create_graph=True))
     return tuple(next(found) if t is not None and t.requires_grad else None for t in given)

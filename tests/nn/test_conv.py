@@ -191,8 +191,8 @@ def test_what_overlaps(world: dl.Partition) -> None:
         x = integers(*shape)[P.block(shape)].requires_grad_()
         with count() as c:
             layer(x).sum().backward()
-        built = layer._distdl_plan.overlap
-        assert (built and len(built.slabs)) == slabs, options
+        fused = layer._distdl_plan.fused
+        assert (fused and len(fused.way.slabs)) == slabs, options
         overlap.LEAST_BYTES = 1 << 40
         with count() as copied:
             copy.deepcopy(layer)(x).sum().backward()
