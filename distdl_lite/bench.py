@@ -318,7 +318,7 @@ def _setup_rows(P: Partition) -> list[Row]:
 
 def _setup_calls(transport: Any, call: Call) -> tuple[int, int]:
     """How many agreements and gathers of host data a call makes."""
-    made = {"agree": 0, "gather_objects": 0}
+    made = {"start_agreeing": 0, "gather_objects": 0}
 
     def counted(name: str) -> Callable[..., Any]:
         method = getattr(transport, name)
@@ -336,7 +336,7 @@ def _setup_calls(transport: Any, call: Call) -> tuple[int, int]:
     finally:
         for name in made:
             delattr(transport, name)
-    return made["agree"], made["gather_objects"]
+    return made["start_agreeing"], made["gather_objects"]
 
 
 def _dropped_layers(P: Partition, count: int = 3000) -> Row:

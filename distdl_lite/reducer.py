@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from itertools import groupby
 from typing import Any
 from weakref import WeakValueDictionary
@@ -111,9 +110,10 @@ class Reducer:
 
     def _add(self, parameter: torch.Tensor, gradient: torch.Tensor, replicas: Replicas) -> None:
         """Take a local gradient; several of one parameter add up."""
-        collected = self._collected.get(_running_backward())
+        backward = _running_backward()
+        collected = self._collected.get(backward)
         if collected is None:
-            collected = self._collected[_running_backward()] = _Collected(self.transport)
+            collected = self._collected[backward] = _Collected(self.transport)
             _at_end_of_backward(collected.flush)
         known = collected.entries.get(id(parameter))
         total = gradient if known is None else known[1] + gradient
@@ -134,9 +134,9 @@ class _Collected:
             group = list(entries)
             self._check_alike(team, group)
             for parameters, gradients in _buckets(group):
-                sums = sum_together(gradients, partial(self.transport.all_reduce, team))
-                for parameter, total in zip(parameters, sums, strict=True):
-                    _accumulate(parameter, total)
+                flat = _flattened(gradients)
+                self.transport.all_reduce(team, flat)
+                _accumulate(parameters, _unflattened(flat, gradients))
 
     def _check_alike(self, team: tuple[int, ...], group: Sequence[Entry]) -> None:
         """Raise on all of the team unless all its ranks are about to sum the same parameters."""
@@ -169,23 +169,16 @@ def _buckets(
     return made
 
 
-def sum_together(tensors: Sequence[torch.Tensor], add_up: Callable[[torch.Tensor], Any]) -> list[torch.Tensor]:
-    """Sums of tensors of one dtype by one call of `add_up`, which adds up a flat tensor in place."""
-    flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
-    add_up(flat)
-    parts = flat.split([tensor.numel() for tensor in tensors])
-    return [part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
-
-
-def _accumulate(parameter: torch.Tensor, total: torch.Tensor) -> None:
+def _accumulate(parameters: Sequence[torch.Tensor], totals: Sequence[torch.Tensor]) -> None:
     with torch.no_grad():
-        if parameter.grad is None:
-            parameter.grad = total.to(parameter.dtype)
-        else:
-            parameter.grad += total
+        for parameter, total in zip(parameters, totals, strict=True):
+            if parameter.grad is None:
+                parameter.grad = total if total.dtype is parameter.dtype else total.to(parameter.dtype)
+            else:
+                parameter.grad += total
 
 
-# ---- the private calls of torch's autograd, in one place; tests/test_reducer.py checks them -------------------------
+# ---- the private calls of torch, in one place; tests/test_reducer.py checks them -------------------------
 
 
 def _engine_will_run(node: Any) -> bool:
@@ -198,3 +191,13 @@ def _running_backward() -> int:
 
 def _at_end_of_backward(callback: Callable[[], None]) -> None:
     torch.autograd.Variable._execution_engine.queue_callback(callback)  # type: ignore[attr-defined]
+
+
+def _flattened(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    """One flat tensor of their elements."""
+    return torch._C._nn.flatten_dense_tensors(tensors)  # type: ignore[attr-defined]
+
+
+def _unflattened(flat: torch.Tensor, tensors: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+    """Views of a flat tensor of the shapes of these."""
+    return torch._C._nn.unflatten_dense_tensors(flat, tensors)  # type: ignore[attr-defined]

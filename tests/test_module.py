@@ -15,6 +15,7 @@ import torch
 from cases import integers
 from ranks import on_ranks
 from torch.nn.modules.module import register_module_forward_hook
+from torch.utils.checkpoint import checkpoint
 
 import distdl_lite as dl
 import distdl_lite.nn as dnn
@@ -58,12 +59,12 @@ def spied(P: Partition) -> Iterator[Counter[str]]:
 
         return call
 
-    for name in ("agree", "gather_objects", "bind"):
+    for name in ("start_agreeing", "gather_objects", "bind"):
         setattr(transport, name, spy(name))
     try:
         yield calls
     finally:
-        for name in ("agree", "gather_objects", "bind"):
+        for name in ("start_agreeing", "gather_objects", "bind"):
             delattr(transport, name)
 
 
@@ -74,12 +75,12 @@ def test_an_unchanged_forward_agrees_once_and_does_nothing_else(world: Partition
     layer(x)
     with spied(P) as calls:
         layer(x)
-        assert calls == {"agree": 1}
+        assert calls == {"start_agreeing": 1}
         layer(integers((2, 2)))
-        assert calls == {"agree": 2, "gather_objects": 2, "bind": 1}
+        assert calls == {"start_agreeing": 2, "gather_objects": 2, "bind": 1}
         layer(x)
         layer(integers((2, 2)))
-        assert calls == {"agree": 4, "gather_objects": 2, "bind": 1}
+        assert calls == {"start_agreeing": 4, "gather_objects": 2, "bind": 1}
 
 
 @on_ranks(4)
@@ -195,14 +196,14 @@ def test_layers_inside_ride_on_one_agreement(world: Partition) -> None:
         net(x)
         with spied(P) as calls:
             net(x)
-            assert calls == {"agree": 1}
+            assert calls == {"start_agreeing": 1}
             net(integers((4,)))
         with spied(P) as calls:
             net(x)
             net(integers((4,)))
             net.eval()(x)
             net.train()(x)
-        assert calls["agree"] == 4 + 4  # eval is new: each layer's call agrees once
+        assert calls["start_agreeing"] == 4 + 4  # eval is new: each layer's call agrees once
 
 
 @on_ranks(4)
@@ -217,7 +218,7 @@ def test_a_ride_ends_with_its_forward(world: Partition) -> None:
     assert world.world_transport.local["ride"] is None
     with spied(P) as calls:
         net.twice(x)
-    assert calls["agree"] == 1
+    assert calls["start_agreeing"] == 1
 
 
 @on_ranks(4)
@@ -248,10 +249,10 @@ def test_static_shapes_drop_the_agreement(world: Partition) -> None:
         assert torch.equal(layer(x), wanted)
         assert not calls
         layer(integers((2,)))
-        assert calls["agree"] == 1
+        assert calls["start_agreeing"] == 1
         layer(integers((2,)))
         layer(x)
-        assert calls["agree"] == 1
+        assert calls["start_agreeing"] == 1
 
 
 @on_ranks(4, mpi=True)
@@ -307,7 +308,7 @@ def test_hooks_of_torch_are_called(world: Partition) -> None:
             handle.remove()
             assert seen == [kind]
             seen.clear()
-    assert calls == {"agree": len(kinds) + 1, "gather_objects": 2, "bind": 2}
+    assert calls == {"gather_objects": 2, "bind": 2}
 
 
 @on_ranks(1)
@@ -400,3 +401,55 @@ def test_ranks_that_swap_shapes_set_up_anew(world: dl.Partition) -> None:
             key = layer._distdl_key
             layer(torch.empty(pair[1]))
             assert layer._distdl_key != key, pair
+
+
+@on_ranks(4, mpi=True)
+def test_a_rank_that_runs_ahead_of_the_votes_is_called_back(world: Partition) -> None:
+    """Another rank's structure changes: of the ranks whose own does not, some run ahead and some have hooks and wait."""
+    P = world.grid((2, 2))
+    serial = torch.nn.Conv2d(2, 2, 3, padding=1, dtype=torch.float64)
+    convolution = dnn.DistributedConv2d(world.grid((1, 1, 4, 1)), 2, 2, 3, padding=1, dtype=torch.float64)
+    dl.load_serial_state_dict(convolution, serial.state_dict())
+    halo, pool = dnn.HaloExchange(P, [1, 1]), dnn.DistributedMaxPool1d(world.grid((1, 1, 4)), 3, stride=1)
+    seen: list[int] = []
+    if world.rank == 3:
+        for layer in (halo, convolution):
+            layer.register_forward_hook(lambda *_: seen.append(1))
+    for step in range(12):
+        rows = [2, 2, 3, 2 + step % 3]
+        whole, last = integers((sum(rows[::2]), 5), seed=step), integers((1, 2, sum(rows), 3), seed=step)
+        cut = [(0, rows[0]), (rows[0], sum(rows[::2]))][world.rank // 2]
+        columns = [(0, 3), (3, 5)][world.rank % 2]
+        grown = whole[max(cut[0] - 1, 0) : cut[1] + 1, max(columns[0] - 1, 0) : columns[1] + 1]
+        assert torch.equal(halo(whole[slice(*cut), slice(*columns)]), grown)
+        mine = slice(sum(rows[: world.rank]), sum(rows[: world.rank + 1]))
+        x = last[:, :, mine].clone().requires_grad_()
+        leaf = last.clone().requires_grad_()
+        y, wanted = convolution(x), serial(leaf)
+        torch.testing.assert_close(y, wanted[convolution.P_x.block(wanted.shape)], rtol=1e-12, atol=1e-12)
+        (gradient,) = torch.autograd.grad(y.square().sum(), x)
+        torch.testing.assert_close(gradient, torch.autograd.grad(wanted.square().sum(), leaf)[0][:, :, mine])
+        line = last[:, :, :, 0]
+        pooled = torch.nn.functional.max_pool1d(line, 3, stride=1)
+        assert torch.equal(pool(line[:, :, mine]), pooled[pool.P_x.block(pooled.shape)])
+    assert len(seen) == 24 * (world.rank == 3)
+
+
+@on_ranks(2)
+def test_nobody_runs_ahead_where_calls_are_counted(world: Partition) -> None:
+    """Checkpoints pair the tensors that a forward saves with those of its second run; a forward of one's own may do more."""
+
+    class Twice(dnn.HaloExchange):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x) + super().forward(x)
+
+    P = world.grid((2,))
+    for layer in (dnn.HaloExchange(P, [1]), Twice(P, [1])):
+        for length in (3, 3, 3 + world.rank, 3, 3 + world.rank):
+            x = integers((length,), seed=world.rank).requires_grad_()
+            y = checkpoint(layer, x, use_reentrant=False)
+            (2 * y.sum()).backward()
+            once = 2.0 * (1 + isinstance(layer, Twice))
+            ends = torch.full((length,), once, dtype=torch.float64)
+            ends[0 if world.rank else -1] *= 2
+            assert torch.equal(x.grad, ends)

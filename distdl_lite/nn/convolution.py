@@ -22,7 +22,7 @@ from distdl_lite import layout as lay
 from distdl_lite.grid import Grid, balanced
 from distdl_lite.layout import Dim, Layout, Shape, balanced_blocks, ranges_of
 from distdl_lite.nn.kernel import connected_zeros, operator_between
-from distdl_lite.nn.movement import Inputs, agreed_inputs, computing_dtype, into
+from distdl_lite.nn.movement import Inputs, agreed_inputs, computing_dtype, into, rehearsal
 from distdl_lite.nn.overlap import Fused
 from distdl_lite.nn.parameter import Layer, bias_bound, kaiming_bound, uniform
 from distdl_lite.operator import Operator
@@ -180,6 +180,11 @@ class Convolution(Layer):
         It is asked for where each rank computes its own outputs of its own dtype and none is empty.
         """
         return None
+
+    def _distdl_rehearsal(self) -> Callable[[], None] | None:
+        built: _Built = self._distdl_plan
+        fetches = [built.fetch] if built.fused is None else built.fused.way.fetches
+        return rehearsal(self, *((fetch, built.dtype) for fetch in fetches), (built.deliver, built.out_dtype))
 
     # ---- forward -----------------------------------------------------------------------------------------------------
 

@@ -11,7 +11,7 @@ import torch
 from distdl_lite import layout as lay
 from distdl_lite.layout import Dim, Layout, Range, Shape
 from distdl_lite.nn.module import Module
-from distdl_lite.nn.movement import Inputs, agreed_inputs, into
+from distdl_lite.nn.movement import Inputs, agreed_inputs, into, rehearsal
 from distdl_lite.operator import Operator
 from distdl_lite.partition import Partition
 from distdl_lite.plan import plan
@@ -148,6 +148,9 @@ class SpatialLayer(Module):
         shape = lay.shape_of(box)
         local = (lambda z: connected_zeros(shape, z)) if 0 in shape else self.local(views)
         return _Built(operator_between(X, Z, self, inputs.requires_grad), inputs.dtype, shape, local)
+
+    def _distdl_rehearsal(self) -> Callable[[], None] | None:
+        return rehearsal(self, (self._distdl_plan.fetch, self._distdl_plan.dtype))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not self._distdl_is_inside:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -90,7 +90,9 @@ class Module(torch.nn.Module):
     _distdl_key: int | None
     _distdl_next_key: int
     _distdl_structure: Structure
-    _distdl_kept: OrderedDict[int, tuple[Any, Structure]]
+    _distdl_kept: OrderedDict[int, tuple[Any, Structure, int]]
+    _distdl_mine: int | None
+    _distdl_rehearse: Callable[[], Any] | None
     _distdl_known_keys: dict[Any, int]
     _distdl_team: tuple[int, ...]
     _distdl_transport: Transport
@@ -123,6 +125,8 @@ class Module(torch.nn.Module):
             or self._compiled_call_impl is not None
         ):
             return super().__call__(*args, **kwargs)
+        if self._distdl_begins_early(args, kwargs):
+            return self._distdl_early_forward(args)
         self._distdl_forward_pre_hook(args, kwargs)
         return self.forward(*args, **kwargs)
 
@@ -162,6 +166,37 @@ class Module(torch.nn.Module):
         self._distdl_is_static = on
         return self
 
+    # ---- moving before the votes are in ------------------------------------------------------------------------------
+
+    def _distdl_rehearsal(self) -> Callable[[], Any] | None:
+        """For layers whose forward has no side effects: what makes the calls that forward makes under the plan, with zeros.
+
+        Such a layer runs forward while the votes of an agreement travel, if its own structure is that of the last plan, and
+        drops the result if the votes say that another rank's has changed. A rank that does not run it early, because its
+        structure has changed or it has hooks, then rehearses, so that all ranks have made the same calls.
+        """
+        return None
+
+    def _distdl_begins_early(self, input: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+        """Give this rank's vote and be the first to run forward, unless there is reason to wait for the others'."""
+        if self._distdl_rehearse is None or kwargs or self._distdl_is_static or self._distdl_ride() is not None:
+            return False
+        mine = self._distdl_local_key(input, kwargs)
+        if mine != self._distdl_mine or _saved_tensors_have_hooks():
+            return False
+        self._distdl_transport.start_agreeing(self._distdl_team, mine)
+        return True
+
+    def _distdl_early_forward(self, input: tuple[Any, ...]) -> Any:
+        result = self.forward(*input)
+        agreed = self._distdl_transport.agreed(self._distdl_team)
+        if agreed == self._distdl_key:
+            return result
+        del result
+        self._distdl_next_key = agreed
+        self._distdl_adopt(input, None)
+        return self.forward(*input)
+
     # ---- the hook ----------------------------------------------------------------------------------------------------
 
     def _distdl_forward_pre_hook(self, input: tuple[Any, ...], kwargs: Mapping[str, Any] | None = None) -> None:
@@ -174,14 +209,23 @@ class Module(torch.nn.Module):
             self._distdl_refuse_data(input)
             return
         if self._distdl_input_changed(input, kwargs):
-            if self._distdl_module_requires_reset(input):
-                self._distdl_build(input, kwargs)
-            else:
-                self._distdl_plan, self._distdl_structure = self._distdl_kept[self._distdl_next_key]
-                self._distdl_kept.move_to_end(self._distdl_next_key)
-            self._distdl_key = self._distdl_next_key
+            self._distdl_adopt(input, kwargs)
         if self._modules and not self._distdl_agrees_each:
             self._distdl_begin_ride()
+
+    def _distdl_adopt(self, input: tuple[Any, ...], kwargs: Mapping[str, Any] | None) -> None:
+        """Set up for the structure agreed on, or take what was kept of it."""
+        self._distdl_rehearse = None
+        if self._distdl_module_requires_reset(input):
+            self._distdl_build(input, kwargs)
+        else:
+            self._distdl_plan, self._distdl_structure, self._distdl_mine = self._distdl_kept[self._distdl_next_key]
+            self._distdl_kept.move_to_end(self._distdl_next_key)
+        self._distdl_key = self._distdl_next_key
+        # A forward of its own might make other calls than the rehearsal that it inherits.
+        own = "forward" not in self.__dict__ and _owner(self, "forward") is _owner(self, "_distdl_rehearsal")
+        if own and len(self._distdl_team) > 1 and self._distdl_plan is not None:
+            self._distdl_rehearse = self._distdl_rehearsal()
 
     def _distdl_positional(
         self, input: tuple[Any, ...], kwargs: Mapping[str, Any]
@@ -222,7 +266,8 @@ class Module(torch.nn.Module):
         else:
             self._distdl_exchange_and_set_up(input, kwargs)
         if self._distdl_plan is not None:
-            self._distdl_kept[self._distdl_next_key] = (self._distdl_plan, self._distdl_structure)
+            self._distdl_mine = self._distdl_local_key(input, kwargs)
+            self._distdl_kept[self._distdl_next_key] = (self._distdl_plan, self._distdl_structure, self._distdl_mine)
             if len(self._distdl_kept) > _CACHED_STRUCTURES:
                 self._distdl_kept.popitem(last=False)
 
@@ -273,20 +318,27 @@ class Module(torch.nn.Module):
     # ---- the agreement -----------------------------------------------------------------------------------------------
 
     def _distdl_agreed_key(self, input: tuple[Any, ...], kwargs: Mapping[str, Any] | None) -> int:
-        transport = self._distdl_transport
-        ride = None if self._distdl_agrees_each else transport.local.get("ride")
-        if ride is not None and ride.team.issuperset(self._distdl_team):
+        transport, ride = self._distdl_transport, self._distdl_ride()
+        if ride is not None:
             known: Any = (ride.key, ride.number(self))
         elif self._distdl_is_static:
             known = self._distdl_local_key(input, kwargs)
         else:
-            return transport.agree(self._distdl_team, self._distdl_local_key(input, kwargs))
+            agreed = transport.agree(self._distdl_team, self._distdl_local_key(input, kwargs))
+            if agreed != self._distdl_key and self._distdl_rehearse is not None:
+                self._distdl_rehearse()
+            return agreed
         if known not in self._distdl_known_keys:
             if len(self._distdl_known_keys) >= 16 * _CACHED_STRUCTURES:
                 self._distdl_known_keys.clear()
             agreed = transport.agree(self._distdl_team, self._distdl_local_key(input, kwargs))
             self._distdl_known_keys[known] = agreed
         return self._distdl_known_keys[known]
+
+    def _distdl_ride(self) -> _Ride | None:
+        """The agreement of a module around this layer, of all its ranks, if there is one."""
+        ride = None if self._distdl_agrees_each else self._distdl_transport.local.get("ride")
+        return ride if ride is not None and ride.team.issuperset(self._distdl_team) else None
 
     def _distdl_local_key(self, input: tuple[Any, ...], kwargs: Mapping[str, Any] | None) -> int:
         parts: list[Any] = [
@@ -327,10 +379,22 @@ def _unbuilt() -> dict[str, Any]:
         "_distdl_structure": {},
         "_distdl_kept": OrderedDict(),
         "_distdl_known_keys": {},
+        "_distdl_mine": None,
+        "_distdl_rehearse": None,
         "_distdl_team": None,
         "_distdl_transport": None,
         "_distdl_is_inside": False,
     }
+
+
+def _owner(module: Module, name: str) -> type:
+    """The class that a method comes from."""
+    return next(kind for kind in type(module).__mro__ if name in kind.__dict__)
+
+
+def _saved_tensors_have_hooks() -> bool:
+    """Whether something, such as a checkpoint, counts the tensors that are saved: nothing may then run twice."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None  # type: ignore[attr-defined]
 
 
 def _is_plain(tensor: torch.Tensor) -> bool:

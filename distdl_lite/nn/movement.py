@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -108,6 +108,19 @@ def into(operator: Operator, x: torch.Tensor, dtype: torch.dtype) -> torch.Tenso
     return operator(x)
 
 
+def rehearsal(layer: Any, *steps: tuple[Operator | None, torch.dtype]) -> Callable[[], None] | None:
+    """What runs operators, each with zeros of a dtype, and drops what comes; None if there are none. See `Module`."""
+    device = layer._distdl_structure[layer.P_x.ranks[0]][0].device
+    moving = [(operator, dtype) for operator, dtype in steps if operator is not None]
+
+    def rehearse() -> None:
+        for operator, dtype in moving:
+            shape = operator.plan.shape_in
+            operator.apply(torch.zeros((0,) if shape is None else shape, dtype=dtype, device=device))
+
+    return rehearse if moving else None
+
+
 class Movement(Module):
     """Base of all primitives, and of users' own: override `layouts`.
 
@@ -149,6 +162,9 @@ class Movement(Module):
         if self.preserve_batch and input[0].dim():
             built = replace(built, nothing=(input[0].shape[0], 0))
         return Operator(built, transport, name, inputs.requires_grad), inputs.dtype
+
+    def _distdl_rehearsal(self) -> Callable[[], None] | None:
+        return rehearsal(self, self._distdl_plan[:2])
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not self._distdl_is_inside:

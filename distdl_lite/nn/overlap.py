@@ -167,6 +167,11 @@ class Copied:
     kernel: Kernel
     graph: bool
 
+    @property
+    def fetches(self) -> Sequence[Operator | None]:
+        """The operators that forward applies, in their order."""
+        return (self.fetch,)
+
     def forward(
         self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
     ) -> tuple[torch.Tensor, Sequence[torch.Tensor]]:
@@ -193,6 +198,11 @@ class Overlapped:
     slabs: tuple[Slab, ...]
     kernel: Kernel
     graph: bool
+
+    @property
+    def fetches(self) -> Sequence[Operator | None]:
+        """The operators that forward applies, in their order."""
+        return tuple(slab.fetch for slab in self.slabs)
 
     def forward(
         self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
@@ -226,8 +236,7 @@ class Overlapped:
                 parts.append((slab, part))
             if self.graph:
                 pending.append(slab.fetch.adjoint.start(slab.cropped(halo) if slab.arrives else halo))
-        gx = self.kernel.backward(gradient, x, weight, bias, (True, False, False))[0] if self.graph else None
-        _, gw, gb = self.kernel.backward(gradient, x, weight, bias, (False, *wanted))
+        gx, gw, gb = self.kernel.backward(gradient, x, weight, bias, (self.graph, *wanted))
         for slab, part in parts if wanted[0] else ():
             slab.met(gw).add_(part)
         for slab, moving in zip(self.slabs if self.graph else (), pending, strict=True):

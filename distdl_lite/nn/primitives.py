@@ -321,6 +321,9 @@ class HaloExchange(Movement):
         )
         return operator, dtype, edge_pad(wanted, held, lay.global_shape_of(X), self.boundary)
 
+    def _distdl_rehearsal(self) -> Any:
+        return super()._distdl_rehearsal()
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not self._distdl_is_inside:
             return x

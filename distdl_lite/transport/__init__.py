@@ -41,6 +41,12 @@ class Transport(Protocol):
     def agree(self, team: Team, value: int) -> int:
         """The sum of the ranks' values modulo 2^64."""
 
+    def start_agreeing(self, team: tuple[int, ...], value: int) -> None:
+        """Give this rank's value without waiting for the others'."""
+
+    def agreed(self, team: tuple[int, ...]) -> int:
+        """The sum that `start_agreeing` began."""
+
     def gather_objects(self, team: Team, value: Any) -> list[Any]:
         """Every rank's host object, in the order of `team`."""
 

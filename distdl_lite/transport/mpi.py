@@ -16,11 +16,15 @@ from typing import Any
 
 import torch
 
-if "mpi4py.MPI" not in sys.modules and "MPI4PY_RC_THREAD_LEVEL" not in os.environ:
-    import mpi4py
+if "mpi4py.MPI" not in sys.modules:  # else MPI has begun
+    # MPICH's collectives through shared memory spin: with more ranks than cores each takes 8 ms, a sum of 4 MiB 4 s, not
+    # 75 us and 3 ms; on 2 ranks and 2 cores a sum of 64 B takes 2.4 us, not 4.7, but one of 4 MiB 3.9 ms, not 0.6.
+    os.environ.setdefault("MPIR_CVAR_DEVICE_COLLECTIVES", "none")
+    if "MPI4PY_RC_THREAD_LEVEL" not in os.environ:
+        import mpi4py
 
-    # One thread at a time calls MPI here, autograd's in backward; under "multiple" an agreement takes 3.1 us, not 1.3.
-    mpi4py.rc.thread_level = "serialized"
+        # One thread at a time calls MPI here, autograd's in backward; under "multiple" an agreement takes 3.1 us, not 1.3.
+        mpi4py.rc.thread_level = "serialized"
 from mpi4py import MPI
 
 from distdl_lite.layout import Shape, shape_of
@@ -94,8 +98,7 @@ class MPITransport:
         self.proc_null: int = MPI.PROC_NULL
         self.local: dict[str, Any] = {}
         self._teams: dict[tuple[int, ...], MPI.Comm] = {tuple(range(self.size)): self.comm}
-        self._vote = array("Q", [0]), array("Q", [0])
-        self._vote_specs = tuple([MPI.memory.frombuffer(buffer), 1, MPI.UINT64_T] for buffer in self._vote)
+        self._votes: dict[tuple[int, ...], _Vote] = {}
 
     def communicator(self, team: Team) -> MPI.Comm:
         """The team's communicator; the team makes it together at first use, its ranks in sorted order."""
@@ -122,13 +125,22 @@ class MPITransport:
     def agree(self, team: Team, value: int) -> int:
         if len(team) == 1:
             return value
-        comm = self._teams.get(team) or self.communicator(team)  # type: ignore[arg-type]
+        team = tuple(team)
+        self.start_agreeing(team, value)
+        return self.agreed(team)
+
+    def start_agreeing(self, team: tuple[int, ...], value: int) -> None:
+        vote = self._votes.get(team)
+        if vote is None:
+            vote = self._votes[team] = _Vote(self.communicator(team))
+        vote.start(value)
+
+    def agreed(self, team: tuple[int, ...]) -> int:
         began = perf_counter() if "tallies" in self.local else 0.0
-        self._vote[0][0] = value
-        comm.Allreduce(*self._vote_specs)
+        value = self._votes[team].finish()
         if began:
             record(self.local, 0, 0, perf_counter() - began, 0, None)
-        return self._vote[1][0]
+        return value
 
     @counted()
     def gather_objects(self, team: Team, value: Any) -> list[Any]:
@@ -153,6 +165,28 @@ class MPITransport:
             self.communicator(ordered).Bcast(_bytes(sent), ordered.index(root))
             if sent is not tensor:
                 tensor.copy_(sent)
+
+
+class _Vote:
+    """A team's agreements: a persistent sum, which the ranks need not wait for when they give their numbers."""
+
+    def __init__(self, comm: MPI.Comm) -> None:
+        self._mine, self._sum = array("Q", [0]), array("Q", [0])
+        specs = [[MPI.memory.frombuffer(buffer), 1, MPI.UINT64_T] for buffer in (self._mine, self._sum)]
+        self._request = comm.Allreduce_init(*specs, MPI.SUM)
+        self._is_open = False
+
+    def start(self, value: int) -> None:
+        if self._is_open:  # an error kept this rank from asking for the result
+            self.finish()
+        self._mine[0] = value
+        self._is_open = True
+        self._request.Start()
+
+    def finish(self) -> int:
+        self._is_open = False
+        self._request.Wait()
+        return self._sum[0]
 
 
 class MPIChannel:

@@ -13,6 +13,7 @@ import sys
 import threading
 from collections import defaultdict, deque
 from collections.abc import Callable
+from time import perf_counter
 from types import FrameType
 from typing import Any
 
@@ -21,7 +22,7 @@ import torch
 
 from distdl_lite.plan import Plan
 from distdl_lite.transport import Team, enter, wire
-from distdl_lite.transport.counts import counted
+from distdl_lite.transport.counts import counted, record
 
 _MASK = (1 << 64) - 1
 
@@ -119,6 +120,7 @@ class ThreadTransport:
         self.world, self.rank, self.size = world, rank, world.size
         self.local: dict[str, Any] = {}
         self._met: dict[tuple[int, ...], int] = defaultdict(int)
+        self._votes: dict[tuple[int, ...], int] = {}
 
     def user_communicator(self, team: Team) -> None:
         return None
@@ -128,12 +130,19 @@ class ThreadTransport:
 
     def _meet(self, team: Team, value: Any, what: str) -> list[Any]:
         """What every rank of the team brings to its next meeting, in the order of the ranks."""
-        team = tuple(sorted(team))
+        return self._met_all(tuple(sorted(team)), self._arrive(tuple(sorted(team)), value, what), what)
+
+    def _arrive(self, team: tuple[int, ...], value: Any, what: str) -> int:
+        """Bring something to the team's next meeting; its number."""
         number = self._met[team]
         self._met[team] += 1
+        self.world.meetings[team, number][self.rank] = (what, value)
+        return number
+
+    def _met_all(self, team: tuple[int, ...], number: int, what: str) -> list[Any]:
+        """Wait for the others."""
         meetings = self.world.meetings
         present = meetings[team, number]
-        present[self.rank] = (what, value)
         self.world.wait(self.rank, lambda: len(present) == len(team), f"{what} number {number} of ranks {list(team)}")
         self.world.left[team, number] += 1
         if self.world.left[team, number] == len(team):
@@ -143,9 +152,23 @@ class ThreadTransport:
             raise RuntimeError(f"ranks {list(team)} meet in different calls: {dict(sorted(calls.items()))}")
         return [present[rank][1] for rank in team]
 
-    @counted()
     def agree(self, team: Team, value: int) -> int:
-        return sum(self._meet(team, value, "agreement")) & _MASK
+        if len(team) == 1:
+            return value
+        team = tuple(team)
+        self.start_agreeing(team, value)
+        return self.agreed(team)
+
+    def start_agreeing(self, team: tuple[int, ...], value: int) -> None:
+        if team in self._votes:  # an error kept this rank from asking for the result
+            self.agreed(team)
+        self._votes[team] = self._arrive(team, value, "agreement")
+
+    def agreed(self, team: tuple[int, ...]) -> int:
+        began = perf_counter()
+        values = self._met_all(team, self._votes.pop(team), "agreement")
+        record(self.local, 0, 0, perf_counter() - began, 0, None)
+        return sum(values) & _MASK
 
     @counted()
     def gather_objects(self, team: Team, value: Any) -> list[Any]:
