@@ -160,7 +160,7 @@ def _explanation(arguments: argparse.Namespace, X: lay.Layout, Y: lay.Layout, ra
 
 # ---- bench -----------------------------------------------------------------------------------------------------------
 
-_BENCHMARKS = ("primitives", "conv", "plan")
+_BENCHMARKS = ("primitives", "conv", "layers", "plan")
 
 
 def bench(arguments: argparse.Namespace) -> str | None:
