@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -117,7 +118,7 @@ class _DistributedAdaptiveMaxPool(_DistributedAdaptivePool):
 
     def local(self, views: Sequence[View]) -> Local:
         if all(view.is_whole for view in views):
-            return lambda z: _MAX_POOLS[self.dims](z, _sizes(views))
+            return partial(_MAX_POOLS[self.dims], output_size=_sizes(views))
         return largest(views)
 
 
@@ -128,7 +129,7 @@ class _DistributedAdaptiveAvgPool(_DistributedAdaptivePool):
 
     def local(self, views: Sequence[View]) -> Local:
         if all(view.is_whole for view in views):
-            return lambda z: _AVG_POOLS[self.dims](z, _sizes(views))
+            return partial(_AVG_POOLS[self.dims], output_size=_sizes(views))
         return averaged(views)
 
 

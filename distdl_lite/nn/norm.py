@@ -58,11 +58,10 @@ class _RunningNorm(Norm):
 
     def running(self, built: Built) -> tuple[torch.Tensor | None, ...]:
         """Running statistics as the input is cut, None where they are neither used nor updated."""
-        if self.training and not self.tracks:
+        mean, var = self.running_mean, self.running_var
+        if mean is None or (self.training and not self.track_running_stats):
             return None, None
-        if built.fit is None or self.running_mean is None:
-            return self.running_mean, self.running_var
-        return built.fit.apply(self.running_mean), built.fit.apply(self.running_var)
+        return (mean, var) if built.fit is None else (built.fit.apply(mean), built.fit.apply(var))
 
     @torch.no_grad()
     def track(self, mean: torch.Tensor, var: torch.Tensor, built: Built) -> None:
@@ -172,9 +171,9 @@ class DistributedBatchNorm(_RunningNorm):
         return super().forward(x)
 
     def alone(self, x: torch.Tensor, *held: torch.Tensor | None) -> torch.Tensor:
-        weight, bias, *running = held
+        weight, bias, mean, var = held
         factor = self.factor() if self.tracks else 0.0
-        return F.batch_norm(x, *running, weight, bias, self.uses_batch, factor, self.eps)
+        return F.batch_norm(x, mean, var, weight, bias, self.training or mean is None, factor, self.eps)
 
 
 class DistributedInstanceNorm(_RunningNorm):

@@ -5,7 +5,7 @@ A rank fetches what the windows of its outputs read and pads at the global edge 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from typing import Any
@@ -87,6 +87,10 @@ def _padding(views: Sequence[View], left: bool) -> tuple[tuple[int, ...], tuple[
     return tuple(native), flat if any(flat) else None
 
 
+def _applied(function: Callable[..., Any], *arguments: Any) -> Local:
+    return lambda z: function(z, *arguments)
+
+
 def _cropped(y: torch.Tensor, views: Sequence[View]) -> torch.Tensor:
     """The first outputs of every spatial dim, as many as the rank has."""
     sizes = tuple(view.size for view in views)
@@ -147,6 +151,16 @@ class _DistributedMaxPool(_Pool):
         return found
 
     def local(self, views: Sequence[View]) -> Local:
+        if all(view.is_whole for view in views):
+            arguments = (
+                self.kernel_size,
+                self.stride,
+                self.padding,
+                self.dilation,
+                self.ceil_mode,
+                self.return_indices,
+            )
+            return _applied(_MAX_POOLS[self.dims], *arguments)
         # torch's own padding on the left never wins: a maximum of nothing but -inf has the serial gradient.
         native, before = _padding(views, left=True)
         options = (self.kernel_size, self.stride, native, self.dilation, self.ceil_mode, self.return_indices)
@@ -173,8 +187,6 @@ class _DistributedMaxPool(_Pool):
 
 def _global_places(places: torch.Tensor, held: Sequence[int], views: Sequence[View]) -> torch.Tensor:
     """Flat indices into a held block of the given shape as flat indices into the global tensor."""
-    if all(view.is_whole for view in views):
-        return places
     found, stride = torch.zeros_like(places), 1
     for n, view in zip(reversed(held), reversed(views), strict=True):
         found += (places % n + view.held[0]) * stride
@@ -251,7 +263,7 @@ class _DistributedAvgPool(_Pool):
         if all(view.is_whole for view in views):
             options = [] if self.dims == 1 else [self.divisor_override]
             arguments = (self.kernel_size, self.stride, self.padding, self.ceil_mode, self.count_include_pad, *options)
-            return lambda z: _AVG_POOLS[self.dims](z, *arguments)
+            return _applied(_AVG_POOLS[self.dims], *arguments)
         native, before = _padding(views, left=False)
         counts = self._counts(views)
 
