@@ -15,7 +15,7 @@ import torch.nn.functional as F
 
 from distdl_lite import layout as lay
 from distdl_lite.layout import Range
-from distdl_lite.nn.kernel import Local, SpatialLayer, View, check_floating, per_dim, wide
+from distdl_lite.nn.kernel import Local, SpatialLayer, View, check_floating, per_dim, wide, with_places
 from distdl_lite.nn.movement import Inputs
 from distdl_lite.partition import Partition
 
@@ -177,9 +177,7 @@ class _DistributedMaxPool(_Pool):
 
     def forward(self, x: torch.Tensor) -> Any:
         y = super().forward(x)
-        if self.return_indices and isinstance(y, torch.Tensor):  # nothing was pooled
-            return y, torch.empty_like(y, dtype=torch.long)
-        return y
+        return with_places(y) if self.return_indices else y
 
     def extra_repr(self) -> str:
         return super().extra_repr() + (", return_indices=True" if self.return_indices else "")
