@@ -130,7 +130,8 @@ class Norm(Layer):
         team = tuple(sorted(grid.members({a: index[a] for a in self._held_axes})))
         dims, count = self.rows(X)
         R = Layout(grid, (Dim(((0, self.numbers),)), *dims), tuple(a for d in dims for a in d.axes if not d.overlaps))
-        needed = R.free_axes or (self.tracks and (fit is not None or len(team) > 1))
+        is_empty = 0 in lay.global_shape_of(X)  # where the running statistics become nan, as torch's
+        needed = R.free_axes or (self.tracks and (fit is not None or len(team) > 1 or is_empty))
         if not (self.uses_batch and count and needed):
             return Built(None, fit, team)
         sizes = [grid.shape[a] for a in R.free_axes]

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from blocks import block, check_held, cuts_of, leaf
+from blocks import block, check_held, cuts_of, held, leaf
 from ranks import on_ranks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
@@ -173,6 +173,31 @@ def test_memory(monkeypatch: pytest.MonkeyPatch) -> None:
                 assert large.sizes == [x.nbytes] * 2, (layer, dtype, large.sizes)
 
     measure("threads")
+
+
+@on_ranks(2)
+def test_instance_norm_of_no_samples(world: Partition) -> None:
+    """Its running statistics become nan, as torch's; gradients of weights, for which torch raises, are zero."""
+    shape = (0, 3, 4)
+    for grid in ((1, 1, 1), (2, 1, 1), (1, 2, 1), (1, 1, 2)):
+        P = world.grid(grid)
+        for affine in (False, True):
+            serial = torch.nn.InstanceNorm1d(3, track_running_stats=True)
+            layer = dnn.DistributedInstanceNorm(P, 3, affine=affine, track_running_stats=True)
+            for training in (False, True):
+                serial.train(training)
+                layer.train(training)
+                x = leaf(block(torch.rand(shape), P, P.bounds(shape)))
+                y = layer(x)
+                y.sum().backward()
+                assert serial(torch.rand(shape)).shape == shape
+                assert y.shape == x.shape == x.grad.shape
+                for name in ("running_mean", "running_var"):
+                    wanted = held(layer, name, getattr(serial, name), world.rank)
+                    if wanted is not None:
+                        torch.testing.assert_close(getattr(layer, name), wanted, rtol=0, atol=0, equal_nan=True)
+            if affine and P.active:
+                assert not layer.weight.grad.any()
 
 
 CASES = (  # kind, shape, grid, options
