@@ -5,14 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
 from distdl_lite.layout import Range
-from distdl_lite.nn.kernel import Local, SpatialLayer, View, check_floating, wide, windows, with_places
+from distdl_lite.nn.kernel import Local, SpatialLayer, View, applied, check_floating, wide, windows, with_places
 from distdl_lite.nn.movement import Inputs
 from distdl_lite.partition import Partition
 
@@ -141,7 +140,7 @@ class _DistributedAdaptiveMaxPool(_DistributedAdaptivePool):
 
     def local(self, views: Sequence[View]) -> Local:
         if all(view.is_whole for view in views):
-            return partial(_MAX_POOLS[self.dims], output_size=_sizes(views), return_indices=self.return_indices)
+            return applied(_MAX_POOLS[self.dims], _sizes(views), self.return_indices)
         return largest(views, self.return_indices)
 
     def forward(self, x: torch.Tensor) -> Any:
@@ -159,7 +158,7 @@ class _DistributedAdaptiveAvgPool(_DistributedAdaptivePool):
 
     def local(self, views: Sequence[View]) -> Local:
         if all(view.is_whole for view in views):
-            return partial(_AVG_POOLS[self.dims], output_size=_sizes(views))
+            return applied(_AVG_POOLS[self.dims], _sizes(views))
         return averaged(views)
 
 

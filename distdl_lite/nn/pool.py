@@ -5,7 +5,7 @@ A rank fetches what the windows of its outputs read and pads at the global edge 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import reduce
 from typing import Any
@@ -15,7 +15,7 @@ import torch.nn.functional as F
 
 from distdl_lite import layout as lay
 from distdl_lite.layout import Range
-from distdl_lite.nn.kernel import Local, SpatialLayer, View, check_floating, per_dim, wide, with_places
+from distdl_lite.nn.kernel import Local, SpatialLayer, View, applied, check_floating, per_dim, wide, with_places
 from distdl_lite.nn.movement import Inputs
 from distdl_lite.partition import Partition
 
@@ -87,10 +87,6 @@ def _padding(views: Sequence[View], left: bool) -> tuple[tuple[int, ...], tuple[
     return tuple(native), flat if any(flat) else None
 
 
-def _applied(function: Callable[..., Any], *arguments: Any) -> Local:
-    return lambda z: function(z, *arguments)
-
-
 def _cropped(y: torch.Tensor, views: Sequence[View]) -> torch.Tensor:
     """The first outputs of every spatial dim, as many as the rank has."""
     sizes = tuple(view.size for view in views)
@@ -160,7 +156,7 @@ class _DistributedMaxPool(_Pool):
                 self.ceil_mode,
                 self.return_indices,
             )
-            return _applied(_MAX_POOLS[self.dims], *arguments)
+            return applied(_MAX_POOLS[self.dims], *arguments)
         # torch's own padding on the left never wins: a maximum of nothing but -inf has the serial gradient.
         native, before = _padding(views, left=True)
         options = (self.kernel_size, self.stride, native, self.dilation, self.ceil_mode, self.return_indices)
@@ -261,7 +257,7 @@ class _DistributedAvgPool(_Pool):
         if all(view.is_whole for view in views):
             options = [] if self.dims == 1 else [self.divisor_override]
             arguments = (self.kernel_size, self.stride, self.padding, self.ceil_mode, self.count_include_pad, *options)
-            return _applied(_AVG_POOLS[self.dims], *arguments)
+            return applied(_AVG_POOLS[self.dims], *arguments)
         native, before = _padding(views, left=False)
         counts = self._counts(views)
 
