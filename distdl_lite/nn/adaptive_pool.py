@@ -162,8 +162,10 @@ class _DistributedAdaptiveAvgPool(_DistributedAdaptivePool):
         return averaged(views)
 
 
-def _sizes(views: Sequence[View]) -> tuple[int, ...]:
-    return tuple(view.geometry.outputs for view in views)
+def _sizes(views: Sequence[View]) -> int | tuple[int, ...]:
+    """The numbers of outputs; as one where they are equal, which torch is quicker to take."""
+    sizes = tuple(view.geometry.outputs for view in views)
+    return sizes[0] if len(set(sizes)) == 1 else sizes
 
 
 class DistributedAdaptiveMaxPool1d(_DistributedAdaptiveMaxPool):
