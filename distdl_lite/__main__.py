@@ -9,6 +9,7 @@ import platform
 import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -159,26 +160,29 @@ def _explanation(arguments: argparse.Namespace, X: lay.Layout, Y: lay.Layout, ra
 
 # ---- bench -----------------------------------------------------------------------------------------------------------
 
+_BENCHMARKS = ("primitives", "conv", "layers", "plan")
+
 
 def bench(arguments: argparse.Namespace) -> str | None:
     """Run a benchmark on all ranks; None on the ranks that do not print."""
-    from distdl_lite import bench as benchmarks
+    from distdl_lite.bench.table import table, write_json
 
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
     if arguments.overlap == "off":
         overlap.LEAST_BYTES = sys.maxsize
     P = Partition.world()
-    allowed = benchmarks.RANKS.get(arguments.which, (P.size,))
+    which = import_module(f"distdl_lite.bench.{arguments.which}")
+    allowed = which.RANKS or (P.size,)
     if P.size not in allowed:
         text = f"bench {arguments.which} runs on {', '.join(map(str, allowed))} ranks, not on {P.size}: use mpirun -n 2"
         sys.exit(text if P.rank == 0 else 1)
-    rows = getattr(benchmarks, f"{arguments.which}_rows")(P, arguments.seconds)
+    rows = which.rows(P, arguments.seconds)
     if P.rank != 0:
         return None
     if arguments.json:
-        benchmarks.write_json(rows, arguments.json)
-    return f"{benchmarks.table(rows)}\n\n{_BARS}"
+        write_json(rows, arguments.json)
+    return f"{table(rows)}\n\n{_BARS}"
 
 
 # ---- arguments -------------------------------------------------------------------------------------------------------
@@ -225,7 +229,7 @@ def parser() -> argparse.ArgumentParser:
     timed = commands.add_parser(
         "bench", help="our calls beside hand-written ones; start it with mpirun -n 2", description=_BARS
     )
-    timed.add_argument("which", choices=("primitives", "conv", "plan"))
+    timed.add_argument("which", choices=_BENCHMARKS)
     timed.add_argument("--json", metavar="FILE", help="write the rows there too")
     timed.add_argument(
         "--overlap", choices=("on", "off"), default="on", help="whether halos travel during convolutions (on)"

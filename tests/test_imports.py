@@ -27,7 +27,7 @@ LEVELS = [
     "nn",
 ]
 PURE = ["grid", "partition", "layout", "plan"]
-ANYTHING = ["__init__", "__main__", "testing", "pytest_plugin", "bench", "handwritten"]
+ANYTHING = ["__init__", "__main__", "testing", "pytest_plugin", "handwritten"]
 FRONT = ["parallel", "optim", "tagi", "checkpoint", "data", "show"]
 
 
@@ -82,16 +82,18 @@ def test_mpi4py_is_imported_by_its_transport_alone() -> None:
         for name, path in FILES.items()
         if any(n.split(".")[0] == "mpi4py" for n in imported(path, inside_functions=False))
     }
-    assert at_load <= {"transport/mpi", "bench", "handwritten"}
+    assert at_load <= {"transport/mpi", "handwritten"}
     loaders = {name for name, path in FILES.items() if "transport/mpi" in own(path, inside_functions=False)}
-    assert loaders <= {"bench", "handwritten"}
+    assert loaders <= {"handwritten"}
 
 
 def test_torch_distributed_is_imported_in_its_place_alone() -> None:
     """The benchmark compares with it, and reads it where it does."""
-    assert not any(name.startswith("torch.distributed") for name in imported(FILES["bench"], inside_functions=False))
+    assert not any(
+        name.startswith("torch.distributed") for name in imported(FILES["bench/primitives"], inside_functions=False)
+    )
     users = {n for n, path in FILES.items() if any(name.startswith("torch.distributed") for name in imported(path))}
-    assert users <= {"transport/torch_dist", "parallel/process_group", "bench"}
+    assert users <= {"transport/torch_dist", "parallel/process_group", "bench/primitives"}
 
 
 def test_no_star_imports() -> None:

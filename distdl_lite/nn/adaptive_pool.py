@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 
 from distdl_lite.layout import Range
-from distdl_lite.nn.kernel import Local, SpatialLayer, View, check_floating, wide, windows
+from distdl_lite.nn.kernel import Local, SpatialLayer, View, applied, check_floating, wide, windows, with_places
 from distdl_lite.nn.movement import Inputs
 from distdl_lite.partition import Partition
 
@@ -39,16 +41,37 @@ def _windows(view: View) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.minimum(taps, stops - 1) - view.held[0], stops - starts
 
 
-def largest(views: Sequence[View]) -> Local:
-    """The maxima over this rank's windows; among equal ones the first in row-major order gets the gradient, as in torch."""
-    indices = [_windows(view)[0] for view in views]
+def largest(views: Sequence[View], return_indices: bool) -> Local:
+    """The maxima over this rank's windows and, if wanted, their places as flat indices into the global tensor's space.
 
-    def pool(z: torch.Tensor) -> torch.Tensor:
-        for dim in range(z.dim() - 1, 1, -1):
-            z = windows(z, dim, indices[dim - 2]).max(dim + 1).values
-        return z
+    Of equal ones the first in row-major order is taken, as by torch, and the last nan.
+    """
+    indices = [_windows(view)[0] for view in views]
+    strides = [math.prod(view.length for view in views[d + 1 :]) for d in range(len(views))]
+
+    def pool(z: torch.Tensor) -> Any:
+        places = torch.zeros((), dtype=torch.long, device=z.device).expand(z.shape)
+        for d in reversed(range(len(views))):
+            dim, index = d + 2, indices[d]
+            z = windows(z, dim, index)
+            best = _best(z.detach(), dim + 1)
+            if return_indices:
+                along = ((index + views[d].held[0]) * strides[d]).to(z.device)
+                along = along.view(*index.shape, *(1,) * (z.dim() - dim - 2))
+                places = (windows(places, dim, index) + along).gather(dim + 1, best).squeeze(dim + 1)
+            z = z.gather(dim + 1, best).squeeze(dim + 1)
+        return (z, places) if return_indices else z
 
     return pool
+
+
+def _best(z: torch.Tensor, dim: int) -> torch.Tensor:
+    """Where the first of the largest values along a dim is, or the last nan."""
+    top, best = z.max(dim, keepdim=True)
+    if z.dtype.is_floating_point:
+        last = z.shape[dim] - 1 - z.isnan().flip(dim).to(torch.uint8).argmax(dim, keepdim=True)
+        best = torch.where(top.isnan(), last, best)
+    return best
 
 
 def averaged(views: Sequence[View]) -> Local:
@@ -80,7 +103,8 @@ class _DistributedAdaptivePool(SpatialLayer):
     output_size : int, None or sequence of them
         The global number of outputs per dim; None keeps the input's.
     return_indices : bool
-        Of a max pool: only False.
+        Of a max pool: whether the blocks of maxima and of their places are returned, as a pair. A place is torch's: the flat
+        index into the spatial dims of the global tensor.
 
     Raises
     ------
@@ -112,13 +136,19 @@ class _DistributedAdaptiveMaxPool(_DistributedAdaptivePool):
         self, P_x: Partition, output_size: int | Sequence[int | None] | None, return_indices: bool = False
     ) -> None:
         super().__init__(P_x, output_size)
-        if return_indices:
-            raise self._refuse("return_indices=True is not supported")
+        self.return_indices = return_indices
 
     def local(self, views: Sequence[View]) -> Local:
         if all(view.is_whole for view in views):
-            return lambda z: _MAX_POOLS[self.dims](z, _sizes(views))
-        return largest(views)
+            return applied(_MAX_POOLS[self.dims], _sizes(views), self.return_indices)
+        return largest(views, self.return_indices)
+
+    def forward(self, x: torch.Tensor) -> Any:
+        y = super().forward(x)
+        return with_places(y) if self.return_indices else y
+
+    def extra_repr(self) -> str:
+        return super().extra_repr() + (", return_indices=True" if self.return_indices else "")
 
 
 class _DistributedAdaptiveAvgPool(_DistributedAdaptivePool):
@@ -128,12 +158,14 @@ class _DistributedAdaptiveAvgPool(_DistributedAdaptivePool):
 
     def local(self, views: Sequence[View]) -> Local:
         if all(view.is_whole for view in views):
-            return lambda z: _AVG_POOLS[self.dims](z, _sizes(views))
+            return applied(_AVG_POOLS[self.dims], _sizes(views))
         return averaged(views)
 
 
-def _sizes(views: Sequence[View]) -> tuple[int, ...]:
-    return tuple(view.geometry.outputs for view in views)
+def _sizes(views: Sequence[View]) -> int | tuple[int, ...]:
+    """The numbers of outputs; as one where they are equal, which torch is quicker to take."""
+    sizes = tuple(view.geometry.outputs for view in views)
+    return sizes[0] if len(set(sizes)) == 1 else sizes
 
 
 class DistributedAdaptiveMaxPool1d(_DistributedAdaptiveMaxPool):

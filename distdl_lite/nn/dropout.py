@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -52,8 +53,12 @@ def mask_of(box: Box, global_shape: Shape, seed: int, p: float, device: torch.de
         bool, of the shape of the box.
     """
     mask = torch.empty(lay.shape_of(box), dtype=torch.bool, device=device)
-    _fill(mask, [start for start, _ in box], global_shape, seed, int(p * 2.0**64) - 2**63)
+    _fill(mask, [start for start, _ in box], global_shape, seed, _threshold(p))
     return mask
+
+
+def _threshold(p: float) -> int:
+    return int(p * 2.0**64) - 2**63
 
 
 def _fill(mask: torch.Tensor, starts: list[int], global_shape: Shape, seed: int, threshold: int) -> None:
@@ -65,14 +70,41 @@ def _fill(mask: torch.Tensor, starts: list[int], global_shape: Shape, seed: int,
         _fill(mask.narrow(dim, 0, half), starts, global_shape, seed, threshold)
         _fill(mask.narrow(dim, half, mask.shape[dim] - half), middle, global_shape, seed, threshold)
         return
-    z = torch.full((1,) * mask.dim(), _signed(seed + _STEP), device=mask.device)
-    for d, (start, n) in enumerate(zip(starts, mask.shape, strict=True)):
+    _hash(mask, _steps(starts, mask.shape, global_shape, mask.device), seed, threshold)
+
+
+def _steps(starts: list[int], shape: Shape, global_shape: Shape, device: torch.device) -> torch.Tensor:
+    """The flat indices of a box's points, times splitmix64's step."""
+    steps = torch.zeros((1,) * len(shape), dtype=torch.int64, device=device)
+    for d, (start, n) in enumerate(zip(starts, shape, strict=True)):
         stride = _signed(_STEP * math.prod(global_shape[d + 1 :]))
-        positions = torch.arange(start, start + n, device=mask.device).mul_(stride)  # int64 wraps around
-        z = z + positions.view(*(-1 if e == d else 1 for e in range(mask.dim())))
+        positions = torch.arange(start, start + n, device=device).mul_(stride)  # int64 wraps around
+        steps = steps + positions.view(*(-1 if e == d else 1 for e in range(len(shape))))
+    return steps
+
+
+def _hash(mask: torch.Tensor, steps: torch.Tensor, seed: int, threshold: int) -> None:
+    z = steps + _signed(seed + _STEP)
     for shift, factor in _FACTORS:
         _fold(z, shift).mul_(_signed(factor))
     torch.ge(_fold(z, 31), threshold, out=mask)
+
+
+@dataclass(frozen=True)
+class _Built:
+    """The box that has a mask, and what of its hash does not change from call to call; None where that is large."""
+
+    box: Box
+    global_shape: Shape
+    steps: torch.Tensor | None
+    graph: bool
+
+    def mask(self, seed: int, p: float, device: torch.device) -> torch.Tensor:
+        if self.steps is None:
+            return mask_of(self.box, self.global_shape, seed, p, device)
+        mask = torch.empty_like(self.steps, dtype=torch.bool)
+        _hash(mask, self.steps, seed, _threshold(p))
+        return mask
 
 
 class DistributedDropout(Module):
@@ -111,12 +143,15 @@ class DistributedDropout(Module):
             raise ValueError(f"{type(self).__name__}: p={p} is not in [0, 1]")
         self.P_x, self.p, self.inplace = P_x, p, inplace
 
-    def _distdl_module_setup(self, input: tuple[Any, ...]) -> tuple[Box, Shape, bool]:
+    def _distdl_module_setup(self, input: tuple[Any, ...]) -> _Built:
         inputs = agreed_inputs(type(self).__name__, self._distdl_structure, self.P_x)
         X = lay.blocks(self.P_x.grid_of_ranks, lay.cuts_from_shapes(self.P_x.grid_of_ranks, inputs.shapes))
         box = X.box(self._distdl_transport.rank)
         assert box is not None
-        return box[: self._masked], lay.global_shape_of(X)[: self._masked], inputs.requires_grad
+        box, global_shape, steps = box[: self._masked], lay.global_shape_of(X)[: self._masked], None
+        if math.prod(lay.shape_of(box)) <= _HASHED_AT_ONCE:
+            steps = _steps([start for start, _ in box], lay.shape_of(box), global_shape, input[0].device)
+        return _Built(box, global_shape, steps, inputs.requires_grad)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not self.training or self.p == 0:
@@ -128,10 +163,10 @@ class DistributedDropout(Module):
             return x
         ranks = self.P_x.ranks
         self._distdl_transport.broadcast(sorted(ranks), seed, ranks[0])
-        box, global_shape, graph = self._distdl_plan
+        built: _Built = self._distdl_plan
         if not self.inplace:  # with a graph node everywhere, all ranks recompute a checkpoint
-            x = anchored(x, graph)
-        mask = mask_of(box, global_shape, int(seed), self.p, x.device)
+            x = anchored(x, built.graph)
+        mask = built.mask(int(seed), self.p, x.device)
         mask = mask.view(*mask.shape, *(1,) * (x.dim() - mask.dim()))
         return (x.mul_(mask) if self.inplace else x * mask).mul_(1 / (1 - self.p))
 

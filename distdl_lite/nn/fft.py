@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ import torch
 from distdl_lite import layout as lay
 from distdl_lite.grid import Grid, indices
 from distdl_lite.layout import Dim, Shape
-from distdl_lite.nn.kernel import operator_between
+from distdl_lite.nn.kernel import Local, operator_between
 from distdl_lite.nn.module import Module
 from distdl_lite.nn.movement import Inputs, agreed_inputs
 from distdl_lite.operator import Operator
@@ -27,9 +28,7 @@ class _Step:
     """Move to blocks in which some dims are whole, and transform along them."""
 
     move: Operator | None
-    function: Callable[..., torch.Tensor]
-    dims: tuple[int, ...]
-    sizes: tuple[int, ...]
+    transform: Local
 
 
 @dataclass(frozen=True)
@@ -112,7 +111,8 @@ class DistributedFFT(Module):
                 now = self._ready(there.grid, left)
             move = operator_between(here, there, self, inputs.requires_grad)
             function = self.function if self._dims[-1] in now else _COMPLEX[self.function]
-            steps.append(_Step(move, _TRANSFORMS[function], now, tuple(sizes[d] for d in now)))
+            box = there.box(self._distdl_transport.rank)
+            steps.append(_Step(move, self._transform(_TRANSFORMS[function], now, sizes, lay.shape_of(box or ()))))
             here = replace(there, dims=tuple(self._transformed(d, dim, now, sizes) for d, dim in enumerate(there.dims)))
             left = tuple(d for d in left if d not in now)
         Y = lay.balanced_blocks(grid, lay.global_shape_of(here))
@@ -159,6 +159,21 @@ class DistributedFFT(Module):
         is_halved = self.function == "rfft" and d == self._dims[-1]
         return replace(dim, ranges=((0, sizes[d] // 2 + 1 if is_halved else sizes[d]),))
 
+    def _transform(
+        self, function: Callable[..., torch.Tensor], dims: tuple[int, ...], sizes: dict[int, int], shape: Shape
+    ) -> Local:
+        """What is done to a block of the given shape."""
+        others = [d for d in range(len(shape)) if d not in dims]
+        transform = partial(function, s=tuple(sizes[d] for d in dims), dim=dims, norm=self.norm)
+        if all(shape[d] for d in others):
+            return transform
+
+        def nothing(x: torch.Tensor) -> torch.Tensor:
+            y = transform(x.sum(others, keepdim=True))  # torch transforms no empty one
+            return y.expand([y.shape[d] if d in dims else n for d, n in enumerate(x.shape)])
+
+        return nothing
+
     # ---- forward -----------------------------------------------------------------------------------------------------
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -166,17 +181,8 @@ class DistributedFFT(Module):
             return x
         built: _Built = self._distdl_plan
         for step in built.steps:
-            x = self._transform(x if step.move is None else step.move(x), step)
+            x = step.transform(x if step.move is None else step.move(x))
         return x if built.home is None else built.home(x)
-
-    def _transform(self, x: torch.Tensor, step: _Step) -> torch.Tensor:
-        others = [d for d in range(x.dim()) if d not in step.dims]
-        if all(x.shape[d] for d in others):
-            return step.function(x, s=step.sizes, dim=step.dims, norm=self.norm)
-        y = step.function(x.sum(others, keepdim=True), s=step.sizes, dim=step.dims, norm=self.norm)
-        return y.expand(
-            [y.shape[d] if d in step.dims else n for d, n in enumerate(x.shape)]
-        )  # torch transforms no empty one
 
     def extra_repr(self) -> str:
         s = "" if set(self.s) == {-1} else f", s={self.s}"

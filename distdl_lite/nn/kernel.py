@@ -172,6 +172,16 @@ def windows(z: torch.Tensor, dim: int, index: torch.Tensor) -> torch.Tensor:
     return z.index_select(dim, index.reshape(-1).to(z.device)).unflatten(dim, index.shape)
 
 
+def applied(function: Callable[..., Any], *arguments: Any) -> Local:
+    """torch's own function of a block, where no other rank's values count."""
+    return lambda z: function(z, *arguments)
+
+
+def with_places(y: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """Maxima and their places, of which there are none where nothing was pooled."""
+    return (y, torch.empty_like(y, dtype=torch.long)) if isinstance(y, torch.Tensor) else y
+
+
 def check_floating(layer: Module, inputs: Inputs) -> None:
     """Raise TypeError if the input is of integers, which have no averages."""
     if not inputs.dtype.is_floating_point:

@@ -105,9 +105,10 @@ class _DistributedLoss(Module):
         if not self._distdl_is_inside:
             return self._outside(input)
         built: _Built = self._distdl_plan
-        input = anchored(input, built.graph)
         if self.P_x.size == 1:
-            return type(self).function(input, target, reduction=self.reduction, **self._local_options(built.box))
+            options = {name: getattr(self, name) for name in self._options}
+            return type(self).function(input, target, reduction=self.reduction, **options)
+        input = anchored(input, built.graph)
         if self.reduction == "none":
             return self._terms(input, target, built)
         return self._reduced(input, target, built)

@@ -130,7 +130,8 @@ class Norm(Layer):
         team = tuple(sorted(grid.members({a: index[a] for a in self._held_axes})))
         dims, count = self.rows(X)
         R = Layout(grid, (Dim(((0, self.numbers),)), *dims), tuple(a for d in dims for a in d.axes if not d.overlaps))
-        needed = R.free_axes or (self.tracks and (fit is not None or len(team) > 1))
+        is_empty = 0 in lay.global_shape_of(X)  # where the running statistics become nan, as torch's
+        needed = R.free_axes or (self.tracks and (fit is not None or len(team) > 1 or is_empty))
         if not (self.uses_batch and count and needed):
             return Built(None, fit, team)
         sizes = [grid.shape[a] for a in R.free_axes]
@@ -176,15 +177,23 @@ class Norm(Layer):
             return x
         built: Built = self._distdl_plan
         rows = built.rows
-        weight, bias = (self._parameter(name, built) for name in ("weight", "bias"))
         if rows is None:
-            running = self.running(built)  # also on a rank with an empty block: this may communicate
-            return self.alone(x, weight, bias, *running) if x.numel() else connected_zeros(x.shape, x, weight, bias)
+            return self._without_others(x, built)
+        weight, bias = (self._parameter(name, built) for name in ("weight", "bias"))
         weight, bias = (None if t is None else self.per_channel(t, x) for t in (weight, bias))
         y, mean, var = normalised(self.as_channels(x), weight, bias, self.pivot(x, built), self.epsilon(x), rows)
         if self.tracks:
             self.track(mean, var, built)
         return y.view(x.shape)
+
+    def _without_others(self, x: torch.Tensor, built: Built) -> torch.Tensor:
+        """torch's own function of the block; where the parameters too are this rank's alone nothing else is called."""
+        if built.fit is None and len(built.team) == 1:
+            weight, bias = self.weight, self.bias
+        else:
+            weight, bias = self._parameter("weight", built), self._parameter("bias", built)
+        running = self.running(built)  # also on a rank with an empty block: this may communicate
+        return self.alone(x, weight, bias, *running) if x.numel() else connected_zeros(x.shape, x, weight, bias)
 
     def _parameter(self, name: str, built: Built) -> torch.Tensor | None:
         """A parameter as the input is cut; its gradient is summed over the replicas, here or with the statistics'."""

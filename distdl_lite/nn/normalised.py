@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 import torch
@@ -14,6 +15,9 @@ from distdl_lite.layout import Shape
 from distdl_lite.nn.kernel import wide
 from distdl_lite.operator import ANCHOR, Operator
 from distdl_lite.shown import shown, used
+
+_AT_ONCE = 2**18  # elements of a block in wide temporaries: 2 MiB of float64 stay in a cache
+_AT_ONCE_ON_DEVICES = 2**24  # where a launch costs more than a cache would give
 
 
 @dataclass(frozen=True)
@@ -86,7 +90,7 @@ def normalised(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The normalised block, and mean and biased variance of each row over all ranks in float64.
 
-    Weight and bias have one number per channel, or one per element of a channel as ``(1, 1, *S)``.
+    Weight and bias have one number per channel, or one per element of the channels of ``(B, K, S)`` as ``(1, 1, S)``.
     """
     anchor = ANCHOR if rows.graph else None
     return _Normalise.apply(x, weight, bias, anchor, pivot, eps, rows)
@@ -117,9 +121,41 @@ def _own_statistics(x: torch.Tensor, rows: Rows) -> tuple[torch.Tensor, torch.Te
     channels = x.shape[1]
     mean = var = n = torch.zeros(channels, dtype=torch.float64, device=x.device)
     if x.numel():
-        mean, var = torch.batch_norm_update_stats(x.double(), None, None, 0.0)
+        mean, var = _moments(x)
         n = torch.full_like(mean, x.numel() // channels)
     return (n, mean, var) if rows.row_of is None else _merged(n, mean, var, rows.fold, rows.spread)
+
+
+def _moments(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and biased variance per channel in float64; of a large block by sums about one value of each channel."""
+    if x.numel() <= _at_once(x):
+        return torch.batch_norm_update_stats(x.double(), None, None, 0.0)
+    over = (0, *range(2, x.dim()))
+    pivot = x[(slice(1), slice(None), *[slice(1)] * (x.dim() - 2))].double()
+    sums = pivot.new_zeros(2, x.shape[1])
+    for part in _parts(x):
+        apart = x[part] - pivot[:, part[1]]
+        sums[:, part[1]] += torch.stack([apart.sum(over), apart.square_().sum(over)])
+    shift, square = sums / (x.numel() // x.shape[1])
+    return pivot.view(-1) + shift, (square - shift * shift).clamp_(min=0)
+
+
+def _at_once(x: torch.Tensor) -> int:
+    return _AT_ONCE if x.device.type == "cpu" else _AT_ONCE_ON_DEVICES
+
+
+def _parts(x: torch.Tensor) -> Iterable[tuple[slice, ...]]:
+    """Where the parts of a block are of which wide copies may be made; it is cut along its outermost dims in memory."""
+    size, lengths = x.numel(), list(x.shape)
+    if 0 < size <= _at_once(x):
+        return [(slice(None),) * x.dim()]
+    for dim in sorted(range(x.dim()), key=x.stride, reverse=True):
+        if size > _at_once(x):
+            n = lengths[dim]
+            lengths[dim] = max(1, n * _at_once(x) // size)
+            size = size // n * lengths[dim]
+    steps = (range(0, n, max(step, 1)) for n, step in zip(x.shape, lengths, strict=True))
+    return product(*([slice(start, start + r.step) for start in r] for r in steps))
 
 
 Map = Callable[[torch.Tensor], torch.Tensor]
@@ -162,8 +198,12 @@ class _Normalise(torch.autograd.Function):
         weight, bias, m, v = _to(kind, weight, bias, rows.spread(mean), rows.spread(var))
         if not by_element:
             return F.batch_norm(x, m, v, weight, bias, False, 0.0, eps), mean, var
-        y = F.batch_norm(x.to(kind), m, v, None, None, False, 0.0, eps).mul_(weight)
-        return (y if bias is None else y.add_(bias)).to(x.dtype), mean, var
+        y = torch.empty_like(x)
+        for part in _parts(x):
+            _, at, inner = part
+            z = F.batch_norm(x[part].to(kind), m[at], v[at], None, None, False, 0.0, eps).mul_(weight[..., inner])
+            y[part] = z if bias is None else z.add_(bias[..., inner])
+        return y, mean, var
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor, *_: Any) -> tuple[Any, ...]:
@@ -191,61 +231,80 @@ def _backward(
     rows: Rows,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of input, weight and bias."""
-    dtype, kind = x.dtype, wide(x.dtype)
-    x, gradient = x.to(kind), gradient.to(kind)
+    kind, by_element = wide(x.dtype), weight is not None and weight.dim() > 1
     mean, var = rows.spread(mean), rows.spread(var)
     scale = (var + eps).rsqrt()
-    gx, slopes, offsets, gw, gb = _with_fixed_statistics(gradient, x, weight, mean, var, eps)
-    # What the statistics add to gx: (x - mean) slope + offset, from sums over the row.
-    factor = scale.new_ones(()) if weight is None or weight.dim() > 1 else weight.double()
-    sums = torch.stack([offsets, slopes])
+    sums, of_elements = _sums(gradient, x, weight if by_element else None, mean, var, eps)
+    # What the statistics take from the input's gradient: (x - mean) slope + offset, from sums over the row.
+    factor = scale.new_ones(()) if weight is None or by_element else weight.double()
     if len(rows.team) > 1:
-        sums = rows.summed(sums)
-        gb, gw = sums
+        sums = of_weights = rows.summed(sums)
         sums = sums * factor
     else:
+        of_weights = of_elements if by_element else sums
         sums = rows.spread(rows.summed(rows.fold(sums * factor)[-rows.numbers :]))
     *offset, slope = sums / rows.count * scale
-    if x.numel():
-        shape = (1, -1, *(1,) * (x.dim() - 2))
-        added = (x - mean.to(kind).view(shape)).mul_((slope * scale).to(kind).view(shape))
+    numbers = torch.stack([mean, slope * scale, scale * factor, *offset]).to(kind)
+    numbers = numbers.view(len(numbers), 1, x.shape[1], *(1,) * (x.dim() - 2))
+    gx = torch.empty_like(x)
+    for part in _parts(x):
+        m, k, s, *offset = numbers[:, :, part[1]]
+        given, taken = gradient[part] * s, (x[part] - m).mul_(k)
+        if by_element:
+            given.mul_(weight[..., part[2]])
         for number in offset:
-            added.add_(number.to(kind).view(shape))
-        gx = gx.sub_(added)
-    held = kind if weight is None else weight.dtype
-    return gx.to(dtype), gw.to(held), gb.to(held)
+            taken.add_(number)
+        torch.sub(given, taken, out=gx[part])
+    gb, gw = of_weights.to(kind if weight is None else weight.dtype)
+    return gx, gw, gb
 
 
-def _with_fixed_statistics(
+def _sums(
     gradient: torch.Tensor,
     x: torch.Tensor,
     weight: torch.Tensor | None,
     mean: torch.Tensor,
     var: torch.Tensor,
     eps: float,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The input's gradient as if the statistics did not depend on it, two sums per channel, gradients of weight and bias.
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Per channel the sums of the gradient, and of it times the normalised value, in float64.
 
-    The sums are in float64, of the gradient times the normalised value and of the gradient. Torch's one pass each.
+    With a weight per element of a channel, which the gradient is multiplied by, also those sums per element, of the
+    gradient itself.
     """
-    channels, by_element = x.shape[1], weight is not None and weight.dim() > 1
-    if not x.numel():
-        nothing = mean.new_zeros(channels)
-        of_weight = torch.zeros_like(weight) if by_element else nothing
-        return gradient, nothing, nothing, of_weight, of_weight
-    weight, m, v = _to(x.dtype, weight, mean, var)
-    inner, own = (gradient * weight, None) if by_element else (gradient, weight)
-    gx, gw, gb = torch.ops.aten.native_batch_norm_backward(
-        inner, x, own, m, v, None, None, False, eps, [True, True, True]
+    kind, (m, v) = wide(x.dtype), _to(wide(x.dtype), mean, var)
+    if weight is None and x.dtype is gradient.dtype is kind and x.numel():
+        return _sums_per_channel(gradient, x, m, v, eps), None
+    sums, of_elements = mean.new_zeros(2, x.shape[1]), None if weight is None else mean.new_zeros(2, *weight.shape)
+    for part in _parts(x):
+        at = part[1]
+        here, g = x[part].to(kind), gradient[part].to(kind)
+        if weight is not None:
+            w = weight[..., part[2]].to(kind)
+            of_elements[..., part[2]] += _sums_per_element(g, here, m[at], v[at], eps)
+            g = g * w
+        sums[:, at] += _sums_per_channel(g, here, m[at], v[at], eps)
+    return sums, of_elements
+
+
+def _sums_per_channel(
+    gradient: torch.Tensor, x: torch.Tensor, mean: torch.Tensor, var: torch.Tensor, eps: float
+) -> torch.Tensor:
+    _, gw, gb = torch.ops.aten.native_batch_norm_backward(
+        gradient, x, None, mean, var, None, None, False, eps, [False, True, True]
     )
-    slopes, offsets = gw.double(), gb.double()
-    if by_element:
-        m, scale, flat = m.view(1, -1, 1), (v + eps).rsqrt().view(1, -1, 1), weight.view(-1)
-        _, gw, gb = torch.ops.aten.native_layer_norm_backward(
-            gradient, x, flat.shape, m, scale, flat, flat, [False, True, True]
-        )
-        gw, gb = gw.view_as(weight), gb.view_as(weight)
-    return gx, slopes, offsets, gw, gb
+    return torch.stack([gb, gw]).double()
+
+
+def _sums_per_element(
+    gradient: torch.Tensor, x: torch.Tensor, mean: torch.Tensor, var: torch.Tensor, eps: float
+) -> torch.Tensor:
+    center, scale, shape = mean.view(1, -1, 1), (var + eps).rsqrt().view(1, -1, 1), x.shape[2:]
+    like = x.new_empty(shape)  # of which torch asks only whether there are weight and bias
+    _, gw, gb = torch.ops.aten.native_layer_norm_backward(
+        gradient, x, shape, center, scale, like, like, [False, True, True]
+    )
+    return torch.stack([gb, gw]).view(2, 1, 1, -1)
 
 
 # ---- gradients of gradients ------------------------------------------------------------------------------------------

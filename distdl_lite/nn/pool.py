@@ -15,7 +15,7 @@ import torch.nn.functional as F
 
 from distdl_lite import layout as lay
 from distdl_lite.layout import Range
-from distdl_lite.nn.kernel import Local, SpatialLayer, View, check_floating, per_dim, wide
+from distdl_lite.nn.kernel import Local, SpatialLayer, View, applied, check_floating, per_dim, wide, with_places
 from distdl_lite.nn.movement import Inputs
 from distdl_lite.partition import Partition
 
@@ -147,6 +147,16 @@ class _DistributedMaxPool(_Pool):
         return found
 
     def local(self, views: Sequence[View]) -> Local:
+        if all(view.is_whole for view in views):
+            arguments = (
+                self.kernel_size,
+                self.stride,
+                self.padding,
+                self.dilation,
+                self.ceil_mode,
+                self.return_indices,
+            )
+            return applied(_MAX_POOLS[self.dims], *arguments)
         # torch's own padding on the left never wins: a maximum of nothing but -inf has the serial gradient.
         native, before = _padding(views, left=True)
         options = (self.kernel_size, self.stride, native, self.dilation, self.ceil_mode, self.return_indices)
@@ -163,9 +173,7 @@ class _DistributedMaxPool(_Pool):
 
     def forward(self, x: torch.Tensor) -> Any:
         y = super().forward(x)
-        if self.return_indices and isinstance(y, torch.Tensor):  # nothing was pooled
-            return y, torch.empty_like(y, dtype=torch.long)
-        return y
+        return with_places(y) if self.return_indices else y
 
     def extra_repr(self) -> str:
         return super().extra_repr() + (", return_indices=True" if self.return_indices else "")
@@ -173,8 +181,6 @@ class _DistributedMaxPool(_Pool):
 
 def _global_places(places: torch.Tensor, held: Sequence[int], views: Sequence[View]) -> torch.Tensor:
     """Flat indices into a held block of the given shape as flat indices into the global tensor."""
-    if all(view.is_whole for view in views):
-        return places
     found, stride = torch.zeros_like(places), 1
     for n, view in zip(reversed(held), reversed(views), strict=True):
         found += (places % n + view.held[0]) * stride
@@ -251,7 +257,7 @@ class _DistributedAvgPool(_Pool):
         if all(view.is_whole for view in views):
             options = [] if self.dims == 1 else [self.divisor_override]
             arguments = (self.kernel_size, self.stride, self.padding, self.ceil_mode, self.count_include_pad, *options)
-            return lambda z: _AVG_POOLS[self.dims](z, *arguments)
+            return applied(_AVG_POOLS[self.dims], *arguments)
         native, before = _padding(views, left=False)
         counts = self._counts(views)
 

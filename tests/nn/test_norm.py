@@ -16,6 +16,7 @@ from ranks import on_ranks
 from torch.utils.checkpoint import checkpoint
 
 import distdl_lite as dl
+from distdl_lite.nn import normalised
 from distdl_lite.nn.norm import DistributedBatchNorm
 from distdl_lite.nn.normalised import _composed
 from distdl_lite.partition import Partition
@@ -120,6 +121,28 @@ def test_variance_far_from_zero(world: Partition) -> None:
     # The mean, 1e4, is rounded to float32, which is 5e-4; torch's layer does the same.
     serial = torch.nn.functional.batch_norm(whole, None, None, training=True)
     torch.testing.assert_close(y, block(serial, P, P.bounds(whole.shape)), rtol=0, atol=3e-3)
+
+
+def test_part_by_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Large blocks, of which no wide copy is made, by taking small ones for large."""
+    monkeypatch.setattr(normalised, "_AT_ONCE", 5)
+    for test in (test_variance_far_from_zero, test_dtypes_formats_and_life, test_the_fused_function_is_the_composition):
+        test("threads")
+
+
+@on_ranks(2)
+def test_variance_of_large_blocks(world: Partition) -> None:
+    """Far from zero, and with an outlier as the value that the others are seen from."""
+    P = world.grid((1, 1, 2))
+    for dtype, tolerance in ((torch.float32, 2e-8), (torch.float64, 1e-10)):  # n times 2e-16 at worst
+        whole = torch.randn(2, 3, 2 * normalised._AT_ONCE, dtype=dtype) + 1e4
+        whole[0, 2, 0] = -1e6
+        layer, x = DistributedBatchNorm(P, 3, dtype=dtype), block(whole, P, P.bounds(whole.shape))
+        layer(x)
+        built = layer._distdl_plan
+        _, mean, var = normalised.normalised(x, None, None, torch.zeros(3).double(), 0.0, built.rows)
+        torch.testing.assert_close(mean, whole.double().mean((0, 2)), rtol=1e-12, atol=0)
+        torch.testing.assert_close(var, whole.double().var((0, 2), correction=0), rtol=tolerance, atol=0)
 
 
 @on_ranks(4)

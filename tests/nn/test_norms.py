@@ -14,13 +14,15 @@ from typing import Any
 
 import pytest
 import torch
-from blocks import block, check_held, cuts_of, leaf
+from blocks import block, check_held, cuts_of, held, leaf
 from ranks import on_ranks
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 from twins import assert_refused, assert_starts_alike
 
 import distdl_lite as dl
 import distdl_lite.nn as dnn
+from distdl_lite.nn import normalised
 from distdl_lite.nn.normalised import _composed
 from distdl_lite.partition import Partition
 
@@ -114,6 +116,88 @@ def test_equals_serial(kind: str) -> None:
             compare(world, rng, kind)
 
     search("threads")
+
+
+def test_part_by_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Large blocks, of which no wide copy is made, by taking small ones for large."""
+    monkeypatch.setattr(normalised, "_AT_ONCE", 5)
+
+    @on_ranks(4)
+    def search(world: Partition) -> None:
+        for seed in range(6):
+            for kind in ("layer", "rms", "group", "instance"):
+                compare(world, random.Random(seed), kind)
+
+    search("threads")
+    test_dtypes_formats_and_life("threads")
+
+
+class _Large(TorchDispatchMode):
+    """Collects the sizes in bytes of new tensors of so many bytes and more."""
+
+    def __init__(self, least: int) -> None:
+        super().__init__()
+        self.least, self.sizes = least, []
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = function(*args, **(kwargs or {}))
+        known = {t.untyped_storage().data_ptr() for t in args if isinstance(t, torch.Tensor)}
+        for t in made if isinstance(made, (tuple, list)) else (made,):
+            if isinstance(t, torch.Tensor) and t.untyped_storage().data_ptr() not in known and t.nbytes >= self.least:
+                self.sizes.append(t.nbytes)
+        return made
+
+
+def test_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Training makes the output and the gradient of the input, and beside them nothing of a block's size."""
+    monkeypatch.setattr(normalised, "_AT_ONCE", 300)
+
+    @on_ranks(2)
+    def measure(world: Partition) -> None:
+        P = world.grid((1, 1, 1, 2))
+        layers = (
+            dnn.DistributedBatchNorm(P, 4),
+            dnn.DistributedInstanceNorm(P, 4, affine=True),
+            dnn.DistributedGroupNorm(P, 2, 4),
+            dnn.DistributedLayerNorm(P, (200,)),
+            dnn.DistributedRMSNorm(P, (200,)),
+        )
+        for layer in layers:
+            for dtype in (torch.float32, torch.bfloat16, torch.float64):
+                layer = layer.to(torch.float64) if dtype is torch.float64 else layer
+                x, g = leaf(torch.randn(4, 4, 8, 100).to(dtype)), torch.randn(4, 4, 8, 100).to(dtype)
+                layer(x).backward(g)
+                x.grad = None
+                with _Large(x.nbytes // 4) as large:
+                    layer(x).backward(g)
+                assert large.sizes == [x.nbytes] * 2, (layer, dtype, large.sizes)
+
+    measure("threads")
+
+
+@on_ranks(2)
+def test_instance_norm_of_no_samples(world: Partition) -> None:
+    """Its running statistics become nan, as torch's; gradients of weights, for which torch raises, are zero."""
+    shape = (0, 3, 4)
+    for grid in ((1, 1, 1), (2, 1, 1), (1, 2, 1), (1, 1, 2)):
+        P = world.grid(grid)
+        for affine in (False, True):
+            serial = torch.nn.InstanceNorm1d(3, track_running_stats=True)
+            layer = dnn.DistributedInstanceNorm(P, 3, affine=affine, track_running_stats=True)
+            for training in (False, True):
+                serial.train(training)
+                layer.train(training)
+                x = leaf(block(torch.rand(shape), P, P.bounds(shape)))
+                y = layer(x)
+                y.sum().backward()
+                assert serial(torch.rand(shape)).shape == shape
+                assert y.shape == x.shape == x.grad.shape
+                for name in ("running_mean", "running_var"):
+                    wanted = held(layer, name, getattr(serial, name), world.rank)
+                    if wanted is not None:
+                        torch.testing.assert_close(getattr(layer, name), wanted, rtol=0, atol=0, equal_nan=True)
+            if affine and P.active:
+                assert not layer.weight.grad.any()
 
 
 CASES = (  # kind, shape, grid, options

@@ -136,19 +136,20 @@ def test_dtypes(world: dl.Partition) -> None:
         assert_twins(*twin(name, P, options), torch.randn(1, 2, 7).bfloat16(), P)
 
 
-def test_indices() -> None:
+@pytest.mark.parametrize("kind", ["MaxPool", "AdaptiveMaxPool"])
+def test_indices(kind: str) -> None:
     """The places of the maxima, ties and NaNs too, are torch's in the global tensor, and the maxima have its gradient."""
     rng = random.Random(4)
     accepted = 0
     while accepted < 40:
         dims = rng.choice([1, 2, 2, 3])
-        grid, options = rng.choice(GRIDS[dims]), drawn_options(rng, "MaxPool", dims)
+        grid, options = rng.choice(GRIDS[dims]), drawn_options(rng, kind, dims)
         options["return_indices"] = True
         shape = (rng.choice([1, 2]), rng.choice([1, 2]), *(rng.choice([2, 3, 5, 7, 8, 11]) for _ in range(dims)))
         x = integers(*shape, dtype=rng.choice([torch.float64, torch.float32, torch.bfloat16]))
         x[x == 2] = rng.choice([2.0, torch.nan, -torch.inf])
         bounds = uneven(rng, shape, grid) if rng.random() < 0.5 else None
-        serial = getattr(torch.nn, f"MaxPool{dims}d")(**options)
+        serial = getattr(torch.nn, f"{kind}{dims}d")(**options)
         x_serial = x.clone().requires_grad_()
         try:
             wanted = serial(x_serial)
@@ -158,7 +159,7 @@ def test_indices() -> None:
         wanted[0].sum().backward()
         wanted = (*wanted, x_serial.grad)
 
-        def body(world: dl.Partition, case: Any = (f"MaxPool{dims}d", grid, options, x, bounds, wanted)) -> None:
+        def body(world: dl.Partition, case: Any = (f"{kind}{dims}d", grid, options, x, bounds, wanted)) -> None:
             name, grid, options, x, bounds, wanted = case
             P = world.grid(grid)
             layer = twin(name, P, options)[0]
@@ -175,13 +176,15 @@ def test_indices() -> None:
 def test_indices_where_nothing_is_pooled(world: dl.Partition) -> None:
     """A rank without outputs, and one outside the partition, get pairs too; integers have places."""
     P = world.grid((1, 1, 2))
-    layer, serial = twin("MaxPool1d", P, {"kernel_size": 3, "return_indices": True})
-    x = integers(1, 2, 4, dtype=torch.int64)
-    y, places = layer(x[P.block(x.shape)] if P.active else dl.zero_volume_tensor())
-    assert places.dtype is torch.int64
-    if P.active:
-        assert all(torch.equal(a, b[P.block(b.shape)]) for a, b in zip((y, places), serial(x), strict=True))
-    assert "return_indices=True" in repr(layer)
+    for name, size in (("MaxPool1d", {"kernel_size": 3}), ("AdaptiveMaxPool1d", {"output_size": 1})):
+        layer, serial = twin(name, P, {**size, "return_indices": True})
+        x = integers(1, 2, 4, dtype=torch.int64)
+        y, places = layer(x[P.block(x.shape)] if P.active else dl.zero_volume_tensor())
+        assert places.dtype is torch.int64
+        if P.active:
+            wanted = serial(x if name == "MaxPool1d" else x.double())  # torch's adaptive pools take no integers
+            assert all(torch.equal(a, b[P.block(b.shape)].long()) for a, b in zip((y, places), wanted, strict=True))
+        assert "return_indices=True" in repr(layer)
 
 
 @on_ranks(4)
@@ -230,7 +233,6 @@ def test_refusals(world: dl.Partition) -> None:
         return lambda: make()(x[P.block(x.shape)] if P.active else dl.zero_volume_tensor())
 
     attempts: list[tuple[Any, str]] = [
-        (lambda: adaptive_pool.DistributedAdaptiveMaxPool1d(P, 2, return_indices=True), "return_indices"),
         (lambda: adaptive_pool.DistributedAdaptiveAvgPool1d(P, 0), "output_size=0"),
         (lambda: pool.DistributedMaxPool2d(P, 2), "has 3 axes"),
         (lambda: pool.DistributedMaxPool1d(P, 2, padding=2), "padding=(2,)"),

@@ -1,0 +1,128 @@
+"""How long plans on large grids take, and what set-up and unchanged forwards send."""
+
+from __future__ import annotations
+
+import tracemalloc
+from collections.abc import Callable, Sequence
+from time import perf_counter
+from typing import Any
+
+import torch
+
+from distdl_lite import layout as lay
+from distdl_lite import nn as dnn
+from distdl_lite.bench.table import Call, Row
+from distdl_lite.grid import Grid
+from distdl_lite.partition import Partition
+from distdl_lite.plan import plan
+
+RANKS = None  # any number
+
+
+def rows(P: Partition, seconds: float) -> list[Row]:
+    """Plans on 65,536 ranks, what an unchanged forward agrees on, and communicators left by 3,000 layers."""
+    n = 256
+    grid, other = Grid((n, n), range(n * n)), Grid((n, n), range(n * n)[::-1])
+    shape = 40 * n, 40 * n + 7
+    cases: dict[str, Call] = {
+        "plan: blocks to the reverse order": lambda: plan(_blocks(grid, shape), _blocks(other, shape), n // 2),
+        "plan: 256x256 to 128x512 blocks": lambda: plan(_blocks(grid, shape), _blocks(_wide(n), shape), n // 2),
+        "plan: halo": lambda: plan(_blocks(grid, shape), lay.haloed(_blocks(grid, shape), [(1, 1)] * 2), n // 2),
+    }
+    rows = [row for what, build in cases.items() for row in _cost_of_plan(what, build)]
+    return [*rows, *_setup_rows(P), _dropped_layers(P)]
+
+
+def _blocks(grid: Grid, shape: Sequence[int]) -> lay.Layout:
+    return lay.balanced_blocks(grid, shape)
+
+
+def _wide(n: int) -> Grid:
+    return Grid((n // 2, 2 * n), range(n * n))
+
+
+def _cost_of_plan(what: str, build: Call) -> list[Row]:
+    times = []
+    for _ in range(5):
+        began = perf_counter()
+        build()
+        times.append(perf_counter() - began)
+    tracemalloc.start()
+    build()
+    peak = tracemalloc.get_traced_memory()[1] / 1e6
+    tracemalloc.stop()
+    ranks = "65536 ranks"
+    slowest = max(times)
+    return [
+        Row(what, ranks, "time", slowest, None, "s", "0.1 s", slowest < 0.1),
+        Row(what, ranks, "memory", peak, None, "MB", "10 MB", peak < 10),
+    ]
+
+
+def _setup_rows(P: Partition) -> list[Row]:
+    """Count what a forward sends besides its data: first, unchanged, and back to a structure seen before."""
+    layer = dnn.HaloExchange(P.grid((P.size, 1)), (1, 1))
+    small, large = torch.rand(4, 5), torch.rand(6, 5)
+    rows = []
+    for mode, x in (("first", small), ("unchanged", small), ("changed", large), ("seen before", small)):
+        agreements, gathers = _setup_calls(P.world_transport, lambda x=x: layer(x))  # type: ignore[misc]
+        bar = mode in ("unchanged", "seen before")
+        size = f"{P.size} ranks"
+        rows.append(
+            Row(
+                "set-up: agreements",
+                size,
+                mode,
+                agreements,
+                None,
+                "",
+                "1" if bar else "",
+                agreements <= 1 if bar else None,
+            )
+        )
+        rows.append(
+            Row("set-up: gathers", size, mode, gathers, None, "", "0" if bar else "", gathers == 0 if bar else None)
+        )
+    return rows
+
+
+def _setup_calls(transport: Any, call: Call) -> tuple[int, int]:
+    """How many agreements and gathers of host data a call makes."""
+    made = {"start_agreeing": 0, "gather_objects": 0}
+
+    def counted(name: str) -> Callable[..., Any]:
+        method = getattr(transport, name)
+
+        def wrapper(*arguments: Any) -> Any:
+            made[name] += 1
+            return method(*arguments)
+
+        return wrapper
+
+    for name in made:
+        setattr(transport, name, counted(name))
+    try:
+        call()
+    finally:
+        for name in made:
+            delattr(transport, name)
+    return made["start_agreeing"], made["gather_objects"]
+
+
+def _dropped_layers(P: Partition, count: int = 3000) -> Row:
+    """Construct, call and drop layers over the same teams; the registry of communicators must not grow."""
+    rows, line = P.grid((P.size, 1)), P.grid((P.size,))
+    x, teams = torch.rand(2, 2), P.world_transport._teams
+
+    def some(number: int) -> None:
+        for _ in range(number):
+            dnn.HaloExchange(rows, (1, 0))(x)
+            dnn.AllSumReduce(line, axes_reduce=(0,))(x)
+
+    some(1)
+    before = len(teams)
+    some(count // 2)
+    growth = len(teams) - before
+    return Row(
+        f"{count} layers dropped: communicators", f"{P.size} ranks", "growth", growth, None, "", "0", growth == 0
+    )

@@ -1,0 +1,100 @@
+"""Calls that take turns within one run, and the table of what they took."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from statistics import median
+from time import perf_counter
+from typing import Any
+
+import torch
+
+Call = Callable[[], Any]
+
+FORWARD, BOTH = "forward", "forward+backward"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of a table; `bar` is in words, `holds` whether the figure keeps it (None: there is no bar)."""
+
+    what: str
+    size: str
+    mode: str
+    ours: float
+    other: float | None
+    unit: str = "us"
+    bar: str = ""
+    holds: bool | None = None
+
+    def cells(self) -> tuple[str, ...]:
+        other = self.other
+        return (
+            self.what,
+            self.size,
+            self.mode,
+            f"{self.ours:.4g} {self.unit}",
+            "" if other is None else f"{other:.4g} {self.unit}",
+            "" if other is None else f"{self.ours - other:+.1f}",
+            "" if not other else f"{self.ours / other:.2f}",
+            self.bar,
+            {None: "", True: "holds", False: "FAILS"}[self.holds],
+        )
+
+
+_HEADS = ("what", "size", "mode", "ours", "other", "difference", "ratio", "bar", "")
+
+
+def table(rows: Sequence[Row]) -> str:
+    """The rows as text in columns."""
+    lines = [_HEADS, *(row.cells() for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
+
+
+def write_json(rows: Sequence[Row], path: str) -> None:
+    """Write the rows as a list of objects."""
+    with open(path, "w", encoding="utf-8") as file:
+        json.dump([asdict(row) for row in rows], file, indent=1)
+
+
+def interleaved(comm: Any, calls: Sequence[Call], seconds: float) -> list[float]:
+    """Median microseconds of each call, the calls taking turns for about `seconds`; the slower rank counts."""
+    began = perf_counter()
+    for _ in range(3):
+        for call in calls:
+            call()
+    once = comm.allgather((perf_counter() - began) / 3 / len(calls))[0]
+    batch = max(1, min(20, int(1e-3 / once)))
+    repetitions = max(15, int(seconds / len(calls) / batch / once))
+    times: list[list[float]] = [[] for _ in calls]
+    for _ in range(repetitions):
+        for call, seen in zip(calls, times, strict=True):
+            comm.Barrier()
+            began = perf_counter()
+            for _ in range(batch):
+                call()
+            seen.append((perf_counter() - began) / batch)
+    by_call = zip(*comm.allgather(times), strict=True)
+    return [1e6 * median(map(max, zip(*ranks, strict=True))) for ranks in by_call]
+
+
+def calls_of(function: Callable[[torch.Tensor], torch.Tensor], shape: Sequence[int], mode: str) -> Call:
+    """A call of `function` on a tensor of a shape, without grad or with a backward."""
+    x = torch.rand(tuple(shape), requires_grad=mode == BOTH)
+    if mode == FORWARD:
+
+        def forward() -> None:
+            with torch.no_grad():
+                function(x)
+
+        return forward
+    gradient = torch.ones_like(function(x))
+
+    def both() -> None:
+        x.grad = None
+        function(x).backward(gradient)
+
+    return both
