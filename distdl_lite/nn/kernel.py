@@ -129,10 +129,15 @@ class SpatialLayer(Module):
         """What this rank computes from the inputs it holds."""
         raise NotImplementedError
 
+    def check_dtype(self, inputs: Inputs) -> None:
+        """Raise TypeError if torch's layer does not take the input's dtype."""
+        check_floating(self, inputs)
+
     def _distdl_module_setup(self, input: tuple[Any, ...]) -> _Built:
         inputs = agreed_inputs(type(self).__name__, self._distdl_structure, self.P_x)
         grid = self.P_x.grid_of_ranks
         X = lay.blocks(grid, lay.cuts_from_shapes(grid, inputs.shapes))
+        self.check_dtype(inputs)
         batch, channels, *space = lay.global_shape_of(X)
         if 0 in space:
             raise self._refuse(f"the input of shape {lay.global_shape_of(X)} has no points")
@@ -172,7 +177,15 @@ def windows(z: torch.Tensor, dim: int, index: torch.Tensor) -> torch.Tensor:
 def check_floating(layer: Module, inputs: Inputs) -> None:
     """Raise TypeError if the input is of integers, which have no averages."""
     if not inputs.dtype.is_floating_point:
-        raise TypeError(f"{type(layer).__name__}: the input has dtype {inputs.dtype}, a floating dtype is needed")
+        raise layer._refuse(f"the input has dtype {inputs.dtype}, a floating dtype is needed", TypeError)
+
+
+def check_taken(layer: Module, inputs: Inputs, dims: int, function: Callable[[torch.Tensor], Any]) -> None:
+    """Raise TypeError, with torch's words, if a function of torch does not take a tensor of the input's dtype."""
+    try:
+        function(torch.zeros((1,) * dims, dtype=inputs.dtype, device=inputs.device))
+    except RuntimeError as error:
+        raise layer._refuse(f"the input has dtype {inputs.dtype}: {error}", TypeError) from error
 
 
 def edge_pad(
