@@ -19,14 +19,6 @@ from distdl_lite.plan import plan
 Local = Callable[[torch.Tensor], torch.Tensor]
 
 
-def per_dim(name: str, value: int | Sequence[int], dims: int) -> tuple[int, ...]:
-    """A number per spatial dim."""
-    values = (value,) * dims if isinstance(value, int) else tuple(int(v) for v in value)
-    if len(values) != dims:
-        raise ValueError(f"{name}={value} does not have {dims} numbers")
-    return values
-
-
 def operator_between(X: Layout, Y: Layout, layer: Module, graph: bool) -> Operator | None:
     """The operator from `X` to `Y`, None where every rank holds the same box in both."""
     if X.same_boxes(Y):
