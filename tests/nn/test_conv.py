@@ -169,6 +169,8 @@ def test_refusals(world: dl.Partition) -> None:
     R = world.grid((1, 1, 3))
     layer = DistributedConv1d(R, 1, 1, 3, dtype=torch.float64)
     assert_refused(world, R, lambda: layer(x[R.block(x.shape)]), "dtype torch.float32", TypeError)
+    missing = "DistributedConv.__init__() missing 3 required positional arguments: 'in_channels', 'out_channels', and"
+    assert_refused(world, R, lambda: DistributedConv1d(R), missing, TypeError)
 
 
 @on_ranks(4, mpi=True)
