@@ -136,7 +136,9 @@ class _DistributedMaxPool(_Pool):
         self.return_indices = return_indices
 
     def check_dtype(self, inputs: Inputs) -> None:
-        check_taken(self, inputs, self.dims + 2, lambda x: _MAX_POOLS[self.dims](x, 1))
+        check_taken(
+            self, inputs, self.dims + 2, lambda x: _MAX_POOLS[self.dims](x, 1, return_indices=self.return_indices)
+        )
 
     def geometry(self, d: int, length: int, inputs: Inputs) -> _Sliding:
         found = super().geometry(d, length, inputs)

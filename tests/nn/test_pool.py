@@ -244,5 +244,9 @@ def test_refusals(world: dl.Partition) -> None:
     ]
     for attempt, text in attempts:
         assert_refused(world, P, attempt, text)
+    cube = world.create_partition_inclusive([0, 2]).grid((2, 1, 1, 1, 1))
+    short = torch.zeros((1, 1, 2, 4, 4) if cube.active else (0,))  # which padding would make long enough
+    layer = pool.DistributedAvgPool3d(cube, 3, padding=1)
+    assert_refused(world, cube, lambda: layer(short), "dim 2 of length 2 is shorter than kernel_size=3")
     whole = with_input(lambda: pool.DistributedAvgPool1d(P, 2), integers(1, 1, 7, dtype=torch.int64))
     assert_refused(world, P, whole, "torch.int64", TypeError)
