@@ -219,6 +219,11 @@ def _dtype(text: str) -> str:
     return text
 
 
+def _primitive_named(text: str) -> str:
+    """The primitive's name, whatever the case."""
+    return {name.lower(): name for name in PRIMITIVES}.get(text.lower(), text)
+
+
 def parser() -> argparse.ArgumentParser:
     """The command line's grammar."""
     made = argparse.ArgumentParser(prog="python -m distdl_lite", description=distdl_lite.__doc__)
@@ -241,7 +246,9 @@ def parser() -> argparse.ArgumentParser:
 
 def _add_explain(told: argparse.ArgumentParser) -> None:
     grid, dims = _numbers("x", 1), _numbers("x", 0)
-    told.add_argument("primitive", choices=PRIMITIVES, metavar="PRIMITIVE", help=", ".join(PRIMITIVES))
+    told.add_argument(
+        "primitive", type=_primitive_named, choices=PRIMITIVES, metavar="PRIMITIVE", help=", ".join(PRIMITIVES)
+    )
     told.add_argument("--grid", type=grid, required=True, help="of the input's ranks, such as 2x2")
     told.add_argument("--to", type=grid, help="grid of the output's ranks, where it is another one")
     told.add_argument(

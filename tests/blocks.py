@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
+import torch.nn.functional as F
 
 from distdl_lite.grid import balanced
 from distdl_lite.partition import Partition
 
 Cuts = Sequence[Sequence[int]]
+NOTHING = torch.empty(0, dtype=torch.float64)
+PADDED: dict[str, Callable[..., torch.Tensor]] = {
+    "zeros": lambda x, pad: F.pad(x, pad),
+    **{mode: lambda x, pad, mode=mode: F.pad(x[None], pad, mode)[0] for mode in ("circular", "reflect", "replicate")},
+}
 
 
 def cuts_of(shape: Sequence[int], grid: Sequence[int], rng: random.Random | None = None, keep: int = -1) -> Cuts:
@@ -56,3 +62,20 @@ def check_held(
         torch.testing.assert_close(mine, part, rtol=rtol, atol=atol)
         if wanted.grad is not None:
             torch.testing.assert_close(mine.grad, held(layer, name, wanted.grad, rank), rtol=rtol, atol=atol)
+
+
+def local(P: Partition, x: torch.Tensor) -> torch.Tensor:
+    """This rank's block."""
+    slices = P.block(x.shape)
+    return NOTHING.clone() if slices is None else x[slices].clone()
+
+
+def grown(P: Partition, x: torch.Tensor, halo: tuple, boundary: str) -> torch.Tensor:
+    """This rank's block with its halo, cut out of the padded whole tensor."""
+    box = [(s.start, s.stop) for s in P.block(x.shape)]
+    wanted = [(a - left, b + right) if a < b else (a, b) for (a, b), (left, right) in zip(box, halo, strict=True)]
+    if boundary == "none":
+        return x[tuple(slice(max(a, 0), b) for a, b in wanted)]
+    (top, bottom), (left, right) = halo
+    padded = PADDED[boundary](x, (left, right, top, bottom))
+    return padded[tuple(slice(a + before, b + before) for (a, b), before in zip(wanted, (top, left), strict=True))]

@@ -68,6 +68,11 @@ def test_explain_one_rank_of_many(capsys: pytest.CaptureFixture[str]) -> None:
     assert "rank 0 " not in text
 
 
+def test_names_in_any_case(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--grid", "2", "--to", "2", "--shape", "3"]
+    assert explained(capsys, "rePartition", *words) == explained(capsys, "Repartition", *words)
+
+
 def test_explain_draws(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     explained(capsys, "Repartition", *CASES["Repartition"], "--svg", str(tmp_path / "blocks.svg"))
     assert (tmp_path / "blocks.svg").read_text().count("<rect") == 8
@@ -90,6 +95,11 @@ def test_explain_draws(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
         (["Repartition", "--grid", "2", "--to", "2", "--shape", "3", "--dtype", "nn"], "argument --dtype: invalid"),
         (["AllSumReduce", "--grid", "2", "--shape", "3", "--dtype", "bool"], "AllSumReduce: bool tensors can be moved"),
         (["AllSumReduce", "--grid", "2", "--shape", "3", "--svg", "/no/such/folder.svg"], "No such file or directory"),
+        (["HaloExchange", "--grid", "2", "--shape", "3", "--halo", "1:2:3"], "argument --halo: invalid halo, such as"),
+        (
+            ["AllSumReduce", "--grid", "8192x8192", "--shape", "3"],
+            "grids of at most 16777216 ranks can be explained, not",
+        ),
         (["Scatter", "--grid", "2", "--shape", "3"], "argument PRIMITIVE: invalid choice: 'Scatter'"),
     ],
 )

@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import copy
-import gc
-import pickle
-from collections.abc import Callable
-
 import pytest
 import torch
-import torch.nn.functional as F
+from blocks import NOTHING, grown, local
 from cases import integers
 from ranks import on_ranks
-from torch.utils.checkpoint import checkpoint
+from twins import assert_refused
 
 import distdl_lite as dl
 import distdl_lite.nn as dnn
@@ -20,14 +15,6 @@ from distdl_lite.grid import indices, unravel
 from distdl_lite.nn.movement import Movement
 from distdl_lite.partition import Partition
 from distdl_lite.testing import adjoint_test
-
-NOTHING = torch.empty(0, dtype=torch.float64)
-
-
-def local(P: Partition, x: torch.Tensor) -> torch.Tensor:
-    """This rank's block."""
-    slices = P.block(x.shape)
-    return NOTHING.clone() if slices is None else x[slices].clone()
 
 
 def of_rank(P: Partition, shape: tuple[int, ...]) -> torch.Tensor:
@@ -162,12 +149,6 @@ def test_repartition(world: Partition) -> None:
                            integers(shape)[world.grid((2,), [3, 1]).block(shape) or slice(0, 0)])  # fmt: skip
 
 
-PADDED: dict[str, Callable[..., torch.Tensor]] = {
-    "zeros": lambda x, pad: F.pad(x, pad),
-    **{mode: lambda x, pad, mode=mode: F.pad(x[None], pad, mode)[0] for mode in ("circular", "reflect", "replicate")},
-}
-
-
 @on_ranks(4)
 def test_halo_exchange(world: Partition) -> None:
     """Several hops, corners, other widths to the left and right, a tensor smaller than the grid."""
@@ -187,17 +168,6 @@ def test_halo_exchange(world: Partition) -> None:
                 assert torch.equal(y, grown(P, x, halo, boundary)), (P, boundary)
             check_adjoint(layer, local(P, x), world)
     assert torch.equal(dnn.HaloExchange(world.grid((4,)), [1])(integers((2,))), grown_line(world.rank))
-
-
-def grown(P: Partition, x: torch.Tensor, halo: tuple, boundary: str) -> torch.Tensor:
-    """This rank's block with its halo, cut out of the padded whole tensor."""
-    box = [(s.start, s.stop) for s in P.block(x.shape)]
-    wanted = [(a - left, b + right) if a < b else (a, b) for (a, b), (left, right) in zip(box, halo, strict=True)]
-    if boundary == "none":
-        return x[tuple(slice(max(a, 0), b) for a, b in wanted)]
-    (top, bottom), (left, right) = halo
-    padded = PADDED[boundary](x, (left, right, top, bottom))
-    return padded[tuple(slice(a + before, b + before) for (a, b), before in zip(wanted, (top, left), strict=True))]
 
 
 def grown_line(rank: int) -> torch.Tensor:
@@ -283,118 +253,7 @@ def test_empty_blocks_and_batches(world: Partition) -> None:
     assert total.shape == (0, 3)
 
 
-# ---- shapes that change, graphs that live on -------------------------------------------------------------------------
-
-
-@on_ranks(4, mpi=True)
-def test_a_change_that_one_rank_cannot_see(world: Partition) -> None:
-    """(7, 5) -> (8, 6) on a 2 x 2 grid leaves rank 0's block at (4, 3)."""
-    P, line = world.grid((2, 2)), world.grid((4, 1))
-    layers = [dnn.Repartition(P, line), dnn.HaloExchange(P, [1, (0, 1)], "circular")]
-    for shape in ((7, 5), (8, 6), (7, 5), (8, 5)):
-        x = integers(shape)
-        assert torch.equal(layers[0](local(P, x)), local(line, x))
-        assert torch.equal(layers[1](local(P, x)), grown(P, x, ((1, 1), (0, 1)), "circular"))
-
-
-@on_ranks(4, mpi=True)
-def test_two_forwards_then_two_backwards(world: Partition) -> None:
-    """A graph holds on to the operator it was made with."""
-    P, line = world.grid((2, 2)), world.grid((4, 1))
-    layer = dnn.Repartition(P, line)
-    shapes = [(7, 5), (8, 6), (2, 9)]
-    xs = [local(P, integers(shape)).requires_grad_() for shape in shapes]
-    ys = [layer(x) for x in xs]
-    for shape, y in reversed(list(zip(shapes, ys, strict=True))):
-        y.backward(local(line, integers(shape, seed=1)))
-    for shape, x in zip(shapes, xs, strict=True):
-        assert torch.equal(x.grad, local(P, integers(shape, seed=1)))
-
-
-@on_ranks(4)
-def test_double_backward(world: Partition) -> None:
-    """f = sum of (A x^2)^2 has the gradient 4 x (A^T A x^2); its derivative along v is checked by hand."""
-    P = world.grid((2, 2))
-    layer, x, v = dnn.AllSumReduce(P, [0]), integers((3,), world.rank).requires_grad_(), integers((3,), 50 + world.rank)
-    (gradient,) = torch.autograd.grad(layer(x**2).square().sum(), x, create_graph=True)
-    (second,) = torch.autograd.grad(gradient, x, v)
-    column = [r for r in range(4) if r % 2 == P.index[1]]
-    xs, vs = ({r: integers((3,), base + r) for r in column} for base in (0, 50))
-    s, t = sum(xs[r] ** 2 for r in column), sum(vs[r] * xs[r] for r in column)
-    assert torch.equal(gradient.detach(), 8 * xs[world.rank] * s)
-    assert torch.equal(second, 8 * vs[world.rank] * s + 16 * xs[world.rank] * t)
-
-
-@on_ranks(4)
-def test_inputs_and_gradients_are_left_alone(world: Partition) -> None:
-    """Also gradients of stride 0, and one that two operators share."""
-    P = world.grid((2, 2))
-    layers = [
-        dnn.HaloExchange(P, [1, 1], "zeros"),
-        dnn.AllSumReduce(P, [0]),
-        dnn.AllGather(P, [1]),
-        dnn.Repartition(P, P),
-        dnn.Broadcast(P, P),
-    ]
-    for layer in layers:
-        x = local(P, integers((4, 6))).requires_grad_()
-        before = x.detach().clone()
-        y = layer(x)
-        y.detach().add_(1)  # the output is fresh memory
-        assert torch.equal(x, before)
-        g = torch.ones(1, 1, dtype=torch.float64).expand(y.shape)
-        (y + 2 * y).backward(g)
-        assert torch.equal(g, torch.ones(y.shape, dtype=torch.float64))
-        x.grad.add_(1)
-        assert torch.equal(g, torch.ones(y.shape, dtype=torch.float64))
-
-
-@on_ranks(4)
-def test_copies_and_pickles(world: Partition) -> None:
-    P, line = world.grid((2, 2)), world.grid((4, 1))
-    x = integers((7, 5))
-    layers = [
-        dnn.Repartition(P, line),
-        dnn.Broadcast(world.grid((1, 1)), P, preserve_batch=False),
-        dnn.AllGather(P, [0]),
-        dnn.HaloExchange(P, [1, 1], "reflect"),
-    ]
-    for layer in layers:
-        block = local(layer.P_x, x)
-        wanted = layer(block)
-        for twin in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
-            assert torch.equal(twin(block), wanted)
-            assert repr(twin) == repr(layer)
-        assert torch.equal(layer(block), wanted)
-
-
-@on_ranks(4, mpi=True)
-def test_checkpointing(world: Partition) -> None:
-    """Non-reentrant recomputation starts at the same place on all ranks, also where one asks for no gradient."""
-    P, line = world.grid((2, 2)), world.grid((4, 1))
-    there, back, halo = dnn.Repartition(P, line), dnn.Repartition(line, P), dnn.HaloExchange(P, [1, 0], "zeros")
-
-    def body(x: torch.Tensor) -> torch.Tensor:
-        return halo(back(there(x).square())).square()
-
-    for asking in (range(4), [2]):
-        results = []
-        for run in (body, lambda x: checkpoint(body, x, use_reentrant=False)):
-            x = local(P, integers((7, 5))).requires_grad_(world.rank in asking)
-            run(x).sum().backward()
-            results.append(x.grad)
-        assert results[0] is results[1] is None or torch.equal(*results)
-
-
 # ---- errors ----------------------------------------------------------------------------------------------------------
-
-
-def refusal(call: Callable[[], object]) -> str:
-    try:
-        call()
-    except (ValueError, TypeError, RuntimeError) as error:
-        return f"{type(error).__name__}: {error}"
-    return "no error"
 
 
 @on_ranks(4, mpi=True)
@@ -417,22 +276,28 @@ def test_errors_have_the_same_text_on_all_ranks(world: Partition) -> None:
         "bool tensors can be moved but not added": lambda: dnn.AllSumReduce(P, [0])(x > 0),
         "circular boundary of 5 needs more than the 4 points": lambda: dnn.HaloExchange(P, [5, 0], "circular")(x),
         "do not cut a tensor of shape (8,)": lambda: dnn.Repartition(line, line, bounds=[(0, 1, 2, 3, 4)])(x[0]),
-        "differ in number of axes": lambda: dnn.Repartition(P, line),
+        "Repartition: partitions of shape (2, 2) and (4,) differ in number of axes": lambda: dnn.Repartition(P, line),
+        "Broadcast: a partition of shape (2, 2) has more axes than one of shape (4,)": lambda: dnn.Broadcast(P, line),
+        "AllSumReduce: axes_reduce=0 is no sequence of axes": lambda: dnn.AllSumReduce(P, 0),
+        "AllGather: axes [2] are not all axes of a partition of 2 axes": lambda: dnn.AllGather(P, [2]),
+        "HaloExchange: a halo of [-1, 0] does not fit": lambda: dnn.HaloExchange(P, [-1, 0]),
+        "HaloExchange: a halo of [(1, 2, 3), 0] does not fit": lambda: dnn.HaloExchange(P, [(1, 2, 3), 0]),
+        "HaloExchange: a halo of [1.5, 0] does not fit": lambda: dnn.HaloExchange(P, [1.5, 0]),
+        "HaloExchange.__init__() missing 1 required positional argument: 'halo'": lambda: dnn.HaloExchange(P),
         "cannot match a partition of shape (4,) to (2, 2): axes [1] differ": lambda: dnn.Broadcast(line, P),
         "does not fit a partition of shape (2, 2)": lambda: dnn.HaloExchange(P, [1]),
         "boundary 'mirror' is none of": lambda: dnn.HaloExchange(P, [1, 1], "mirror"),
         "lengths [2, 3] along dim 0 differ": lambda: dnn.ReduceScatter(P, [0])(integers((2 + P.index[0], 2))),
     }
     for text, call in wrong.items():
-        said = world.allgather_data(refusal(call))
-        assert len(set(said)) == 1, said
-        assert text in said[0]
+        assert_refused(world, world, call, text, (ValueError, TypeError))
     # and the ranks are still together, also with a layer that refused before
     layer = dnn.AllSumReduce(P, [0, 1])
-    assert "cannot add shape" in refusal(lambda: layer(x[:1] if rank == 2 else x))
-    assert torch.equal(layer(x), 4 * x)
-    assert "cannot add shape" in refusal(lambda: layer(x[:1] if rank == 2 else x))
-    assert torch.equal(layer(x), 4 * x)
+    for _ in range(2):
+        assert_refused(
+            world, P, lambda: layer(x[:1] if rank == 2 else x), "AllSumReduce: cannot add shape (1, 2) of rank 2"
+        )
+        assert torch.equal(layer(x), 4 * x)
 
 
 @on_ranks(4, mpi=True)
@@ -445,56 +310,3 @@ def test_a_rank_outside_that_passes_data_raises_alone(world: Partition) -> None:
     else:
         y = layer(x if P.active else NOTHING)
         assert torch.equal(y, 2 * x) if P.active else y.numel() == 0
-
-
-# ---- life ------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.mpi(min_size=2)
-def test_thousands_of_layers_use_no_more_communicators() -> None:
-    """MPICH has about 2,000 context ids; there is one communicator per team of ranks, whatever the number of layers.
-
-    Two ranks do this while the others sleep: ranks that share a core lose it for milliseconds at each collective.
-    """
-    world = Partition().create_partition_inclusive(range(2))
-    if not world.active:
-        return
-    P, x = world.grid((2, 1)), integers((2, 2))
-    kinds = [
-        lambda: dnn.AllSumReduce(P, [0]),
-        lambda: dnn.HaloExchange(P, [1, 1]),
-        lambda: dnn.AllGather(P, [0]),
-        lambda: dnn.Repartition(P, world.grid((1, 2))),
-        lambda: dnn.Broadcast(world.grid((1,), [1]), P),
-    ]
-    teams = world.world_transport._teams
-    before = {*teams, (0, 1)}
-    for number in range(3000):
-        layer = kinds[number % 5]()
-        layer(x if world.rank or number % 5 < 4 else NOTHING)
-    assert {*teams} <= before
-
-
-@on_ranks(2, mpi=True)
-def test_hundreds_of_forwards_hold_on_to_nothing(world: Partition) -> None:
-    """500 forwards and backwards of shapes that alternate, more of them than are kept."""
-    P, line = world.grid((1, 2)), world.grid((2, 1))
-    layer = dnn.Repartition(P, line)
-
-    def operators() -> int:
-        gc.collect()
-        return sum(
-            type(thing) is dl.Operator and thing.transport is world.world_transport for thing in gc.get_objects()
-        )
-
-    def run(times: int) -> None:
-        for number in range(times):
-            x = local(P, integers((5 + number % 80, 3))).requires_grad_()
-            layer(x).sum().backward()
-            assert bool((x.grad == 1).all())
-
-    others = operators()
-    run(160)
-    kept = operators()
-    run(340)
-    assert operators() <= kept <= others + 2 * 64

@@ -183,5 +183,7 @@ def test_communicators_of_the_user() -> None:
     own = Partition(half)
     assert own == Partition(half)
     assert own.allgather_data(world.rank) == list(range(world.rank % 2, world.size, 2))
+    with pytest.raises(ValueError, match="a partition needs an intracommunicator that this rank belongs to"):
+        Partition(MPI.COMM_NULL)
     with pytest.raises(ValueError, match="partitions of different communicators"):
         own.create_partition_union(world)

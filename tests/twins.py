@@ -76,7 +76,11 @@ def assert_second_gradients(layer: torch.nn.Module, serial: torch.nn.Module, x: 
 
 
 def assert_refused(
-    world: dl.Partition, P: dl.Partition, attempt: Callable[[], Any], text: str, error: type[Exception] = ValueError
+    world: dl.Partition,
+    P: dl.Partition,
+    attempt: Callable[[], Any],
+    text: str,
+    error: type[Exception] | tuple[type[Exception], ...] = ValueError,
 ) -> None:
     """Check that all ranks of `P` raise the same error, with `text` in it."""
     message = None

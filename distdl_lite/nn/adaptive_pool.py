@@ -11,8 +11,9 @@ import torch
 import torch.nn.functional as F
 
 from distdl_lite.layout import Range
-from distdl_lite.nn.kernel import Local, SpatialLayer, View, applied, check_floating, wide, windows, with_places
+from distdl_lite.nn.kernel import Local, SpatialLayer, View, applied, check_taken, wide, windows, with_places
 from distdl_lite.nn.movement import Inputs
+from distdl_lite.nn.options import integers
 from distdl_lite.partition import Partition
 
 _MAX_POOLS = {1: F.adaptive_max_pool1d, 2: F.adaptive_max_pool2d, 3: F.adaptive_max_pool3d}
@@ -119,8 +120,11 @@ class _DistributedAdaptivePool(SpatialLayer):
     def __init__(self, P_x: Partition, output_size: int | Sequence[int | None] | None) -> None:
         super().__init__(P_x, type(self).dims)
         sizes = tuple(output_size) if isinstance(output_size, Sequence) else (output_size,) * self.dims
-        if len(sizes) != self.dims or any(size is not None and size < 1 for size in sizes):
-            raise self._refuse(f"output_size={output_size} is not {self.dims} positive numbers")
+        if len(sizes) != self.dims:
+            raise self._refuse(f"output_size={output_size!r} does not have {self.dims} numbers")
+        for size in sizes:
+            if size is not None:
+                integers(self, 1, output_size=size)
         self.output_size = sizes
 
     def geometry(self, d: int, length: int, inputs: Inputs) -> Adaptive:
@@ -138,6 +142,9 @@ class _DistributedAdaptiveMaxPool(_DistributedAdaptivePool):
         super().__init__(P_x, output_size)
         self.return_indices = return_indices
 
+    def check_dtype(self, inputs: Inputs) -> None:
+        check_taken(self, inputs, self.dims + 2, lambda x: _MAX_POOLS[self.dims](x, 1))
+
     def local(self, views: Sequence[View]) -> Local:
         if all(view.is_whole for view in views):
             return applied(_MAX_POOLS[self.dims], _sizes(views), self.return_indices)
@@ -152,10 +159,6 @@ class _DistributedAdaptiveMaxPool(_DistributedAdaptivePool):
 
 
 class _DistributedAdaptiveAvgPool(_DistributedAdaptivePool):
-    def geometry(self, d: int, length: int, inputs: Inputs) -> Adaptive:
-        check_floating(self, inputs)
-        return super().geometry(d, length, inputs)
-
     def local(self, views: Sequence[View]) -> Local:
         if all(view.is_whole for view in views):
             return applied(_AVG_POOLS[self.dims], _sizes(views))

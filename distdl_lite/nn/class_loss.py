@@ -13,6 +13,7 @@ from distdl_lite.layout import Shape
 from distdl_lite.nn.kernel import connected_zeros, wide
 from distdl_lite.nn.loss import _Built, _DistributedLoss
 from distdl_lite.nn.module import raise_together
+from distdl_lite.nn.options import integers, numbers
 from distdl_lite.nn.softmax import CutDim, cut_dim, log_softmax
 from distdl_lite.partition import Partition
 from distdl_lite.shown import shown
@@ -65,6 +66,7 @@ class DistributedNLLLoss(_DistributedLoss):
         reduction: str = "mean",
         **options: Any,
     ) -> None:
+        integers(self, ignore_index=ignore_index)
         super().__init__(P_x, reduction, weight=weight, ignore_index=ignore_index, **options)
         self._axis = 0 if P_x.dim == 1 else 1
 
@@ -78,12 +80,14 @@ class DistributedNLLLoss(_DistributedLoss):
 
     def _distdl_module_setup(self, input: tuple[Any, ...]) -> _BuiltOverClasses:
         built = super()._distdl_module_setup(input)
-        classes, grid = built.global_shape[self._axis], self.P_x.grid_of_ranks
-        if self.weight is not None and self.weight.shape != (classes,):
-            raise self._refuse(f"weight of shape {tuple(self.weight.shape)} does not fit {classes} classes")
+        grid = self.P_x.grid_of_ranks
         cuts = lay.cuts_from_shapes(grid, {rank: tensors[0].shape for rank, tensors in self._distdl_structure.items()})
         over_classes = cut_dim(self, self.P_x, cuts, self._axis, built.graph)
         return _BuiltOverClasses(built.box, built.global_shape, built.graph, over_classes)
+
+    def _check_weight(self, name: str, weight: torch.Tensor, shape: Shape) -> None:
+        if weight.shape != (shape[self._axis],):
+            raise self._refuse(f"{name} of shape {tuple(weight.shape)} does not fit {shape[self._axis]} classes")
 
     # ---- forward -----------------------------------------------------------------------------------------------------
 
@@ -105,7 +109,7 @@ class DistributedNLLLoss(_DistributedLoss):
         failed = parts.new_full((1,), error is not None)
         terms = shown(torch.cat([parts.reshape(-1), failed]), team, self._distdl_transport)
         if terms[-1].item():
-            raise_together(self._distdl_transport, team, error)
+            raise_together(self._distdl_transport, team, error, self._distdl_label)
         return terms[:-1].view(parts.shape)
 
     def _log_probabilities(self, input: torch.Tensor, built: _BuiltOverClasses) -> torch.Tensor:
@@ -172,8 +176,9 @@ class DistributedCrossEntropyLoss(DistributedNLLLoss):
         reduction: str = "mean",
         label_smoothing: float = 0.0,
     ) -> None:
+        numbers(self, label_smoothing=label_smoothing)
         if not 0.0 <= label_smoothing <= 1.0:
-            raise ValueError(f"DistributedCrossEntropyLoss: label_smoothing={label_smoothing} is not in [0, 1]")
+            raise self._refuse(f"label_smoothing={label_smoothing} is not in [0, 1]")
         super().__init__(
             P_x, weight=weight, ignore_index=ignore_index, reduction=reduction, label_smoothing=label_smoothing
         )

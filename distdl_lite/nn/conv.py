@@ -13,8 +13,9 @@ from distdl_lite import layout as lay
 from distdl_lite.layout import Dim, Layout, Shape
 from distdl_lite.nn import overlap
 from distdl_lite.nn.convolution import Convolution, Convolve, _Built
-from distdl_lite.nn.kernel import edge_pad, per_dim
+from distdl_lite.nn.kernel import edge_pad
 from distdl_lite.nn.movement import Inputs
+from distdl_lite.nn.options import per_dim
 from distdl_lite.operator import Operator
 from distdl_lite.partition import Partition
 from distdl_lite.reducer import reducer_of
@@ -76,9 +77,9 @@ class _DistributedConv(Convolution):
         super().__init__(P_x, P_y, P_w)
         self.P_x, self.P_y, self.P_w = P_x, P_y, P_w
         self.in_channels, self.out_channels, self.groups = in_channels, out_channels, groups
-        self.kernel_size = per_dim("kernel_size", kernel_size, self.dims)
-        self.stride = per_dim("stride", stride, self.dims)
-        self.dilation = per_dim("dilation", dilation, self.dims)
+        self.kernel_size = per_dim(self, self.dims, "kernel_size", kernel_size)
+        self.stride = per_dim(self, self.dims, "stride", stride)
+        self.dilation = per_dim(self, self.dims, "dilation", dilation)
         self.padding, self.padding_mode = padding, padding_mode
         self._check_options()
         self.pads = self._pads()
@@ -102,10 +103,7 @@ class _DistributedConv(Convolution):
             total = [d * (k - 1) for d, k in zip(self.dilation, self.kernel_size, strict=True)]
             return tuple((t // 2, t - t // 2) for t in total)
         assert not isinstance(self.padding, str)
-        pads = per_dim("padding", self.padding, self.dims)
-        if min(pads) < 0:
-            raise self._refuse(f"padding={pads} must not be negative")
-        return tuple((p, p) for p in pads)
+        return tuple((p, p) for p in per_dim(self, self.dims, "padding", self.padding, least=0))
 
     def _is_whole(self, d: int) -> bool:
         """Whether a spatial dim is left to the local convolution, which pads it without a copy."""

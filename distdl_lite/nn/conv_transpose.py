@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from distdl_lite import layout as lay
 from distdl_lite.layout import Dim, Layout, Shape
 from distdl_lite.nn.convolution import Convolution, Convolve
-from distdl_lite.nn.kernel import per_dim
+from distdl_lite.nn.options import per_dim
 from distdl_lite.partition import Partition
 
 _CONVOLUTIONS: dict[int, Any] = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
@@ -70,11 +70,11 @@ class _DistributedConvTranspose(Convolution):
         super().__init__(P_x, P_y, P_w)
         self.P_x, self.P_y, self.P_w = P_x, P_y, P_w
         self.in_channels, self.out_channels, self.groups = in_channels, out_channels, groups
-        self.kernel_size = per_dim("kernel_size", kernel_size, self.dims)
-        self.stride = per_dim("stride", stride, self.dims)
-        self.dilation = per_dim("dilation", dilation, self.dims)
-        self.padding = per_dim("padding", padding, self.dims)
-        self.output_padding = per_dim("output_padding", output_padding, self.dims)
+        self.kernel_size = per_dim(self, self.dims, "kernel_size", kernel_size)
+        self.stride = per_dim(self, self.dims, "stride", stride)
+        self.dilation = per_dim(self, self.dims, "dilation", dilation)
+        self.padding = per_dim(self, self.dims, "padding", padding, least=0)
+        self.output_padding = per_dim(self, self.dims, "output_padding", output_padding, least=0)
         self.padding_mode = padding_mode
         self._check_options()
         self._place(bias, device, dtype)
@@ -84,10 +84,8 @@ class _DistributedConvTranspose(Convolution):
         self._check_sizes()
         if self.padding_mode != "zeros":
             raise self._refuse(f"padding_mode {self.padding_mode!r} is not 'zeros', the only one there is")
-        if min(self.padding) < 0:
-            raise self._refuse(f"padding={self.padding} must not be negative")
         limits = zip(self.output_padding, self.stride, self.dilation, strict=True)
-        if any(not 0 <= o < max(s, d) for o, s, d in limits):
+        if any(o >= max(s, d) for o, s, d in limits):
             raise self._refuse(
                 f"output_padding={self.output_padding} must be below stride={self.stride} or dilation={self.dilation}"
             )

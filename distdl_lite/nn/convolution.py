@@ -23,6 +23,7 @@ from distdl_lite.grid import Grid, balanced
 from distdl_lite.layout import Dim, Layout, Shape, balanced_blocks, ranges_of
 from distdl_lite.nn.kernel import connected_zeros, operator_between
 from distdl_lite.nn.movement import Inputs, agreed_inputs, computing_dtype, into, rehearsal
+from distdl_lite.nn.options import integers
 from distdl_lite.nn.overlap import Fused
 from distdl_lite.nn.parameter import Layer, bias_bound, kaiming_bound, uniform
 from distdl_lite.operator import Operator
@@ -65,13 +66,12 @@ class Convolution(Layer):
     # ---- the constructor's parts -------------------------------------------------------------------------------------
 
     def _check_sizes(self) -> None:
-        if self.groups < 1 or self.in_channels % self.groups or self.out_channels % self.groups:
+        integers(self, 1, out_channels=self.out_channels, groups=self.groups)
+        integers(self, 0, in_channels=self.in_channels)
+        if self.in_channels % self.groups or self.out_channels % self.groups:
             raise self._refuse(
                 f"groups={self.groups} do not divide in_channels={self.in_channels} and out_channels={self.out_channels}"
             )
-        for name in ("kernel_size", "stride", "dilation"):
-            if min(getattr(self, name)) < 1:
-                raise self._refuse(f"{name}={getattr(self, name)} must be positive")
 
     def _place(self, bias: bool, device: Any, dtype: torch.dtype | None) -> None:
         """Lay out the work grid and put the parameters on it."""

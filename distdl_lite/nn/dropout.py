@@ -10,9 +10,10 @@ import torch
 
 from distdl_lite import layout as lay
 from distdl_lite.layout import Box, Shape
-from distdl_lite.nn.kernel import anchored
+from distdl_lite.nn.kernel import anchored, check_floating
 from distdl_lite.nn.module import Module
 from distdl_lite.nn.movement import agreed_inputs
+from distdl_lite.nn.options import numbers
 from distdl_lite.partition import Partition
 
 _HASHED_AT_ONCE = 2**16  # elements: the two int64 tensors of a hash then stay in the cache
@@ -126,6 +127,8 @@ class DistributedDropout(Module):
     ------
     ValueError
         In the constructor if p is not in [0, 1]; at build if the blocks form no tensor product. On all ranks alike.
+    TypeError
+        At build, if points of integers are to be dropped.
 
     Notes
     -----
@@ -139,13 +142,16 @@ class DistributedDropout(Module):
 
     def __init__(self, P_x: Partition, p: float = 0.5, inplace: bool = False) -> None:
         super().__init__(P_x)
+        numbers(self, p=p)
         if not 0.0 <= p <= 1.0:
-            raise ValueError(f"{type(self).__name__}: p={p} is not in [0, 1]")
+            raise self._refuse(f"p={p} is not in [0, 1]")
         self.P_x, self.p, self.inplace = P_x, p, inplace
 
     def _distdl_module_setup(self, input: tuple[Any, ...]) -> _Built:
         inputs = agreed_inputs(type(self).__name__, self._distdl_structure, self.P_x)
         X = lay.blocks(self.P_x.grid_of_ranks, lay.cuts_from_shapes(self.P_x.grid_of_ranks, inputs.shapes))
+        if self.training and 0 < self.p < 1 and not inputs.dtype.is_complex:
+            check_floating(self, inputs)
         box = X.box(self._distdl_transport.rank)
         assert box is not None
         box, global_shape, steps = box[: self._masked], lay.global_shape_of(X)[: self._masked], None
@@ -198,9 +204,8 @@ class _ChannelDropout(DistributedDropout):
     def __init__(self, P_x: Partition, p: float = 0.5, inplace: bool = False) -> None:
         super().__init__(P_x, p, inplace)
         if P_x.dim != 2 + self._dims:
-            raise ValueError(
-                f"{type(self).__name__}: P_x of shape {P_x.shape} has {P_x.dim} axes, a tensor (N, C, *space) has "
-                f"{2 + self._dims} dims"
+            raise self._refuse(
+                f"P_x of shape {P_x.shape} has {P_x.dim} axes, a tensor (N, C, *space) has {2 + self._dims} dims"
             )
 
 

@@ -13,6 +13,7 @@ from distdl_lite.layout import Dim, Layout, ranges_of
 from distdl_lite.nn.kernel import connected_zeros
 from distdl_lite.nn.module import raise_together
 from distdl_lite.nn.movement import agreed_inputs, zero_volume_tensor
+from distdl_lite.nn.options import booleans, integers
 from distdl_lite.nn.parallel_linear import line_of
 from distdl_lite.nn.parameter import Layer, normal
 from distdl_lite.partition import Partition
@@ -80,8 +81,11 @@ class DistributedEmbedding(Layer):
             raise self._refuse(
                 f"max_norm={max_norm} is refused: the ranks would rescale rows that the others do not look up"
             )
+        booleans(self, sparse=sparse, scale_grad_by_freq=scale_grad_by_freq)
         if sparse:
             raise self._refuse("sparse=True is refused: the gradient of a table on several ranks is dense")
+        integers(self, 0, num_embeddings=num_embeddings, embedding_dim=embedding_dim)
+        integers(self, padding_idx=0 if padding_idx is None else padding_idx)
         if padding_idx is not None and not -num_embeddings <= padding_idx < num_embeddings:
             raise self._refuse(f"padding_idx={padding_idx} is not within num_embeddings={num_embeddings}")
         self.P, self.cut, self.scale_grad_by_freq = P, cut, scale_grad_by_freq

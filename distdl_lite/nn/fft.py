@@ -13,9 +13,10 @@ import torch
 from distdl_lite import layout as lay
 from distdl_lite.grid import Grid, indices
 from distdl_lite.layout import Dim, Shape
-from distdl_lite.nn.kernel import Local, operator_between
+from distdl_lite.nn.kernel import Local, check_taken, operator_between
 from distdl_lite.nn.module import Module
-from distdl_lite.nn.movement import Inputs, agreed_inputs
+from distdl_lite.nn.movement import agreed_inputs
+from distdl_lite.nn.options import integers
 from distdl_lite.operator import Operator
 from distdl_lite.partition import Partition
 
@@ -82,8 +83,11 @@ class DistributedFFT(Module):
     ) -> None:
         super().__init__(P_x)
         self.P_x, self.function, self.norm = P_x, function, norm
-        self.dim = (dim,) if isinstance(dim, int) else tuple(dim)
-        self.s = (-1,) * len(self.dim) if s is None else (s,) if isinstance(s, int) else tuple(s)
+        self.dim = tuple(dim) if isinstance(dim, Sequence) else (dim,)
+        self.s = (-1,) * len(self.dim) if s is None else tuple(s) if isinstance(s, Sequence) else (s,)
+        for name, values in (("dim", self.dim), ("s", self.s)):
+            for value in values:
+                integers(self, **{name: value})
         if function not in _TRANSFORMS:
             raise self._refuse(f"function {function!r} is none of {', '.join(_TRANSFORMS)}")
         if norm not in (None, "forward", "backward", "ortho"):
@@ -98,7 +102,7 @@ class DistributedFFT(Module):
 
     def _distdl_module_setup(self, input: tuple[Any, ...]) -> _Built:
         inputs = agreed_inputs(type(self).__name__, self._distdl_structure, self.P_x)
-        self._check_dtype(inputs)
+        check_taken(self, inputs, 1, partial(_TRANSFORMS[self.function], s=(1,)))
         grid = self.P_x.grid_of_ranks
         here = lay.blocks(grid, lay.cuts_from_shapes(grid, inputs.shapes))
         sizes = self._sizes(lay.global_shape_of(here))
@@ -117,12 +121,6 @@ class DistributedFFT(Module):
             left = tuple(d for d in left if d not in now)
         Y = lay.balanced_blocks(grid, lay.global_shape_of(here))
         return _Built(tuple(steps), operator_between(here, Y, self, inputs.requires_grad))
-
-    def _check_dtype(self, inputs: Inputs) -> None:
-        try:
-            _TRANSFORMS[self.function](torch.zeros(1, dtype=inputs.dtype, device=inputs.device), s=(1,))
-        except RuntimeError as error:
-            raise TypeError(f"{type(self).__name__}: the input has dtype {inputs.dtype}: {error}") from error
 
     def _sizes(self, shape: Shape) -> dict[int, int]:
         """The length of the transform of each dim."""

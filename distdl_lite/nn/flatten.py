@@ -13,6 +13,7 @@ from distdl_lite.grid import Grid
 from distdl_lite.nn.kernel import operator_between
 from distdl_lite.nn.module import Module
 from distdl_lite.nn.movement import agreed_inputs, into
+from distdl_lite.nn.options import integers
 from distdl_lite.operator import Operator
 from distdl_lite.partition import Partition
 
@@ -56,6 +57,7 @@ class DistributedFlatten(Module):
     def __init__(self, P_x: Partition, start_dim: int = 1, end_dim: int = -1, P_y: Partition | None = None) -> None:
         super().__init__(P_x, P_y)
         self.P_x, self.P_y, self.start_dim, self.end_dim = P_x, P_y, start_dim, end_dim
+        integers(self, start_dim=start_dim, end_dim=end_dim)
         n, x = P_x.dim, P_x.shape
         if not (-n <= start_dim < n and -n <= end_dim < n and start_dim % n <= end_dim % n):
             raise self._refuse(f"start_dim={start_dim} to end_dim={end_dim} are no dims of a tensor of {n} dims")

@@ -10,6 +10,7 @@ from distdl_lite import layout as lay
 from distdl_lite.layout import Box, Dim, Layout, Shape
 from distdl_lite.nn.norm import channels_of_samples, samples_as_channels
 from distdl_lite.nn.norm_base import Norm
+from distdl_lite.nn.options import integers
 from distdl_lite.partition import Partition
 
 
@@ -58,7 +59,9 @@ class DistributedGroupNorm(Norm):
         super().__init__(P_x, eps)
         if P_x.dim < 2:
             raise self._refuse(f"P_x of shape {P_x.shape} has {P_x.dim} axes, a tensor (N, C, *space) has two or more")
-        if num_groups < 1 or num_channels % num_groups:
+        integers(self, 1, num_groups=num_groups)
+        integers(self, 0, num_channels=num_channels)
+        if num_channels % num_groups:
             raise self._refuse(f"num_channels ({num_channels}) must be divisible by num_groups ({num_groups})")
         self.num_groups, self.num_channels, self.affine = num_groups, num_channels, affine
         self.place_affine((num_channels,), (1,), affine, bias, dtype, device)

@@ -19,14 +19,6 @@ from distdl_lite.plan import plan
 Local = Callable[[torch.Tensor], torch.Tensor]
 
 
-def per_dim(name: str, value: int | Sequence[int], dims: int) -> tuple[int, ...]:
-    """A number per spatial dim."""
-    values = (value,) * dims if isinstance(value, int) else tuple(int(v) for v in value)
-    if len(values) != dims:
-        raise ValueError(f"{name}={value} does not have {dims} numbers")
-    return values
-
-
 def operator_between(X: Layout, Y: Layout, layer: Module, graph: bool) -> Operator | None:
     """The operator from `X` to `Y`, None where every rank holds the same box in both."""
     if X.same_boxes(Y):
@@ -129,10 +121,15 @@ class SpatialLayer(Module):
         """What this rank computes from the inputs it holds."""
         raise NotImplementedError
 
+    def check_dtype(self, inputs: Inputs) -> None:
+        """Raise TypeError if torch's layer does not take the input's dtype."""
+        check_floating(self, inputs)
+
     def _distdl_module_setup(self, input: tuple[Any, ...]) -> _Built:
         inputs = agreed_inputs(type(self).__name__, self._distdl_structure, self.P_x)
         grid = self.P_x.grid_of_ranks
         X = lay.blocks(grid, lay.cuts_from_shapes(grid, inputs.shapes))
+        self.check_dtype(inputs)
         batch, channels, *space = lay.global_shape_of(X)
         if 0 in space:
             raise self._refuse(f"the input of shape {lay.global_shape_of(X)} has no points")
@@ -185,7 +182,15 @@ def with_places(y: Any) -> tuple[torch.Tensor, torch.Tensor]:
 def check_floating(layer: Module, inputs: Inputs) -> None:
     """Raise TypeError if the input is of integers, which have no averages."""
     if not inputs.dtype.is_floating_point:
-        raise TypeError(f"{type(layer).__name__}: the input has dtype {inputs.dtype}, a floating dtype is needed")
+        raise layer._refuse(f"the input has dtype {inputs.dtype}, a floating dtype is needed", TypeError)
+
+
+def check_taken(layer: Module, inputs: Inputs, dims: int, function: Callable[[torch.Tensor], Any]) -> None:
+    """Raise TypeError, with torch's words, if a function of torch does not take a tensor of the input's dtype."""
+    try:
+        function(torch.zeros((1,) * dims, dtype=inputs.dtype, device=inputs.device))
+    except RuntimeError as error:
+        raise layer._refuse(f"the input has dtype {inputs.dtype}: {error}", TypeError) from error
 
 
 def edge_pad(

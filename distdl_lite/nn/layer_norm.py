@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from distdl_lite.layout import Dim, Layout, Shape
 from distdl_lite.nn.kernel import wide
 from distdl_lite.nn.norm_base import Norm
+from distdl_lite.nn.options import integers
 from distdl_lite.partition import Partition
 
 
@@ -21,15 +22,17 @@ class _LastDimsNorm(Norm):
         self,
         P_x: Partition,
         normalized_shape: int | Sequence[int],
-        eps: float | None,
+        eps: float,
         elementwise_affine: bool,
         bias: bool,
         device: torch.device | str | None,
         dtype: torch.dtype | None,
     ) -> None:
         super().__init__(P_x, eps)
-        sizes = (normalized_shape,) if isinstance(normalized_shape, int) else normalized_shape
-        self.normalized_shape, self.elementwise_affine = tuple(int(n) for n in sizes), elementwise_affine
+        sizes = tuple(normalized_shape) if isinstance(normalized_shape, Sequence) else (normalized_shape,)
+        for n in sizes:
+            integers(self, 0, normalized_shape=n)
+        self.normalized_shape, self.elementwise_affine = sizes, elementwise_affine
         self._lead = P_x.dim - len(self.normalized_shape)
         if self._lead < 0 or not self.normalized_shape:
             raise self._refuse(
@@ -129,7 +132,8 @@ class DistributedRMSNorm(_LastDimsNorm):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(P_x, normalized_shape, eps, elementwise_affine, False, device, dtype)
+        super().__init__(P_x, normalized_shape, 0.0 if eps is None else eps, elementwise_affine, False, device, dtype)
+        self.eps = eps
 
     def epsilon(self, x: torch.Tensor) -> float:
         return torch.finfo(wide(x.dtype)).eps if self.eps is None else self.eps

@@ -16,6 +16,7 @@ from distdl_lite.grid import Grid, balanced
 from distdl_lite.layout import Dim, Layout, Shape, balanced_blocks, ranges_of
 from distdl_lite.nn.kernel import operator_between
 from distdl_lite.nn.movement import agreed_inputs, computing_dtype, into
+from distdl_lite.nn.options import integers
 from distdl_lite.nn.parameter import Layer, bias_bound, kaiming_bound, uniform
 from distdl_lite.operator import Operator
 from distdl_lite.partition import Partition
@@ -75,6 +76,7 @@ class DistributedLinear(Layer):
         P_y = P_x if P_y is None else P_y
         super().__init__(P_x, P_y, P_w)
         self.P_x, self.P_y, self.P_w = P_x, P_y, P_w
+        integers(self, 0, in_features=in_features, out_features=out_features)
         self.in_features, self.out_features = in_features, out_features
         self._work = self._work_grid()
         lead = self._work.dim - 2

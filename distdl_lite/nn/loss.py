@@ -18,6 +18,7 @@ from distdl_lite.layout import Box, Shape
 from distdl_lite.nn.kernel import anchored, connected_zeros, wide
 from distdl_lite.nn.module import Module, raise_together
 from distdl_lite.nn.movement import agreed_inputs
+from distdl_lite.nn.options import booleans, numbers
 from distdl_lite.partition import Partition
 from distdl_lite.shown import shown
 
@@ -67,6 +68,8 @@ class _DistributedLoss(Module):
         self._options = tuple(options)
         for name, value in options.items():
             if isinstance(value, torch.Tensor) or name in ("weight", "pos_weight"):
+                if not isinstance(value, torch.Tensor | None):
+                    raise self._refuse(f"{name}={value!r} is not a tensor", TypeError)
                 if value is not None and value.requires_grad:
                     raise self._refuse(f"{name} must not require grad")
                 self.register_buffer(name, value)
@@ -87,6 +90,9 @@ class _DistributedLoss(Module):
                     f"rank {rank} passed a target of shape {tuple(targets.shapes[rank])}, with its input of shape "
                     f"{tuple(shape)} it must be {tuple(wanted)}"
                 )
+        for option in self._options:
+            if isinstance(weight := getattr(self, option), torch.Tensor):
+                self._check_weight(option, weight, lay.global_shape_of(X))
         box = X.box(self._distdl_transport.rank)
         assert box is not None
         return _Built(box, lay.global_shape_of(X), inputs.requires_grad or targets.requires_grad)
@@ -94,6 +100,12 @@ class _DistributedLoss(Module):
     def _target_shape(self, input: Shape, target: Shape) -> Shape:
         """The shape a target block must have."""
         return input
+
+    def _check_weight(self, name: str, weight: torch.Tensor, shape: Shape) -> None:
+        """Raise ValueError unless a weight broadcasts to an input of this global shape."""
+        pairs = zip(reversed(weight.shape), reversed(shape), strict=False)
+        if weight.dim() > len(shape) or any(n not in (1, m) for n, m in pairs):
+            raise self._refuse(f"{name} of shape {tuple(weight.shape)} does not broadcast to an input of shape {shape}")
 
     def _local_options(self, box: Box) -> dict[str, Any]:
         """The options for a block: of a tensor that torch would broadcast to the whole input, the part that meets it."""
@@ -132,7 +144,7 @@ class _DistributedLoss(Module):
         parts = torch.stack([total, weight, torch.full_like(weight, failed)])
         value, weight, failures = shown(parts, self._distdl_team, self._distdl_transport)
         if failures.item():
-            raise_together(self._distdl_transport, self._distdl_team, error)
+            raise_together(self._distdl_transport, self._distdl_team, error, self._distdl_label)
         if self.reduction == "mean":
             value = value / weight.detach()
         elif self.reduction == "batchmean":
@@ -181,6 +193,9 @@ class DistributedSmoothL1Loss(_DistributedLoss):
     function = F.smooth_l1_loss
 
     def __init__(self, P_x: Partition, *, reduction: str = "mean", beta: float = 1.0) -> None:
+        numbers(self, beta=beta)
+        if not beta >= 0:
+            raise self._refuse(f"beta={beta} must not be negative")
         super().__init__(P_x, reduction, beta=beta)
 
 
@@ -189,6 +204,9 @@ class DistributedHuberLoss(_DistributedLoss):
     function = F.huber_loss
 
     def __init__(self, P_x: Partition, *, reduction: str = "mean", delta: float = 1.0) -> None:
+        numbers(self, delta=delta)
+        if not delta > 0:
+            raise self._refuse(f"delta={delta} must be positive")
         super().__init__(P_x, reduction, delta=delta)
 
 
@@ -221,6 +239,7 @@ class DistributedKLDivLoss(_DistributedLoss):
     reductions = ("mean", "batchmean", "sum", "none")
 
     def __init__(self, P_x: Partition, *, reduction: str = "mean", log_target: bool = False) -> None:
+        booleans(self, log_target=log_target)
         super().__init__(P_x, reduction, log_target=log_target)
 
 
@@ -237,4 +256,6 @@ class DistributedPoissonNLLLoss(_DistributedLoss):
         eps: float = 1e-8,
         reduction: str = "mean",
     ) -> None:
+        booleans(self, log_input=log_input, full=full)
+        numbers(self, eps=eps)
         super().__init__(P_x, reduction, log_input=log_input, full=full, eps=eps)

@@ -13,6 +13,7 @@ from distdl_lite import layout as lay
 from distdl_lite.nn.kernel import anchored, wide
 from distdl_lite.nn.module import Module
 from distdl_lite.nn.movement import agreed_inputs
+from distdl_lite.nn.options import booleans, integers
 from distdl_lite.partition import Partition
 from distdl_lite.shown import shown
 
@@ -58,7 +59,10 @@ class DistributedMean(Module):
     def __init__(self, P_x: Partition, dim: int | Sequence[int] | None = None, keepdim: bool = False) -> None:
         super().__init__(P_x)
         self.P_x, self.dim, self.keepdim = P_x, dim, keepdim
-        named = (dim,) if isinstance(dim, int) else tuple(dim or ())
+        named = () if dim is None else tuple(dim) if isinstance(dim, Sequence) else (dim,)
+        for d in named:
+            integers(self, dim=d)
+        booleans(self, keepdim=keepdim)
         self._dims = tuple(sorted(d % P_x.dim for d in named)) or tuple(range(P_x.dim))
         if any(not -P_x.dim <= d < P_x.dim for d in named) or len(set(self._dims)) != len(self._dims):
             raise self._refuse(f"dim={dim} are not different dims of a tensor of {P_x.dim} dims")

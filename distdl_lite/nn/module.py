@@ -113,6 +113,12 @@ class Module(torch.nn.Module):
         self.__dict__.update(_unbuilt())
         self.register_forward_pre_hook(type(self)._distdl_forward_pre_hook, with_kwargs=True)
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Let Python's errors about a constructor's arguments name no private base."""
+        super().__init_subclass__(**kwargs)
+        if "__init__" in vars(cls):
+            cls.__init__.__qualname__ = f"{cls.__name__.lstrip('_')}.__init__"
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """As torch's; a layer without hooks but ours is spared the 5 us in which torch goes through the lists of hooks."""
         if (

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from distdl_lite import layout as lay
 from distdl_lite.layout import Dim, Layout, Shape
 from distdl_lite.nn.norm_base import Built, Norm
+from distdl_lite.nn.options import integers, numbers
 from distdl_lite.nn.parameter import constant
 from distdl_lite.partition import Partition
 
@@ -35,6 +36,8 @@ class _RunningNorm(Norm):
         super().__init__(P_x, eps)
         if P_x.dim < self.least_dims:
             raise self._refuse(f"P_x of shape {P_x.shape} has {P_x.dim} axes, a tensor {self.form} or more")
+        integers(self, 0, num_features=num_features)
+        numbers(self, momentum=0.0 if momentum is None else momentum)
         self.num_features, self.momentum = num_features, momentum
         self.affine, self.track_running_stats = affine, track_running_stats
         self.place_affine((num_features,), (1,), affine, bias, dtype, device)
@@ -144,6 +147,8 @@ class DistributedBatchNorm(_RunningNorm):
         return self.bias
 
     def check_shape(self, shape: Shape) -> None:
+        if self.uses_batch and self.eps == 0:
+            raise self._refuse("eps=0 is refused in training, as by torch")
         if self.uses_batch and math.prod(shape) == shape[1]:
             size = torch.Size(shape)
             raise ValueError(f"Expected more than 1 value per channel when training, got input size {size}")

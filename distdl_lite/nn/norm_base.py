@@ -15,6 +15,7 @@ from distdl_lite.layout import Box, Dim, Layout, Shape, ranges_of
 from distdl_lite.nn.kernel import check_floating, connected_zeros, operator_between, wide
 from distdl_lite.nn.movement import Inputs, agreed_inputs
 from distdl_lite.nn.normalised import Rows, normalised
+from distdl_lite.nn.options import numbers
 from distdl_lite.nn.parameter import Layer, constant
 from distdl_lite.operator import Operator
 from distdl_lite.partition import Partition
@@ -48,6 +49,9 @@ class Norm(Layer):
 
     def __init__(self, P_x: Partition, eps: float) -> None:
         super().__init__(P_x)
+        numbers(self, eps=eps)
+        if eps < 0:
+            raise self._refuse(f"eps={eps} must not be negative")
         self.P_x, self.eps = P_x, eps
 
     def place_affine(

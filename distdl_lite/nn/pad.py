@@ -11,9 +11,10 @@ import torch.nn.functional as F
 
 from distdl_lite import layout as lay
 from distdl_lite.layout import Dim, Layout, Shape
-from distdl_lite.nn.kernel import Local, connected_zeros, edge_pad
+from distdl_lite.nn.kernel import Local, check_taken, connected_zeros, edge_pad
 from distdl_lite.nn.module import Module
 from distdl_lite.nn.movement import agreed_inputs, into
+from distdl_lite.nn.options import numbers, per_dim
 from distdl_lite.operator import Operator
 from distdl_lite.partition import Partition
 from distdl_lite.plan import plan
@@ -63,9 +64,7 @@ class _DistributedPad(Module):
     def __init__(self, P_x: Partition, padding: int | Sequence[int]) -> None:
         super().__init__(P_x)
         self.P_x = P_x
-        self.padding = (padding,) * (2 * self.dims) if isinstance(padding, int) else tuple(int(p) for p in padding)
-        if len(self.padding) != 2 * self.dims:
-            raise self._refuse(f"padding={padding} is not {2 * self.dims} numbers")
+        self.padding = per_dim(self, 2 * self.dims, "padding", padding, least=None)
         leading = P_x.dim - self.dims
         if leading < 0 or (self.mode != "constant" and leading not in (1, 2)):
             raise self._refuse(
@@ -79,6 +78,8 @@ class _DistributedPad(Module):
         grid, rank, first = self.P_x.grid_of_ranks, self._distdl_transport.rank, self.P_x.dim - self.dims
         X = lay.blocks(grid, lay.cuts_from_shapes(grid, inputs.shapes))
         n = lay.global_shape_of(X)
+        if self.mode != "constant":
+            check_taken(self, inputs, self.P_x.dim, lambda x: F.pad(x, (0,) * len(self.padding), self.mode))
         Y = lay.balanced_blocks(grid, self._padded_shape(n, inputs.dtype))
         lefts = (0,) * first + self.padding[::2][::-1]
         moved = [tuple((a - left, b - left) for a, b in dim.ranges) for dim, left in zip(Y.dims, lefts, strict=True)]
@@ -167,6 +168,7 @@ class _DistributedPad(Module):
 class _DistributedConstantPad(_DistributedPad):
     def __init__(self, P_x: Partition, padding: int | Sequence[int], value: float) -> None:
         super().__init__(P_x, padding)
+        numbers(self, value=value)
         self.value = value
 
     def extra_repr(self) -> str:

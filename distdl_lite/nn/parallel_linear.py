@@ -20,6 +20,7 @@ from distdl_lite.grid import Grid, balanced
 from distdl_lite.layout import Dim, Layout, Shape, ranges_of
 from distdl_lite.nn.kernel import Local, anchored, operator_between
 from distdl_lite.nn.movement import agreed_inputs, computing_dtype
+from distdl_lite.nn.options import integers
 from distdl_lite.nn.parameter import Layer, bias_bound, kaiming_bound, uniform
 from distdl_lite.operator import Operator
 from distdl_lite.partition import Partition
@@ -87,6 +88,7 @@ class _ParallelLinear(Layer):
         dtype: torch.dtype | None,
     ) -> None:
         super().__init__(P)
+        integers(self, 0, in_features=in_features, out_features=out_features)
         self.P, self.in_features, self.out_features = P, in_features, out_features
         weight_layout, bias_layout = self._places(P.grid_of_ranks)
         self.place("weight", weight_layout, uniform(kaiming_bound(in_features)), dtype, device)

@@ -116,8 +116,10 @@ class Layer(Module):
             return
         transport = self._distdl_partitions[0].world_transport
         box = layout.box(transport.rank)
-        dtype = dtype or torch.get_default_dtype()
-        block = _drawn(global_shape_of(layout), box, draw, dtype).to(device)
+        dtype = torch.get_default_dtype() if dtype is None else dtype
+        if not isinstance(dtype, torch.dtype) or not (buffer or dtype.is_floating_point):
+            raise self._refuse(f"dtype={dtype!r} is not a floating one of torch", TypeError)
+        block = _drawn(global_shape_of(layout), box, draw, dtype).to(device=device)
         team = layout.replicas(transport.rank)
         orders = transport.local.setdefault("orders", {})
         orders[team] = orders.get(team, 0) + 1
@@ -127,7 +129,7 @@ class Layer(Module):
         if buffer:
             self.register_buffer(name, block)
         else:
-            self.register_parameter(name, torch.nn.Parameter(block, requires_grad=block.is_floating_point()))
+            self.register_parameter(name, torch.nn.Parameter(block))
 
     def use(self, name: str) -> torch.Tensor | None:
         """A parameter for this forward, whose gradient will be the sum over its replicas."""

@@ -15,8 +15,9 @@ import torch.nn.functional as F
 
 from distdl_lite import layout as lay
 from distdl_lite.layout import Range
-from distdl_lite.nn.kernel import Local, SpatialLayer, View, applied, check_floating, per_dim, wide, with_places
+from distdl_lite.nn.kernel import Local, SpatialLayer, View, applied, check_taken, wide, with_places
 from distdl_lite.nn.movement import Inputs
+from distdl_lite.nn.options import booleans, integers, per_dim
 from distdl_lite.partition import Partition
 
 _MAX_POOLS = {1: F.max_pool1d, 2: F.max_pool2d, 3: F.max_pool3d}
@@ -45,16 +46,14 @@ class _Pool(SpatialLayer):
 
     def __init__(self, P_x: Partition, kernel_size: Any, stride: Any, padding: Any, dilation: Any, ceil_mode: bool):
         super().__init__(P_x, type(self).dims)
-        self.kernel_size = per_dim("kernel_size", kernel_size, self.dims)
-        self.stride = self.kernel_size if stride is None else per_dim("stride", stride, self.dims)
-        self.padding = per_dim("padding", padding, self.dims)
-        self.dilation = per_dim("dilation", dilation, self.dims)
+        self.kernel_size = per_dim(self, self.dims, "kernel_size", kernel_size)
+        self.stride = self.kernel_size if stride is None else per_dim(self, self.dims, "stride", stride)
+        self.padding = per_dim(self, self.dims, "padding", padding, least=0)
+        self.dilation = per_dim(self, self.dims, "dilation", dilation)
+        booleans(self, ceil_mode=ceil_mode)
         self.ceil_mode = ceil_mode
-        for name in ("kernel_size", "stride", "dilation"):
-            if min(getattr(self, name)) < 1:
-                raise self._refuse(f"{name}={getattr(self, name)} must be positive")
-        if any(not 0 <= p <= k // 2 for p, k in zip(self.padding, self.kernel_size, strict=True)):
-            raise self._refuse(f"padding={self.padding} must be between 0 and half of kernel_size={self.kernel_size}")
+        if any(p > k // 2 for p, k in zip(self.padding, self.kernel_size, strict=True)):
+            raise self._refuse(f"padding={self.padding} is more than half of kernel_size={self.kernel_size}")
 
     def geometry(self, d: int, length: int, inputs: Inputs) -> _Sliding:
         k, s, p, dilation = self.kernel_size[d], self.stride[d], self.padding[d], self.dilation[d]
@@ -135,6 +134,11 @@ class _DistributedMaxPool(_Pool):
     ) -> None:
         super().__init__(P_x, kernel_size, stride, padding, dilation, ceil_mode)
         self.return_indices = return_indices
+
+    def check_dtype(self, inputs: Inputs) -> None:
+        check_taken(
+            self, inputs, self.dims + 2, lambda x: _MAX_POOLS[self.dims](x, 1, return_indices=self.return_indices)
+        )
 
     def geometry(self, d: int, length: int, inputs: Inputs) -> _Sliding:
         found = super().geometry(d, length, inputs)
@@ -243,12 +247,14 @@ class _DistributedAvgPool(_Pool):
         divisor_override: int | None = None,
     ) -> None:
         super().__init__(P_x, kernel_size, stride, padding, 1, ceil_mode)
+        booleans(self, count_include_pad=count_include_pad)
+        if divisor_override is not None:
+            integers(self, divisor_override=divisor_override)
         if divisor_override is not None and (self.dims == 1 or divisor_override == 0):
             raise self._refuse(f"divisor_override={divisor_override} is refused, as by torch")
         self.count_include_pad, self.divisor_override = count_include_pad, divisor_override
 
     def geometry(self, d: int, length: int, inputs: Inputs) -> _Sliding:
-        check_floating(self, inputs)
         if self.dims == 3 and length < self.kernel_size[d]:
             raise self._refuse(f"dim {d + 2} of length {length} is shorter than kernel_size={self.kernel_size[d]}")
         return super().geometry(d, length, inputs)

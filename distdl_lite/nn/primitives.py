@@ -147,10 +147,14 @@ def _kept_axes(
     """The axes of a partition that stay, given either them or the others."""
     if (moved is None) == (kept is None):
         raise ValueError(f"{name}: exactly one of {moved_name} and axes_keep must be given")
-    if kept is not None:
-        return check_axes(kept, P_x.dim)
-    gone = check_axes(moved or (), P_x.dim)
-    return tuple(axis for axis in range(P_x.dim) if axis not in gone)
+    given_name, given = (moved_name, moved) if kept is None else ("axes_keep", kept)
+    if not isinstance(given, Iterable) or isinstance(given, str):
+        raise TypeError(f"{name}: {given_name}={given!r} is no sequence of axes")
+    try:
+        axes = check_axes(given, P_x.dim)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
+    return axes if kept is not None else tuple(axis for axis in range(P_x.dim) if axis not in axes)
 
 
 class AllGather(Movement):
@@ -297,8 +301,9 @@ class HaloExchange(Movement):
 
     def __init__(self, P_x: Partition, halo: Sequence[int | tuple[int, int]], boundary: str = "none") -> None:
         super().__init__(P_x, P_x)
-        pairs = [(h, h) if isinstance(h, int) else (int(h[0]), int(h[1])) for h in halo]
-        if len(pairs) != P_x.dim or any(h < 0 for pair in pairs for h in pair):
+        pairs = [tuple(h) if isinstance(h, Sequence) else (h, h) for h in halo]
+        fits = all(len(pair) == 2 and all(isinstance(h, int) and h >= 0 for h in pair) for pair in pairs)
+        if len(pairs) != P_x.dim or not fits:
             raise ValueError(f"HaloExchange: a halo of {list(halo)} does not fit a partition of shape {P_x.shape}")
         if boundary not in lay.BOUNDARIES:
             raise ValueError(f"HaloExchange: boundary {boundary!r} is none of {', '.join(lay.BOUNDARIES)}")

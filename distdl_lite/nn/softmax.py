@@ -13,6 +13,7 @@ from distdl_lite import layout as lay
 from distdl_lite.nn.kernel import check_floating, wide
 from distdl_lite.nn.module import Module
 from distdl_lite.nn.movement import agreed_inputs
+from distdl_lite.nn.options import integers
 from distdl_lite.operator import Operator
 from distdl_lite.partition import Partition
 from distdl_lite.plan import plan
@@ -92,8 +93,9 @@ class DistributedSoftmax(Module):
 
     def __init__(self, P_x: Partition, dim: int) -> None:
         super().__init__(P_x)
+        integers(self, dim=dim)
         if not -P_x.dim <= dim < P_x.dim:
-            raise ValueError(f"{type(self).__name__}: dim={dim} is no axis of P_x of shape {P_x.shape}")
+            raise self._refuse(f"dim={dim} is no axis of P_x of shape {P_x.shape}")
         self.P_x, self.dim = P_x, dim
 
     def _distdl_module_setup(self, input: tuple[Any, ...]) -> tuple[CutDim | None]:

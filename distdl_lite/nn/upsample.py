@@ -7,16 +7,19 @@ near each output, for every c; that gives torch's own indices and weights for th
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from numbers import Integral, Real
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 
 from distdl_lite.layout import Range
 from distdl_lite.nn.adaptive_pool import Adaptive, averaged
-from distdl_lite.nn.kernel import Geometry, Local, SpatialLayer, View, check_floating, wide, windows
+from distdl_lite.nn.kernel import Geometry, Local, SpatialLayer, View, wide, windows
 from distdl_lite.nn.movement import Inputs
 from distdl_lite.partition import Partition
 
@@ -97,8 +100,8 @@ class DistributedUpsample(SpatialLayer):
         self.size, self.scale_factor, self.mode, self.align_corners = size, scale_factor, mode, align_corners
         self.recompute_scale_factor = recompute_scale_factor
         self._check_mode()
-        self._sizes = self._per_dim("size", size)
-        self._factors = self._per_dim("scale_factor", scale_factor)
+        self._sizes = self._per_dim("size", size, Integral)
+        self._factors = self._per_dim("scale_factor", scale_factor, Real)
 
     def _check_mode(self) -> None:
         modes = {"nearest", "nearest-exact", "area", _LINEAR.get(self.dims), "bicubic" if self.dims == 2 else None}
@@ -114,14 +117,18 @@ class DistributedUpsample(SpatialLayer):
         if self.recompute_scale_factor and self.size is not None:
             raise self._refuse(f"recompute_scale_factor has no meaning for size={self.size}")
 
-    def _per_dim(self, name: str, value: float | Sequence[float] | None) -> tuple[float | None, ...]:
-        values = tuple(value) if isinstance(value, Sequence) else (value,) * self.dims
-        if len(values) != self.dims or any(v is not None and v <= 0 for v in values):
-            raise self._refuse(f"{name}={value} is not {self.dims} positive numbers")
+    def _per_dim(self, name: str, value: Any, kind: type) -> tuple[Any, ...]:
+        """A positive number of a kind per dim, or None for each where the option is not given."""
+        values = tuple(value) if isinstance(value, Sequence) and not isinstance(value, str) else (value,) * self.dims
+        words = "integers" if kind is Integral else "finite numbers"
+        rule = f"{name}={value!r} is not {self.dims} positive {words}, nor one for all"
+        if value is not None and any(isinstance(v, bool) or not isinstance(v, kind) for v in values):
+            raise self._refuse(rule, TypeError)
+        if len(values) != self.dims or (value is not None and not all(0 < v < math.inf for v in values)):
+            raise self._refuse(rule)
         return values
 
     def geometry(self, d: int, length: int, inputs: Inputs) -> Geometry:
-        check_floating(self, inputs)
         size, factor = self._sizes[d], self._factors[d]
         outputs = int(length * factor) if size is None else int(size)
         if outputs < 1:

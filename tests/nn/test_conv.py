@@ -149,9 +149,9 @@ def test_refusals(world: dl.Partition) -> None:
         (lambda: DistributedConv1d(P, 2, 2, 3, padding="most"), "padding 'most'"),
         (lambda: DistributedConv1d(P, 2, 2, 3, padding="same", stride=2), "needs stride 1"),
         (lambda: DistributedConv1d(P, 2, 2, 3, padding=-1), "must not be negative"),
-        (lambda: DistributedConv1d(P, 2, 2, 3, stride=0), "stride=(0,) must be positive"),
+        (lambda: DistributedConv1d(P, 2, 2, 3, stride=0), "stride=0 must be positive"),
         (lambda: DistributedConv1d(P, 2, 3, 3, groups=2), "groups=2 do not divide"),
-        (lambda: DistributedConv1d(P, 2, 2, (3, 3)), "does not have 1 numbers"),
+        (lambda: DistributedConv1d(P, 2, 2, (3, 3)), "kernel_size=(3, 3) is neither an integer nor 1 of them"),
         (lambda: DistributedConv1d(Q, 3, 6, 3, groups=3), "do not fall on the boundaries of groups=3"),
         (lambda: DistributedConv1d(Q, 2, 2, 3, P_w=P), "does not fit P_x"),
     ]
@@ -169,6 +169,8 @@ def test_refusals(world: dl.Partition) -> None:
     R = world.grid((1, 1, 3))
     layer = DistributedConv1d(R, 1, 1, 3, dtype=torch.float64)
     assert_refused(world, R, lambda: layer(x[R.block(x.shape)]), "dtype torch.float32", TypeError)
+    missing = "DistributedConv.__init__() missing 3 required positional arguments: 'in_channels', 'out_channels', and"
+    assert_refused(world, R, lambda: DistributedConv1d(R), missing, TypeError)
 
 
 @on_ranks(4, mpi=True)

@@ -110,7 +110,7 @@ def test_refusals(world: dl.Partition) -> None:
         (lambda: DistributedConvTranspose1d(P, 2, 2, 3, padding_mode="circular"), "padding_mode 'circular'"),
         (lambda: DistributedConvTranspose1d(P, 2, 2, 3, padding=-1), "must not be negative"),
         (lambda: DistributedConvTranspose1d(P, 2, 2, 3, output_padding=1), "output_padding=(1,) must be below"),
-        (lambda: DistributedConvTranspose1d(P, 2, 2, 3, dilation=0), "dilation=(0,) must be positive"),
+        (lambda: DistributedConvTranspose1d(P, 2, 2, 3, dilation=0), "dilation=0 must be positive"),
         (lambda: DistributedConvTranspose1d(P, 2, 3, 3, groups=2), "groups=2 do not divide"),
     ]
     for attempt, text in attempts:

@@ -184,6 +184,8 @@ def test_refusals(world: dl.Partition) -> None:
     ]
     for attempt, text in attempts:
         assert_refused(world, P, attempt, text)
+    for options, text in (({"dim": 1.5}, "dim=1.5 is not an integer"), ({"s": ("x",)}, "s='x' is not an integer")):
+        assert_refused(world, P, lambda options=options: dnn.DistributedFFT(P, **options), text, TypeError)
     assert_refused(world, P, given(torch.zeros(3, 8).bfloat16(), P), "dtype torch.bfloat16", TypeError)
     complex_rfft = given(torch.zeros(3, 8, dtype=torch.complex64), P, "rfft")
     assert_refused(world, P, complex_rfft, "dtype torch.complex64", TypeError)

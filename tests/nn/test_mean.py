@@ -98,6 +98,8 @@ def test_refusals(world: dl.Partition) -> None:
     P = world.create_partition_inclusive([0, 2]).grid((1, 2))
     assert_refused(world, P, lambda: dnn.DistributedMean(P, 2), "dim=2")
     assert_refused(world, P, lambda: dnn.DistributedMean(P, (1, -1)), "different dims")
+    assert_refused(world, P, lambda: dnn.DistributedMean(P, (0, 1.5)), "dim=1.5 is not an integer", TypeError)
+    assert_refused(world, P, lambda: dnn.DistributedMean(P, 0, 1), "keepdim=1 is neither True nor False", TypeError)
 
     def average(x: torch.Tensor) -> Any:
         return lambda: dnn.DistributedMean(P)(x if P.active else dl.zero_volume_tensor())

@@ -171,7 +171,7 @@ def test_refusals(world: dl.Partition) -> None:
         return lambda: twin(name, P, padding)[0](x[P.block(shape)] if P.active else dl.zero_volume_tensor())
 
     attempts: list[tuple[Any, str]] = [
-        (lambda: dnn.DistributedZeroPad1d(P, (1, 2, 3)), "padding=(1, 2, 3) is not 2 numbers"),
+        (lambda: dnn.DistributedZeroPad1d(P, (1, 2, 3)), "padding=(1, 2, 3) is neither an integer nor 2 of them"),
         (lambda: dnn.DistributedReflectionPad3d(P, 1), "has 3 axes"),
         (lambda: dnn.DistributedZeroPad2d(world.create_partition_inclusive([0, 2]).grid((2,)), 1), "has 1 axes"),
         (padded("ZeroPad1d", P, (-4, -4), 1, 1, 7), "padding=(-4, -4) of a tensor of shape (1, 1, 7)"),

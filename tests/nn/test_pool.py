@@ -236,8 +236,8 @@ def test_refusals(world: dl.Partition) -> None:
         (lambda: adaptive_pool.DistributedAdaptiveAvgPool1d(P, 0), "output_size=0"),
         (lambda: pool.DistributedMaxPool2d(P, 2), "has 3 axes"),
         (lambda: pool.DistributedMaxPool1d(P, 2, padding=2), "padding=(2,)"),
-        (lambda: pool.DistributedMaxPool1d(P, 2, stride=0), "stride=(0,)"),
-        (lambda: pool.DistributedMaxPool1d(P, (2, 2)), "does not have 1 numbers"),
+        (lambda: pool.DistributedMaxPool1d(P, 2, stride=0), "stride=0 must be positive"),
+        (lambda: pool.DistributedMaxPool1d(P, (2, 2)), "kernel_size=(2, 2) is neither an integer nor 1 of them"),
         (lambda: pool.DistributedAvgPool1d(P, 2, divisor_override=2), "divisor_override=2"),
         (lambda: pool.DistributedAvgPool2d(square, 2, divisor_override=0), "divisor_override=0"),
         (with_input(lambda: pool.DistributedMaxPool1d(P, 9), integers(1, 1, 7)), "too short"),
@@ -246,5 +246,9 @@ def test_refusals(world: dl.Partition) -> None:
     ]
     for attempt, text in attempts:
         assert_refused(world, P, attempt, text)
+    cube = world.create_partition_inclusive([0, 2]).grid((2, 1, 1, 1, 1))
+    short = torch.zeros((1, 1, 2, 4, 4) if cube.active else (0,))  # which padding would make long enough
+    layer = pool.DistributedAvgPool3d(cube, 3, padding=1)
+    assert_refused(world, cube, lambda: layer(short), "dim 2 of length 2 is shorter than kernel_size=3")
     whole = with_input(lambda: pool.DistributedAvgPool1d(P, 2), integers(1, 1, 7, dtype=torch.int64))
     assert_refused(world, P, whole, "torch.int64", TypeError)
