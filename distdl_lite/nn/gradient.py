@@ -17,12 +17,17 @@ _ELEMENTWISE = {
 
 
 def _counted_once(module: torch.nn.Module, rank: int, first: int) -> Iterator[torch.Tensor]:
-    """This rank's gradients of which it is the first holder; a plain torch parameter counts on the first rank."""
+    """This rank's gradients of which it is the first holder; a plain torch parameter counts on the first rank.
+
+    A tied weight, which several layers have, counts once.
+    """
+    seen: set[int] = set()
     for inner in module.modules():
         places = getattr(inner, "_distdl_places", {})
         for name, parameter in inner._parameters.items():
-            if parameter is None or parameter.grad is None or not parameter.numel():
+            if parameter is None or id(parameter) in seen or parameter.grad is None or not parameter.numel():
                 continue
+            seen.add(id(parameter))
             place = places.get(name)
             if (first if place is None else min(place.replicas.team)) == rank:
                 yield parameter.grad
