@@ -234,6 +234,8 @@ def _with_fixed_statistics(
         of_weight = torch.zeros_like(weight) if by_element else nothing
         return gradient, nothing, nothing, of_weight, of_weight
     weight, m, v = _to(x.dtype, weight, mean, var)
+    if 1 in x.shape and gradient.stride() != x.stride():  # native_batch_norm_backward may misread such memory
+        gradient = torch.empty_like(x).copy_(gradient)
     inner, own = (gradient * weight, None) if by_element else (gradient, weight)
     gx, gw, gb = torch.ops.aten.native_batch_norm_backward(
         inner, x, own, m, v, None, None, False, eps, [True, True, True]
