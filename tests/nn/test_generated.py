@@ -17,7 +17,7 @@ from distdl_lite.testing import spmd
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # torch's, of options such as an even kernel with padding="same"
 
-ON_THREADS = dict.fromkeys(FAMILIES, 90)
+ON_THREADS = dict.fromkeys(FAMILIES, 85)
 ON_MPI = dict.fromkeys(FAMILIES, 14)
 
 
