@@ -295,12 +295,11 @@ def linear(d: Draw) -> Twins:
     if kind == "target":
         P_y = d.partition(lead + 1)
     elif kind == "work":
-        *leads, out, ins = work = d.grid(lead + 2)
+        *leads, out, ins = d.grid(lead + 2)
         P_x, P_y = d.over(d.grid(lead + 1, {lead: ins})), d.over((*leads, out))
         while leads and leads[-1] == 1 and d.chance(0.7):
             leads.pop()
         P_w = d.over((*leads, out, ins))
-        assert math.prod(work) == P_w.size
     n_in, n_out, bias = d.choice((1, 2, 5, 7)), d.choice((1, 3, 4, 8)), d.chance(0.7)
     dtype = d.choice((*MOSTLY_DOUBLE, torch.complex128))
     x = d.integers(*d.each(lead, *BATCHES), n_in, dtype=dtype)

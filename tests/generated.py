@@ -162,35 +162,38 @@ class Function(torch.nn.Module):
 
 def run(world: dl.Partition, families: Mapping[str, Family], family: str, number: int) -> str:
     """Run a case: "equal" or "equal, overlapped", "both refuse" or "refused"; AssertionError on all ranks if it is wrong."""
-    d = Draw(world, family, number)
+    d, text = Draw(world, family, number), ""
     torch.default_generator.manual_seed(number)
     overlap.LEAST_BYTES = d.choice((0, 0, COPIED))
-    twins = families[family](d)
-    found = world.world_transport.gather_objects(range(SIZE), _compared(d, twins))
-    overlap.LEAST_BYTES = COPIED
-    team = {rank for P in twins.team for rank in P.ranks}
-    outcome = _judged(found, team, twins.refusals)
-    if outcome.startswith("wrong"):
-        raise AssertionError(f"{outcome}\n{twins.text}\nreproduce: python tests/generated.py {family} {number}")
-    return outcome
+    try:
+        twins = families[family](d)
+        text = twins.text
+        found = world.world_transport.gather_objects(range(SIZE), _compared(d, twins))
+        return _judged(found, {rank for P in twins.team for rank in P.ranks}, twins.refusals)
+    except Exception as error:  # also one that tells of a deadlock
+        raise AssertionError(f"{error}\n{text}\nreproduce: python tests/generated.py {family} {number}") from error
+    finally:
+        overlap.LEAST_BYTES = COPIED
 
 
 Found = tuple[str, str, str, bool]  # what torch refuses, what the layer does, what is wrong; whether it overlapped
 
 
 def _judged(found: Sequence[Found], team: Iterable[int], known: Sequence[str]) -> str:
-    """What a case's outcome on all ranks comes to."""
+    """What a case's outcome on all ranks comes to. AssertionError if they, or torch and the layer, do not agree."""
     torch_refuses, overlapped = found[0][0], any(found[rank][3] for rank in team)
     refused = {text for _, text, *_ in found if text}
     wrong = {rank: text for rank, (_, _, text, _) in enumerate(found) if text}
     if wrong or len(refused) > 1 or any("deadlock" in text for text in refused):
-        return f"wrong: {wrong}, refusals: {refused}, torch: {torch_refuses or 'accepts'}"
+        raise AssertionError(f"{wrong}, refusals: {refused}, torch: {torch_refuses or 'accepts'}")
     if refused and not all(found[rank][1] for rank in team):
-        return f"wrong: some of ranks {list(team)} do not refuse: {refused}"
+        raise AssertionError(f"some of ranks {list(team)} do not refuse: {refused}")
+    if torch_refuses and not refused:
+        raise AssertionError(f"accepted, but torch: {torch_refuses}")
     if torch_refuses:
-        return "both refuse" if refused else f"wrong: accepted, but torch: {torch_refuses}"
+        return "both refuse"
     if refused and not any(text in next(iter(refused)) for text in known):
-        return f"wrong: refused, but not by torch: {refused}"
+        raise AssertionError(f"refused, but not by torch: {refused}")
     return "refused" if refused else "equal, overlapped" if overlapped else "equal"
 
 
