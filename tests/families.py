@@ -226,8 +226,11 @@ def upsample(d: Draw) -> Twins:
         options["recompute_scale_factor"] = d.choice((None, True, False))
     if mode in (linear, "bicubic"):
         options["align_corners"] = d.choice((None, True, False))
+    x = image(d, dims, dtype)
+    if "scale_factor" in options and min(x.shape[2:]) < 4:  # an output without points has no gradient in torch
+        x = x.repeat(1, 1, *(4,) * dims)
     tolerance = 0.0 if mode.startswith("nearest") and dtype is not torch.bfloat16 else 10 * EPS[dtype]
-    return spatial(d, "Upsample", options, image(d, dims, dtype), tolerance, ["torch's gradient is not that of"])
+    return spatial(d, "Upsample", options, x, tolerance, ["torch's gradient is not that of"])
 
 
 # ---- norms -----------------------------------------------------------------------------------------------------------
