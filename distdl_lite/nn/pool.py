@@ -223,7 +223,7 @@ class _DistributedAvgPool(_Pool):
         In the constructor if the partition does not fit the dims, or an option is one torch refuses; at build if the
         input does not fit. On all ranks alike.
     TypeError
-        At build, if the input is of an integer dtype.
+        At build, if the input is of an integer dtype, or of half precision in three dims on a CPU.
     """
 
     def __init__(
@@ -243,6 +243,10 @@ class _DistributedAvgPool(_Pool):
 
     def geometry(self, d: int, length: int, inputs: Inputs) -> _Sliding:
         check_floating(self, inputs)
+        if self.dims == 3 and inputs.device == "cpu" and wide(inputs.dtype) is not inputs.dtype:
+            raise self._refuse(
+                f"the input has dtype {inputs.dtype}, of which torch has no average in three dims", TypeError
+            )
         if self.dims == 3 and length < self.kernel_size[d]:
             raise self._refuse(f"dim {d + 2} of length {length} is shorter than kernel_size={self.kernel_size[d]}")
         return super().geometry(d, length, inputs)
