@@ -290,6 +290,8 @@ def _sums(
 def _sums_per_channel(
     gradient: torch.Tensor, x: torch.Tensor, mean: torch.Tensor, var: torch.Tensor, eps: float
 ) -> torch.Tensor:
+    if 1 in x.shape and gradient.stride() != x.stride():  # native_batch_norm_backward may misread such memory
+        gradient = torch.empty_like(x).copy_(gradient)
     _, gw, gb = torch.ops.aten.native_batch_norm_backward(
         gradient, x, None, mean, var, None, None, False, eps, [False, True, True]
     )

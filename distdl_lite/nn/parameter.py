@@ -117,8 +117,8 @@ class Layer(Module):
         transport = self._distdl_partitions[0].world_transport
         box = layout.box(transport.rank)
         dtype = torch.get_default_dtype() if dtype is None else dtype
-        if not isinstance(dtype, torch.dtype) or not (buffer or dtype.is_floating_point):
-            raise self._refuse(f"dtype={dtype!r} is not a floating one of torch", TypeError)
+        if not isinstance(dtype, torch.dtype) or not (buffer or dtype.is_floating_point or dtype.is_complex):
+            raise self._refuse(f"dtype={dtype!r} is neither a floating nor a complex one of torch", TypeError)
         block = _drawn(global_shape_of(layout), box, draw, dtype).to(device=device)
         team = layout.replicas(transport.rank)
         orders = transport.local.setdefault("orders", {})
@@ -162,7 +162,7 @@ def _drawn(global_shape: Shape, box: Any, draw: Draw, dtype: torch.dtype) -> tor
 
 def _entries(module: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor, Place | None]]:
     """The names and tensors of ``state_dict()`` with their places; the same names in the same order on all ranks."""
-    for prefix, inner in module.named_modules():
+    for prefix, inner in module.named_modules(remove_duplicate=False):
         places = getattr(inner, "_distdl_places", {})
         for name, tensor in (*inner._parameters.items(), *inner._buffers.items()):
             if tensor is not None and name not in inner._non_persistent_buffers_set:

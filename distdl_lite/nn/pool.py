@@ -233,7 +233,7 @@ class _DistributedAvgPool(_Pool):
         In the constructor if the partition does not fit the dims, or an option is one torch refuses; at build if the
         input does not fit. On all ranks alike.
     TypeError
-        At build, if the input is of an integer dtype.
+        At build, if the input is of an integer dtype, or of half precision in three dims on a CPU.
     """
 
     def __init__(
@@ -253,6 +253,10 @@ class _DistributedAvgPool(_Pool):
         if divisor_override is not None and (self.dims == 1 or divisor_override == 0):
             raise self._refuse(f"divisor_override={divisor_override} is refused, as by torch")
         self.count_include_pad, self.divisor_override = count_include_pad, divisor_override
+
+    def check_dtype(self, inputs: Inputs) -> None:
+        super().check_dtype(inputs)
+        check_taken(self, inputs, self.dims + 2, lambda x: _AVG_POOLS[self.dims](x, 1))
 
     def geometry(self, d: int, length: int, inputs: Inputs) -> _Sliding:
         if self.dims == 3 and length < self.kernel_size[d]:

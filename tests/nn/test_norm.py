@@ -206,6 +206,21 @@ def test_dtypes_formats_and_life(world: Partition) -> None:
     assert "3, eps=1e-05, momentum=0.1, affine=True, track_running_stats=True, P_x=(2, 1, 1, 1)" in repr(layer)
 
 
+@on_ranks(2)
+def test_memory_that_torch_misreads(world: Partition) -> None:
+    """Dims of length one may hide the order of the others; torch's own layer gets such a block's gradients wrong."""
+    P, shape = world.grid((1, 1, 1, 2)), (1, 4, 1, 4)
+    serial, layer = twins(P, shape, {})
+    whole, g = torch.randn(shape, dtype=torch.float64), torch.randn(shape, dtype=torch.float64)
+    x_serial = leaf(whole)
+    x = leaf(block(whole, P, P.bounds(shape)).transpose(0, 3).contiguous().transpose(0, 3))
+    assert x.stride() == (1, 1, 1, 4)
+    serial(x_serial).backward(g)
+    layer(x).backward(block(g, P, P.bounds(shape)))
+    torch.testing.assert_close(x.grad, block(x_serial.grad, P, P.bounds(shape)), **TOLERANCE)
+    check_held(layer, serial, world.rank, **TOLERANCE)
+
+
 @on_ranks(4)
 def test_refusals(world: Partition) -> None:
     P = world.grid((2, 2, 1), (0, 1, 2, 3))

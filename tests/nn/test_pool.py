@@ -250,5 +250,9 @@ def test_refusals(world: dl.Partition) -> None:
     short = torch.zeros((1, 1, 2, 4, 4) if cube.active else (0,))  # which padding would make long enough
     layer = pool.DistributedAvgPool3d(cube, 3, padding=1)
     assert_refused(world, cube, lambda: layer(short), "dim 2 of length 2 is shorter than kernel_size=3")
+    cube = world.create_partition_inclusive([0, 2]).grid((1, 1, 2, 1, 1))
+    half = torch.ones(1, 1, 1, 2, 2).bfloat16()  # rank 2 has no outputs, and would call nothing of torch that refuses
+    block = half[cube.block(half.shape)] if cube.active else dl.zero_volume_tensor()
+    assert_refused(world, cube, lambda: pool.DistributedAvgPool3d(cube, 1)(block), "torch.bfloat16", TypeError)
     whole = with_input(lambda: pool.DistributedAvgPool1d(P, 2), integers(1, 1, 7, dtype=torch.int64))
     assert_refused(world, P, whole, "torch.int64", TypeError)
