@@ -90,8 +90,9 @@ class Module(torch.nn.Module):
     _distdl_key: int | None
     _distdl_next_key: int
     _distdl_structure: Structure
-    _distdl_kept: OrderedDict[int, tuple[Any, Structure, int]]
-    _distdl_mine: int | None
+    _distdl_kept: OrderedDict[int, tuple[Any, Structure, tuple[Any, ...]]]
+    _distdl_seen: tuple[Any, ...] | None  # this rank's part of the structure, where forward need not wait for the others'
+    _distdl_mine: int  # its hash
     _distdl_rehearse: Callable[[], Any] | None
     _distdl_known_keys: dict[Any, int]
     _distdl_team: tuple[int, ...]
@@ -131,8 +132,8 @@ class Module(torch.nn.Module):
             or self._compiled_call_impl is not None
         ):
             return super().__call__(*args, **kwargs)
-        if self._distdl_begins_early(args, kwargs):
-            return self._distdl_early_forward(args)
+        if self._distdl_seen is not None and not kwargs and self._distdl_is_as_seen(args):
+            return self.forward(*args) if len(self._distdl_team) == 1 else self._distdl_early_forward(args)
         self._distdl_forward_pre_hook(args, kwargs)
         return self.forward(*args, **kwargs)
 
@@ -183,14 +184,15 @@ class Module(torch.nn.Module):
         """
         return None
 
-    def _distdl_begins_early(self, input: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
-        """Give this rank's vote and be the first to run forward, unless there is reason to wait for the others'."""
-        if self._distdl_rehearse is None or kwargs or self._distdl_is_static or self._distdl_ride() is not None:
+    def _distdl_is_as_seen(self, input: tuple[Any, ...]) -> bool:
+        """Whether to run forward without waiting for the others' votes: there are none, or the votes are on their way."""
+        if len(self._distdl_team) == 1:
+            return self._distdl_local_parts(input, None) == self._distdl_seen
+        if self._distdl_is_static or self._distdl_ride() is not None or _saved_tensors_have_hooks():
             return False
-        mine = self._distdl_local_key(input, kwargs)
-        if mine != self._distdl_mine or _saved_tensors_have_hooks():
+        if self._distdl_local_parts(input, None) != self._distdl_seen:
             return False
-        self._distdl_transport.start_agreeing(self._distdl_team, mine)
+        self._distdl_transport.start_agreeing(self._distdl_team, self._distdl_mine)
         return True
 
     def _distdl_early_forward(self, input: tuple[Any, ...]) -> Any:
@@ -221,17 +223,20 @@ class Module(torch.nn.Module):
 
     def _distdl_adopt(self, input: tuple[Any, ...], kwargs: Mapping[str, Any] | None) -> None:
         """Set up for the structure agreed on, or take what was kept of it."""
-        self._distdl_rehearse = None
+        self._distdl_rehearse = self._distdl_seen = None
         if self._distdl_module_requires_reset(input):
             self._distdl_build(input, kwargs)
-        else:
-            self._distdl_plan, self._distdl_structure, self._distdl_mine = self._distdl_kept[self._distdl_next_key]
-            self._distdl_kept.move_to_end(self._distdl_next_key)
-        self._distdl_key = self._distdl_next_key
+        seen = self._distdl_key = self._distdl_next_key
+        if seen not in self._distdl_kept:
+            return
+        self._distdl_plan, self._distdl_structure, parts = self._distdl_kept[seen]
+        self._distdl_kept.move_to_end(seen)
         # A forward of its own might make other calls than the rehearsal that it inherits.
         own = "forward" not in self.__dict__ and _owner(self, "forward") is _owner(self, "_distdl_rehearsal")
-        if own and len(self._distdl_team) > 1 and self._distdl_plan is not None:
+        if own and len(self._distdl_team) > 1:
             self._distdl_rehearse = self._distdl_rehearsal()
+        if self._distdl_rehearse is not None or len(self._distdl_team) == 1:
+            self._distdl_seen, self._distdl_mine = parts, _hashed(parts)
 
     def _distdl_positional(
         self, input: tuple[Any, ...], kwargs: Mapping[str, Any]
@@ -272,8 +277,8 @@ class Module(torch.nn.Module):
         else:
             self._distdl_exchange_and_set_up(input, kwargs)
         if self._distdl_plan is not None:
-            self._distdl_mine = self._distdl_local_key(input, kwargs)
-            self._distdl_kept[self._distdl_next_key] = (self._distdl_plan, self._distdl_structure, self._distdl_mine)
+            parts = self._distdl_local_parts(input, kwargs)
+            self._distdl_kept[self._distdl_next_key] = (self._distdl_plan, self._distdl_structure, parts)
             if len(self._distdl_kept) > _CACHED_STRUCTURES:
                 self._distdl_kept.popitem(last=False)
 
@@ -347,6 +352,10 @@ class Module(torch.nn.Module):
         return ride if ride is not None and ride.team.issuperset(self._distdl_team) else None
 
     def _distdl_local_key(self, input: tuple[Any, ...], kwargs: Mapping[str, Any] | None) -> int:
+        return _hashed(self._distdl_local_parts(input, kwargs))
+
+    def _distdl_local_parts(self, input: tuple[Any, ...], kwargs: Mapping[str, Any] | None) -> tuple[Any, ...]:
+        """All that this rank's structure consists of."""
         parts: list[Any] = [
             self._distdl_transport.rank,
             self.training,
@@ -361,19 +370,22 @@ class Module(torch.nn.Module):
                 parts.append(_hashable(value))
         if kwargs:
             parts.append(_hashable(kwargs))
-        if self._parameters or self._modules:
-            parts += [parameter.requires_grad for parameter in self._distdl_own_parameters()]
-        # A tuple's hash is nearly a sum of its items' hashes: of two ranks that swap shapes the sum would often stay the same.
-        return hash(hash(tuple(parts)).to_bytes(8, "little", signed=True)) & _MASK
-
-    def _distdl_own_parameters(self) -> Iterator[torch.nn.Parameter]:
-        return self.parameters() if self._modules else (p for p in self._parameters.values() if p is not None)
+        if self._modules:
+            parts += [parameter.requires_grad for parameter in self.parameters()]
+        elif self._parameters:
+            parts += [None if parameter is None else parameter.requires_grad for parameter in self._parameters.values()]
+        return tuple(parts)
 
 
 def _end_ride(module: Module, args: tuple[Any, ...], output: Any) -> None:
     ride = module._distdl_transport and module._distdl_transport.local.get("ride")
     if ride is not None and ride.owner is module:
         module._distdl_transport.local["ride"] = ride.outer
+
+
+def _hashed(parts: tuple[Any, ...]) -> int:
+    """A tuple's hash is nearly a sum of its items' hashes: of two ranks that swap shapes the sum would often stay the same."""
+    return hash(hash(parts).to_bytes(8, "little", signed=True)) & _MASK
 
 
 def _unbuilt() -> dict[str, Any]:
@@ -385,7 +397,8 @@ def _unbuilt() -> dict[str, Any]:
         "_distdl_structure": {},
         "_distdl_kept": OrderedDict(),
         "_distdl_known_keys": {},
-        "_distdl_mine": None,
+        "_distdl_mine": 0,
+        "_distdl_seen": None,
         "_distdl_rehearse": None,
         "_distdl_team": None,
         "_distdl_transport": None,

@@ -240,12 +240,15 @@ class _Exchange:
         comm = transport.comm
         self._receiving = [comm.Recv_init(_bytes(m.host), m.peer, _TAG) for m in self._receives]
         self._sending = [comm.Send_init(_bytes(m.host), m.peer, _TAG) for m in self._sends]
-        self._requests = [*self._receiving, *self._sending]
+        self._is_sending = False
+        self._is_one_piece = not (self._gaps or self._kept or self._adds) and wire.is_one_piece(self._receives, self._shape)
         self._starts = list(zip(self._sends, self._sending, strict=True))
         self._x: torch.Tensor | None = None
         self._source: Any = None
 
     def start(self, x: torch.Tensor) -> None:
+        if self._is_sending:
+            MPI.Request.Waitall(self._sending)
         for request in self._receiving:
             request.Start()
         self._x, self._source = x, wire.indexable(x)
@@ -253,10 +256,20 @@ class _Exchange:
             message.pack(self._source)
             request.Start()
 
+    def _receive(self) -> None:
+        """Wait for what comes. What goes may go on: it lies in our buffers, and a large message leaves when it is fetched."""
+        if self._receiving:
+            MPI.Request.Waitall(self._receiving)
+        if self._sending:
+            self._is_sending = not MPI.Request.Testall(self._sending)
+
     def finish(self) -> torch.Tensor:
         x, source = self._x, self._source
         assert x is not None
         self._x = self._source = None
+        if self._is_one_piece:
+            self._receive()
+            return self._receives[0].whole(self._shape)
         y = x.new_empty(self._shape, dtype=self._sum_dtype)
         if self._widens:
             source, target = x.detach(), y
@@ -269,17 +282,19 @@ class _Exchange:
             return y.to(self._dtype) if self._widens else y
         for here, there in self._kept:
             target[there] = source[here]
-        if self._requests:
-            MPI.Request.Waitall(self._requests)
+        self._receive()
         for message in self._receives:
             message.unpack(target)
         return y
 
     def finish_into(self, y: torch.Tensor) -> torch.Tensor:
         """Add what arrives to `y`."""
-        source, target = self._source, wire.indexable(y)
-        self._x = self._source = None
-        self._add_up(source, target, copies=False)
+        x, self._x, self._source = self._x, None, None
+        for here, there in self._kept:
+            y[there].add_(x[here])  # type: ignore[index]
+        self._receive()
+        for message in self._receives:
+            message.add_into(y)
         return y
 
     def _add_up(self, source: Any, target: Any, copies: bool) -> None:
@@ -293,15 +308,28 @@ class _Exchange:
                     target[there] = source[here]
                 else:
                     target[there] += source[here]
-            if self._requests:
-                MPI.Request.Waitall(self._requests)
+            self._receive()
             for message in self._receives:
                 message.add_to(target)
 
     def __del__(self) -> None:
         if MPI.Is_finalized():
             return
-        for request in getattr(self, "_requests", ()):
+        if getattr(self, "_is_sending", False) and not MPI.Request.Testall(self._sending):
+            _leaving.append((self._sending, self._sends))
+            self._sending = []
+        for request in (*getattr(self, "_receiving", ()), *getattr(self, "_sending", ())):
+            request.Free()
+        _free_what_left()
+
+
+_leaving: list[tuple[list[MPI.Prequest], list[wire.Message]]] = []  # of operators that are no more
+
+
+def _free_what_left() -> None:
+    for entry in [entry for entry in _leaving if MPI.Request.Testall(entry[0])]:
+        _leaving.remove(entry)
+        for request in entry[0]:
             request.Free()
 
 

@@ -59,11 +59,9 @@ class Message:
         staged = device.type != "cpu"
         self.host = torch.empty(sum(sizes), dtype=dtype, pin_memory=staged)
         self._flat = torch.empty(sum(sizes), dtype=dtype, device=device) if staged else self.host
-        parts = self._flat.split(sizes)
-        self._pieces = [
-            (edge.slices, indexable(part.view(shape_of(edge.box)), adds))
-            for edge, part in zip(edges, parts, strict=True)
-        ]
+        parts = [part.view(shape_of(edge.box)) for edge, part in zip(edges, self._flat.split(sizes), strict=True)]
+        self._parts = [(edge.slices, part) for edge, part in zip(edges, parts, strict=True)]
+        self._pieces = [(slices, indexable(part, adds)) for slices, part in self._parts]
         self._staged = staged
 
     def pack(self, x: Any) -> None:
@@ -85,6 +83,17 @@ class Message:
         for slices, piece in self._pieces:
             y[slices] += piece
 
+    def add_into(self, y: torch.Tensor) -> None:
+        """Add the buffer to the pieces of a tensor, without NumPy: in a backward, torch's sums are in the caches."""
+        self._load()
+        for slices, part in self._parts:
+            y[slices].add_(part)
+
+    def whole(self, shape: tuple[int, ...]) -> torch.Tensor:
+        """A copy of the buffer."""
+        self._load()
+        return self._flat.view(shape).clone()
+
     def _load(self) -> None:
         if self._staged:
             self._flat.copy_(self.host)
@@ -96,6 +105,12 @@ def messages(
     """One message per peer other than this rank, in the order of the peers."""
     crossing = [edge for edge in edges if edge.peer != rank]
     return [Message(peer, group, dtype, device, adds) for peer, group in groupby(crossing, key=lambda edge: edge.peer)]
+
+
+def is_one_piece(messages: Sequence[Message], shape: Sequence[int]) -> bool:
+    """Whether what comes is one piece, and all of a tensor of this shape."""
+    boxes = [part.shape for message in messages for _, part in message._parts]
+    return boxes == [tuple(shape)]
 
 
 def kept(sends: Sequence[Edge], receives: Sequence[Edge], rank: int) -> list[tuple[Slices, Slices]]:
