@@ -176,6 +176,12 @@ def run(world: dl.Partition, families: Mapping[str, Family], family: str, number
         overlap.LEAST_BYTES = COPIED
 
 
+def _overlaps(plan: Any) -> bool:
+    """Whether a layer's plan is that of a convolution whose halo travels while it computes."""
+    fused = getattr(plan, "fused", None)
+    return fused is not None and isinstance(fused.way, overlap.Overlapped)
+
+
 Found = tuple[str, str, str, bool]  # what torch refuses, what the layer does, what is wrong; whether it overlapped
 
 
@@ -232,7 +238,7 @@ def _compared(d: Draw, twins: Twins) -> Found:
             return error_serial, error, "; ".join(wrong), False
         wrong += _differences(how, twins, layer, serial, (whole, y), (mine, z), rank)
     plan = getattr(layer, "_distdl_plan", None)
-    return "", "", "; ".join(wrong), getattr(plan, "overlap", None) is not None
+    return "", "", "; ".join(wrong), _overlaps(plan)
 
 
 def _share_weights(d: Draw, layer: torch.nn.Module, serial: torch.nn.Module, tolerance: float) -> None:

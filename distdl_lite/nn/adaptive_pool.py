@@ -3,17 +3,30 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-from distdl_lite.layout import Range
-from distdl_lite.nn.kernel import Local, SpatialLayer, View, applied, check_taken, wide, windows, with_places
-from distdl_lite.nn.movement import Inputs
+from distdl_lite import layout as lay
+from distdl_lite.layout import Dim, Range
+from distdl_lite.nn.kernel import (
+    Local,
+    SpatialLayer,
+    View,
+    applied,
+    check_taken,
+    connected_zeros,
+    operator_between,
+    wide,
+    windows,
+    with_places,
+)
+from distdl_lite.nn.movement import Inputs, agreed_inputs, rehearsal
 from distdl_lite.nn.options import integers
+from distdl_lite.operator import Operator
 from distdl_lite.partition import Partition
 
 _MAX_POOLS = {1: F.adaptive_max_pool1d, 2: F.adaptive_max_pool2d, 3: F.adaptive_max_pool3d}
@@ -24,8 +37,8 @@ _AVG_POOLS = {1: F.adaptive_avg_pool1d, 2: F.adaptive_avg_pool2d, 3: F.adaptive_
 class Adaptive:
     """Windows of nearly equal length that cover a dim.
 
-    >>> Adaptive(7, 3).reads(1, 2)
-    (2, 5)
+    >>> Adaptive(7, 3).reads(1, 2), Adaptive(7, 3).meets(0, 3)
+    ((2, 5), (0, 2))
     """
 
     length: int
@@ -34,12 +47,21 @@ class Adaptive:
     def reads(self, start: int, stop: int) -> Range:
         return start * self.length // self.outputs, -(-stop * self.length // self.outputs)
 
+    def meets(self, start: int, stop: int) -> Range:
+        """The outputs that read any of the inputs [start, stop)."""
+        first = start * self.outputs // self.length
+        return (first, -(-stop * self.outputs // self.length)) if start < stop else (first, first)
 
-def _windows(view: View) -> tuple[torch.Tensor, torch.Tensor]:
-    """Index (outputs, taps) of a dim's windows, the short ones repeating their last point, and their lengths."""
-    starts, stops = torch.tensor([view.geometry.reads(i, i + 1) for i in range(*view.block)]).unsqueeze(-1).unbind(1)
+
+def _windows(view: View) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Index (outputs, taps) of what a dim's windows have among the inputs held, the short ones repeating their last point.
+
+    Then how many points that is, and the windows' global lengths.
+    """
+    windows = torch.tensor([view.geometry.reads(i, i + 1) for i in range(*view.block)]).unsqueeze(-1)
+    starts, stops = windows.clamp(*view.held).unbind(1)
     taps = starts + torch.arange(int((stops - starts).max()))
-    return torch.minimum(taps, stops - 1) - view.held[0], stops - starts
+    return torch.minimum(taps, stops - 1) - view.held[0], stops - starts, windows[:, 1] - windows[:, 0]
 
 
 def largest(views: Sequence[View], return_indices: bool) -> Local:
@@ -76,17 +98,17 @@ def _best(z: torch.Tensor, dim: int) -> torch.Tensor:
 
 
 def averaged(views: Sequence[View]) -> Local:
-    """The averages over this rank's windows."""
+    """What the inputs held give to the averages, in a dtype that they can be added up in."""
     dims = [_windows(view) for view in views]
 
     def pool(z: torch.Tensor) -> torch.Tensor:
         y = z.to(wide(z.dtype))
         for dim in range(z.dim() - 1, 1, -1):
-            index, length = dims[dim - 2]
+            index, held, length = dims[dim - 2]
             shape = (1,) * (z.dim() - dim - 1)
-            repeated = (torch.arange(index.shape[1]) >= length).to(z.device).view(*index.shape, *shape)
+            repeated = (torch.arange(index.shape[1]) >= held).to(z.device).view(*index.shape, *shape)
             y = windows(y, dim, index).masked_fill(repeated, 0).sum(dim + 1) / length.to(y).view(-1, *shape)
-        return y.to(z.dtype)
+        return y
 
     return pool
 
@@ -158,11 +180,49 @@ class _DistributedAdaptiveMaxPool(_DistributedAdaptivePool):
         return super().extra_repr() + (", return_indices=True" if self.return_indices else "")
 
 
+@dataclass(frozen=True)
+class _Shares:
+    """What forward needs for one structure: each rank's share of the averages, and where the shares are added up."""
+
+    local: Local
+    deliver: Operator | None
+    dtype: torch.dtype  # of the shares
+
+
 class _DistributedAdaptiveAvgPool(_DistributedAdaptivePool):
-    def local(self, views: Sequence[View]) -> Local:
-        if all(view.is_whole for view in views):
-            return applied(_AVG_POOLS[self.dims], _sizes(views))
-        return averaged(views)
+    """Each rank averages what it holds of every window that meets its block, and the owner of an output adds up.
+
+    So a global average moves one number per channel, not the tensor.
+    """
+
+    def _distdl_module_setup(self, input: tuple[Any, ...]) -> _Shares:
+        inputs = agreed_inputs(type(self).__name__, self._distdl_structure, self.P_x)
+        X, Y, geometries = self.layouts(inputs)
+        met = [Dim(tuple(g.meets(*r) for r in d.ranges), d.axes) for g, d in zip(geometries, X.dims[2:], strict=True)]
+        parts = replace(X, dims=(*X.dims[:2], *met))
+        box, held = parts.box(self._distdl_transport.rank), X.box(self._distdl_transport.rank)
+        assert box is not None
+        assert held is not None
+        is_whole = [n == 1 for n in X.grid.shape[2:]]
+        views = [
+            View(*v) for v in zip(geometries, lay.global_shape_of(X)[2:], box[2:], held[2:], is_whole, strict=True)
+        ]
+        deliver = operator_between(parts, Y, self, inputs.requires_grad)
+        shape, dtype = lay.shape_of(box), inputs.dtype if all(is_whole) else wide(inputs.dtype)
+        if 0 in shape:
+            return _Shares(lambda x: connected_zeros(shape, x).to(dtype), deliver, dtype)
+        local = applied(_AVG_POOLS[self.dims], _sizes(views)) if all(is_whole) else averaged(views)
+        return _Shares(local, deliver, dtype)
+
+    def _distdl_rehearsal(self) -> Callable[[], None] | None:
+        return rehearsal(self, (self._distdl_plan.deliver, self._distdl_plan.dtype))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not self._distdl_is_inside:
+            return x
+        built: _Shares = self._distdl_plan
+        shares = built.local(x)
+        return shares.to(x.dtype) if built.deliver is None else built.deliver(shares).to(x.dtype)
 
 
 def _sizes(views: Sequence[View]) -> int | tuple[int, ...]:

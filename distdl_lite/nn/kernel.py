@@ -125,8 +125,8 @@ class SpatialLayer(Module):
         """Raise TypeError if torch's layer does not take the input's dtype."""
         check_floating(self, inputs)
 
-    def _distdl_module_setup(self, input: tuple[Any, ...]) -> _Built:
-        inputs = agreed_inputs(type(self).__name__, self._distdl_structure, self.P_x)
+    def layouts(self, inputs: Inputs) -> tuple[Layout, Layout, list[Any]]:
+        """The layouts of input and output, and the geometry of each spatial dim; the same on all ranks."""
         grid = self.P_x.grid_of_ranks
         X = lay.blocks(grid, lay.cuts_from_shapes(grid, inputs.shapes))
         self.check_dtype(inputs)
@@ -134,7 +134,12 @@ class SpatialLayer(Module):
         if 0 in space:
             raise self._refuse(f"the input of shape {lay.global_shape_of(X)} has no points")
         geometries = [self.geometry(d, n, inputs) for d, n in enumerate(space)]
-        Y = lay.balanced_blocks(grid, (batch, channels, *(g.outputs for g in geometries)))
+        return X, lay.balanced_blocks(grid, (batch, channels, *(g.outputs for g in geometries))), geometries
+
+    def _distdl_module_setup(self, input: tuple[Any, ...]) -> Any:
+        inputs = agreed_inputs(type(self).__name__, self._distdl_structure, self.P_x)
+        X, Y, geometries = self.layouts(inputs)
+        grid, space = X.grid, lay.global_shape_of(X)[2:]
         reads = [_reads(Y.dims[2 + d], g, n) for d, (g, n) in enumerate(zip(geometries, space, strict=True))]
         Z = Layout(grid, (*Y.dims[:2], *reads))
         box, held = Y.box(self._distdl_transport.rank), Z.box(self._distdl_transport.rank)

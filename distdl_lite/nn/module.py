@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -91,7 +91,9 @@ class Module(torch.nn.Module):
     _distdl_next_key: int
     _distdl_structure: Structure
     _distdl_kept: OrderedDict[int, tuple[Any, Structure, tuple[Any, ...]]]
-    _distdl_seen: tuple[Any, ...] | None  # this rank's part of the structure, where forward need not wait for the others'
+    _distdl_seen: (
+        tuple[Any, ...] | None
+    )  # this rank's part of the structure, where forward need not wait for the others'
     _distdl_mine: int  # its hash
     _distdl_rehearse: Callable[[], Any] | None
     _distdl_known_keys: dict[Any, int]

@@ -241,7 +241,9 @@ class _Exchange:
         self._receiving = [comm.Recv_init(_bytes(m.host), m.peer, _TAG) for m in self._receives]
         self._sending = [comm.Send_init(_bytes(m.host), m.peer, _TAG) for m in self._sends]
         self._is_sending = False
-        self._is_one_piece = not (self._gaps or self._kept or self._adds) and wire.is_one_piece(self._receives, self._shape)
+        self._is_one_piece = not (self._gaps or self._kept or self._adds) and wire.is_one_piece(
+            self._receives, self._shape
+        )
         self._starts = list(zip(self._sends, self._sending, strict=True))
         self._x: torch.Tensor | None = None
         self._source: Any = None
