@@ -254,7 +254,6 @@ class DistributedSpectralConv(dnn.Layer):
         own = lay.Layout(P_x.grid_of_ranks, (whole, whole, *self._kept(0)))
         for name in ("low", "high"):
             self.place(name, own, complex_uniform(channels), dtype)
-            getattr(self, name).requires_grad_()
 
     def _kept(self, first_row: int) -> tuple[lay.Dim, ...]:
         """Balanced blocks of the modes from a row of the spectrum on."""

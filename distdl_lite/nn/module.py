@@ -274,10 +274,7 @@ class Module(torch.nn.Module):
         if self._distdl_key is not None and self._distdl_plan is None:
             self._distdl_module_teardown(input)
         self._distdl_key = self._distdl_plan = None
-        if type(self)._distdl_module_setup is Module._distdl_module_setup:
-            self._distdl_plan = ()
-        else:
-            self._distdl_exchange_and_set_up(input, kwargs)
+        self._distdl_exchange_and_set_up(input, kwargs)
         if self._distdl_plan is not None:
             parts = self._distdl_local_parts(input, kwargs)
             self._distdl_kept[self._distdl_next_key] = (self._distdl_plan, self._distdl_structure, parts)

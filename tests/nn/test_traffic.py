@@ -488,10 +488,10 @@ MEMORY = [
     ("DistributedZeroPad2d(P, 2)", "ZeroPad2d(2)", 1),
     ("DistributedReflectionPad2d(P, 2)", "ReflectionPad2d(2)", 2),
     ("DistributedCircularPad2d(P, 2)", "CircularPad2d(2)", 1),
-    ("DistributedBatchNorm(P, 8)", "BatchNorm2d(8)", 1),
+    ("DistributedBatchNorm(P, 8)", "BatchNorm2d(8)", 2),
     ("DistributedBatchNorm(P, 8).eval()", "BatchNorm2d(8).eval()", 0),
-    ("DistributedInstanceNorm(P, 8)", "InstanceNorm2d(8)", 1),
-    ("DistributedGroupNorm(P, 2, 8)", "GroupNorm(2, 8)", 1),
+    ("DistributedInstanceNorm(P, 8)", "InstanceNorm2d(8)", 2),
+    ("DistributedGroupNorm(P, 2, 8)", "GroupNorm(2, 8)", 2),
     ("DistributedLayerNorm(P, (8, 64 * world.size, 128))", "LayerNorm((8, 64, 128))", 6),  # up to a constant: see normalised.py
     ("DistributedSoftmax(P, 2)", "Softmax(2)", 4),
     ("DistributedDropout(P)", "Dropout()", 1),
