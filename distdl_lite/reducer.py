@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import groupby
+from operator import itemgetter
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -80,7 +80,7 @@ class _Replicated(torch.autograd.Function):
         return ctx.reducer.reduce(ctx.parameter, gradient, ctx.replicas), None, None, None
 
 
-Entry = tuple[torch.Tensor, torch.Tensor, Replicas]  # parameter, local gradient, where its copies are
+Entry = tuple[torch.Tensor, torch.Tensor, int, Replicas]  # parameter, local gradient, its order, where its copies are
 
 
 class Reducer:
@@ -115,66 +115,68 @@ class Reducer:
         if collected is None:
             collected = self._collected[backward] = _Collected(self.transport)
             _at_end_of_backward(collected.flush)
-        known = collected.entries.get(id(parameter))
-        total = gradient if known is None else known[1] + gradient
-        collected.entries[id(parameter)] = (parameter, total, replicas)
+        entries = collected.teams.setdefault(replicas.team, {})
+        known = entries.get(id(parameter))
+        entries[id(parameter)] = (
+            parameter,
+            gradient if known is None else known[1] + gradient,
+            replicas.order,
+            replicas,
+        )
 
 
 class _Collected:
-    """The replica gradients of one backward."""
+    """The replica gradients of one backward, by team."""
 
     def __init__(self, transport: Transport) -> None:
         self.transport = transport
-        self.entries: dict[int, Entry] = {}
+        self.teams: dict[tuple[int, ...], dict[int, Entry]] = {}
 
     def flush(self) -> None:
         """Sum team by team, in the order of the teams, which is the same on all ranks."""
-        ordered = sorted(self.entries.values(), key=lambda entry: (entry[2].team, entry[2].order))
-        for team, entries in groupby(ordered, key=lambda entry: entry[2].team):
-            group = list(entries)
+        for team in sorted(self.teams):
+            group = sorted(self.teams[team].values(), key=itemgetter(2))
             self._check_alike(team, group)
-            for parameters, gradients in _buckets(group):
+            for bucket in _buckets(group):
+                gradients = [gradient for _, gradient, _, _ in bucket]
                 flat = _flattened(gradients)
                 self.transport.all_reduce(team, flat)
-                _accumulate(parameters, _unflattened(flat, gradients))
+                _accumulate(bucket, _unflattened(flat, gradients))
 
     def _check_alike(self, team: tuple[int, ...], group: Sequence[Entry]) -> None:
         """Raise on all of the team unless all its ranks are about to sum the same parameters."""
         # Integers alone: their hash is the same in every process.
-        mine = hash(tuple((r.order, g.shape, g.element_size(), g.is_complex()) for _, g, r in group)) % 2**64
+        mine = hash(tuple([(order, g.shape, g.element_size(), g.is_complex()) for _, g, order, _ in group])) % 2**64
         if self.transport.agree(team, mine) == mine * len(team) % 2**64:
             return
-        names = [f"{r.order} {r.name} {tuple(g.shape)} {g.dtype}" for _, g, r in group]
+        names = [f"{order} {replicas.name} {tuple(g.shape)} {g.dtype}" for _, g, order, replicas in group]
         everywhere = self.transport.gather_objects(team, names)
         lines = [f"rank {rank}: {', '.join(names)}" for rank, names in zip(team, everywhere, strict=True)]
         raise RuntimeError("backward reached different parameters on the ranks that share them; " + "; ".join(lines))
 
 
-def _buckets(
-    group: Sequence[Entry],
-) -> list[tuple[list[torch.Tensor], list[torch.Tensor]]]:
-    """Parameters and gradients in buckets of one dtype and device, of `BUCKET_BYTES` at most unless one is larger."""
-    made: list[tuple[list[torch.Tensor], list[torch.Tensor]]] = []
-    latest: dict[Any, tuple[int, int]] = {}
-    for parameter, gradient, _ in group:
-        kind = (gradient.dtype, gradient.device)
-        size = gradient.numel() * gradient.element_size()
-        at, filled = latest.get(kind, (-1, 0))
-        if at < 0 or filled + size > BUCKET_BYTES:
-            made.append(([], []))
-            at, filled = len(made) - 1, 0
-        made[at][0].append(parameter)
-        made[at][1].append(gradient)
-        latest[kind] = (at, filled + size)
+def _buckets(group: Sequence[Entry]) -> list[list[Entry]]:
+    """The entries in buckets of one dtype and device, of `BUCKET_BYTES` at most unless one is larger."""
+    made: list[list[Entry]] = []
+    latest: dict[Any, tuple[list[Entry], int]] = {}
+    for entry in group:
+        gradient = entry[1]
+        kind, size = (gradient.dtype, gradient.device), gradient.nbytes
+        bucket, filled = latest.get(kind, (None, 0))
+        if bucket is None or filled + size > BUCKET_BYTES:
+            bucket, filled = [], 0
+            made.append(bucket)
+        bucket.append(entry)
+        latest[kind] = (bucket, filled + size)
     return made
 
 
-def _accumulate(parameters: Sequence[torch.Tensor], totals: Sequence[torch.Tensor]) -> None:
-    with torch.no_grad():
-        for parameter, total in zip(parameters, totals, strict=True):
-            if parameter.grad is None:
-                parameter.grad = total if total.dtype is parameter.dtype else total.to(parameter.dtype)
-            else:
+def _accumulate(bucket: Sequence[Entry], totals: Sequence[torch.Tensor]) -> None:
+    for (parameter, *_), total in zip(bucket, totals, strict=True):
+        if parameter.grad is None:
+            parameter.grad = total if total.dtype is parameter.dtype else total.to(parameter.dtype)
+        else:
+            with torch.no_grad():
                 parameter.grad += total
 
 

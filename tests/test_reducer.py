@@ -143,10 +143,10 @@ def test_buckets_hold_so_many_bytes_of_one_kind(monkeypatch: pytest.MonkeyPatch)
     replicas = Replicas((0, 1), 0, "w")
     kinds = [(2, 8), (2, 8), (1, 8), (9, 8), (1, 4), (3, 8), (7, 4)]
     group = [
-        (torch.empty(0), torch.empty(n, dtype=torch.float64 if size == 8 else torch.float32), replicas)
+        (torch.empty(0), torch.empty(n, dtype=torch.float64 if size == 8 else torch.float32), 0, replicas)
         for n, size in kinds
     ]
-    sizes = [[g.numel() * g.element_size() for g in gradients] for _, gradients in red._buckets(group)]
+    sizes = [[gradient.nbytes for _, gradient, _, _ in bucket] for bucket in red._buckets(group)]
     assert sizes == [[16, 16], [8], [72], [4, 28], [24]]
 
 

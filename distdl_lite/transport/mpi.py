@@ -102,7 +102,10 @@ class MPITransport:
 
     def communicator(self, team: Team) -> MPI.Comm:
         """The team's communicator; the team makes it together at first use, its ranks in sorted order."""
-        team = tuple(team)
+        known = self._teams.get(team) if isinstance(team, tuple) else None
+        if known is not None:
+            return known
+        team = tuple(sorted(team))
         if team not in self._teams:
             group = self.comm.Get_group()
             subgroup = group.Incl(team)
@@ -152,7 +155,7 @@ class MPITransport:
     def all_reduce(self, team: Team, tensor: torch.Tensor, op: str = "sum") -> torch.Tensor:
         if len(team) > 1 and tensor.numel():
             sent = _on_wire(tensor)
-            self.communicator(sorted(team)).Allreduce(MPI.IN_PLACE, _numbers(sent), op=_OPS[op])
+            self.communicator(team).Allreduce(MPI.IN_PLACE, _numbers(sent), op=_OPS[op])
             if sent is not tensor:
                 tensor.copy_(sent)
         return tensor
