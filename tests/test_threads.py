@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import threading
 import time
+from typing import Any
 
 import numpy
 import pytest
@@ -111,29 +112,40 @@ def test_mismatched_messages_are_named() -> None:
         spmd(2, body)
 
 
-def drawn() -> tuple[float, float, float]:
-    return torch.rand(()).item(), float(numpy.random.rand()), random.random()
+def drawn() -> tuple[float, ...]:
+    """One number of each kind; of normal ones NumPy draws two and keeps the other."""
+    return torch.rand(()).item(), float(numpy.random.rand()), float(numpy.random.randn()), random.random()
+
+
+def seed(number: int) -> None:
+    torch.manual_seed(number)
+    numpy.random.seed(number)
+    random.seed(number)
 
 
 def test_random_states_belong_to_ranks() -> None:
     """Seeded code draws what it would in a process of its own, whatever the others draw between its calls."""
 
-    def body(world: Partition) -> list[tuple[float, float, float]]:
-        torch.manual_seed(world.rank // 2)
-        numpy.random.seed(world.rank // 2)
-        random.seed(world.rank // 2)
+    def body(world: Partition) -> list[Any]:
+        seed(world.rank // 2)
         numbers = []
         for _ in range(3):
             numbers.append(drawn())
             world.allgather_data(None)
+            numbers.append(float(numpy.random.randn()) if world.rank % 2 else None)
+            world.allgather_data(None)
         return numbers
 
-    torch.manual_seed(5)
-    before = torch.get_rng_state()
+    def alone(number: int, is_odd: bool) -> list[Any]:
+        seed(number)
+        return [x for _ in range(3) for x in (drawn(), float(numpy.random.randn()) if is_odd else None)]
+
+    seed(5)
     numbers = spmd(4, body)
-    assert numbers[0] == numbers[1] != numbers[2] == numbers[3]
-    assert len(set(numbers[0])) == 3
-    assert torch.equal(torch.get_rng_state(), before)
+    after = drawn()
+    seed(5)
+    assert after == drawn()
+    assert numbers == [alone(rank // 2, bool(rank % 2)) for rank in range(4)]
     assert len(set(spmd(3, lambda world: drawn()))) == 1  # each starts from the caller's state
 
 

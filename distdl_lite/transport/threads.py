@@ -7,6 +7,7 @@ gets an error that names what all of them wait for.
 
 from __future__ import annotations
 
+import ctypes
 import pickle
 import random
 import sys
@@ -31,13 +32,47 @@ class _Abandoned(BaseException):
     """Ends a rank that waits for one that has failed."""
 
 
+class _NumpyState:
+    """NumPy's global random state, which takes 100 us to get and set, and is mostly the same on all ranks."""
+
+    latest: _NumpyState | None = None
+
+    def __init__(self) -> None:
+        self.memory, self.state = self._memory(), numpy.random.get_state()
+
+    @staticmethod
+    def _memory() -> bytes:
+        """What the generator draws from; nothing of another kind than the usual one, which is then never the same."""
+        generator = numpy.random.get_bit_generator()
+        if not isinstance(generator, numpy.random.MT19937):
+            return b""
+        return ctypes.string_at(generator.ctypes.state_address, 625 * 4)  # 624 words and a place among them
+
+    def is_like(self, memory: bytes) -> bool:
+        """Whether the state is that with this memory, which does not show a normal number left over from a pair."""
+        return bool(memory) and memory == self.memory and not self.state[3]
+
+    @staticmethod
+    def now() -> _NumpyState:
+        known = _NumpyState.latest
+        if known is None or not known.is_like(_NumpyState._memory()):
+            known = _NumpyState.latest = _NumpyState()
+        return known
+
+    def set(self) -> None:
+        current = _NumpyState.now()
+        if current is not self and not (current.is_like(self.memory) and not self.state[3]):
+            numpy.random.set_state(self.state)
+        _NumpyState.latest = self
+
+
 def _random_states() -> tuple[Any, ...]:
-    return torch.get_rng_state(), numpy.random.get_state(), random.getstate()
+    return torch.get_rng_state(), _NumpyState.now(), random.getstate()
 
 
 def _set_random_states(states: tuple[Any, ...]) -> None:
     torch.set_rng_state(states[0])
-    numpy.random.set_state(states[1])
+    states[1].set()
     random.setstate(states[2])
 
 
