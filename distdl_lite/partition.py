@@ -169,7 +169,7 @@ class Partition:
         shape = tuple(int(n) for n in shape)
         needed = math.prod(shape)
         if ranks is None and needed > self.size:
-            hint = f": start it with mpirun -n {needed}" if self.size == 1 else ""
+            hint = f": start it with mpirun -n {needed}" if self.size == self.world_transport.size else ""
             raise ValueError(f"a grid of shape {shape} needs {needed} ranks, the partition has {self.size}{hint}")
         team = self.create_partition_inclusive(range(needed) if ranks is None else ranks)
         return team.create_cartesian_topology_partition(shape, periods)
