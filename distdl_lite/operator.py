@@ -106,7 +106,8 @@ class Operator:
     def _bind(self, x: torch.Tensor) -> Channel:
         if x.dtype is torch.bool and (self.plan.adds_out or self.plan.pattern.sums):
             raise TypeError(f"{self.label}: bool tensors can be moved but not added")
-        channel = self.transport.bind(self.plan, x.dtype, x.device)
+        with torch.inference_mode(False):  # the buffers are used outside it too
+            channel = self.transport.bind(self.plan, x.dtype, x.device)
         self._channels[x.dtype, x.device] = channel
         return channel
 

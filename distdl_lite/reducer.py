@@ -88,7 +88,7 @@ class Reducer:
 
     def __init__(self, transport: Transport) -> None:
         self.transport = transport
-        with torch.enable_grad():
+        with torch.inference_mode(False), torch.enable_grad():
             self.token = torch.empty(0, requires_grad=True)
             self._token_node = self.token.view_as(self.token).grad_fn.next_functions[0][0]  # type: ignore[union-attr]
         # Weak: a backward that fails drops its callback, and with it what it had collected.

@@ -453,3 +453,70 @@ def test_nobody_runs_ahead_where_calls_are_counted(world: Partition) -> None:
             ends = torch.full((length,), once, dtype=torch.float64)
             ends[0 if world.rank else -1] *= 2
             assert torch.equal(x.grad, ends)
+
+
+@on_ranks(1)
+def test_a_layer_alone_counts_its_calls_in_a_composite(world: Partition) -> None:
+    """One layer at two sizes: what it does outside leaves no trace in the composite's order of calls."""
+
+    class Pair(dnn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.halo = dnn.HaloExchange(world.grid((1,)), [1], "zeros")
+
+        def forward(self, x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            return self.halo(x), self.halo(y)
+
+    pair, x, y = Pair(), integers((2,)), integers((4,))
+    for _ in range(2):
+        assert [z.shape for z in pair(x, y)] == [(4,), (6,)]
+        assert pair.halo(x).shape == (4,)
+
+
+@on_ranks(2)
+def test_equal_numbers_are_not_one_structure(world: Partition) -> None:
+    layer = Recorder(world.grid((2,)))
+    for number, scale in enumerate((-1, -2, 1, True, 1.0, 1 + 0j)):  # hash(-1) is hash(-2)
+        layer(integers((3,)), scale)
+        assert layer.set_ups == number + 1
+
+
+@on_ranks(2, mpi=True)
+def test_errors_of_ranks_that_run_ahead(world: Partition) -> None:
+    """A forward put in place on one rank, and a call that is wrong on all while one rank's block changes."""
+    P = world.grid((1, 1, 2))
+    layer = dnn.DistributedConv1d(P, 1, 1, 3, padding=1)
+    if world.rank == 0:
+        inner = layer.forward
+        layer.forward = lambda x: inner(x)
+    for length in (4, 4, 5, 4):
+        assert layer(torch.ones(1, 1, length if world.rank == 0 else 4)).shape[:2] == (1, 1)
+    layer.double()
+    with pytest.raises(TypeError, match=r"the input has dtype torch.float32, the weight torch.float64"):
+        layer(torch.ones(1, 1, 5 if world.rank == 0 else 4))
+    layer.float()
+    assert layer(torch.ones(1, 1, 4)).shape == (1, 1, 4)
+    wider = dnn.DistributedConv1d(world.grid((1, 1, 1)), 1, 1, 3, padding=1, P_y=P)
+    x = (
+        torch.ones(1, 1, 7) if world.rank == 0 else dl.zero_volume_tensor()
+    )  # whose dtype the second rank leaves as it is
+    wider(x)
+    wider(x)
+    assert wider.double()(x.double() if world.rank == 0 else x).dtype is torch.float64
+
+
+@on_ranks(2)
+def test_buffers_made_in_inference_mode_serve_outside(world: Partition) -> None:
+    P = world.grid((1, 1, 2))
+    for layer in (
+        dnn.DistributedConv1d(P, 1, 1, 3, padding=1),
+        dnn.DistributedAvgPool1d(P, 3, 1, 1),
+        dnn.HaloExchange(P, [0, 0, 1]),
+    ):
+        x = torch.ones(1, 1, 4, requires_grad=True)
+        with torch.inference_mode():
+            y = layer(x)
+        z = layer(x)
+        assert torch.equal(y, z)
+        z.sum().backward()
+        assert x.grad is not None

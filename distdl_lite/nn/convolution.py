@@ -169,7 +169,7 @@ class Convolution(Layer):
         is_empty = 0 in shape or 0 in lay.shape_of(held)
         convolve = None if is_empty else self._convolution(box, held, lay.global_shape_of(X), groups)
         built = _Built(fetch, deliver, inputs.dtype, out_dtype, shape, convolve)
-        plain = deliver is None and X.grid == self.P_y.grid_of_ranks and out_dtype is inputs.dtype
+        plain = deliver is None and X.grid == self.P_y.grid_of_ranks and inputs.dtype is out_dtype is self.weight.dtype
         if not (plain and out_dtype.is_floating_point) or any(a >= b for d in (*Z.dims, *Y.dims) for a, b in d.ranges):
             return built
         return replace(built, fused=self._fused(inputs, X, Z, groups, built))

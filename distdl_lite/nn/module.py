@@ -188,21 +188,28 @@ class Module(torch.nn.Module):
 
     def _distdl_is_as_seen(self, input: tuple[Any, ...]) -> bool:
         """Whether to run forward without waiting for the others' votes: there are none, or the votes are on their way."""
-        if len(self._distdl_team) == 1:
-            return self._distdl_local_parts(input, None) == self._distdl_seen
-        if self._distdl_is_static or self._distdl_ride() is not None or _saved_tensors_have_hooks():
+        if self._distdl_ride() is not None or self._distdl_local_parts(input, None) != self._distdl_seen:
             return False
-        if self._distdl_local_parts(input, None) != self._distdl_seen:
+        if len(self._distdl_team) == 1:
+            return True
+        # A forward that somebody has put in place of the layer's may do more than move, and more than the rehearsal.
+        if self._distdl_is_static or "forward" in self.__dict__ or _saved_tensors_have_hooks():
             return False
         self._distdl_transport.start_agreeing(self._distdl_team, self._distdl_mine)
         return True
 
     def _distdl_early_forward(self, input: tuple[Any, ...]) -> Any:
-        result = self.forward(*input)
+        error: Exception | None = None
+        try:
+            result = self.forward(*input)
+        except Exception as raised:  # which may be due to what the votes say
+            error = raised
         agreed = self._distdl_transport.agreed(self._distdl_team)
         if agreed == self._distdl_key:
+            if error is not None:
+                raise error
             return result
-        del result
+        result = None
         self._distdl_next_key = agreed
         self._distdl_adopt(input, None)
         return self.forward(*input)
@@ -234,8 +241,7 @@ class Module(torch.nn.Module):
         self._distdl_plan, self._distdl_structure, parts = self._distdl_kept[seen]
         self._distdl_kept.move_to_end(seen)
         # A forward of its own might make other calls than the rehearsal that it inherits.
-        own = "forward" not in self.__dict__ and _owner(self, "forward") is _owner(self, "_distdl_rehearsal")
-        if own and len(self._distdl_team) > 1:
+        if len(self._distdl_team) > 1 and _owner(self, "forward") is _owner(self, "_distdl_rehearsal"):
             self._distdl_rehearse = self._distdl_rehearsal()
         if self._distdl_rehearse is not None or len(self._distdl_team) == 1:
             self._distdl_seen, self._distdl_mine = parts, _hashed(parts)
@@ -291,7 +297,9 @@ class Module(torch.nn.Module):
             check_alike("mode", {rank: mode for rank, (_, mode, _) in passed.items()})
             check_alike("number of arguments", {rank: len(tensors) for rank, (tensors, _, _) in passed.items()})
             check_alike("keywords", {rank: names for rank, (_, _, names) in passed.items()})
-            self._distdl_plan = self._distdl_module_setup(input)
+            # Tensors made in inference mode could not be used outside it.
+            with torch.inference_mode(False), torch.set_grad_enabled(torch.is_grad_enabled()):
+                self._distdl_plan = self._distdl_module_setup(input)
         except Exception as raised:
             error = raised
         raise_together(transport, team, error, self._distdl_label)
@@ -359,8 +367,8 @@ class Module(torch.nn.Module):
             self._distdl_transport.rank,
             self.training,
             torch.is_grad_enabled(),
-            torch.is_autocast_enabled("cpu"),
-            torch.is_autocast_enabled(),
+            torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu"),
+            torch.is_autocast_enabled() and torch.get_autocast_dtype("cuda"),
         ]
         for value in input:
             if isinstance(value, torch.Tensor) and _is_plain(value):
@@ -369,10 +377,9 @@ class Module(torch.nn.Module):
                 parts.append(_hashable(value))
         if kwargs:
             parts.append(_hashable(kwargs))
-        if self._modules:
-            parts += [parameter.requires_grad for parameter in self.parameters()]
-        elif self._parameters:
-            parts += [None if parameter is None else parameter.requires_grad for parameter in self._parameters.values()]
+        if self._modules or self._parameters:
+            parameters = self.parameters() if self._modules else self._parameters.values()
+            parts += [p if p is None else (p.requires_grad, p.dtype, p.device) for p in parameters]
         return tuple(parts)
 
 
@@ -423,7 +430,9 @@ def _hashable(value: Any) -> Any:
     """A value's part in the structure: tensors by structure, plain values by value, anything else by type."""
     if isinstance(value, torch.Tensor):
         return (value.shape if _is_plain(value) else None), value.dtype, value.device, value.requires_grad
-    if isinstance(value, (bool, int, float, complex, str, bytes, torch.dtype, torch.device, type(None))):
+    if isinstance(value, (bool, int, float, complex)):
+        return type(value), repr(value)  # 1, 1.0 and True are equal, and -1 and -2 have one hash
+    if isinstance(value, (str, bytes, torch.dtype, torch.device, type(None))):
         return value
     if isinstance(value, Mapping):
         return tuple((key, _hashable(item)) for key, item in value.items())

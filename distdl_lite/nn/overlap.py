@@ -208,7 +208,12 @@ class Overlapped:
         self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
     ) -> tuple[torch.Tensor, Sequence[torch.Tensor]]:
         pending = [slab.fetch.start(x) for slab in self.slabs]
-        y = self.kernel(x, weight, bias)
+        try:
+            y = self.kernel(x, weight, bias)
+        except BaseException:  # such as of memory: the operators stay usable
+            for slab, moving in zip(self.slabs, pending, strict=True):
+                slab.fetch.finish(moving)
+            raise
         kept = []
         for slab, moving in zip(self.slabs, pending, strict=True):
             if slab.arrives:
@@ -236,7 +241,12 @@ class Overlapped:
                 parts.append((slab, part))
             if self.graph:
                 pending.append(slab.fetch.adjoint.start(slab.cropped(halo) if slab.arrives else halo))
-        gx, gw, gb = self.kernel.backward(gradient, x, weight, bias, (self.graph, *wanted))
+        try:
+            gx, gw, gb = self.kernel.backward(gradient, x, weight, bias, (self.graph, *wanted))
+        except BaseException:
+            for slab, moving in zip(self.slabs if self.graph else (), pending, strict=True):
+                slab.fetch.adjoint.finish(moving)
+            raise
         for slab, part in parts if wanted[0] else ():
             slab.met(gw).add_(part)
         for slab, moving in zip(self.slabs if self.graph else (), pending, strict=True):

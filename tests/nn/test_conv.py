@@ -220,3 +220,21 @@ def test_an_input_without_gradient(world: dl.Partition) -> None:
     block = x[P.block(x.shape)].requires_grad_(world.rank == 1)
     layer(block).sum().backward()
     assert world.rank == 0 or torch.equal(block.grad[0, 0, -1], serial.weight[:, 0, 1:].sum())
+
+
+@on_ranks(2)
+def test_bfloat16_from_one_convolution_to_the_next(world: dl.Partition) -> None:
+    """Under autocast the second one's input has the dtype of its output, but its weight has not."""
+    P = world.grid((1, 1, 2))
+    torch.manual_seed(0)
+    serial = torch.nn.Sequential(*(torch.nn.Conv1d(2, 2, 3, padding=1) for _ in range(2)))
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(*(DistributedConv1d(P, 2, 2, 3, padding=1) for _ in range(2)))
+    x = integers(1, 2, 9).float()
+    with torch.autocast("cpu", torch.bfloat16):
+        y, wanted = net(x[P.block(x.shape)]), serial(x)
+    y.sum().backward()
+    wanted.sum().backward()
+    torch.testing.assert_close(y, wanted[P.block(wanted.shape)])
+    for mine, whole in zip(net.parameters(), serial.parameters(), strict=True):
+        torch.testing.assert_close(mine.grad, whole.grad, rtol=2e-2, atol=2e-2)
