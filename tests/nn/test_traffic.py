@@ -494,7 +494,7 @@ MEMORY = [
     ("DistributedGroupNorm(P, 2, 8)", "GroupNorm(2, 8)", 2),
     ("DistributedLayerNorm(P, (8, 64 * world.size, 128))", "LayerNorm((8, 64, 128))", 6),  # up to a constant: see normalised.py
     ("DistributedSoftmax(P, 2)", "Softmax(2)", 4),
-    ("DistributedDropout(P)", "Dropout()", 1),
+    ("DistributedDropout(P)", "Dropout()", 2),
     ("HaloExchange(P, (0, 0, 1, 1))", "Identity()", 1),
 ]  # fmt: skip
 
