@@ -16,6 +16,7 @@ from distdl_lite.nn.kernel import (
     Local,
     SpatialLayer,
     View,
+    anchored,
     applied,
     check_taken,
     connected_zeros,
@@ -172,6 +173,9 @@ class _DistributedAdaptiveMaxPool(_DistributedAdaptivePool):
             return applied(_MAX_POOLS[self.dims], _sizes(views), self.return_indices)
         return largest(views, self.return_indices)
 
+    def _distdl_rehearsal(self) -> Callable[[], None]:
+        return super()._distdl_rehearsal()
+
     def forward(self, x: torch.Tensor) -> Any:
         y = super().forward(x)
         return with_places(y) if self.return_indices else y
@@ -187,6 +191,7 @@ class _Shares:
     local: Local
     deliver: Operator | None
     dtype: torch.dtype  # of the shares
+    graph: bool  # whether any rank's input requires grad
 
 
 class _DistributedAdaptiveAvgPool(_DistributedAdaptivePool):
@@ -210,18 +215,18 @@ class _DistributedAdaptiveAvgPool(_DistributedAdaptivePool):
         deliver = operator_between(parts, Y, self, inputs.requires_grad)
         shape, dtype = lay.shape_of(box), inputs.dtype if all(is_whole) else wide(inputs.dtype)
         if 0 in shape:
-            return _Shares(lambda x: connected_zeros(shape, x).to(dtype), deliver, dtype)
+            return _Shares(lambda x: connected_zeros(shape, x).to(dtype), deliver, dtype, inputs.requires_grad)
         local = applied(_AVG_POOLS[self.dims], _sizes(views)) if all(is_whole) else averaged(views)
-        return _Shares(local, deliver, dtype)
+        return _Shares(local, deliver, dtype, inputs.requires_grad)
 
-    def _distdl_rehearsal(self) -> Callable[[], None] | None:
+    def _distdl_rehearsal(self) -> Callable[[], None]:
         return rehearsal(self, (self._distdl_plan.deliver, self._distdl_plan.dtype))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not self._distdl_is_inside:
             return x
         built: _Shares = self._distdl_plan
-        shares = built.local(x)
+        shares = built.local(anchored(x, built.graph))
         return shares.to(x.dtype) if built.deliver is None else built.deliver(shares).to(x.dtype)
 
 

@@ -181,7 +181,7 @@ class Convolution(Layer):
         """
         return None
 
-    def _distdl_rehearsal(self) -> Callable[[], None] | None:
+    def _distdl_rehearsal(self) -> Callable[[], None]:
         built: _Built = self._distdl_plan
         fetches = [built.fetch] if built.fused is None else built.fused.way.fetches
         return rehearsal(self, *((fetch, built.dtype) for fetch in fetches), (built.deliver, built.out_dtype))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +13,7 @@ from distdl_lite import layout as lay
 from distdl_lite.grid import Grid
 from distdl_lite.nn.kernel import operator_between
 from distdl_lite.nn.module import Module
-from distdl_lite.nn.movement import agreed_inputs, into
+from distdl_lite.nn.movement import agreed_inputs, into, rehearsal
 from distdl_lite.nn.options import integers
 from distdl_lite.operator import Operator
 from distdl_lite.partition import Partition
@@ -80,6 +81,9 @@ class DistributedFlatten(Module):
         rows = Grid((*shape[: self._first + 1], *ones, *shape[self._first + 1 :]), self.P_y.ranks)
         Z = lay.balanced_blocks(rows, lay.global_shape_of(X))
         return _Built(operator_between(X, Z, self, inputs.requires_grad), inputs.dtype)
+
+    def _distdl_rehearsal(self) -> Callable[[], None]:
+        return rehearsal(self, (self._distdl_plan.move, self._distdl_plan.dtype))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not self._distdl_is_inside:

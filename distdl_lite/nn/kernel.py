@@ -91,6 +91,7 @@ class _Built:
     dtype: torch.dtype
     shape: Shape
     local: Local
+    graph: bool  # whether any rank's input requires grad
 
 
 class SpatialLayer(Module):
@@ -149,16 +150,19 @@ class SpatialLayer(Module):
         views = [View(*view) for view in zip(geometries, space, box[2:], held[2:], whole, strict=True)]
         shape = lay.shape_of(box)
         local = (lambda z: connected_zeros(shape, z)) if 0 in shape else self.local(views)
-        return _Built(operator_between(X, Z, self, inputs.requires_grad), inputs.dtype, shape, local)
+        fetch = operator_between(X, Z, self, inputs.requires_grad)
+        return _Built(fetch, inputs.dtype, shape, local, inputs.requires_grad)
 
-    def _distdl_rehearsal(self) -> Callable[[], None] | None:
+    def _distdl_rehearsal(self) -> Callable[[], None]:
         return rehearsal(self, (self._distdl_plan.fetch, self._distdl_plan.dtype))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not self._distdl_is_inside:
             return x
         built: _Built = self._distdl_plan
-        return built.local(x if built.fetch is None else into(built.fetch, x, built.dtype))
+        # Also where nothing moves: a checkpoint around it runs the layer again on the ranks that have a graph.
+        z = anchored(x, built.graph) if built.fetch is None else into(built.fetch, x, built.dtype)
+        return built.local(z)
 
 
 def _reads(outputs: Dim, geometry: Geometry, length: int) -> Dim:

@@ -5,6 +5,7 @@ The weight lives on a work grid with the axes [*lead, out, in]; see `distdl_lite
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +16,7 @@ from distdl_lite import layout as lay
 from distdl_lite.grid import Grid, balanced
 from distdl_lite.layout import Dim, Layout, Shape, balanced_blocks, ranges_of
 from distdl_lite.nn.kernel import operator_between
-from distdl_lite.nn.movement import agreed_inputs, computing_dtype, into
+from distdl_lite.nn.movement import agreed_inputs, computing_dtype, into, rehearsal
 from distdl_lite.nn.options import integers
 from distdl_lite.nn.parameter import Layer, bias_bound, kaiming_bound, uniform
 from distdl_lite.operator import Operator
@@ -126,6 +127,10 @@ class DistributedLinear(Layer):
         return _Built(fetch, deliver, inputs.dtype, out_dtype, works)
 
     # ---- forward -----------------------------------------------------------------------------------------------------
+
+    def _distdl_rehearsal(self) -> Callable[[], None]:
+        built: _Built = self._distdl_plan
+        return rehearsal(self, (built.fetch, built.dtype), (built.deliver, built.out_dtype))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not self._distdl_is_inside:

@@ -93,7 +93,7 @@ class Module(torch.nn.Module):
     _distdl_kept: OrderedDict[int, tuple[Any, Structure, tuple[Any, ...]]]
     _distdl_seen: (
         tuple[Any, ...] | None
-    )  # this rank's part of the structure, where forward need not wait for the others'
+    )  # this rank's part of the structure, if forward may go ahead of the others' votes
     _distdl_mine: int  # its hash
     _distdl_rehearse: Callable[[], Any] | None
     _distdl_known_keys: dict[Any, int]
@@ -235,11 +235,11 @@ class Module(torch.nn.Module):
         self._distdl_rehearse = self._distdl_seen = None
         if self._distdl_module_requires_reset(input):
             self._distdl_build(input, kwargs)
-        seen = self._distdl_key = self._distdl_next_key
-        if seen not in self._distdl_kept:
+        key = self._distdl_key = self._distdl_next_key
+        if key not in self._distdl_kept:
             return
-        self._distdl_plan, self._distdl_structure, parts = self._distdl_kept[seen]
-        self._distdl_kept.move_to_end(seen)
+        self._distdl_plan, self._distdl_structure, parts = self._distdl_kept[key]
+        self._distdl_kept.move_to_end(key)
         # A forward of its own might make other calls than the rehearsal that it inherits.
         if len(self._distdl_team) > 1 and _owner(self, "forward") is _owner(self, "_distdl_rehearsal"):
             self._distdl_rehearse = self._distdl_rehearsal()

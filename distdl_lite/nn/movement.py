@@ -108,8 +108,8 @@ def into(operator: Operator, x: torch.Tensor, dtype: torch.dtype) -> torch.Tenso
     return operator(x)
 
 
-def rehearsal(layer: Any, *steps: tuple[Operator | None, torch.dtype]) -> Callable[[], None] | None:
-    """What runs operators, each with zeros of a dtype, and drops what comes; None if there are none. See `Module`."""
+def rehearsal(layer: Any, *steps: tuple[Operator | None, torch.dtype]) -> Callable[[], None]:
+    """What runs operators, each with zeros of a dtype, and drops what comes. See `Module`."""
     device = layer._distdl_structure[layer.P_x.ranks[0]][0].device
     moving = [(operator, dtype) for operator, dtype in steps if operator is not None]
 
@@ -118,7 +118,7 @@ def rehearsal(layer: Any, *steps: tuple[Operator | None, torch.dtype]) -> Callab
             shape = operator.plan.shape_in
             operator.apply(torch.zeros((0,) if shape is None else shape, dtype=dtype, device=device))
 
-    return rehearse if moving else None
+    return rehearse
 
 
 class Movement(Module):
@@ -163,7 +163,7 @@ class Movement(Module):
             built = replace(built, nothing=(input[0].shape[0], 0))
         return Operator(built, transport, name, inputs.requires_grad), inputs.dtype
 
-    def _distdl_rehearsal(self) -> Callable[[], None] | None:
+    def _distdl_rehearsal(self) -> Callable[[], None]:
         return rehearsal(self, self._distdl_plan[:2])
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

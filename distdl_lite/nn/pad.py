@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,7 +13,7 @@ from distdl_lite import layout as lay
 from distdl_lite.layout import Dim, Layout, Shape
 from distdl_lite.nn.kernel import Local, check_taken, connected_zeros, edge_pad
 from distdl_lite.nn.module import Module
-from distdl_lite.nn.movement import agreed_inputs, into
+from distdl_lite.nn.movement import agreed_inputs, into, rehearsal
 from distdl_lite.nn.options import numbers, per_dim
 from distdl_lite.operator import Operator
 from distdl_lite.partition import Partition
@@ -151,6 +151,9 @@ class _DistributedPad(Module):
         return fill
 
     # ---- forward -----------------------------------------------------------------------------------------------------
+
+    def _distdl_rehearsal(self) -> Callable[[], None]:
+        return rehearsal(self, (self._distdl_plan.fetch, self._distdl_plan.dtype))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not self._distdl_is_inside:

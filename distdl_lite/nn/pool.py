@@ -5,7 +5,7 @@ A rank fetches what the windows of its outputs read and pads at the global edge 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from typing import Any
@@ -174,6 +174,9 @@ class _DistributedMaxPool(_Pool):
             return _cropped(y[0], views), _global_places(_cropped(y[1], views), z.shape[2:], views)
 
         return pool
+
+    def _distdl_rehearsal(self) -> Callable[[], None]:
+        return super()._distdl_rehearsal()
 
     def forward(self, x: torch.Tensor) -> Any:
         y = super().forward(x)

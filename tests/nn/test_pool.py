@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from ranks import on_ranks
+from torch.utils.checkpoint import checkpoint
 from twins import assert_refused, assert_second_gradients, assert_twins, integers, uneven
 
 import distdl_lite as dl
@@ -255,3 +256,14 @@ def test_refusals(world: dl.Partition) -> None:
     assert_refused(world, cube, lambda: pool.DistributedAvgPool3d(cube, 1)(block), "torch.bfloat16", TypeError)
     whole = with_input(lambda: pool.DistributedAvgPool1d(P, 2), integers(1, 1, 7, dtype=torch.int64))
     assert_refused(world, P, whole, "torch.int64", TypeError)
+
+
+@on_ranks(2)
+def test_checkpoints_where_nothing_moves(world: dl.Partition) -> None:
+    """The input of one rank requires grad; the checkpoint runs the layer again, and agrees again, on both."""
+    P = world.grid((1, 1, 2))
+    adaptive = adaptive_pool.DistributedAdaptiveAvgPool1d(P, 4)
+    for layer in (pool.DistributedAvgPool1d(P, 2), pool.DistributedMaxPool1d(P, 2), adaptive):
+        x = integers(1, 2, 4).requires_grad_(world.rank == 0)
+        checkpoint(layer, x, use_reentrant=False).sum().backward()
+        assert (x.grad is not None) == (world.rank == 0)
