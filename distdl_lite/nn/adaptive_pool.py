@@ -23,7 +23,6 @@ from distdl_lite.nn.kernel import (
     operator_between,
     wide,
     windows,
-    with_places,
 )
 from distdl_lite.nn.movement import Inputs, agreed_inputs, rehearsal
 from distdl_lite.nn.options import integers
@@ -172,13 +171,6 @@ class _DistributedAdaptiveMaxPool(_DistributedAdaptivePool):
         if all(view.is_whole for view in views):
             return applied(_MAX_POOLS[self.dims], _sizes(views), self.return_indices)
         return largest(views, self.return_indices)
-
-    def _distdl_rehearsal(self) -> Callable[[], None]:
-        return super()._distdl_rehearsal()
-
-    def forward(self, x: torch.Tensor) -> Any:
-        y = super().forward(x)
-        return with_places(y) if self.return_indices else y
 
     def extra_repr(self) -> str:
         return super().extra_repr() + (", return_indices=True" if self.return_indices else "")

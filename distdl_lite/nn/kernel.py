@@ -106,6 +106,8 @@ class SpatialLayer(Module):
         Of the input and the output: ``[P_b, P_c, *P_space]``.
     """
 
+    return_indices = False  # of maxima: whether their places are returned too
+
     def __init__(self, P_x: Partition, dims: int) -> None:
         super().__init__(P_x)
         self.P_x, self.dims = P_x, dims
@@ -156,13 +158,14 @@ class SpatialLayer(Module):
     def _distdl_rehearsal(self) -> Callable[[], None]:
         return rehearsal(self, (self._distdl_plan.fetch, self._distdl_plan.dtype))
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor) -> Any:
         if not self._distdl_is_inside:
-            return x
+            return with_places(x) if self.return_indices else x
         built: _Built = self._distdl_plan
         # Also where nothing moves: a checkpoint around it runs the layer again on the ranks that have a graph.
         z = anchored(x, built.graph) if built.fetch is None else into(built.fetch, x, built.dtype)
-        return built.local(z)
+        y = built.local(z)
+        return with_places(y) if self.return_indices else y
 
 
 def _reads(outputs: Dim, geometry: Geometry, length: int) -> Dim:

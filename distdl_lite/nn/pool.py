@@ -5,7 +5,7 @@ A rank fetches what the windows of its outputs read and pads at the global edge 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import reduce
 from typing import Any
@@ -15,7 +15,7 @@ import torch.nn.functional as F
 
 from distdl_lite import layout as lay
 from distdl_lite.layout import Range
-from distdl_lite.nn.kernel import Local, SpatialLayer, View, applied, check_taken, wide, with_places
+from distdl_lite.nn.kernel import Local, SpatialLayer, View, applied, check_taken, wide
 from distdl_lite.nn.movement import Inputs
 from distdl_lite.nn.options import booleans, integers, per_dim
 from distdl_lite.partition import Partition
@@ -174,13 +174,6 @@ class _DistributedMaxPool(_Pool):
             return _cropped(y[0], views), _global_places(_cropped(y[1], views), z.shape[2:], views)
 
         return pool
-
-    def _distdl_rehearsal(self) -> Callable[[], None]:
-        return super()._distdl_rehearsal()
-
-    def forward(self, x: torch.Tensor) -> Any:
-        y = super().forward(x)
-        return with_places(y) if self.return_indices else y
 
     def extra_repr(self) -> str:
         return super().extra_repr() + (", return_indices=True" if self.return_indices else "")
