@@ -40,6 +40,11 @@ class Transport(Protocol):
 
     def agree(self, team: Team, value: int) -> int:
         """The sum of the ranks' values modulo 2^64."""
+        if len(team) == 1:
+            return value
+        team = tuple(team)
+        self.start_agreeing(team, value)
+        return self.agreed(team)
 
     def start_agreeing(self, team: tuple[int, ...], value: int) -> None:
         """Give this rank's value without waiting for the others'."""

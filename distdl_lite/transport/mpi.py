@@ -88,7 +88,7 @@ def _on_wire(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.to("cpu", wire.wire_dtype(tensor.dtype)).contiguous()
 
 
-class MPITransport:
+class MPITransport(Transport):
     """The ranks of one communicator."""
 
     def __init__(self, comm: MPI.Comm) -> None:
@@ -124,13 +124,6 @@ class MPITransport:
 
     def bind(self, plan: Plan, dtype: torch.dtype, device: torch.device) -> MPIChannel:
         return MPIChannel(self, plan, dtype, device)
-
-    def agree(self, team: Team, value: int) -> int:
-        if len(team) == 1:
-            return value
-        team = tuple(team)
-        self.start_agreeing(team, value)
-        return self.agreed(team)
 
     def start_agreeing(self, team: tuple[int, ...], value: int) -> None:
         vote = self._votes.get(team)

@@ -22,7 +22,7 @@ import numpy
 import torch
 
 from distdl_lite.plan import Plan
-from distdl_lite.transport import Team, enter, wire
+from distdl_lite.transport import Team, Transport, enter, wire
 from distdl_lite.transport.counts import counted, record
 
 _MASK = (1 << 64) - 1
@@ -146,7 +146,7 @@ def _inside(frame: FrameType | None) -> str:
     return ""
 
 
-class ThreadTransport:
+class ThreadTransport(Transport):
     """One rank of a `World`."""
 
     proc_null = -2
@@ -186,13 +186,6 @@ class ThreadTransport:
         if len(set(calls.values())) > 1:
             raise RuntimeError(f"ranks {list(team)} meet in different calls: {dict(sorted(calls.items()))}")
         return [present[rank][1] for rank in team]
-
-    def agree(self, team: Team, value: int) -> int:
-        if len(team) == 1:
-            return value
-        team = tuple(team)
-        self.start_agreeing(team, value)
-        return self.agreed(team)
 
     def start_agreeing(self, team: tuple[int, ...], value: int) -> None:
         if team in self._votes:  # an error kept this rank from asking for the result
