@@ -1,15 +1,15 @@
 """Sums of replica gradients.
 
 A parameter that several ranks hold copies of is used through `replicated`, the adjoint of whose copying is a sum over the
-copies. In backward the local gradients go to the rank's one reducer, which adds them up in buckets when backward ends and
-puts the sums into ``.grad``: they are final when ``backward()`` returns.
+copies. In backward the local gradients go to the rank's one reducer, which adds them up in buckets, while backward runs
+where there is much to add, and puts the sums into ``.grad``: they are final when ``backward()`` returns.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from operator import itemgetter
+from operator import attrgetter
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -17,8 +17,10 @@ import torch
 
 from distdl_lite.shown import shown
 from distdl_lite.transport import Transport
+from distdl_lite.transport.sums import Pending
 
-BUCKET_BYTES = 25 * 2**20
+BUCKET_BYTES = 25 * 2**20  # of sums at the end of backward
+EARLY_BYTES = 4 * 2**20  # of sums that start before; a model with less to sum has none
 
 
 @dataclass(frozen=True)
@@ -80,19 +82,69 @@ class _Replicated(torch.autograd.Function):
         return ctx.reducer.reduce(ctx.parameter, gradient, ctx.replicas), None, None, None
 
 
-Entry = tuple[torch.Tensor, torch.Tensor, int, Replicas]  # parameter, local gradient, its order, where its copies are
+@dataclass
+class Entry:
+    """A parameter and its local gradient in one backward, None once its sum has started."""
+
+    parameter: torch.Tensor
+    gradient: torch.Tensor | None
+    replicas: Replicas
+    dtype: torch.dtype
+
+    @property
+    def order(self) -> int:
+        return self.replicas.order
+
+    @property
+    def nbytes(self) -> int:
+        return self.parameter.numel() * self.dtype.itemsize
+
+    @property
+    def numbers(self) -> tuple[Any, ...]:
+        """What must be the same on all ranks; integers alone, whose hash is the same in every process."""
+        return self.order, self.parameter.shape, self.dtype.itemsize, self.dtype.is_complex
+
+    def __str__(self) -> str:
+        return f"{self.order} {self.replicas.name} {tuple(self.parameter.shape)} {self.dtype}"
+
+
+@dataclass(frozen=True)
+class Planned:
+    """Parameters of one team, by their falling order, whose sum starts once all their gradients are there."""
+
+    orders: tuple[int, ...]
+    size: int  # in bytes
+    dtype: torch.dtype
+
+
+@dataclass(eq=False)
+class _Started:
+    """A sum that was started, and the memory that it goes into."""
+
+    team: tuple[int, ...]
+    bucket: list[Entry]
+    flat: torch.Tensor
+    pending: Pending
 
 
 class Reducer:
-    """Collects the replica gradients of each backward and adds them up when it ends."""
+    """Collects the replica gradients of each backward and adds them up: much of them while it runs, the rest when it ends.
+
+    What is summed early follows a plan, which the ranks of a team make alike when a backward has reached many parameters:
+    those, in the reverse order of their construction, in buckets, whose sums start in the order of the plan.
+    """
 
     def __init__(self, transport: Transport) -> None:
         self.transport = transport
+        self.engine = "auto"  # of the sums that start early; "inline" would wait for ranks that may wait for this one
         with torch.inference_mode(False), torch.enable_grad():
             self.token = torch.empty(0, requires_grad=True)
             self._token_node = self.token.view_as(self.token).grad_fn.next_functions[0][0]  # type: ignore[union-attr]
         # Weak: a backward that fails drops its callback, and with it what it had collected.
         self._collected: WeakValueDictionary[int, _Collected] = WeakValueDictionary()
+        self.planned: dict[tuple[int, ...], list[Planned]] = {}  # by team
+        self.begun = self.flushed = 0  # backwards
+        self.under_way: list[_Started] = []  # also of backwards that failed: MPI writes into their memory
 
     def reduce(self, parameter: torch.Tensor, gradient: torch.Tensor, replicas: Replicas) -> torch.Tensor | None:
         """Within a backward, the sum of the replicas' gradients; None if it will be put into ``.grad`` when that ends.
@@ -104,66 +156,202 @@ class Reducer:
         if len(replicas.team) < 2:
             return gradient
         if parameter.is_leaf and not torch.is_grad_enabled() and _engine_will_run(self._token_node):
-            self._add(parameter, gradient, replicas)
+            backward = _running_backward()
+            collected = self._collected.get(backward)
+            if collected is None:
+                collected = self._collected[backward] = _Collected(self)
+                _at_end_of_backward(collected.flush)
+            collected.add(parameter, gradient, replicas)
             return None
         return shown(gradient, replicas.team, self.transport)
 
-    def _add(self, parameter: torch.Tensor, gradient: torch.Tensor, replicas: Replicas) -> None:
-        """Take a local gradient; several of one parameter add up."""
-        backward = _running_backward()
-        collected = self._collected.get(backward)
-        if collected is None:
-            collected = self._collected[backward] = _Collected(self.transport)
-            _at_end_of_backward(collected.flush)
-        entries = collected.teams.setdefault(replicas.team, {})
-        known = entries.get(id(parameter))
-        entries[id(parameter)] = (
-            parameter,
-            gradient if known is None else known[1] + gradient,
-            replicas.order,
-            replicas,
-        )
+    def running(self) -> list[_Collected]:
+        """What the backwards that run have collected: one, and those that it runs inside of."""
+        return list(self._collected.values())
+
+    def plan(self, team: tuple[int, ...], group: Sequence[Entry]) -> None:
+        """Sum these parameters of a team early from the next backward on."""
+        self.transport.open_sums(team)
+        made = [
+            Planned(tuple(entry.order for entry in bucket), sum(e.nbytes for e in bucket), bucket[0].dtype)
+            for bucket in buckets(group[::-1], EARLY_BYTES)
+        ]
+        reached = {entry.order for entry in group}
+        others = [planned for planned in self.planned.get(team, ()) if reached.isdisjoint(planned.orders)]
+        self.planned[team] = [*made, *others]
+
+
+@dataclass
+class _Arriving:
+    """How far a team's plan has come in one backward."""
+
+    planned: list[Planned]
+    places: dict[int, int]  # of the parameters, by their order
+    arrived: list[dict[int, Entry]]
+    next: int = 0
+
+    @staticmethod
+    def of(planned: list[Planned]) -> _Arriving:
+        places = {order: place for place, p in enumerate(planned) for order in p.orders}
+        return _Arriving(planned, places, [{} for _ in planned])
+
+    def add(self, entry: Entry) -> None:
+        place = self.places.get(entry.order, -1)
+        if place >= self.next:
+            self.arrived[place].setdefault(entry.order, entry)
+
+    def complete(self, skips: bool = False) -> Iterator[list[Entry]]:
+        """The buckets that are complete by now, one after another; up to the first that is not unless `skips`."""
+        while self.next < len(self.planned):
+            planned, arrived = self.planned[self.next], self.arrived[self.next]
+            is_complete = len(arrived) == len(planned.orders)
+            if not (is_complete or skips):
+                return
+            self.next += 1
+            bucket = [arrived[order] for order in planned.orders] if is_complete else []
+            if sum(e.nbytes for e in bucket) == planned.size and {e.dtype for e in bucket} == {planned.dtype}:
+                yield bucket
 
 
 class _Collected:
     """The replica gradients of one backward, by team."""
 
-    def __init__(self, transport: Transport) -> None:
-        self.transport = transport
+    def __init__(self, reducer: Reducer) -> None:
+        self.reducer, self.transport = reducer, reducer.transport
         self.teams: dict[tuple[int, ...], dict[int, Entry]] = {}
+        self.started: list[_Started] = []
+        running = reducer.running()
+        self._failed = [s for s in reducer.under_way if not any(s in other.started for other in running)]
+        # Inside another backward, of which ranks may have come differently far, nothing starts early. Where one has
+        # failed, they may have started different sums, and must agree before they start others.
+        self._arriving = {} if running else {team: _Arriving.of(p) for team, p in reducer.planned.items()}
+        self._may_start = reducer.begun == reducer.flushed
+        reducer.begun = reducer.flushed + len(running) + 1
+
+    def add(self, parameter: torch.Tensor, gradient: torch.Tensor, replicas: Replicas) -> None:
+        """Take a local gradient; several of one parameter add up."""
+        entries = self.teams.setdefault(replicas.team, {})
+        known = entries.get(id(parameter))
+        if known is not None:
+            known.gradient = known.gradient + gradient
+            return
+        entry = entries[id(parameter)] = Entry(parameter, gradient, replicas, gradient.dtype)
+        arriving = self._arriving.get(replicas.team)
+        if arriving is not None:
+            arriving.add(entry)
+            if self._may_start:
+                self._start(replicas.team, arriving.complete())
+
+    def _start(self, team: tuple[int, ...], ready: Iterable[list[Entry]]) -> None:
+        for bucket in ready:
+            flat = _flattened([entry.gradient for entry in bucket])
+            for entry in bucket:
+                entry.gradient = None
+                del self.teams[team][id(entry.parameter)]
+            pending = self.transport.start_sum(team, flat, self.reducer.engine)
+            self.started.append(_Started(team, bucket, flat, pending))
+            self.reducer.under_way.append(self.started[-1])
 
     def flush(self) -> None:
-        """Sum team by team, in the order of the teams, which is the same on all ranks."""
-        for team in sorted(self.teams):
-            group = sorted(self.teams[team].values(), key=itemgetter(2))
-            self._check_alike(team, group)
-            for bucket in _buckets(group):
-                gradients = [gradient for _, gradient, _, _ in bucket]
-                flat = _flattened(gradients)
+        """Complete what was started, sum what is left in the order of the teams, and put all sums into ``.grad``."""
+        teams = sorted({*self.teams, *(started.team for started in self.started)})
+        groups = {team: self._agreed_group(team) for team in teams}
+        for team in self._arriving.keys() & self.teams.keys():
+            self._start(team, self._arriving[team].complete(skips=True))
+        for started in [*self._failed, *self.started]:
+            started.pending.wait()
+            self.reducer.under_way.remove(started)
+        for started in self.started:
+            _accumulate(started.bucket, started.flat)
+        for team in teams:
+            for bucket in buckets(sorted(self.teams[team].values(), key=attrgetter("order")), BUCKET_BYTES):
+                flat = _flattened([entry.gradient for entry in bucket])
                 self.transport.all_reduce(team, flat)
-                _accumulate(bucket, _unflattened(flat, gradients))
+                _accumulate(bucket, flat)
+            self._plan(team, groups[team])
+        self.reducer.flushed += 1
 
-    def _check_alike(self, team: tuple[int, ...], group: Sequence[Entry]) -> None:
-        """Raise on all of the team unless all its ranks are about to sum the same parameters."""
-        # Integers alone: their hash is the same in every process.
-        mine = hash(tuple([(order, g.shape, g.element_size(), g.is_complex()) for _, g, order, _ in group])) % 2**64
-        if self.transport.agree(team, mine) == mine * len(team) % 2**64:
+    def _plan(self, team: tuple[int, ...], group: Sequence[Entry]) -> None:
+        """Plan anew where much was summed, and it was not planned, or other parameters before it, or together with it."""
+        if sum(entry.nbytes for entry in group) < EARLY_BYTES:
             return
-        names = [f"{order} {replicas.name} {tuple(g.shape)} {g.dtype}" for _, g, order, replicas in group]
-        everywhere = self.transport.gather_objects(team, names)
-        lines = [f"rank {rank}: {', '.join(names)}" for rank, names in zip(team, everywhere, strict=True)]
-        raise RuntimeError("backward reached different parameters on the ranks that share them; " + "; ".join(lines))
+        reached = {entry.order for entry in group}
+        known = [set(planned.orders) for planned in self.reducer.planned.get(team, ())]
+        parts = [orders & reached for orders in known]
+        if (
+            reached - set().union(*known)
+            or not parts[0]
+            or any(p and p != k for p, k in zip(parts, known, strict=True))
+        ):
+            self.reducer.plan(team, group)
+
+    def _agreed_group(self, team: tuple[int, ...]) -> list[Entry]:
+        """All that is summed over a team, in order; raises on all of it unless that is the same on all its ranks."""
+        failed = [s for s in self._failed if s.team == team]
+        group = self._group(team)
+        mine = hash((tuple([entry.numbers for entry in group]), len(failed))) % 2**64
+        if self.transport.agree(team, mine) != mine * len(team) % 2**64:
+            self._settle(team, group, failed)
+            group = self._group(team)
+        return group
+
+    def _group(self, team: tuple[int, ...]) -> list[Entry]:
+        gone = [entry for started in self.started if started.team == team for entry in started.bucket]
+        return sorted([*gone, *self.teams[team].values()], key=attrgetter("order"))
+
+    def _settle(self, team: tuple[int, ...], group: Sequence[Entry], failed: Sequence[_Started]) -> None:
+        """Where ranks have collected or left different things: complete sums that only some have started, raise on all."""
+        started = [s for s in self.started if s.team == team]
+        sizes = [(s.flat.numel(), s.flat.dtype) for s in (*failed, *started)]
+        told = self.transport.gather_objects(team, _Told([str(e) for e in group], sizes, len(failed), len(started)))
+        for rank, other in zip(team, told, strict=True):
+            if not isinstance(other, _Told):
+                raise RuntimeError(f"rank {rank} has left a backward that ranks {list(team)} share")
+        differ = len({frozenset(other.names) for other in told}) > 1
+        any_failed, any_started = any(other.failed for other in told), any(other.started for other in told)
+        if differ or any_failed:
+            for size, dtype in max((other.sizes for other in told), key=len)[len(sizes) :]:
+                zeros = torch.zeros(size, dtype=dtype)
+                pending = self.transport.start_sum(team, zeros, self.reducer.engine)
+                self._failed.append(_Started(team, [], zeros, pending))
+                self.reducer.under_way.append(self._failed[-1])
+        if differ:
+            lines = [f"rank {rank}: {', '.join(other.names)}" for rank, other in zip(team, told, strict=True)]
+            raise RuntimeError(
+                "backward reached different parameters on the ranks that share them; " + "; ".join(lines)
+            )
+        if any_failed and any_started:
+            ranks = [rank for rank, other in zip(team, told, strict=True) if other.failed]
+            raise RuntimeError(
+                f"an earlier backward failed on ranks {ranks} alone of {list(team)}, which share parameters"
+            )
+        # A parameter used twice, whose sum has started before its second gradient came on some ranks.
+        entries = self.teams[team]
+        again = {name for other in told for name in other.names if other.names.count(name) > 1}
+        for entry in group:
+            if str(entry) in again and id(entry.parameter) not in entries:
+                zeros = torch.zeros_like(entry.parameter, dtype=entry.dtype, memory_format=torch.contiguous_format)
+                entries[id(entry.parameter)] = Entry(entry.parameter, zeros, entry.replicas, entry.dtype)
 
 
-def _buckets(group: Sequence[Entry]) -> list[list[Entry]]:
-    """The entries in buckets of one dtype and device, of `BUCKET_BYTES` at most unless one is larger."""
+@dataclass(frozen=True)
+class _Told:
+    """What ranks tell each other that have not collected the same."""
+
+    names: list[str]
+    sizes: list[tuple[int, torch.dtype]]  # of the sums started since they last agreed
+    failed: int  # how many of them by backwards that failed
+    started: int  # and by this one
+
+
+def buckets(group: Iterable[Entry], most: int) -> list[list[Entry]]:
+    """The entries in buckets of one dtype and device, of `most` bytes unless one is larger."""
     made: list[list[Entry]] = []
     latest: dict[Any, tuple[list[Entry], int]] = {}
     for entry in group:
-        gradient = entry[1]
-        kind, size = (gradient.dtype, gradient.device), gradient.nbytes
+        kind, size = (entry.dtype, entry.parameter.device), entry.nbytes
         bucket, filled = latest.get(kind, (None, 0))
-        if bucket is None or filled + size > BUCKET_BYTES:
+        if bucket is None or filled + size > most:
             bucket, filled = [], 0
             made.append(bucket)
         bucket.append(entry)
@@ -171,8 +359,11 @@ def _buckets(group: Sequence[Entry]) -> list[list[Entry]]:
     return made
 
 
-def _accumulate(bucket: Sequence[Entry], totals: Sequence[torch.Tensor]) -> None:
-    for (parameter, *_), total in zip(bucket, totals, strict=True):
+def _accumulate(bucket: Sequence[Entry], flat: torch.Tensor) -> None:
+    """Add a bucket's sums to ``.grad``."""
+    totals = _unflattened(flat, [entry.parameter for entry in bucket])
+    for entry, total in zip(bucket, totals, strict=True):
+        parameter = entry.parameter
         if parameter.grad is None:
             parameter.grad = total if total.dtype is parameter.dtype else total.to(parameter.dtype)
         else:

@@ -124,29 +124,28 @@ def test_overlapping_teams_of_several_dtypes(world: Partition) -> None:
         assert torch.equal(model.weight.grad, sum(x_of(r) for r in model.P.ranks).to(model.weight))
 
 
+@pytest.fixture
+def small_buckets(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(red, "BUCKET_BYTES", 8 * 16)
+
+
+@pytest.mark.usefixtures("small_buckets")
 @on_ranks(4, mpi=True)
 def test_buckets(world: Partition) -> None:
     """Small buckets, a parameter larger than one, and a scalar and an empty one in between."""
     shapes = [(3,), (40,), (), (0, 2), (2, 5), (30,), (1,)]
     models = [Shared(world, integers(shape), order) for order, shape in enumerate(shapes)]
-    whole, red.BUCKET_BYTES = red.BUCKET_BYTES, 8 * 16
-    try:
-        sum(model(integers(shape, world.rank)) for model, shape in zip(models, shapes, strict=True)).backward()
-    finally:
-        red.BUCKET_BYTES = whole
+    sum(model(integers(shape, world.rank)) for model, shape in zip(models, shapes, strict=True)).backward()
     for model, shape in zip(models, shapes, strict=True):
         assert torch.equal(model.weight.grad, sum(integers(shape, rank) for rank in range(4)))
 
 
-def test_buckets_hold_so_many_bytes_of_one_kind(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(red, "BUCKET_BYTES", 32)
+def test_buckets_hold_so_many_bytes_of_one_kind() -> None:
     replicas = Replicas((0, 1), 0, "w")
-    kinds = [(2, 8), (2, 8), (1, 8), (9, 8), (1, 4), (3, 8), (7, 4)]
-    group = [
-        (torch.empty(0), torch.empty(n, dtype=torch.float64 if size == 8 else torch.float32), 0, replicas)
-        for n, size in kinds
-    ]
-    sizes = [[gradient.nbytes for _, gradient, _, _ in bucket] for bucket in red._buckets(group)]
+    kinds = [(2, torch.float64), (2, torch.float64), (1, torch.float64), (9, torch.float64), (1, torch.float32)]
+    kinds += [(3, torch.float64), (7, torch.float32)]
+    group = [red.Entry(torch.empty(n, dtype=dtype), None, replicas, dtype) for n, dtype in kinds]
+    sizes = [[entry.nbytes for entry in bucket] for bucket in red.buckets(group, 32)]
     assert sizes == [[16, 16], [8], [72], [4, 28], [24]]
 
 

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import torch
 
 from distdl_lite.plan import Plan
+from distdl_lite.transport.sums import Pending
 
 Team = Sequence[int]
 
@@ -57,6 +58,16 @@ class Transport(Protocol):
 
     def all_reduce(self, team: Team, tensor: torch.Tensor, op: str = "sum") -> torch.Tensor:
         """Sum, maximum ("max") or minimum ("min") over the team, into the contiguous tensor itself."""
+
+    def open_sums(self, team: tuple[int, ...]) -> None:
+        """Prepare for `start_sum`; all of the team call it, where none waits for another of them."""
+
+    def start_sum(self, team: tuple[int, ...], tensor: torch.Tensor, engine: str = "auto") -> Pending:
+        """Begin a sum over the team into the contiguous tensor itself.
+
+        The team's ranks start theirs in the same order, wherever each of them stands, and with the same engine, one of
+        `ENGINES` or "auto".
+        """
 
     def broadcast(self, team: Team, tensor: torch.Tensor, root: int) -> None:
         """Fill the contiguous tensor with world rank `root`'s."""

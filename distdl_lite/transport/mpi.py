@@ -7,8 +7,10 @@ context ids, and models have thousands of layers.
 
 from __future__ import annotations
 
+import atexit
 import os
 import sys
+import time
 from array import array
 from collections.abc import Sequence
 from time import perf_counter
@@ -20,17 +22,13 @@ if "mpi4py.MPI" not in sys.modules:  # else MPI has begun
     # MPICH's collectives through shared memory spin: with more ranks than cores each takes 8 ms, a sum of 4 MiB 4 s, not
     # 75 us and 3 ms; on 2 ranks and 2 cores a sum of 64 B takes 2.4 us, not 4.7, but one of 4 MiB 3.9 ms, not 0.6.
     os.environ.setdefault("MPIR_CVAR_DEVICE_COLLECTIVES", "none")
-    if "MPI4PY_RC_THREAD_LEVEL" not in os.environ:
-        import mpi4py
-
-        # One thread at a time calls MPI here, autograd's in backward; under "multiple" an agreement takes 3.1 us, not 1.3.
-        mpi4py.rc.thread_level = "serialized"
 from mpi4py import MPI
 
 from distdl_lite.layout import Shape, shape_of
 from distdl_lite.plan import Edge, Leg, Pattern, Plan
 from distdl_lite.transport import Team, Transport, wire
 from distdl_lite.transport.counts import counted, record
+from distdl_lite.transport.sums import Done, Pending, Worker
 
 _TYPES = {
     torch.float32: MPI.FLOAT,
@@ -48,6 +46,7 @@ _TYPES = {
 }
 _OPS = {"sum": MPI.SUM, "max": MPI.MAX, "min": MPI.MIN}
 _TAG = 1
+_SECONDS_AT_END = 5.0  # for sums that were started and never waited for
 
 _transports: list[tuple[MPI.Comm, MPITransport]] = []
 
@@ -99,6 +98,8 @@ class MPITransport(Transport):
         self.local: dict[str, Any] = {}
         self._teams: dict[tuple[int, ...], MPI.Comm] = {tuple(range(self.size)): self.comm}
         self._votes: dict[tuple[int, ...], _Vote] = {}
+        self._sums: dict[tuple[int, ...], tuple[MPI.Comm, Worker]] = {}
+        atexit.register(self._end)  # before MPI's own end, which was registered earlier
 
     def communicator(self, team: Team) -> MPI.Comm:
         """The team's communicator; the team makes it together at first use, its ranks in sorted order."""
@@ -153,6 +154,37 @@ class MPITransport(Transport):
                 tensor.copy_(sent)
         return tensor
 
+    def open_sums(self, team: tuple[int, ...]) -> None:
+        if team not in self._sums:
+            self._sums[team] = self.communicator(team).Dup(), Worker()
+
+    def start_sum(self, team: tuple[int, ...], tensor: torch.Tensor, engine: str = "auto") -> Pending:
+        if len(team) == 1 or not tensor.numel():
+            return Done()
+        comm, worker = self._sums[team]
+        if "tallies" in self.local:
+            record(self.local, 1, tensor.nbytes, 0.0, 1, "sums")
+        if engine == "auto":
+            engine = "thread" if MPI.Query_thread() == MPI.THREAD_MULTIPLE else "poll"
+        if engine == "poll":
+            sent = _on_wire(tensor)
+            return _Posted(comm.Iallreduce(MPI.IN_PLACE, _numbers(sent), MPI.SUM), tensor, sent)
+        if engine == "inline":
+            _take_home(tensor, _summed(comm, tensor))
+            return Done()
+        is_ready = _event_of(tensor)
+        return worker.submit(lambda: _summed(comm, tensor, is_ready), lambda total: _take_home(tensor, total))
+
+    def _end(self) -> None:
+        """Let MPI end although some rank took no part in a sum: the job would wait for it for ever."""
+        end = perf_counter() + _SECONDS_AT_END
+        stopped = [worker.stop(end - perf_counter()) for _, worker in self._sums.values()]
+        if not all(stopped):
+            print(
+                f"rank {self.rank} ends while a sum that it started waits for other ranks", file=sys.stderr, flush=True
+            )
+            self.comm.Abort(1)
+
     @counted("copies")
     def broadcast(self, team: Team, tensor: torch.Tensor, root: int) -> None:
         if len(team) > 1:
@@ -161,6 +193,46 @@ class MPITransport(Transport):
             self.communicator(ordered).Bcast(_bytes(sent), ordered.index(root))
             if sent is not tensor:
                 tensor.copy_(sent)
+
+
+def _summed(comm: MPI.Comm, tensor: torch.Tensor, is_ready: Any = None) -> torch.Tensor:
+    """The sum in host memory, that of the tensor itself where it can be."""
+    if is_ready is not None:
+        is_ready.synchronize()
+    sent = _on_wire(tensor)
+    comm.Allreduce(MPI.IN_PLACE, _numbers(sent), MPI.SUM)
+    return sent
+
+
+def _take_home(tensor: torch.Tensor, total: torch.Tensor) -> None:
+    if total is not tensor:
+        tensor.copy_(total)
+
+
+def _event_of(tensor: torch.Tensor) -> Any:
+    """When what was asked of the device so far, in this thread, will have been done; None for the host."""
+    return torch.accelerator.current_stream(tensor.device).record_event() if not tensor.is_cpu else None
+
+
+class _Posted:
+    """A non-blocking sum."""
+
+    def __init__(self, request: MPI.Request, tensor: torch.Tensor, sent: torch.Tensor) -> None:
+        self._request, self._tensor, self._sent = request, tensor, sent
+
+    def is_done(self) -> bool:
+        return bool(self._request.Test())
+
+    def wait(self, timeout: float | None = None) -> bool:
+        if timeout is None:
+            self._request.Wait()
+        end = perf_counter() + (timeout or 0)
+        while not self._request.Test():
+            if perf_counter() > end:
+                return False
+            time.sleep(0)
+        _take_home(self._tensor, self._sent)
+        return True
 
 
 class _Vote:

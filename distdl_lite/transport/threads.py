@@ -14,6 +14,7 @@ import sys
 import threading
 from collections import defaultdict, deque
 from collections.abc import Callable
+from functools import reduce
 from time import perf_counter
 from types import FrameType
 from typing import Any
@@ -24,8 +25,10 @@ import torch
 from distdl_lite.plan import Plan
 from distdl_lite.transport import Team, Transport, enter, wire
 from distdl_lite.transport.counts import counted, record
+from distdl_lite.transport.sums import Pending
 
 _MASK = (1 << 64) - 1
+_Meeting = tuple[tuple[int, ...], str, int]  # the team, which of its lanes, and the number in it
 
 
 class _Abandoned(BaseException):
@@ -82,8 +85,8 @@ class World:
     def __init__(self, size: int) -> None:
         self.size = size
         self.mail: dict[tuple[int, int], deque[Any]] = defaultdict(deque)
-        self.meetings: dict[tuple[Any, ...], dict[int, Any]] = defaultdict(dict)
-        self.left: dict[tuple[Any, ...], int] = defaultdict(int)
+        self.meetings: dict[_Meeting, dict[int, Any]] = defaultdict(dict)
+        self.left: dict[_Meeting, int] = defaultdict(int)
         self.errors: dict[int, BaseException] = {}
         self.results: list[Any] = [None] * size
         self._condition = threading.Condition()
@@ -154,8 +157,8 @@ class ThreadTransport(Transport):
     def __init__(self, world: World, rank: int) -> None:
         self.world, self.rank, self.size = world, rank, world.size
         self.local: dict[str, Any] = {}
-        self._met: dict[tuple[int, ...], int] = defaultdict(int)
-        self._votes: dict[tuple[int, ...], int] = {}
+        self._met: dict[tuple[tuple[int, ...], str], int] = defaultdict(int)
+        self._votes: dict[tuple[int, ...], _Meeting] = {}
 
     def user_communicator(self, team: Team) -> None:
         return None
@@ -165,23 +168,23 @@ class ThreadTransport(Transport):
 
     def _meet(self, team: Team, value: Any, what: str) -> list[Any]:
         """What every rank of the team brings to its next meeting, in the order of the ranks."""
-        return self._met_all(tuple(sorted(team)), self._arrive(tuple(sorted(team)), value, what), what)
+        return self._met_all(self._arrive(tuple(sorted(team)), value, what), what)
 
-    def _arrive(self, team: tuple[int, ...], value: Any, what: str) -> int:
-        """Bring something to the team's next meeting; its number."""
-        number = self._met[team]
-        self._met[team] += 1
-        self.world.meetings[team, number][self.rank] = (what, value)
-        return number
+    def _arrive(self, team: tuple[int, ...], value: Any, what: str, lane: str = "") -> _Meeting:
+        """Bring something to the team's next meeting; those of different lanes may come in any order."""
+        number = self._met[team, lane]
+        self._met[team, lane] += 1
+        self.world.meetings[team, lane, number][self.rank] = (what, value)
+        return team, lane, number
 
-    def _met_all(self, team: tuple[int, ...], number: int, what: str) -> list[Any]:
+    def _met_all(self, meeting: _Meeting, what: str) -> list[Any]:
         """Wait for the others."""
-        meetings = self.world.meetings
-        present = meetings[team, number]
+        meetings, (team, _, number) = self.world.meetings, meeting
+        present = meetings[meeting]
         self.world.wait(self.rank, lambda: len(present) == len(team), f"{what} number {number} of ranks {list(team)}")
-        self.world.left[team, number] += 1
-        if self.world.left[team, number] == len(team):
-            del meetings[team, number], self.world.left[team, number]
+        self.world.left[meeting] += 1
+        if self.world.left[meeting] == len(team):
+            del meetings[meeting], self.world.left[meeting]
         calls = {rank: call for rank, (call, _) in present.items()}
         if len(set(calls.values())) > 1:
             raise RuntimeError(f"ranks {list(team)} meet in different calls: {dict(sorted(calls.items()))}")
@@ -194,7 +197,7 @@ class ThreadTransport(Transport):
 
     def agreed(self, team: tuple[int, ...]) -> int:
         began = perf_counter()
-        values = self._met_all(team, self._votes.pop(team), "agreement")
+        values = self._met_all(self._votes.pop(team), "agreement")
         record(self.local, 0, 0, perf_counter() - began, 0, None)
         return sum(values) & _MASK
 
@@ -209,10 +212,15 @@ class ThreadTransport(Transport):
         sent = tensor.to(wire.wire_dtype(tensor.dtype), copy=True)
         parts = self._meet(team, sent, f"all-reduce ({op}) of {tensor.numel()} {tensor.dtype}")
         fold = {"sum": torch.add, "max": torch.maximum, "min": torch.minimum}[op]
-        total = parts[0]
-        for part in parts[1:]:
-            total = fold(total, part)
-        return tensor.copy_(total)
+        return tensor.copy_(reduce(fold, parts))
+
+    def open_sums(self, team: tuple[int, ...]) -> None:
+        pass
+
+    def start_sum(self, team: tuple[int, ...], tensor: torch.Tensor, engine: str = "auto") -> Pending:
+        if "tallies" in self.local:
+            record(self.local, 1, tensor.nbytes, 0.0, 1, "sums")
+        return _Sum(self, team, tensor)
 
     @counted("copies")
     def broadcast(self, team: Team, tensor: torch.Tensor, root: int) -> None:
@@ -220,6 +228,25 @@ class ThreadTransport(Transport):
         sent = self._meet(team, tensor.clone() if self.rank == root else None, what)[sorted(team).index(root)]
         if self.rank != root:
             tensor.copy_(sent)
+
+
+class _Sum:
+    """A sum that was started; there is no time in which to wait for it: that nobody comes is found out at once."""
+
+    def __init__(self, transport: ThreadTransport, team: tuple[int, ...], tensor: torch.Tensor) -> None:
+        self._transport, self._tensor, self._team = transport, tensor, team
+        self._what = f"sum of {tensor.numel()} {tensor.dtype}"
+        sent = tensor.to(wire.wire_dtype(tensor.dtype), copy=True)
+        self._meeting: _Meeting | None = transport._arrive(team, sent, self._what, "sums")
+
+    def is_done(self) -> bool:
+        return self._meeting is None or len(self._transport.world.meetings[self._meeting]) == len(self._team)
+
+    def wait(self, timeout: float | None = None) -> bool:
+        if self._meeting is not None:
+            self._tensor.copy_(reduce(torch.add, self._transport._met_all(self._meeting, self._what)))
+            self._meeting = None
+        return True
 
 
 class ThreadChannel:
