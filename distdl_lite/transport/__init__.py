@@ -59,14 +59,14 @@ class Transport(Protocol):
     def all_reduce(self, team: Team, tensor: torch.Tensor, op: str = "sum") -> torch.Tensor:
         """Sum, maximum ("max") or minimum ("min") over the team, into the contiguous tensor itself."""
 
-    def open_sums(self, team: tuple[int, ...]) -> None:
+    def open_sums(self, team: tuple[int, ...], lane: str = "") -> None:
         """Prepare for `start_sum`; all of the team call it, where none waits for another of them."""
 
-    def start_sum(self, team: tuple[int, ...], tensor: torch.Tensor, engine: str = "auto") -> Pending:
+    def start_sum(self, team: tuple[int, ...], tensor: torch.Tensor, engine: str = "auto", lane: str = "") -> Pending:
         """Begin a sum over the team into the contiguous tensor itself.
 
-        The team's ranks start theirs in the same order, wherever each of them stands, and with the same engine, one of
-        `ENGINES` or "auto".
+        The team's ranks start those of one lane in the same order, wherever each of them stands, and with the same engine,
+        one of `ENGINES` or "auto".
         """
 
     def broadcast(self, team: Team, tensor: torch.Tensor, root: int) -> None:

@@ -98,7 +98,7 @@ class MPITransport(Transport):
         self.local: dict[str, Any] = {}
         self._teams: dict[tuple[int, ...], MPI.Comm] = {tuple(range(self.size)): self.comm}
         self._votes: dict[tuple[int, ...], _Vote] = {}
-        self._sums: dict[tuple[int, ...], tuple[MPI.Comm, Worker]] = {}
+        self._sums: dict[tuple[tuple[int, ...], str], tuple[MPI.Comm, Worker]] = {}
         atexit.register(self._end)  # before MPI's own end, which was registered earlier
 
     def communicator(self, team: Team) -> MPI.Comm:
@@ -154,14 +154,14 @@ class MPITransport(Transport):
                 tensor.copy_(sent)
         return tensor
 
-    def open_sums(self, team: tuple[int, ...]) -> None:
-        if team not in self._sums:
-            self._sums[team] = self.communicator(team).Dup(), Worker()
+    def open_sums(self, team: tuple[int, ...], lane: str = "") -> None:
+        if (team, lane) not in self._sums:
+            self._sums[team, lane] = self.communicator(team).Dup(), Worker()
 
-    def start_sum(self, team: tuple[int, ...], tensor: torch.Tensor, engine: str = "auto") -> Pending:
+    def start_sum(self, team: tuple[int, ...], tensor: torch.Tensor, engine: str = "auto", lane: str = "") -> Pending:
         if len(team) == 1 or not tensor.numel():
             return Done()
-        comm, worker = self._sums[team]
+        comm, worker = self._sums[team, lane]
         if "tallies" in self.local:
             record(self.local, 1, tensor.nbytes, 0.0, 1, "sums")
         if engine == "auto":

@@ -214,13 +214,13 @@ class ThreadTransport(Transport):
         fold = {"sum": torch.add, "max": torch.maximum, "min": torch.minimum}[op]
         return tensor.copy_(reduce(fold, parts))
 
-    def open_sums(self, team: tuple[int, ...]) -> None:
+    def open_sums(self, team: tuple[int, ...], lane: str = "") -> None:
         pass
 
-    def start_sum(self, team: tuple[int, ...], tensor: torch.Tensor, engine: str = "auto") -> Pending:
+    def start_sum(self, team: tuple[int, ...], tensor: torch.Tensor, engine: str = "auto", lane: str = "") -> Pending:
         if "tallies" in self.local:
             record(self.local, 1, tensor.nbytes, 0.0, 1, "sums")
-        return _Sum(self, team, tensor)
+        return _Sum(self, team, tensor, lane)
 
     @counted("copies")
     def broadcast(self, team: Team, tensor: torch.Tensor, root: int) -> None:
@@ -233,11 +233,11 @@ class ThreadTransport(Transport):
 class _Sum:
     """A sum that was started; there is no time in which to wait for it: that nobody comes is found out at once."""
 
-    def __init__(self, transport: ThreadTransport, team: tuple[int, ...], tensor: torch.Tensor) -> None:
+    def __init__(self, transport: ThreadTransport, team: tuple[int, ...], tensor: torch.Tensor, lane: str) -> None:
         self._transport, self._tensor, self._team = transport, tensor, team
         self._what = f"sum of {tensor.numel()} {tensor.dtype}"
         sent = tensor.to(wire.wire_dtype(tensor.dtype), copy=True)
-        self._meeting: _Meeting | None = transport._arrive(team, sent, self._what, "sums")
+        self._meeting: _Meeting | None = transport._arrive(team, sent, self._what, f"sums{lane}")
 
     def is_done(self) -> bool:
         return self._meeting is None or len(self._transport.world.meetings[self._meeting]) == len(self._team)
