@@ -156,11 +156,11 @@ class Reducer:
         if len(replicas.team) < 2:
             return gradient
         if parameter.is_leaf and not torch.is_grad_enabled() and _engine_will_run(self._token_node):
-            backward = _running_backward()
+            backward = running_backward()
             collected = self._collected.get(backward)
             if collected is None:
                 collected = self._collected[backward] = _Collected(self)
-                _at_end_of_backward(collected.flush)
+                at_end_of_backward(collected.flush)
             collected.add(parameter, gradient, replicas)
             return None
         return shown(gradient, replicas.team, self.transport)
@@ -244,7 +244,7 @@ class _Collected:
 
     def _start(self, team: tuple[int, ...], ready: Iterable[list[Entry]]) -> None:
         for bucket in ready:
-            flat = _flattened([entry.gradient for entry in bucket])
+            flat = flattened([entry.gradient for entry in bucket])
             for entry in bucket:
                 entry.gradient = None
                 del self.teams[team][id(entry.parameter)]
@@ -265,7 +265,7 @@ class _Collected:
             _accumulate(started.bucket, started.flat)
         for team in teams:
             for bucket in buckets(sorted(self.teams[team].values(), key=attrgetter("order")), BUCKET_BYTES):
-                flat = _flattened([entry.gradient for entry in bucket])
+                flat = flattened([entry.gradient for entry in bucket])
                 self.transport.all_reduce(team, flat)
                 _accumulate(bucket, flat)
             self._plan(team, groups[team])
@@ -361,7 +361,7 @@ def buckets(group: Iterable[Entry], most: int) -> list[list[Entry]]:
 
 def _accumulate(bucket: Sequence[Entry], flat: torch.Tensor) -> None:
     """Add a bucket's sums to ``.grad``."""
-    totals = _unflattened(flat, [entry.parameter for entry in bucket])
+    totals = unflattened(flat, [entry.parameter for entry in bucket])
     for entry, total in zip(bucket, totals, strict=True):
         parameter = entry.parameter
         if parameter.grad is None:
@@ -378,19 +378,19 @@ def _engine_will_run(node: Any) -> bool:
     return torch._C._will_engine_execute_node(node)
 
 
-def _running_backward() -> int:
+def running_backward() -> int:
     return torch._C._current_graph_task_id()
 
 
-def _at_end_of_backward(callback: Callable[[], None]) -> None:
+def at_end_of_backward(callback: Callable[[], None]) -> None:
     torch.autograd.Variable._execution_engine.queue_callback(callback)  # type: ignore[attr-defined]
 
 
-def _flattened(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+def flattened(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
     """One flat tensor of their elements."""
     return torch._C._nn.flatten_dense_tensors(tensors)  # type: ignore[attr-defined]
 
 
-def _unflattened(flat: torch.Tensor, tensors: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+def unflattened(flat: torch.Tensor, tensors: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
     """Views of a flat tensor of the shapes of these."""
     return torch._C._nn.unflatten_dense_tensors(flat, tensors)  # type: ignore[attr-defined]
