@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_leaves
 from distdl_lite.nn.movement import zero_volume_tensor
 from distdl_lite.nn.parameter import Layer
 from distdl_lite.parallel.buckets import Bucket
+from distdl_lite.parallel.deferred import DataParallelOptimizer, Deferral
 from distdl_lite.parallel.synchroniser import Options, Synchroniser, broadcast
 from distdl_lite.partition import Partition
 from distdl_lite.reducer import at_end_of_backward, running_backward
@@ -36,6 +37,10 @@ class DataParallel(torch.nn.Module):
     P : Partition or mpi4py.MPI.Comm, optional
         The ranks that hold copies. Of a Cartesian partition, those along the first axis, the batch; along the others
         the module's own layers may cut its tensors. None is the ambient world. A rank outside gets zero-volume tensors.
+    optimizer : DataParallelOptimizer or sequence of them, optional
+        Those whose steps `update` speaks of.
+    blocking_parameter_updates : bool, optional
+        Heat's word for `update`: False is "deferred", True "now".
     average : {"samples", "sum", "ranks", "none"}
         "samples": each rank's loss is a mean over its rows, and weighs as many: the number of rows of the first tensor
         argument, or what ``weight`` is set to before backward, such as a number of tokens. "sum": each rank's loss is a sum
@@ -47,6 +52,9 @@ class DataParallel(torch.nn.Module):
     engine : {"auto", "inline", "thread", "poll"}
         Who makes the sums: backward itself, a thread of the library's, or MPI when it can. "auto" is the thread for a
         model with more than 256 KiB of gradients.
+    update : {"now", "deferred"}
+        "deferred": backward does not wait for the sums, and an optimizer's step happens in the next forward, bucket by
+        bucket, before a layer uses its parameters; the result is the same bit by bit. See `DataParallelOptimizer`.
     overlap : bool
         Whether sums start while backward runs; without, when it ends.
     init : {"broadcast", "check", "none"}
@@ -108,6 +116,7 @@ class DataParallel(torch.nn.Module):
         _check_choice("average", average, ("samples", "sum", "ranks", "none"))
         _check_choice("sync_buffers", sync_buffers, ("root", "mean", "none"))
         _check_choice("engine", engine, ("auto", *ENGINES))
+        _check_choice("update", update, ("now", "deferred"))
         _check_choice("init", init, ("broadcast", "check", "none"))
         _check_positive("bucket_mb", bucket_mb)
         _check_positive("timeout", timeout)
@@ -120,6 +129,8 @@ class DataParallel(torch.nn.Module):
         self.module = module
         self.P = P if isinstance(P, Partition) else Partition(P)
         self.dim = dim
+        self.optimizer = optimizer
+        self._update = _update_of(optimizer, blocking_parameter_updates, update)
         given = {"bucket_bytes": bucket_mb and int(bucket_mb * 2**20), "timeout": timeout}
         self._options = Options(
             average, sync_buffers, engine, overlap, comm_hook=comm_hook, **{k: v for k, v in given.items() if v}
@@ -170,6 +181,23 @@ class DataParallel(torch.nn.Module):
         names, parameters = [n for n, _ in named], [p for _, p in named]
         self._sync = Synchroniser(names, parameters, late, list(buffers.values()), transport, team, self._options)
         self._tensors = list(self.module.parameters()) + list(buffers.values())
+        if self._deferral is not None:
+            self._deferral.remove()
+        wants = self._update == "deferred" and len(team) > 1
+        self._deferral = Deferral(self.module, self._sync, self._optimizers()) if wants else None
+
+    def _optimizers(self) -> list[DataParallelOptimizer]:
+        return _listed(self.optimizer)
+
+    @property
+    def blocking_parameter_updates(self) -> bool:
+        """Whether parameters are updated at once."""
+        return self._update == "now"
+
+    def synchronize(self) -> None:
+        """Wait for the sums of the last backward, and take the steps that were deferred."""
+        if self._deferral is not None:
+            self._deferral.flush()
 
     def _summed_by_layers(self, team: set[int]) -> dict[int, bool]:
         """The parameters of distributed layers, and whether their sum covers the batch axis."""
@@ -202,6 +230,7 @@ class DataParallel(torch.nn.Module):
 
     def check_replicas(self) -> None:
         """Raise RuntimeError, on all ranks, unless they hold the same parameters and buffers, bit by bit."""
+        self.synchronize()
         if self._sync is not None:
             buffers = {} if self._options.sync_buffers == "none" else dict(self.module.named_buffers())
             self._check_equal({**dict(zip(self._sync.names, self._sync.parameters, strict=True)), **buffers})
@@ -233,11 +262,21 @@ class DataParallel(torch.nn.Module):
         if not self.P.active:
             return zero_volume_tensor()
         if not torch.is_grad_enabled():
+            self.synchronize()
             return self.module(*inputs, **kwargs)
         self._refresh()
-        output = self.module(*inputs, **kwargs)
+        output = self._call_module(*inputs, **kwargs)
         self._watch(output, self._rows(inputs, kwargs))
         return output
+
+    def _call_module(self, *inputs: Any, **kwargs: Any) -> Any:
+        if self._deferral is None:
+            return self.module(*inputs, **kwargs)
+        self._deferral.begin_forward()
+        try:
+            return self.module(*inputs, **kwargs)
+        finally:
+            self._deferral.end_forward()
 
     def _rows(self, inputs: Any, kwargs: Any) -> int:
         for leaf in tree_leaves((inputs, kwargs)):
@@ -266,6 +305,7 @@ class DataParallel(torch.nn.Module):
 
     def _begin(self, backward: int) -> None:
         assert self._sync is not None
+        self.synchronize()
         self._sync.begin(backward)
         self._sync.count, self._unseen = self._sync.count + self._unseen, 0
         self._waits_for_layers = bool(self._sync.late)
@@ -279,6 +319,8 @@ class DataParallel(torch.nn.Module):
         if not self._syncs:
             sync.keep_local(number)
             return
+        if self._deferral is not None:
+            self._deferral.came(number)
         if not sync.is_open:
             self._begin(running_backward())
         sync.ready(number)
@@ -290,9 +332,12 @@ class DataParallel(torch.nn.Module):
             return
         sync = self._sync
         assert sync is not None
-        sync.weight = self.weight
-        sync.finish()
-        self.weight = None
+        sync.weight, self.weight = self.weight, None
+        if self._deferral is None:
+            sync.finish()
+        else:
+            sync.start_rest()
+            self._deferral.after_backward()
 
     @contextlib.contextmanager
     def no_sync(self) -> Iterator[None]:
@@ -310,6 +355,7 @@ class DataParallel(torch.nn.Module):
         Then all take the parameters and buffers of a rank that made the last step. The optimizers' states are left alone.
         """
         yield
+        self.synchronize()
         sync = self._sync
         if sync is None or len(sync.team) == 1:
             return
@@ -335,11 +381,22 @@ class DataParallel(torch.nn.Module):
             return getattr(super().__getattr__("module"), name)
 
     def __getstate__(self) -> dict[str, Any]:
+        self.synchronize()
         return {**self.__dict__, **_unprepared()}
 
     def __del__(self) -> None:
         for handle in self.__dict__.get("_handles", {}).values():
             handle.remove()
+
+    def train(self, mode: bool = True) -> DataParallel:
+        """As torch's; a deferred update is done first."""
+        self.synchronize()
+        return super().train(mode)
+
+    def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, torch.nn.Parameter]]:
+        """As torch's; a deferred update is done first."""
+        self.synchronize()
+        return super().named_parameters(*args, **kwargs)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """The module's."""
@@ -391,12 +448,45 @@ def _unprepared() -> dict[str, Any]:
     return {
         "weight": None,
         "_sync": None,
+        "_deferral": None,
         "_handles": {},
         "_tensors": [],
         "_syncs": True,
         "_unseen": 0,
         "_waits_for_layers": False,
     }
+
+
+def _listed(optimizer: Any) -> list[Any]:
+    if optimizer is None:
+        return []
+    return list(optimizer) if isinstance(optimizer, (list, tuple)) else [optimizer]
+
+
+def _update_of(optimizer: Any, blocking: bool | None, update: str) -> str:
+    """When parameters are updated; raises unless the arguments fit."""
+    for one in _listed(optimizer):
+        if type(one).__name__ == "DASO":
+            raise TypeError("DataParallel: DASO steps by itself; use DataParallelMultiGPU")
+        if not isinstance(one, DataParallelOptimizer):
+            raise TypeError(
+                f"DataParallel: optimizer must be a DataParallelOptimizer or a sequence of them, not {one!r}"
+            )
+    if blocking is not None and not isinstance(blocking, bool):
+        raise TypeError(f"DataParallel: blocking_parameter_updates must be a bool, not {blocking!r}")
+    if blocking is False:
+        update = "deferred"
+    if update == "deferred":
+        if blocking:
+            raise ValueError('DataParallel: blocking_parameter_updates=True is update="now"')
+        if not _listed(optimizer):
+            raise ValueError('DataParallel: update="deferred" needs the optimizer')
+        for one in _listed(optimizer):
+            if isinstance(one.torch_optimizer, torch.optim.LBFGS):
+                raise ValueError('DataParallel: LBFGS calls a closure; use update="now"')
+    for one in _listed(optimizer):
+        one.blocking_parameter_updates = update == "now"
+    return update
 
 
 _SPARSE = "DataParallel: sparse gradients are not summed; build {} with sparse=False"

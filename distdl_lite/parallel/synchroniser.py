@@ -15,6 +15,8 @@ from distdl_lite.transport import Transport
 from distdl_lite.transport.sums import Pending
 from distdl_lite.transport.wire import wire_dtype
 
+Found = list[tuple[int, torch.Tensor | None]]  # parameters' numbers, and the sums of their gradients
+
 INLINE_BYTES = 256 << 10  # a model with fewer gradients has its sums made where they are started
 SECONDS = 1800.0  # to wait for other ranks
 _LANES = 8  # containers whose sums may be under way at once; communicators are few
@@ -198,63 +200,82 @@ class Synchroniser:
         self.is_open = False
 
     def finish(self) -> bool:
-        """Complete a backward: start what is left, and put the results into ``.grad``. Whether any rank took part."""
+        """Complete a backward, and put the sums into ``.grad``. Whether any rank took part."""
+        any_takes_part = self.start_rest()
+        for place in range(len(self.buckets)):
+            self.put(self.complete(place))
+        self.close()
+        return any_takes_part
+
+    def start_rest(self) -> bool:
+        """Start all sums that have not, and do what other ranks must do too. Whether any rank took part."""
         while len(self._pending) < len(self.buckets):
             self._start()
-        found: list[tuple[int, torch.Tensor | None]] = []
-        for place, bucket in enumerate(self.buckets):
-            self._wait(place)
-            values, marks = bucket.unpack(self.options.average != "none")
-            if round(marks) != len(self.team):
-                self.is_open = False
-                raise RuntimeError("DataParallel: backward failed on another rank, whose gradients are lacking")
-            found += zip(bucket.numbers, values, strict=True)
-        active, changed, *trained = self.buckets[0].header
-        found += self._unplanned(trained)
-        if self._takes_part:
-            self._put(found)
+        self._results = {0: self._result(0)}
+        active, changed, *self._trained = self.buckets[0].header
+        self.put(self._unplanned())
         if changed:
             self.sync_buffers()
-        self._plan_anew(trained)
+        return active > 0
+
+    def complete(self, place: int) -> Found:
+        """The sums of a bucket, None for a parameter without gradient on any rank."""
+        return self._results.pop(place, None) or self._result(place)
+
+    def _result(self, place: int) -> Found:
+        self._wait(place)
+        values, marks = self.buckets[place].unpack(self.options.average != "none")
+        if round(marks) != len(self.team):
+            self.is_open = False
+            raise RuntimeError("DataParallel: backward failed on another rank, whose gradients are lacking")
+        return list(zip(self.buckets[place].numbers, values, strict=True))
+
+    def close(self) -> None:
+        """The end of a backward."""
+        self._plan_anew(self._trained)
         self.is_open = False
         if self._takes_part:
             self.count, self.weight, self.steps = 0.0, None, self.steps + 1
-        return active > 0
 
-    def _unplanned(self, trained: Sequence[float]) -> list[tuple[int, torch.Tensor | None]]:
-        """The gradients of parameters that some rank trains since this backward."""
-        new = [n for n, ranks in enumerate(trained) if ranks and n not in self.places]
-        found: list[tuple[int, torch.Tensor | None]] = []
-        for n in new:
+    def _unplanned(self) -> Found:
+        """The sums of parameters that some rank trains since this backward."""
+        found: Found = []
+        for n in [n for n, ranks in enumerate(self._trained) if ranks and n not in self.places]:
             bucket = Bucket([n], [self.parameters[n]])
-            bucket.pack([self.parameters[n].grad if self._takes_part else None], *(self._weighed or (0.0, 0.0)), 1.0)
+            assert self._weighed is not None
+            bucket.pack([self.parameters[n].grad if self._takes_part else None], *self._weighed, 1.0)
             self._sum(bucket.flat).wait()
             found.append((n, bucket.unpack(self.options.average != "none")[0][0]))
         return found
 
     @torch.no_grad()
-    def _put(self, found: Sequence[tuple[int, torch.Tensor | None]]) -> None:
-        """Put the results into ``.grad``, added to what was there before backward."""
+    def put(self, found: Found) -> None:
+        """Put sums into ``.grad``, added to what was there before backward."""
+        if not self._takes_part:
+            return
         into: list[tuple[torch.Tensor, torch.Tensor]] = []
         for number, value in found:
             parameter = self.parameters[number]
             grad = parameter.grad
-            if value is not None:
-                if grad is None or grad.requires_grad:
-                    parameter.grad = value.to(parameter.dtype, copy=True)
-                else:
-                    into.append((grad, value))
+            if value is not None and (grad is None or grad.requires_grad):
+                parameter.grad = value.to(parameter.dtype, copy=True)
+            elif value is not None and grad is not None:
+                into.append((grad, value))
         if into:
-            torch._foreach_copy_(*map(list, zip(*into, strict=True)))
-        for number, before in self._aside.items():
-            parameter = self.parameters[number]
-            if parameter.grad is not None:
-                before.add_(parameter.grad)
-            parameter.grad = before
+            grads, values = zip(*into, strict=True)
+            torch._foreach_copy_(grads, values)
         for number, _ in found:
-            grad = self.parameters[number].grad
-            if grad is not None:
-                self._settled[number] = weakref.ref(grad)
+            parameter = self.parameters[number]
+            parameter.grad = self.added_up(number, parameter.grad)
+            if parameter.grad is not None:
+                self._settled[number] = weakref.ref(parameter.grad)
+
+    def added_up(self, number: int, value: torch.Tensor | None) -> torch.Tensor | None:
+        """The sum of a gradient, added to what was in ``.grad`` before backward."""
+        before = self._aside.pop(number, None)
+        if before is not None and value is not None:
+            before.add_(value)
+        return value.to(self.parameters[number].dtype) if before is None and value is not None else before
 
     def _plan_anew(self, trained: Sequence[float]) -> None:
         """Follow what is trained now, and, once, the order in which the root's gradients came."""
