@@ -25,6 +25,9 @@ LEVELS = [
     "nn/module",
     "nn/movement",
     "nn",
+    "parallel/orders",
+    "parallel/rows",
+    "parallel/replica",
 ]
 PURE = ["grid", "partition", "layout", "plan"]
 ANYTHING = ["__init__", "__main__", "testing", "pytest_plugin", "handwritten"]
