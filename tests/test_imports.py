@@ -28,6 +28,7 @@ LEVELS = [
     "parallel/orders",
     "parallel/rows",
     "parallel/replica",
+    "parallel/local",
 ]
 PURE = ["grid", "partition", "layout", "plan"]
 ANYTHING = ["__init__", "__main__", "testing", "pytest_plugin", "handwritten"]

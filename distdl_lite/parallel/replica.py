@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -124,9 +124,13 @@ class Weights:
             raise ValueError(f"the module is not the root's: {'; '.join(texts) or 'another number of modules inside'}")
 
 
-def _named(module: torch.nn.Module) -> list[tuple[str, torch.Tensor, bool]]:
-    parameters = [(name, tensor, False) for name, tensor in module.named_parameters(remove_duplicate=False)]
-    return parameters + [(name, tensor, True) for name, tensor in module.named_buffers(remove_duplicate=False)]
+def _named(module: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor, bool]]:
+    """Parameters, and buffers, under all their names."""
+    for prefix, inner in module.named_modules(remove_duplicate=False):
+        for is_buffer, own in enumerate((inner._parameters, inner._buffers)):
+            for name, tensor in own.items():
+                if tensor is not None:
+                    yield (f"{prefix}.{name}" if prefix else name), tensor, bool(is_buffer)
 
 
 def _described(module: torch.nn.Module) -> tuple[tuple[Weight, ...], list[torch.Tensor]]:
@@ -156,7 +160,7 @@ def _put(module: torch.nn.Module, weight: Weight, tensor: torch.Tensor) -> None:
     for name in weight.names:
         path, _, last = name.rpartition(".")
         owner = module.get_submodule(path)
-        (owner._buffers if weight.is_buffer else owner._parameters)[last] = tensor  # type: ignore[assignment]
+        (owner._buffers if weight.is_buffer else owner._parameters)[last] = tensor
 
 
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -164,7 +168,7 @@ _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 def _same_bits(left: torch.Tensor, right: torch.Tensor) -> bool:
     """Whether two tensors of a dtype and shape hold the same bits, also of NaN and -0."""
-    return torch.equal(_bits(left), _bits(right))
+    return bool(torch.equal(_bits(left), _bits(right)))
 
 
 def _bits(tensor: torch.Tensor) -> torch.Tensor:

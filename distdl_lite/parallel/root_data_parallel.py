@@ -6,74 +6,27 @@ applied, the outputs' rows put together on the root. Backward is the adjoints in
 
 from __future__ import annotations
 
-import pickle
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager
 from typing import Any
 from weakref import WeakValueDictionary, finalize
 
 import torch
 from torch.autograd.function import once_differentiable
-from torch.func import functional_call
 from torch.utils import _pytree as pytree
 
 from distdl_lite.nn.module import Module, TensorStructure, check_alike
 from distdl_lite.nn.movement import zero_volume_tensor
 from distdl_lite.operator import ANCHOR, Operator
-from distdl_lite.parallel.orders import Agreed, Order, Told, meet, pickled, unwrapped
-from distdl_lite.parallel.replica import News, Weights
+from distdl_lite.parallel.local import Call, Leaf, Result, Run, apply, autocast_modes, local_gradients, slotted
+from distdl_lite.parallel.orders import Agreed, Order, Told, meet, unwrapped
+from distdl_lite.parallel.replica import Weights
 from distdl_lite.parallel.rows import Cuts, Output, Report, Team, cut_rows, dim_in, outputs_of, refusal, rows_in, runs
 from distdl_lite.partition import Partition
 
 _NAME = "RootDataParallel"
 _KEPT_OPERATORS = 256
-
-
-@dataclass(frozen=True)
-class _Slot:
-    """Stands for a tensor among arguments that are pickled."""
-
-    number: int
-
-
-@dataclass(frozen=True)
-class _Call:
-    """What the root tells of a forward."""
-
-    arguments: bytes
-    tensors: tuple[TensorStructure, ...]
-    copied: dict[int, torch.Tensor]  # tensors without dims, which have no rows
-    cuts: Cuts
-    news: News
-    is_grad_enabled: bool
-    autocast: dict[str, torch.dtype | None]
-
-
-@dataclass(eq=False)
-class _Run:
-    """A forward on one rank, as its backward needs it.
-
-    Attributes
-    ----------
-    number : int
-    leaves : list of (TensorStructure, Operator or None, Tensor)
-        What gets a gradient: weights and copied tensors, whose gradients are added up, and tensors with the operator that
-        cut them; and this rank's part.
-    outputs : list of (Output, Operator)
-        The tensors returned, and the operators whose adjoints put them together.
-    local : list of tensors or None
-        This rank's outputs, None where the module was not applied, and once its graph is let go.
-    returned : list of tensors
-        What goes out, until it has.
-    """
-
-    number: int
-    leaves: list[tuple[TensorStructure, Operator | None, torch.Tensor]]
-    outputs: list[tuple[Output, Operator]]
-    local: list[torch.Tensor] | None
-    returned: list[torch.Tensor]
 
 
 class RootDataParallel(torch.nn.Module):
@@ -131,6 +84,14 @@ class RootDataParallel(torch.nn.Module):
 
     ``state_dict()`` is that of `torch.nn.DataParallel`, with the prefix ``module.``; the root's is the one to save.
     """
+
+    _left: int
+    _forwards: int
+    _team: Team
+    _weights: Weights
+    _operators: OrderedDict[Any, Operator]
+    _served: dict[int, Run]
+    _dropped: list[int]
 
     def __init__(
         self,
@@ -231,11 +192,12 @@ class RootDataParallel(torch.nn.Module):
         except Exception as error:
             told = Told.of(error, _NAME)
         self._forwards += 1
-        run, items, nested = self._run(self._meet("forward", self._forwards, call, told), tensors, weights)
-        assert call is not None and weights is not None
-        passed = [t for t in (*weights, *tensors) if t.requires_grad] if call.is_grad_enabled else []
-        outputs = iter(self._returned(run, passed))
-        return pytree.tree_unflatten([next(outputs) if isinstance(v, torch.Tensor) else v for v in items], nested)
+        run, result = self._run(self._meet("forward", self._forwards, call, told), tensors, weights)
+        assert weights is not None
+        assert result is not None
+        outputs = iter(self._returned(run, [tensor for tensor in (*weights, *tensors) if tensor.requires_grad]))
+        items = [next(outputs) if isinstance(item, torch.Tensor) else item for item in result.items]
+        return pytree.tree_unflatten(items, result.nesting)
 
     def _forward_elsewhere(self, tensors: list[torch.Tensor]) -> torch.Tensor:
         told = None
@@ -244,13 +206,13 @@ class RootDataParallel(torch.nn.Module):
             text = f"rank {self._team.transport.rank} passed tensors of shapes {shapes}, but is not the root"
             told = Told.of(ValueError(text), _NAME)
         if self._team.place is not None:
-            run, _, _ = self._run(self._meet("forward", error=told), None, None)
+            run, _ = self._run(self._meet("forward", error=told))
             return self._returned(run, tensors)[0]
         if told is not None:
             raise Agreed(told)
         return zero_volume_tensor().requires_grad_(torch.is_grad_enabled())
 
-    def _call(self, leaves: list[Any], nesting: Any, tensors: list[torch.Tensor]) -> tuple[_Call, list[torch.Tensor]]:
+    def _call(self, leaves: list[Any], nesting: Any, tensors: list[torch.Tensor]) -> tuple[Call, list[torch.Tensor]]:
         """What the root tells of a forward, and its weights."""
         structures = tuple(TensorStructure.of(tensor) for tensor in tensors)
         for number, structure in enumerate(structures):
@@ -258,45 +220,46 @@ class RootDataParallel(torch.nn.Module):
             if error is not None:
                 raise error
         cuts = cut_rows(rows_in(structures, self.dim), len(self._team.ranks), self._team.root)
-        numbers = iter(range(len(tensors)))
-        plain = [_Slot(next(numbers)) if isinstance(value, torch.Tensor) else value for value in leaves]
-        arguments = pickled(pytree.tree_unflatten(plain, nesting))
         copied = {i: tensor.detach().cpu().clone() for i, tensor in enumerate(tensors) if not tensor.dim()}
+        arguments = slotted(leaves, nesting)
         news, weights = self._weights.news(self.module)
-        return _Call(arguments, structures, copied, cuts, news, torch.is_grad_enabled(), _autocast()), weights
+        return Call(arguments, structures, copied, cuts, news, torch.is_grad_enabled(), autocast_modes()), weights
 
     def _run(
-        self, order: Order, tensors: list[torch.Tensor] | None, weights: list[torch.Tensor] | None
-    ) -> tuple[_Run, list[Any], Any]:
-        """A forward, together on all ranks; also what the module returned on this one, flattened."""
-        call: _Call = order.content
+        self, order: Order, tensors: list[torch.Tensor] | None = None, weights: list[torch.Tensor] | None = None
+    ) -> tuple[Run, Result | None]:
+        """A forward, together on all ranks; also what the module returned on this one."""
+        call: Call = order.content
         self._weights.send(call.news, weights, self._weights_operator)
         cutters = [self._cutter(structure, call.cuts) for structure in call.tensors]
         blocks = [self._block(call, i, cutter, tensors) for i, cutter in enumerate(cutters)]
-        told, local, items, nested = None, None, [], None
+        told = report = result = None
+        replica: list[torch.Tensor] = []
         try:
             replica = self._replica(call, weights)
             if runs(call.cuts, self._place, self._team.root):
-                items, nested, local = self._apply(call, blocks, replica)
+                names = [(name, t) for w, t in zip(self._weights.weights, replica, strict=True) for name in w.names]
+                aliases = {name: t for name, t in names if weights is not None and t.requires_grad}
+                result = apply(self.module, call, blocks, aliases if call.is_grad_enabled else {})
+                report = Report.of(result.nesting, result.items)
         except Exception as error:
             told = self._told(error)
-        report = None if local is None else Report(_line(nested), tuple(map(TensorStructure.of, items)))
-        reports = self._gather(told, report)
-        outputs = self._outputs(reports)
+        outputs = self._outputs(self._gather(told, report))
+        local = None if result is None else result.tensors
         returned = [self._joined(*output, local and local[i]) for i, output in enumerate(outputs)]
         if not any(output.requires_grad for output, _ in outputs):
-            return _Run(order.number, [], outputs, None, returned), items, nested
-        slots = [(weight.structure, None, leaf) for weight, leaf in zip(self._weights.weights, replica, strict=True)]
-        slots += zip(call.tensors, cutters, blocks, strict=True)
-        slots = [slot for slot in slots if slot[0].requires_grad]
-        return _Run(order.number, slots, outputs, local, returned), items, nested
+            return Run(order.number, [], outputs, None, returned), result
+        leaves = [Leaf(w.structure, None, part) for w, part in zip(self._weights.weights, replica, strict=True)]
+        leaves += map(Leaf, call.tensors, cutters, blocks)
+        leaves = [leaf for leaf in leaves if leaf.structure.requires_grad]
+        return Run(order.number, leaves, outputs, local, returned), result
 
     def _cutter(self, structure: TensorStructure, cuts: Cuts) -> Operator | None:
         dim = dim_in(structure.shape, self.dim)
         return None if dim is None else self._rows_operator(structure.shape, dim, cuts)
 
     def _block(
-        self, call: _Call, number: int, cutter: Operator | None, tensors: list[torch.Tensor] | None
+        self, call: Call, number: int, cutter: Operator | None, tensors: list[torch.Tensor] | None
     ) -> torch.Tensor:
         """This rank's part of a tensor argument, a leaf of its graph."""
         structure = call.tensors[number]
@@ -306,40 +269,13 @@ class RootDataParallel(torch.nn.Module):
             block = cutter.apply(_nothing_like(structure) if tensors is None else tensors[number].detach())
         return block.requires_grad_(call.is_grad_enabled and structure.requires_grad)
 
-    def _replica(self, call: _Call, weights: list[torch.Tensor] | None) -> list[torch.Tensor]:
+    def _replica(self, call: Call, weights: list[torch.Tensor] | None) -> list[torch.Tensor]:
         """The module's weights for this forward: on the root aliases, so that hooks see the whole gradient alone."""
         if weights is None:
             return self._weights.install(self.module, call.news.training)
         return [w.detach().requires_grad_() if w.requires_grad and call.is_grad_enabled else w for w in weights]
 
-    def _apply(
-        self, call: _Call, blocks: list[torch.Tensor], replica: list[torch.Tensor]
-    ) -> tuple[list[Any], Any, list[torch.Tensor]]:
-        """Apply the module under the root's modes; what it returned, flattened, and the tensors in it."""
-        arguments = pickle.loads(call.arguments)
-        aliases = {
-            name: tensor
-            for weight, tensor in zip(self._weights.weights, replica, strict=True)
-            if self._is_root and weight.structure.requires_grad
-            for name in weight.names
-        }
-        with ExitStack() as modes:
-            modes.enter_context(torch.set_grad_enabled(call.is_grad_enabled))
-            for device, dtype in call.autocast.items():
-                if dtype is not None or torch.is_autocast_enabled(device):
-                    modes.enter_context(torch.autocast(device, dtype, enabled=dtype is not None))
-            passed = [_Alias.apply(block) if block.requires_grad else block for block in blocks]
-            args, kwargs = pytree.tree_map_only(_Slot, lambda slot: passed[slot.number], arguments)
-            result = functional_call(self.module, aliases, args, kwargs, tie_weights=False)
-            items, nested = pytree.tree_flatten(result)
-            local = [item if item.dim() else item.view(1) for item in items if isinstance(item, torch.Tensor)]
-        for item in items:
-            if any(isinstance(inner, torch.Tensor) for inner in getattr(item, "__dict__", {}).values()):
-                kind = type(item).__name__
-                raise TypeError(f"the module returned a {kind} with tensors: register it with torch.utils._pytree")
-        return items, nested, local
-
-    def _outputs(self, reports: dict[int, Any]) -> list[tuple[Output, Operator]]:
+    def _outputs(self, reports: dict[int, Report]) -> list[tuple[Output, Operator]]:
         try:
             outputs = outputs_of(reports, len(self._team.ranks), self.dim)
         except (TypeError, ValueError) as error:
@@ -352,7 +288,7 @@ class RootDataParallel(torch.nn.Module):
             block = torch.empty(operator.plan.shape_out or (), dtype=output.dtype, device=output.device)
         return operator.adjoint.apply(block.detach())
 
-    def _returned(self, run: _Run, passed: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+    def _returned(self, run: Run, passed: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
         """What goes out of forward, with the node whose backward all ranks run together."""
         differentiable = [output.requires_grad for output, _ in run.outputs]
         if not self._is_root:
@@ -365,7 +301,7 @@ class RootDataParallel(torch.nn.Module):
     # ---- backward ----------------------------------------------------------------------------------------------------
 
     def _backward(
-        self, run: _Run, order: Order, gradients: Sequence[torch.Tensor | None] | None
+        self, run: Run, order: Order, gradients: Sequence[torch.Tensor | None] | None
     ) -> list[torch.Tensor | None]:
         """A backward, together on all ranks; the gradients of the leaves on the root."""
         keep, given = order.content
@@ -373,34 +309,38 @@ class RootDataParallel(torch.nn.Module):
             operator.apply(_nothing_like(output) if gradients is None else gradients[i]) if given[i] else None
             for i, (output, operator) in enumerate(run.outputs)
         ]
-        told, found = None, [None] * len(run.leaves)
+        told = None
+        found: list[torch.Tensor | None] = [None] * len(run.leaves)
         try:
-            found = _local_gradients(run, received, keep)
+            found = local_gradients(run, received, keep)
         except Exception as error:
             told = self._told(error)
         masks = self._gather(told, [gradient is not None for gradient in found]).values()
         used = [any(flags) for flags in zip(*masks, strict=True)]
         return self._summed(run, found, used)
 
-    def _summed(self, run: _Run, found: list[torch.Tensor | None], used: list[bool]) -> list[torch.Tensor | None]:
+    def _summed(
+        self, run: Run, found: Sequence[torch.Tensor | None], used: Sequence[bool]
+    ) -> list[torch.Tensor | None]:
         """Bring the ranks' gradients of the leaves to the root."""
-        groups: dict[Any, list[int]] = {}
+        groups: dict[Any, list[tuple[int, torch.Tensor]]] = {}
         totals: list[torch.Tensor | None] = [None] * len(found)
-        for i, (structure, cutter, leaf) in enumerate(run.leaves):
-            if used[i]:
-                gradient = torch.zeros_like(leaf) if found[i] is None else found[i]
-                if cutter is not None:
-                    totals[i] = cutter.adjoint.apply(gradient)
-                else:
-                    found[i] = gradient
-                    groups.setdefault((structure.dtype, structure.device), []).append(i)
+        for i, leaf in enumerate(run.leaves):
+            if not used[i]:
+                continue
+            gradient = found[i]
+            gradient = torch.zeros_like(leaf.part) if gradient is None else gradient
+            if leaf.cutter is not None:
+                totals[i] = leaf.cutter.adjoint.apply(gradient)
+            else:
+                groups.setdefault((leaf.structure.dtype, leaf.structure.device), []).append((i, gradient))
         for members in groups.values():
-            sizes = [run.leaves[i][0].size for i in members]
-            flat = torch.cat([found[i].reshape(-1) for i in members])
-            total = self._weights_operator(sum(sizes)).adjoint.apply(flat)
+            flat = torch.cat([gradient.reshape(-1) for _, gradient in members])
+            total = self._weights_operator(len(flat)).adjoint.apply(flat)
             if self._is_root:
-                for i, part in zip(members, total.split(sizes), strict=True):
-                    totals[i] = part.view(run.leaves[i][0].shape)
+                parts = total.split([gradient.numel() for _, gradient in members])
+                for (i, gradient), part in zip(members, parts, strict=True):
+                    totals[i] = part.view(gradient.shape)
         return totals
 
     # ---- together ----------------------------------------------------------------------------------------------------
@@ -483,7 +423,7 @@ class RootDataParallel(torch.nn.Module):
         if order.kind == "leave":
             self._left += 1
         elif order.kind == "forward":
-            run, _, _ = self._run(order, None, None)
+            run, _ = self._run(order)
             if run.leaves:
                 self._served[order.number] = run
         else:
@@ -516,47 +456,6 @@ def _nothing_like(what: TensorStructure | Output) -> torch.Tensor:
     return torch.empty(0, dtype=what.dtype, device=what.device)
 
 
-def _line(nesting: Any) -> str:
-    return " ".join(str(nesting).split())
-
-
-def _autocast() -> dict[str, torch.dtype | None]:
-    return {
-        kind: torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None for kind in ("cpu", "cuda")
-    }
-
-
-def _local_gradients(run: _Run, received: list[torch.Tensor | None], keep: bool) -> list[torch.Tensor | None]:
-    """The gradients of this rank's leaves, whose graph is let go unless kept."""
-    if run.local is None:
-        return [None] * len(run.leaves)
-    pairs = [(y, g) for y, g in zip(run.local, received, strict=True) if g is not None and y.requires_grad]
-    if not keep:
-        run.local = None
-    leaves = [leaf for _, _, leaf in run.leaves]
-    if not pairs or not leaves:
-        return [None] * len(leaves)
-    outputs, gradients = zip(*pairs, strict=True)
-    found = torch.autograd.grad(outputs, leaves, gradients, retain_graph=keep, allow_unused=True)
-    sparse = [i for i, gradient in enumerate(found) if gradient is not None and gradient.layout is not torch.strided]
-    if sparse:
-        shapes = ", ".join(str(run.leaves[i][0].shape) for i in sparse)
-        raise TypeError(f"sparse gradients (of weights of shapes {shapes}) cannot be added up over ranks")
-    return list(found)
-
-
-class _Alias(torch.autograd.Function):
-    """The identity, whose result a module may change in place, which it may not do with a leaf."""
-
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
-        return x.data
-
-    @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
-        return gradient
-
-
 class _Returned(torch.autograd.Function):
     """From the root's weights and tensors to its outputs, computed before; elsewhere from nothing to a zero-volume tensor.
 
@@ -568,7 +467,7 @@ class _Returned(torch.autograd.Function):
     def forward(
         ctx: Any,
         container: RootDataParallel,
-        run: _Run,
+        run: Run,
         differentiable: list[bool],
         anchor: torch.Tensor,
         *passed: torch.Tensor,
@@ -600,4 +499,4 @@ class _Returned(torch.autograd.Function):
 
 def _keeps_graph() -> bool:
     """Whether the running backward was told to retain its graph: a private call of torch."""
-    return torch._C._autograd._get_current_graph_task_keep_graph()  # type: ignore[attr-defined]
+    return bool(torch._C._autograd._get_current_graph_task_keep_graph())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -116,6 +117,10 @@ class Report:
 
     nesting: str
     items: tuple[TensorStructure, ...]
+
+    @staticmethod
+    def of(nesting: Any, items: Sequence[Any]) -> Report:
+        return Report(" ".join(str(nesting).split()), tuple(map(TensorStructure.of, items)))
 
 
 @dataclass(frozen=True)
