@@ -85,13 +85,13 @@ class RootDataParallel(torch.nn.Module):
     ``state_dict()`` is that of `torch.nn.DataParallel`, with the prefix ``module.``; the root's is the one to save.
     """
 
-    _left: int
-    _forwards: int
     _team: Team
     _weights: Weights
     _operators: OrderedDict[Any, Operator]
-    _served: dict[int, Run]
-    _dropped: list[int]
+    _forwards: int  # counted by the root
+    _served: dict[int, Run]  # by number, those that the root may yet go back through
+    _dropped: list[int]  # on the root, numbers of those it will not
+    _left: int  # blocks that the root has left before this rank came to them
 
     def __init__(
         self,
@@ -424,7 +424,7 @@ class RootDataParallel(torch.nn.Module):
             self._left += 1
         elif order.kind == "forward":
             run, _ = self._run(order)
-            if run.leaves:
+            if any(output.requires_grad for output, _ in run.outputs):
                 self._served[order.number] = run
         else:
             self._backward(self._served[order.number], order, None)
@@ -441,13 +441,13 @@ def _last_number(transport: Any) -> int:
 def _unused() -> dict[str, Any]:
     """The attributes of a container that has not been called."""
     return {
+        "_team": None,
         "_weights": Weights(),
         "_operators": OrderedDict(),
         "_forwards": 0,
         "_served": {},
         "_dropped": [],
         "_left": 0,
-        "_team": None,
     }
 
 

@@ -235,6 +235,40 @@ def test_numbers_and_buffers(world: dl.Partition) -> None:
         dp.train()
 
 
+@a27
+@on_ranks(3, mpi=True)
+def test_between_distributed_layers(world: dl.Partition) -> None:
+    """Blocks gathered on the root, through the container, and scattered again."""
+    P, x = world.grid((3, 1)), torch.arange(14, dtype=F64).view(7, 2)
+    block = x[P.block(x.shape)].requires_grad_()
+    dp = dl.RootDataParallel(nn.Linear(2, 3, dtype=F64), P)
+    y = dl.scatter(dp(dl.gather(block, P)), P)
+    y.square().sum().backward()
+    if world.rank == 0:
+        plain = copy.deepcopy(dp.module)
+        x.requires_grad_()
+        plain(x).square().sum().backward()
+        assert_same([p.grad for p in dp.module.parameters()], [p.grad for p in plain.parameters()])
+    expected = world.broadcast_data(x.grad)
+    assert_same(block.grad, expected[P.block(x.shape)])
+
+
+class Constant(nn.Module):
+    """A graph of its own, that leads to nothing of the root's."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * torch.ones(1, requires_grad=True)
+
+
+@on_ranks(2)
+def test_a_graph_that_leads_nowhere(world: dl.Partition) -> None:
+    dp = dl.RootDataParallel(Constant(), world)
+    call(dp, world, torch.ones(3)).sum().backward()
+    with dp.serve() as at_root:
+        if at_root:
+            dp(torch.ones(3)).sum().backward()
+
+
 @on_ranks(1)
 def test_shares_of_rows(world: dl.Partition) -> None:
     for rows in range(12):
