@@ -180,7 +180,7 @@ def every_case(world: dl.Partition) -> None:
 
 a27 = pytest.mark.check("A27")
 test_equals_the_plain_module_on_1 = a27(on_ranks(1)(every_case))
-test_equals_the_plain_module_on_2 = a27(on_ranks(2, mpi=True)(every_case))
+test_equals_the_plain_module_on_2 = a27(on_ranks(2)(every_case))
 test_equals_the_plain_module_on_3 = a27(on_ranks(3)(every_case))
 test_equals_the_plain_module_on_4 = a27(on_ranks(4, mpi=True)(every_case))
 
@@ -908,6 +908,6 @@ def adjoints(world: dl.Partition) -> None:
 
 
 a29 = pytest.mark.check("A29")
-test_adjoints_on_2 = a29(on_ranks(2, mpi=True)(adjoints))
+test_adjoints_on_2 = a29(on_ranks(2)(adjoints))
 test_adjoints_on_3 = a29(on_ranks(3)(adjoints))
 test_adjoints_on_4 = a29(on_ranks(4, mpi=True)(adjoints))
