@@ -25,6 +25,10 @@ LEVELS = [
     "nn/module",
     "nn/movement",
     "nn",
+    "parallel/orders",
+    "parallel/rows",
+    "parallel/replica",
+    "parallel/local",
 ]
 PURE = ["grid", "partition", "layout", "plan"]
 ANYTHING = ["__init__", "__main__", "testing", "pytest_plugin", "handwritten"]
