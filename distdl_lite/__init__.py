@@ -8,6 +8,7 @@ from distdl_lite.nn.parameter import load_serial_state_dict, serial_state_dict
 from distdl_lite.nn.rooted import gather, scatter
 from distdl_lite.operator import Operator
 from distdl_lite.parallel.data_parallel import DataParallel
+from distdl_lite.parallel.process_group import MPIProcessGroup
 from distdl_lite.partition import CartesianPartition, Partition
 from distdl_lite.plan import Plan, plan
 from distdl_lite.testing import count

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any
 
+import numpy
 import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import _create_work_from_future
@@ -53,7 +54,8 @@ class MPIProcessGroup(dist.ProcessGroup):
     TimeoutError
         If there is a limit and the other ranks do not come; collectives are refused from then on.
     RuntimeError
-        After the group is destroyed. Errors of MPI itself are mpi4py's ``MPI.Exception``, a RuntimeError too.
+        After the group is destroyed; or where ranks make different calls, if ``TORCH_DISTRIBUTED_DEBUG`` is ``DETAIL``. Errors
+        of MPI itself are mpi4py's ``MPI.Exception``, a RuntimeError too.
     """
 
     _origin: Partition  # the ranks of the default group
@@ -101,9 +103,7 @@ class MPIProcessGroup(dist.ProcessGroup):
         store = NoStore() if store is None else store
         hook = sys.excepthook
         dist.init_process_group(BACKEND, store=store, rank=P.rank, world_size=P.size, timeout=timeout)
-        if (
-            hook is not sys.__excepthook__
-        ):  # as of dl.abort_on_exception: torch's would hold its words back until it has ended us
+        if hook is not sys.__excepthook__:  # torch's keeps back what abort_on_exception prints until it has ended us
             sys.excepthook = hook
         group = dist.group.WORLD
         assert isinstance(group, MPIProcessGroup)
@@ -118,6 +118,7 @@ class MPIProcessGroup(dist.ProcessGroup):
         self._comm, self._limit = comm, limit
         self._MPI = sys.modules[type(comm).__module__]  # mpi4py's, which the transport has imported
         self._closed = self._name = ""
+        self._is_checked = dist.get_debug_level() == dist.DebugLevel.DETAIL
         self._transfers: set[_Transfer] = set()
         for device in DEVICES:
             self._register_backend(torch.device(device), dist.ProcessGroup.BackendType.CUSTOM, None)
@@ -155,6 +156,8 @@ class MPIProcessGroup(dist.ProcessGroup):
         """A call of all ranks; with a limit, once all of them have come."""
         if self._closed:
             raise RuntimeError(f"{name}: {self._closed}")
+        if self._is_checked:
+            self._compare(name, arguments)
         if self._limit is not None:
             try:
                 self._finish(self._comm.Ibarrier(), name, self._limit)
@@ -163,6 +166,16 @@ class MPIProcessGroup(dist.ProcessGroup):
                 raise
         getattr(self._comm, name)(*arguments)
 
+    def _compare(self, name: str, arguments: Sequence[Any]) -> None:
+        """Raise on all ranks unless they make the same call, for TORCH_DISTRIBUTED_DEBUG=DETAIL."""
+        arrays = [f" of {a.size} {a.dtype}" for a in arguments if isinstance(a, numpy.ndarray)]
+        varies = name.endswith("v")  # how much, from rank to rank
+        root = [f" with root {a}" for a in arguments if isinstance(a, int)]
+        calls = self._comm.allgather("".join([name, *([] if varies else arrays[:1]), *root]))
+        if len(set(calls)) > 1:
+            told = ", ".join(f"rank {rank} {call}" for rank, call in enumerate(calls))
+            raise RuntimeError(f"the ranks make different calls: {told}")
+
     def _finish(self, request: Any, name: str, limit: float | None, status: Any = None) -> None:
         if limit is None:
             request.Wait(status)
@@ -170,9 +183,8 @@ class MPIProcessGroup(dist.ProcessGroup):
         end = time.monotonic() + limit
         while not request.Test(status):
             if time.monotonic() > end:
-                raise TimeoutError(
-                    f"rank {self.rank()} of {self.size()}: {name} has waited {limit:g} s for other ranks"
-                )
+                who = f"rank {self.rank()} of {self.size()}"
+                raise TimeoutError(f"{who}: {name} has waited {limit:g} s for other ranks")
 
     def _reduction(self, op: Any, tensor: torch.Tensor) -> tuple[Any, torch.dtype]:
         """MPI's operation, and the dtype in which the tensor travels."""
@@ -187,7 +199,7 @@ class MPIProcessGroup(dist.ProcessGroup):
         """Store what was reduced."""
         _fill(target, result.div_(self.size()) if op == dist.ReduceOp.AVG else result)
 
-    def _share(self, whole: torch.Tensor, part: torch.Tensor) -> None:
+    def _check_share(self, whole: torch.Tensor, part: torch.Tensor) -> None:
         if whole.numel() != self.size() * part.numel() or whole.dtype is not part.dtype:
             wanted = f"{self.size()} times a {part.dtype} tensor of shape {tuple(part.shape)}"
             raise ValueError(f"a {whole.dtype} tensor of shape {tuple(whole.shape)} is not {wanted}")
@@ -237,7 +249,7 @@ class MPIProcessGroup(dist.ProcessGroup):
 
     def all_gather_single_coalesced(self, outputs: Tensors, inputs: Tensors, opts: Any = None) -> dist.Work:
         for output, mine in zip(outputs, inputs, strict=True):
-            self._share(output, mine)
+            self._check_share(output, mine)
             whole = _buffer(output)
             sent = _host(mine)
             if _overlap(sent, whole):  # FSDP gathers into the memory it sends from; MPI forbids that
@@ -262,7 +274,7 @@ class MPIProcessGroup(dist.ProcessGroup):
 
     def reduce_scatter_single_coalesced(self, outputs: Tensors, inputs: Tensors, opts: Any) -> dist.Work:
         for output, whole in zip(outputs, inputs, strict=True):
-            self._share(whole, output)
+            self._check_share(whole, output)
             op, dtype = self._reduction(opts.reduceOp, output)
             mine = torch.empty(output.shape, dtype=dtype)
             self._run("Reduce_scatter_block", _host(whole, dtype).numpy(), mine.numpy(), op)
@@ -445,20 +457,21 @@ def _done(result: Any) -> dist.Work:
 # ---- tensors and their bytes -------------------------------------------------------------------------------------------
 
 
-def _host(tensor: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
-    """The values, contiguous in host memory; over the tensor's own memory where it is so already."""
+def _check_layout(tensor: torch.Tensor) -> None:
     if tensor.layout is not torch.strided:
         raise TypeError(f"a process group over MPI moves no tensors of layout {tensor.layout}")
+
+
+def _host(tensor: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """The values, contiguous in host memory; over the tensor's own memory where it is so already."""
+    _check_layout(tensor)
     return tensor.detach().to("cpu", dtype or tensor.dtype).resolve_conj().resolve_neg().contiguous()
-
-
-def _is_plain(tensor: torch.Tensor) -> bool:
-    return tensor.is_cpu and tensor.is_contiguous() and not (tensor.is_conj() or tensor.is_neg())
 
 
 def _buffer(tensor: torch.Tensor) -> torch.Tensor:
     """Host memory to receive a tensor in, the tensor's own if that will do."""
-    if tensor.layout is torch.strided and _is_plain(tensor):
+    _check_layout(tensor)
+    if tensor.is_cpu and tensor.is_contiguous() and not (tensor.is_conj() or tensor.is_neg()):
         return tensor.detach()
     return torch.empty_like(tensor, device="cpu", memory_format=torch.contiguous_format)
 

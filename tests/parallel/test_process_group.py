@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import Any
@@ -118,6 +119,8 @@ def test_means_and_bools(group: MPIProcessGroup) -> None:
         dist.all_reduce(torch.ones(2), dist._make_nccl_premul_sum(2.0))
     with pytest.raises(TypeError, match=r"moves no tensors of layout torch.sparse_coo"):
         dist.all_reduce(torch.eye(2).to_sparse())
+    with pytest.raises(TypeError, match=r"moves no tensors of layout torch.sparse_csr"):
+        dist.irecv(torch.eye(2).to_sparse_csr(), 0)
 
 
 @on_group(3)
@@ -142,31 +145,31 @@ def broadcast_options(root: int) -> Any:
     return options
 
 
-def check_copies(x: torch.Tensor, everyones: list[torch.Tensor], rank: int) -> None:
+def check_copies(x: torch.Tensor, everyones: list[torch.Tensor], rank: int, group: Any = None) -> None:
     size, whole = len(everyones), torch.stack(everyones)
     y = x.clone(memory_format=torch.preserve_format)
-    dist.broadcast(y, 2)
+    dist.broadcast(y, 2, group)
     assert torch.equal(y, everyones[2])
     got = [torch.empty_like(x) for _ in range(size)]
-    dist.all_gather(got, x)
+    dist.all_gather(got, x, group)
     assert torch.equal(torch.stack(got), whole)
-    dist.all_gather_into_tensor(y := torch.empty_like(whole), x)
+    dist.all_gather_into_tensor(y := torch.empty_like(whole), x, group)
     assert torch.equal(y, whole)
-    dist.gather(x, got := [torch.empty_like(x) for _ in range(size)] if rank == 1 else None, 1)
+    dist.gather(x, got := [torch.empty_like(x) for _ in range(size)] if rank == 1 else None, 1, group)
     assert got is None or torch.equal(torch.stack(got), whole)
-    dist.scatter(y := torch.empty_like(x), everyones if rank == 0 else None, 0)
+    dist.scatter(y := torch.empty_like(x), everyones if rank == 0 else None, 0, group)
     assert torch.equal(y, everyones[rank])
     got = [torch.empty_like(x) for _ in range(size)]
-    dist.all_to_all(got, [everyones[(rank + r) % size] for r in range(size)])
+    dist.all_to_all(got, [everyones[(rank + r) % size] for r in range(size)], group)
     assert torch.equal(torch.stack(got), torch.stack([everyones[(rank + r) % size] for r in range(size)]))
-    dist.all_to_all_single(y := torch.empty_like(whole), whole)
+    dist.all_to_all_single(y := torch.empty_like(whole), whole, group=group)
     assert torch.equal(y, everyones[rank].expand(size, *x.shape))
     # of rank r's rows the first r go to rank 0, the others to rank 1
     rows = torch.cat([x] * 2)[: size + 1]
     n = len(rows)
     takes = [list(range(size)), [n - r for r in range(size)], [0] * size][rank]
     out = x.new_empty(sum(takes), *x.shape[1:])
-    dist.all_to_all_single(out, rows, takes, [rank, n - rank, *[0] * (size - 2)])
+    dist.all_to_all_single(out, rows, takes, [rank, n - rank, *[0] * (size - 2)], group)
     pieces = [torch.cat([e] * 2)[: size + 1] for e in everyones]
     wanted = [[p[:r] for r, p in enumerate(pieces)], [p[r:] for r, p in enumerate(pieces)], [pieces[0][:0]]][rank]
     assert torch.equal(out, torch.cat(wanted))
@@ -229,7 +232,7 @@ def test_messages(group: MPIProcessGroup) -> None:
         dist.recv(y := torch.zeros(20_000), left)
         assert torch.equal(y, torch.full((20_000,), n + 0.0))
     dist.barrier()
-    assert len(group._transfers) <= 2
+    assert len(group._transfers) < 10
     request = dist.irecv(torch.zeros(3), left)
     dist.isend(torch.zeros(2), right)
     with pytest.raises(ValueError, match=f"8 bytes came from rank {left} for a tensor of 12 bytes"):
@@ -316,7 +319,7 @@ def test_an_error_of_mpi_in_backward_is_an_exception(group: MPIProcessGroup) -> 
     dist.barrier()
 
 
-@on_group(2, timeout=0.5)
+@on_group(2, timeout=60)
 def test_a_limit(group: MPIProcessGroup) -> None:
     team = dist.new_group(timeout=timedelta(seconds=0.2))
     dist.all_reduce(y := torch.ones(2))
@@ -324,6 +327,7 @@ def test_a_limit(group: MPIProcessGroup) -> None:
     assert torch.equal(y, torch.full((2,), 2.0))
     with pytest.raises(TimeoutError, match=f"rank {group.rank()} of 2: recv has waited 0.1 s for other ranks"):
         dist.irecv(y, 1 - group.rank()).wait(timedelta(seconds=0.1))
+    dist.barrier()
     if group.rank() == 0:
         with pytest.raises(TimeoutError, match=r"rank 0 of 2: Allreduce has waited 0.2 s for other ranks"):
             dist.all_reduce(y, group=team)
@@ -333,7 +337,29 @@ def test_a_limit(group: MPIProcessGroup) -> None:
     dist.barrier()
 
 
-def test_one_rank() -> None:
+@on_group(3)
+def test_different_calls_are_told_under_debug(group: MPIProcessGroup) -> None:
+    before, rank = dist.get_debug_level(), group.rank()
+    dist.set_debug_level(dist.DebugLevel.DETAIL)
+    try:
+        checked = dist.new_group()
+    finally:
+        dist.set_debug_level(before)
+    everyones = [values(r, torch.float32) for r in range(3)]
+    check_copies(everyones[rank], everyones, rank, checked)
+    dist.reduce(torch.ones(2), 1, group=checked)
+    with pytest.raises(
+        RuntimeError, match=r"the ranks make different calls: rank 0 Allreduce of 2 float32, rank 1 Allr"
+    ):
+        dist.all_reduce(torch.ones(2 + rank), group=checked)
+    with pytest.raises(RuntimeError, match=r"rank 1 Bcast of 8 uint8 with root 1, rank 2 Bcast of 8 uint8 with root 2"):
+        dist.broadcast(torch.ones(2), rank, checked)
+    with pytest.raises(RuntimeError, match=r"rank 0 Barrier, rank 1 Allreduce of 2 float32"):
+        dist.all_reduce(torch.ones(2), group=checked) if rank else dist.barrier(checked)
+
+
+def test_one_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.excepthook", hook := lambda *error: None)
     with group_over(dl.Partition().create_partition_inclusive([dl.Partition().rank])) as group:
         assert (group.rank(), group.size(), group.name(), dist.get_backend()) == (0, 1, "distdl", "distdl")
         model = DistributedDataParallel(nn.Linear(3, 3))
@@ -343,6 +369,7 @@ def test_one_rank() -> None:
         assert got == ["a"]
         with pytest.raises(ValueError, match="trying to initialize the default process group twice"):
             MPIProcessGroup.init()
+        assert sys.excepthook is hook  # torch's would keep its words from being printed before it ends the job
 
 
 def test_refusals() -> None:
