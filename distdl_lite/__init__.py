@@ -9,8 +9,8 @@ from distdl_lite.nn.rooted import gather, scatter
 from distdl_lite.operator import Operator
 from distdl_lite.parallel.data_parallel import DataParallel
 from distdl_lite.parallel.deferred import DataParallelOptimizer
-from distdl_lite.parallel.root_data_parallel import RootDataParallel
 from distdl_lite.parallel.process_group import MPIProcessGroup
+from distdl_lite.parallel.root_data_parallel import RootDataParallel
 from distdl_lite.partition import CartesianPartition, Partition
 from distdl_lite.plan import Plan, plan
 from distdl_lite.testing import count
