@@ -39,7 +39,8 @@ class _DistributedConvTranspose(Convolution):
     ------
     ValueError
         In the constructor if partitions do not fit each other or the dims, an option is one torch refuses, or a cut of
-        the features does not fall on group boundaries; at build if the input does not fit. On all ranks alike.
+        the features does not fall on group boundaries; at build if the input does not fit or the output has no points
+        (torch refuses that too, but for a batch of none and where oneDNN computes). On all ranks alike.
 
     Notes
     -----
@@ -98,7 +99,10 @@ class _DistributedConvTranspose(Convolution):
         k, s, p = self.kernel_size[d], self.stride[d], self.padding[d]
         length = (n - 1) * s - 2 * p + self.dilation[d] * (k - 1) + self.output_padding[d] + 1
         if n < 1 or length < 1:
-            raise self._refuse(f"dim {d + 2} of length {n} has no output with kernel_size={k}, stride={s}, padding={p}")
+            raise self._refuse(
+                f"dim {d + 2} of length {n} has no output with kernel_size={k}, stride={s}, padding={p}: calculated "
+                f"output size {length}. Output size is too small"
+            )
         return length
 
     def _reads(self, d: int, n: int, cuts: Sequence[int]) -> Dim:
