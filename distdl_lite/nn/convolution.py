@@ -210,8 +210,12 @@ class Convolution(Layer):
         return built.convolve(z, weight, bias)
 
     def with_bias(self, y: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        """The bias added to the channels, in the dtype of `y`, which autocast may have chosen."""
-        return y if bias is None else y + bias.to(y.dtype).view(1, -1, *(1,) * self.dims)
+        """The bias added to the channels of `y`, a tensor of our own, in place."""
+        return y if bias is None else y.add_(self.per_channel(bias, y.dtype))
+
+    def per_channel(self, bias: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """The bias to be added to an output, of whose dtype it must be: autocast may have chosen that."""
+        return bias.to(dtype).view(1, -1, *(1,) * self.dims)
 
     def extra_repr(self) -> str:
         parts = [f"{self.in_channels}, {self.out_channels}", f"kernel_size={self.kernel_size}", f"stride={self.stride}"]
