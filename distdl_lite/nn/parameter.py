@@ -206,49 +206,62 @@ def load_serial_state_dict(module: torch.nn.Module, state: Mapping[str, torch.Te
     ValueError
         On all ranks, if names or shapes differ from the module's, or between lines that name the same root.
     """
+    transport, team, entries = callers(module, root)
+    if transport.rank not in team:
+        return
+    at_root = transport.rank == root
+    raise_together(transport, team, _mismatch(entries, state or {}) if at_root else None)
+    for name, tensor, _, layouts in entries:
+        source = state[name].detach() if at_root and state is not None else None
+        with torch.no_grad():
+            tensor.copy_(spread(transport, team, root, tensor, layouts, source))
+
+
+Spread = tuple[str, torch.Tensor, Place | None, tuple[Layout, ...]]  # an entry and its layouts, the root's line's first
+
+
+def callers(module: torch.nn.Module, root: int) -> tuple[Transport, tuple[int, ...], list[Spread]]:
+    """Who calls what works between a root and a module: its ranks and the root, of all lines that name this root.
+
+    Where each line of a grid has layers of its own, all lines must call.
+    """
     transport, team = team_of(module)
     entries = list(_entries(module))
     others = {rank for _, _, place in entries if place and place.line for rank in place.line.everywhere}
     team = tuple(sorted({*team, *others, root}))
-    if transport.rank not in team:
-        return
-    layouts = [() if place is None else (place.layout,) for _, _, place in entries]
-    if others:
-        team, layouts = _of_all_lines(transport, team, root, entries)
-    at_root = transport.rank == root
-    raise_together(transport, team, _mismatch(entries, state or {}) if at_root else None)
-    for (name, tensor, _), over in zip(entries, layouts, strict=True):
-        source = state[name].detach() if at_root and state is not None else None
-        with torch.no_grad():
-            _load(transport, team, root, tensor, over, source)
-
-
-def _of_all_lines(
-    transport: Transport, team: tuple[int, ...], root: int, entries: Sequence[Entry]
-) -> tuple[tuple[int, ...], list[tuple[Layout, ...]]]:
-    """The ranks that name this root, and of each tensor its layouts over all their lines."""
+    if not others or transport.rank not in team:
+        return transport, team, [(*entry, () if entry[2] is None else (entry[2].layout,)) for entry in entries]
     mine = root, [(name, place.layout if place else tuple(tensor.shape)) for name, tensor, place in entries]
     passed = dict(zip(team, transport.gather_objects(team, mine), strict=True))
     team = tuple(rank for rank in team if passed[rank][0] == root)
     if root not in team:
         raise ValueError(f"ranks {list(team)} name root {root}, which names root {passed[root][0]}")
     check_alike("weights and buffers", {rank: [name for name, _ in passed[rank][1]] for rank in team})
-    layouts = []
-    for number, (name, _, place) in enumerate(entries):
-        seen = {rank: passed[rank][1][number][1] for rank in team}
-        over = tuple(dict.fromkeys(seen.values())) if place else ()
-        check_alike(f"shape of {name}", {rank: global_shape_of(v) if place else v for rank, v in seen.items()})
-        for layout in over:
-            if any(seen.get(rank) != layout for rank in layout.grid.ranks):
-                raise ValueError(
-                    f"{name} lies on ranks {list(layout.grid.ranks)}, but not all of them name root {root}"
-                )
-        layouts.append(over)
-    return team, layouts
+    order = sorted(team, key=lambda rank: rank != root)
+    seen = [{rank: passed[rank][1][number][1] for rank in order} for number in range(len(entries))]
+    return (
+        transport,
+        team,
+        [(*entry, _over_lines(entry, held, root)) for entry, held in zip(entries, seen, strict=True)],
+    )
 
 
-def _mismatch(entries: Sequence[Entry], state: Mapping[str, torch.Tensor]) -> Any:
-    wanted = {name: tuple(place.global_shape if place else tensor.shape) for name, tensor, place in entries}
+def _over_lines(entry: Entry, held: Mapping[int, Any], root: int) -> tuple[Layout, ...]:
+    """The layouts of a tensor over all lines, from what every rank says of its own."""
+    name, _, place = entry
+    if place is None:
+        check_alike(f"shape of {name}", held)
+        return ()
+    check_alike(f"shape of {name}", {rank: global_shape_of(layout) for rank, layout in held.items()})
+    layouts = tuple(dict.fromkeys(held.values()))
+    for layout in layouts:
+        if any(held.get(rank) != layout for rank in layout.grid.ranks):
+            raise ValueError(f"{name} lies on ranks {list(layout.grid.ranks)}, but not all of them name root {root}")
+    return layouts
+
+
+def _mismatch(entries: Sequence[Spread], state: Mapping[str, torch.Tensor]) -> Any:
+    wanted = {name: tuple(place.global_shape if place else tensor.shape) for name, tensor, place, _ in entries}
     given = {name: tuple(tensor.shape) for name, tensor in state.items()}
     if wanted == given:
         return None
@@ -257,27 +270,31 @@ def _mismatch(entries: Sequence[Entry], state: Mapping[str, torch.Tensor]) -> An
     return ValueError(f"the serial state does not fit the module: {'; '.join(texts)}")
 
 
-def _load(
+def spread(
     transport: Transport,
     team: tuple[int, ...],
     root: int,
-    tensor: torch.Tensor,
+    like: torch.Tensor,
     layouts: Sequence[Layout],
     source: torch.Tensor | None,
-) -> None:
-    """Give a tensor its part of the root's `source`; without layouts it is whole on all of the team."""
+) -> torch.Tensor:
+    """This rank's part of the root's `source`, of the shape and kind of `like`; without layouts it is whole everywhere."""
     if not layouts:
-        received = torch.empty_like(tensor) if source is None else source.to(tensor).contiguous()
+        received = torch.empty_like(like, memory_format=torch.contiguous_format)
+        if source is not None:
+            received.copy_(source)
         transport.broadcast(team, received, root)
-        tensor.copy_(received)
+        return received
+    mine = like  # where there is nothing to get
     for layout in layouts:
         if transport.rank != root and layout.box(transport.rank) is None:
             continue
         alone = whole(Grid((1,), (root,)), global_shape_of(layout))
         move = Operator(plan(alone, layout, transport.rank), transport, "load_serial_state_dict")
-        block = move.apply(tensor.new_empty(0) if source is None else source.to(tensor))
+        block = move.apply(like.new_empty(0) if source is None else source.to(like))
         if move.plan.shape_out is not None:
-            tensor.copy_(block.view(tensor.shape))
+            mine = block.view(like.shape)
+    return mine
 
 
 def serial_state_dict(module: torch.nn.Module, root: int = 0) -> dict[str, torch.Tensor]:
@@ -309,7 +326,9 @@ def serial_state_dict(module: torch.nn.Module, root: int = 0) -> dict[str, torch
     for name, tensor, place in entries:
         if place is not None and place.line is not None and root not in place.line.ranks:
             continue
-        value = tensor.detach().clone() if place is None else gathered_from(transport, root, tensor.detach(), place)
+        value = (
+            tensor.detach().clone() if place is None else gathered_from(transport, root, tensor.detach(), place.layout)
+        )
         if transport.rank == root:
             state[name] = value
     return state
@@ -324,8 +343,8 @@ def _check_root(root: int, entries: Sequence[Entry]) -> None:
             )
 
 
-def gathered_from(transport: Transport, root: int, block: torch.Tensor, place: Place) -> torch.Tensor:
+def gathered_from(transport: Transport, root: int, block: torch.Tensor, layout: Layout) -> torch.Tensor:
     """The whole tensor whose boxes the ranks hold, on the root; 0 elements elsewhere."""
-    layout = place.layout.first_holders()
-    alone = whole(Grid((1,), (root,)), place.global_shape)
-    return Operator(plan(layout, alone, transport.rank), transport, "serial_state_dict").apply(block)
+    alone = whole(Grid((1,), (root,)), global_shape_of(layout))
+    move = plan(layout.first_holders(), alone, transport.rank)
+    return Operator(move, transport, "serial_state_dict").apply(block)
