@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, is_grad_enabled, strided
 from torch._C import _is_any_autocast_enabled
+from torch._C._autograd import _top_saved_tensors_default_hooks  # type: ignore[attr-defined]
 from torch.nn.modules.module import _has_any_global_hook as _any_global_hook
 
 from distdl_lite.partition import Partition, check_same_world, union_of_ranks
@@ -198,7 +199,9 @@ class Module(torch.nn.Module):
     def _distdl_goes_ahead(self) -> bool:
         """Whether forward may run on a structure seen before while the votes travel."""
         # A forward that somebody has put in place of the layer's may do more than move, and more than the rehearsal.
-        return not (self._distdl_is_static or "forward" in self.__dict__ or _saved_tensors_have_hooks())
+        # Something, such as a checkpoint, may count the tensors that are saved: nothing may then run twice.
+        hooked = _top_saved_tensors_default_hooks(False) is not None
+        return not (hooked or self._distdl_is_static or "forward" in self.__dict__)
 
     def _distdl_early_forward(self, input: tuple[Any, ...]) -> Any:
         self._distdl_transport.start_agreeing(self._distdl_team, self._distdl_mine)
@@ -420,11 +423,6 @@ def _owner(module: Module, name: str) -> type:
 
 def _autocast() -> tuple[Any, ...]:
     return tuple(torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) for kind in ("cpu", "cuda"))
-
-
-def _saved_tensors_have_hooks() -> bool:
-    """Whether something, such as a checkpoint, counts the tensors that are saved: nothing may then run twice."""
-    return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None  # type: ignore[attr-defined]
 
 
 def _is_plain(tensor: torch.Tensor) -> bool:
