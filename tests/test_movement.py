@@ -347,3 +347,11 @@ def test_a_rank_outside_that_passes_data_raises_alone(world: Partition) -> None:
     else:
         y = layer(x if P.active else NOTHING)
         assert torch.equal(y, 2 * x) if P.active else y.numel() == 0
+
+
+@on_ranks(2)
+def test_transforms_of_functions_are_refused(world: Partition) -> None:
+    layer = dnn.AllSumReduce(world.grid((2,)), axes_reduce=(0,))
+    layer(torch.ones(3, requires_grad=True))
+    with pytest.raises(RuntimeError, match="functorch transforms"):
+        torch.func.grad(lambda x: layer(x).sum())(torch.ones(3))

@@ -208,7 +208,7 @@ class Convolution(Layer):
             return x
         built: _Built = self._distdl_plan
         if built.fused is not None:
-            return built.fused(x, self.weight, self.bias)
+            return built.fused(x, self.held("weight"), self.held("bias"))
         z = x if built.fetch is None else into(built.fetch, x, built.dtype)
         bias = self.use("bias") if self.P_y.active else None
         if built.deliver is None:

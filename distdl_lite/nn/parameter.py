@@ -137,10 +137,17 @@ class Layer(Module):
 
     def use(self, name: str) -> torch.Tensor | None:
         """A parameter for this forward, whose gradient will be the sum over its replicas."""
-        parameter = getattr(self, name)
+        parameter = self.held(name)
         if parameter is None:
             return None
         return replicated(parameter, self._distdl_places[name].replicas, self._distdl_transport)
+
+    def held(self, name: str) -> torch.Tensor | None:
+        """A parameter or buffer, or what was put in its place, without torch's way to it of 5 us where the caches are cold."""
+        for tensors in (self._parameters, self._buffers):
+            if name in tensors:
+                return tensors[name]
+        return getattr(self, name)
 
 
 def _drawn(global_shape: Shape, box: Any, draw: Draw, dtype: torch.dtype) -> torch.Tensor:
