@@ -111,6 +111,7 @@ class Module(torch.nn.Module):
         check_same_world(*given)
         self._distdl_partitions = given
         self._distdl_label = type(self).__name__  # in errors and counts
+        self._distdl_number = _number(given)
         self._distdl_agrees_each = False
         self._distdl_is_static = False
         self._distdl_ends_rides = False
@@ -295,14 +296,16 @@ class Module(torch.nn.Module):
 
     def _distdl_exchange_and_set_up(self, input: tuple[Any, ...], kwargs: Mapping[str, Any] | None) -> None:
         team, transport = self._distdl_team, self._distdl_transport
-        mine = tuple(TensorStructure.of(value) for value in input), self._distdl_mode(), list(kwargs or ())
+        who = f"{self._distdl_label} number {self._distdl_number}"
+        mine = who, tuple(TensorStructure.of(value) for value in input), self._distdl_mode(), list(kwargs or ())
         passed = dict(zip(team, transport.gather_objects(team, mine), strict=True))
-        self._distdl_structure = {rank: tensors for rank, (tensors, _, _) in passed.items()}
+        self._distdl_structure = {rank: tensors for rank, (_, tensors, _, _) in passed.items()}
         error = None
         try:
-            check_alike("mode", {rank: mode for rank, (_, mode, _) in passed.items()})
-            check_alike("number of arguments", {rank: len(tensors) for rank, (tensors, _, _) in passed.items()})
-            check_alike("keywords", {rank: names for rank, (_, _, names) in passed.items()})
+            check_alike("call of layer", {rank: who for rank, (who, _, _, _) in passed.items()})
+            check_alike("mode", {rank: mode for rank, (_, _, mode, _) in passed.items()})
+            check_alike("number of arguments", {rank: len(tensors) for rank, (_, tensors, _, _) in passed.items()})
+            check_alike("keywords", {rank: names for rank, (_, _, _, names) in passed.items()})
             # Tensors made in inference mode could not be used outside it.
             with torch.inference_mode(False), torch.set_grad_enabled(torch.is_grad_enabled()):
                 self._distdl_plan = self._distdl_module_setup(input)
@@ -373,7 +376,13 @@ class Module(torch.nn.Module):
         Every call of a layer asks for it; where the caches are cold, each name that is looked up takes 0.5 us.
         """
         autocast = _is_any_autocast_enabled() and _autocast()
-        parts: list[Any] = [self._distdl_transport.rank, self.training, is_grad_enabled(), autocast]
+        parts: list[Any] = [
+            self._distdl_transport.rank,
+            self._distdl_number,
+            self.training,
+            is_grad_enabled(),
+            autocast,
+        ]
         for value in input:
             if isinstance(value, Tensor) and value.layout is strided and not value.is_nested:
                 parts += (value.shape, value.dtype, value.device, value.requires_grad)
@@ -414,6 +423,15 @@ def _unbuilt() -> dict[str, Any]:
         "_distdl_transport": None,
         "_distdl_is_inside": False,
     }
+
+
+def _number(partitions: Sequence[Partition]) -> int:
+    """How many modules these ranks have made together, the same on all of them: tells two alike layers apart."""
+    if not partitions:
+        return 0
+    made, team = partitions[0].world_transport.local.setdefault("modules", {}), union_of_ranks(*partitions)
+    made[team] = made.get(team, 0) + 1
+    return made[team]
 
 
 def _owner(module: Module, name: str) -> type:
