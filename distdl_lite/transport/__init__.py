@@ -27,6 +27,16 @@ class Channel(Protocol):
         """Wait, and return the output as a fresh tensor; of an exchange, or add it to the tensor given."""
 
 
+class RowsMoving(Protocol):
+    """Rows under way between ranks."""
+
+    def test(self) -> bool:
+        """Whether all have arrived that this rank receives; moves on what has not."""
+
+    def finish(self) -> torch.Tensor:
+        """Wait, and return the rows received, in the order of the ranks they come from. Called once."""
+
+
 class Transport(Protocol):
     """The world as one rank sees it. Teams are sorted sequences of world ranks; all of a team make the same call."""
 
@@ -60,6 +70,15 @@ class Transport(Protocol):
 
     def broadcast(self, team: Team, tensor: torch.Tensor, root: int) -> None:
         """Fill the contiguous tensor with world rank `root`'s."""
+
+    def exchange_rows(
+        self, team: Team, rows: torch.Tensor, sends: Sequence[int], receives: Sequence[int]
+    ) -> RowsMoving:
+        """Begin to send the rows of a tensor, in the order of the ranks they go to, which waits for no other rank.
+
+        The numbers of rows sent and received, and the rows themselves, are in the order of `team`, which need not be sorted.
+        The caller leaves `rows` unchanged until all have arrived. Other calls of the team may come between.
+        """
 
     def user_communicator(self, team: Team) -> Any:
         """A communicator for the user's own traffic, None where there is no MPI."""

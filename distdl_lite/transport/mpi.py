@@ -7,6 +7,8 @@ context ids, and models have thousands of layers.
 
 from __future__ import annotations
 
+import atexit
+import math
 import os
 import sys
 from array import array
@@ -99,6 +101,7 @@ class MPITransport(Transport):
         self.local: dict[str, Any] = {}
         self._teams: dict[tuple[int, ...], MPI.Comm] = {tuple(range(self.size)): self.comm}
         self._votes: dict[tuple[int, ...], _Vote] = {}
+        self._row_teams: dict[tuple[int, ...], MPI.Comm] = {}
 
     def communicator(self, team: Team) -> MPI.Comm:
         """The team's communicator; the team makes it together at first use, its ranks in sorted order."""
@@ -161,6 +164,15 @@ class MPITransport(Transport):
             self.communicator(ordered).Bcast(_bytes(sent), ordered.index(root))
             if sent is not tensor:
                 tensor.copy_(sent)
+
+    @counted("rows")
+    def exchange_rows(
+        self, team: Team, rows: torch.Tensor, sends: Sequence[int], receives: Sequence[int]
+    ) -> _RowsMoving:
+        team = tuple(team)
+        if team not in self._row_teams:  # of its own: an exchange is under way while the team's other calls come and go
+            self._row_teams[team] = self.user_communicator(team)
+        return _RowsMoving(self._row_teams[team], rows, sends, receives)
 
 
 class _Vote:
@@ -326,6 +338,41 @@ def _free_what_left() -> None:
             _leaving.remove(entry)
             for request in entry[0]:
                 request.Free()
+
+
+class _RowsMoving:
+    """Rows under way. What nobody waits for is kept until it has gone, for MPI reads and writes the buffers."""
+
+    def __init__(self, comm: MPI.Comm, rows: torch.Tensor, sends: Sequence[int], receives: Sequence[int]) -> None:
+        _moving[:] = [other for other in _moving if not other.test()]
+        self._device, self._sent = rows.device, _at_host(rows)
+        self._received = self._sent.new_empty(sum(receives), *rows.shape[1:])
+        row = MPI.BYTE.Create_contiguous(math.prod(rows.shape[1:]) * rows.element_size()).Commit()
+        source, target = _bytes(self._sent)[0], _bytes(self._received)[0]
+        self._request = comm.Ialltoallv([source, sends, None, row], [target, receives, None, row])
+        row.Free()  # it lasts until the request is done
+        _moving.append(self)
+
+    def test(self) -> bool:
+        if self in _moving and self._request.Test():
+            _moving.remove(self)
+        return self not in _moving
+
+    def finish(self) -> torch.Tensor:
+        self._request.Wait()
+        self.test()
+        return self._received.to(self._device)
+
+
+_moving: list[_RowsMoving] = []
+
+
+@atexit.register
+def _let_rows_arrive() -> None:
+    """Python frees the buffers before MPI ends: give the last rows that nobody waited for a second to arrive."""
+    deadline = perf_counter() + 1
+    while _moving and not MPI.Is_finalized() and perf_counter() < deadline:
+        _moving[:] = [moving for moving in _moving if not moving.test()]
 
 
 class _Collective:
