@@ -156,7 +156,7 @@ def test_rows_of_the_permuted_array(world: Partition) -> None:
             assert torch.equal(moved, cut(whole[order], target, P.rank))
 
 
-KINDS = (torch.bool, torch.uint8, torch.uint16, torch.int64, torch.bfloat16, torch.float16, torch.complex64)
+KINDS = (torch.bool, torch.uint16, torch.uint32, torch.int64, torch.bfloat16, torch.float16, torch.complex64)
 
 
 @on_ranks(3, mpi=True)
@@ -166,7 +166,7 @@ def test_pytrees_of_any_tensors(world: Partition) -> None:
     rows = {
         "kinds": [cut(whole.to(torch.int16).to(kind), counts, world.rank) for kind in KINDS],
         "sliced": cut(torch.arange(66).view(11, 6)[:, ::2], counts, world.rank),
-        "turned": cut(torch.arange(33).view(3, 11).T, counts, world.rank),
+        "turned": cut(torch.arange(33).view(3, 11).T.to(torch.uint16), counts, world.rank),
         "conj": (cut(torch.arange(11) * 1j, counts, world.rank).conj(),),
         "stretched": cut(torch.tensor(5).expand(11, 2), counts, world.rank),
         "flat": torch.empty(counts[world.rank], 0),
@@ -179,7 +179,7 @@ def test_pytrees_of_any_tensors(world: Partition) -> None:
     for kind, part in zip(KINDS, moved["kinds"], strict=True):
         assert torch.equal(part, whole.to(torch.int16).to(kind)[order])
     assert torch.equal(moved["sliced"], torch.arange(66).view(11, 6)[order, ::2])
-    assert torch.equal(moved["turned"], torch.arange(33).view(3, 11).T[order])
+    assert torch.equal(moved["turned"], torch.arange(33).view(3, 11).T[order].to(torch.uint16))
     assert torch.equal(moved["conj"][0], -1j * order)
     assert torch.equal(moved["stretched"], torch.full((len(order), 2), 5))
     assert moved["flat"].shape == (len(order), 0)
@@ -354,7 +354,7 @@ def test_loops_left_early(world: Partition) -> None:
 
 @on_ranks(3, mpi=True)
 def test_other_layers_meanwhile(world: Partition) -> None:
-    """Sums and exchanges of the same ranks come between; an iterator that goes on beside a newer one keeps its epoch."""
+    """Sums and exchanges of the same ranks come between; an iterator ends when a newer one begins."""
     loader, sampler = loader_of(world, [5, 4, 2], 2)
     layer = dl.nn.DistributedBatchNorm(world.grid((3, 1)), 1, dtype=torch.float64)
     for epoch in range(3):
@@ -363,11 +363,11 @@ def test_other_layers_meanwhile(world: Partition) -> None:
             redistribute(batch["n"], 0, world)
             assert batch["n"].tolist() == wanted
         assert int(layer.num_batches_tracked) == 2 * (epoch + 1)
-    one, other = iter(loader), iter(loader)
-    for batches, epoch in ((one, 3), (other, 4)):
-        sampler.set_epoch(epoch)
-        assert [batch["n"].tolist() for batch in batches] == list(sampler)
-    sampler.set_epoch(5)
+    older = iter(loader)
+    sampler.set_epoch(4)
+    check_epoch(loader, sampler)
+    with pytest.raises(RuntimeError, match="ShuffledLoader: the rows of epoch 3 are gone, a later one has begun"):
+        next(older)
     check_epoch(loader, sampler)
 
 
@@ -396,6 +396,19 @@ def test_loaders_of_teams(world: Partition) -> None:
         for batch, wanted in zip(loader, sampler, strict=True):
             assert torch.equal(batch, whole[wanted][:, P.block(whole.shape)[1]])
     assert loader.global_size(0) == 2
+
+
+@on_ranks(2)
+def test_inference_mode_and_the_rows_given(world: Partition) -> None:
+    """Epochs in and out of it; the rows that were given are not written to, nor kept."""
+    rows = torch.arange(5) + 5 * world.rank
+    loader, sampler = ShuffledLoader(rows, 2, world), ShardBatchSampler(10, world, 2)
+    for epoch in range(4):
+        with torch.inference_mode(epoch % 2 == 0):
+            assert [batch.tolist() for batch in loader] == list(sampler)
+    assert torch.equal(rows, torch.arange(5) + 5 * world.rank)
+    held = [*loader._rows.leaves, *loader._now.leaves, *loader._now.spare]
+    assert rows.data_ptr() not in {tensor.data_ptr() for tensor in held}
 
 
 @on_ranks(3)

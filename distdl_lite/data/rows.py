@@ -18,6 +18,7 @@ from distdl_lite.partition import Partition
 
 Rows = TypeVar("Rows")
 Cuts = Sequence[int]
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # torch cannot index all others of these sizes
 
 
 @dataclass(frozen=True)
@@ -69,9 +70,15 @@ def inverse(order: torch.Tensor) -> torch.Tensor:
     return places
 
 
-def picked(x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-    """A copy of some rows of a tensor on any device."""
-    return x[rows.to(x.device)]
+def picked(x: torch.Tensor, rows: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+    """A contiguous copy of some rows of a tensor on any device."""
+    bits = _BITS.get(x.element_size(), x.dtype)
+    kept = torch.index_select(x.view(bits), 0, rows.to(x.device), out=None if out is None else out.view(bits))
+    return kept.view(x.dtype)
+
+
+def empty_rows(like: torch.Tensor, number: int) -> torch.Tensor:
+    return torch.empty((number, *like.shape[1:]), dtype=like.dtype, device=like.device)
 
 
 class LocalRows:
@@ -115,10 +122,10 @@ class LocalRows:
     def tree(self, leaves: list[torch.Tensor]) -> Any:
         return tree_unflatten(leaves, self._spec)
 
-    def start(self, way: Route, leaving: Sequence[torch.Tensor]) -> list[Any]:
-        """Begin to exchange; what is `leaving` stays unchanged until all that this returns has arrived."""
-        transport, team = self.line.world_transport, tuple(self.line.ranks)
-        return [transport.exchange_rows(team, x, way.sends, way.receives) for x in leaving]
+    def start(self, way: Route, leaving: Sequence[torch.Tensor], into: Sequence[torch.Tensor]) -> list[Any]:
+        """Begin to exchange; both lists of tensors are left alone until all that this returns has arrived."""
+        exchange, team = self.line.world_transport.exchange_rows, tuple(self.line.ranks)
+        return [exchange(team, x, way.sends, y, way.receives) for x, y in zip(leaving, into, strict=True)]
 
 
 def _described(rows: Any) -> tuple[str, int]:
@@ -199,8 +206,10 @@ def redistribute(rows: Rows, order: torch.Tensor | int, P: Any = None, *, keep_c
         raise ValueError(f"redistribute: the order is no permutation of the {local.length} rows of all ranks")
     cuts = local.cuts if keep_counts else balanced(local.length, line.size)
     way = route(order, local.cuts, cuts, line.rank)
-    moving = local.start(way, [picked(x, way.leaving) for x in local.leaves])
-    return local.tree([picked(x.finish(), way.places) for x in moving])
+    leaving = [picked(x, way.leaving) for x in local.leaves]
+    moving = local.start(way, leaving, [empty_rows(x, len(way.places)) for x in leaving])
+    again = leaving if len(leaving[0]) == len(way.places) else [None] * len(leaving)  # spares the page faults of more
+    return local.tree([picked(x.finish(), way.places, out) for x, out in zip(moving, again, strict=True)])
 
 
 def line_of(P: Any) -> Partition:

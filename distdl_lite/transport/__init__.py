@@ -34,7 +34,7 @@ class RowsMoving(Protocol):
         """Whether all have arrived that this rank receives; moves on what has not."""
 
     def finish(self) -> torch.Tensor:
-        """Wait, and return the rows received, in the order of the ranks they come from. Called once."""
+        """Wait, and return the tensor that the rows received are in. Called once."""
 
 
 class Transport(Protocol):
@@ -72,12 +72,13 @@ class Transport(Protocol):
         """Fill the contiguous tensor with world rank `root`'s."""
 
     def exchange_rows(
-        self, team: Team, rows: torch.Tensor, sends: Sequence[int], receives: Sequence[int]
+        self, team: Team, rows: torch.Tensor, sends: Sequence[int], into: torch.Tensor, receives: Sequence[int]
     ) -> RowsMoving:
-        """Begin to send the rows of a tensor, in the order of the ranks they go to, which waits for no other rank.
+        """Begin to send the rows of a tensor and to receive into another, which waits for no other rank.
 
-        The numbers of rows sent and received, and the rows themselves, are in the order of `team`, which need not be sorted.
-        The caller leaves `rows` unchanged until all have arrived. Other calls of the team may come between.
+        Both are contiguous, and in the order of the ranks that the rows go to and come from: that of `team`, which need not
+        be sorted, as are the numbers of rows. The caller leaves both alone until all have arrived. Other calls of the
+        team may come between.
         """
 
     def user_communicator(self, team: Team) -> Any:

@@ -8,12 +8,13 @@ context ids, and models have thousands of layers.
 from __future__ import annotations
 
 import atexit
+import ctypes
 import math
 import os
 import sys
 from array import array
 from collections.abc import Sequence
-from time import perf_counter
+from time import perf_counter, sleep
 from typing import Any
 
 import torch
@@ -167,12 +168,12 @@ class MPITransport(Transport):
 
     @counted("rows")
     def exchange_rows(
-        self, team: Team, rows: torch.Tensor, sends: Sequence[int], receives: Sequence[int]
+        self, team: Team, rows: torch.Tensor, sends: Sequence[int], into: torch.Tensor, receives: Sequence[int]
     ) -> _RowsMoving:
         team = tuple(team)
         if team not in self._row_teams:  # of its own: an exchange is under way while the team's other calls come and go
             self._row_teams[team] = self.user_communicator(team)
-        return _RowsMoving(self._row_teams[team], rows, sends, receives)
+        return _RowsMoving(self._row_teams[team], rows, sends, into, receives)
 
 
 class _Vote:
@@ -343,10 +344,17 @@ def _free_what_left() -> None:
 class _RowsMoving:
     """Rows under way. What nobody waits for is kept until it has gone, for MPI reads and writes the buffers."""
 
-    def __init__(self, comm: MPI.Comm, rows: torch.Tensor, sends: Sequence[int], receives: Sequence[int]) -> None:
+    def __init__(
+        self,
+        comm: MPI.Comm,
+        rows: torch.Tensor,
+        sends: Sequence[int],
+        into: torch.Tensor,
+        receives: Sequence[int],
+    ) -> None:
         _moving[:] = [other for other in _moving if not other.test()]
-        self._device, self._sent = rows.device, _at_host(rows)
-        self._received = self._sent.new_empty(sum(receives), *rows.shape[1:])
+        self._into, self._sent = into, _at_host(rows)
+        self._received = into if into.is_cpu else torch.empty_like(into, device="cpu")
         row = MPI.BYTE.Create_contiguous(math.prod(rows.shape[1:]) * rows.element_size()).Commit()
         source, target = _bytes(self._sent)[0], _bytes(self._received)[0]
         self._request = comm.Ialltoallv([source, sends, None, row], [target, receives, None, row])
@@ -361,7 +369,7 @@ class _RowsMoving:
     def finish(self) -> torch.Tensor:
         self._request.Wait()
         self.test()
-        return self._received.to(self._device)
+        return self._into if self._received is self._into else self._into.copy_(self._received)
 
 
 _moving: list[_RowsMoving] = []
@@ -369,10 +377,12 @@ _moving: list[_RowsMoving] = []
 
 @atexit.register
 def _let_rows_arrive() -> None:
-    """Python frees the buffers before MPI ends: give the last rows that nobody waited for a second to arrive."""
-    deadline = perf_counter() + 1
-    while _moving and not MPI.Is_finalized() and perf_counter() < deadline:
-        _moving[:] = [moving for moving in _moving if not moving.test()]
+    """Python frees tensors before MPI ends: wait for the last rows that nobody waited for, or never free them."""
+    deadline = perf_counter() + 10
+    while not (MPI.Is_finalized() or all(moving.test() for moving in _moving[:])) and perf_counter() < deadline:
+        sleep(0.001)
+    for moving in _moving:
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(moving))
 
 
 class _Collective:

@@ -223,18 +223,22 @@ class ThreadTransport(Transport):
 
     @counted("rows")
     def exchange_rows(
-        self, team: Team, rows: torch.Tensor, sends: Sequence[int], receives: Sequence[int]
+        self, team: Team, rows: torch.Tensor, sends: Sequence[int], into: torch.Tensor, receives: Sequence[int]
     ) -> RowsMovingHere:
         what = f"exchange of rows of shape {list(rows.shape[1:])} and {rows.dtype}"
-        number = self._arrive(tuple(sorted(team)), dict(zip(team, rows.split(list(sends)), strict=True)), what)
-        return RowsMovingHere(self, tuple(team), number, what)
+        parts = dict(zip(team, rows.clone().split(list(sends)), strict=True))
+        number = self._arrive(tuple(sorted(team)), parts, what)
+        return RowsMovingHere(self, tuple(team), number, what, into)
 
 
 class RowsMovingHere:
     """Rows at a meeting of their ranks."""
 
-    def __init__(self, transport: ThreadTransport, team: tuple[int, ...], number: int, what: str) -> None:
+    def __init__(
+        self, transport: ThreadTransport, team: tuple[int, ...], number: int, what: str, into: torch.Tensor
+    ) -> None:
         self._transport, self._team, self._number, self._what = transport, team, number, what
+        self._into = into
         self._present = transport.world.meetings[tuple(sorted(team)), number]
 
     def test(self) -> bool:
@@ -243,7 +247,7 @@ class RowsMovingHere:
     def finish(self) -> torch.Tensor:
         team = tuple(sorted(self._team))
         brought = dict(zip(team, self._transport._met_all(team, self._number, self._what), strict=True))
-        return torch.cat([brought[rank][self._transport.rank] for rank in self._team])
+        return self._into.copy_(torch.cat([brought[rank][self._transport.rank] for rank in self._team]))
 
 
 class ThreadChannel:
