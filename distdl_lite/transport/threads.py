@@ -235,26 +235,26 @@ class ThreadTransport(Transport):
     ) -> RowsMovingHere:
         what = f"exchange of rows of shape {list(rows.shape[1:])} and {rows.dtype}"
         parts = dict(zip(team, rows.clone().split(list(sends)), strict=True))
-        number = self._arrive(tuple(sorted(team)), parts, what)
-        return RowsMovingHere(self, tuple(team), number, what, into)
+        meeting = self._arrive(tuple(sorted(team)), parts, what, "rows")
+        return RowsMovingHere(self, tuple(team), meeting, what, into)
 
 
 class RowsMovingHere:
     """Rows at a meeting of their ranks."""
 
     def __init__(
-        self, transport: ThreadTransport, team: tuple[int, ...], number: int, what: str, into: torch.Tensor
+        self, transport: ThreadTransport, team: tuple[int, ...], meeting: _Meeting, what: str, into: torch.Tensor
     ) -> None:
-        self._transport, self._team, self._number, self._what = transport, team, number, what
+        self._transport, self._team, self._meeting, self._what = transport, team, meeting, what
         self._into = into
-        self._present = transport.world.meetings[tuple(sorted(team)), number]
+        self._present = transport.world.meetings[meeting]
 
     def test(self) -> bool:
         return len(self._present) == len(self._team)
 
     def finish(self) -> torch.Tensor:
         team = tuple(sorted(self._team))
-        brought = dict(zip(team, self._transport._met_all(team, self._number, self._what), strict=True))
+        brought = dict(zip(team, self._transport._met_all(self._meeting, self._what), strict=True))
         return self._into.copy_(torch.cat([brought[rank][self._transport.rank] for rank in self._team]))
 
 
