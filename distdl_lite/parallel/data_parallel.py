@@ -77,7 +77,9 @@ class DataParallel(torch.nn.Module):
 
     Notes
     -----
-    A parameter of a distributed layer is left to the layer where its replicas are on all ranks along the batch axis.
+    A parameter of a distributed layer is left to the layer where its replicas are on all ranks along the batch axis. With
+    such layers inside, as `SyncBatchNorm`, each forward's gradients get their weights when backward begins, for which 8
+    bytes are summed. A loss that is itself global, as the distributed ones, needs ``average="none"``.
     ``state_dict`` has the module's own names; with or without ``module.`` before them they can be loaded.
 
     Examples
@@ -179,7 +181,11 @@ class DataParallel(torch.nn.Module):
             handle.remove()
         self._handles.clear()
         names, parameters = [n for n, _ in named], [p for _, p in named]
-        self._sync = Synchroniser(names, parameters, late, list(buffers.values()), transport, team, self._options)
+        # A layer that sums over the batch mixes the ranks' gradients, which must have their weights by then.
+        self._couples = len(team) > 1 and any(elsewhere.values()) and self._options.average != "none"
+        self._sync = Synchroniser(
+            names, parameters, late, list(buffers.values()), transport, team, self._options, self._couples
+        )
         self._tensors = list(self.module.parameters()) + list(buffers.values())
         if self._deferral is not None:
             self._deferral.remove()
@@ -303,6 +309,18 @@ class DataParallel(torch.nn.Module):
             self._begin(backward)
         sync.count += rows
 
+    def _share(self, rows: int) -> float:
+        """The weight in the mean of a forward's gradients; the ranks along the batch axis call together."""
+        sync, average = self._sync, self._options.average
+        assert sync is not None
+        if average == "ranks":
+            return 1 / len(sync.team)
+        if average == "sum" and not self._syncs:
+            raise RuntimeError('DataParallel: with layers that sum over the batch, average="sum" allows no no_sync')
+        weight = float(rows if self.weight is None else self.weight)
+        total = self.P.world_transport.all_reduce(sync.team, torch.tensor([weight], dtype=torch.float64)).item()
+        return 0.0 if not (weight and total) else (weight if average == "samples" else 1.0) / total
+
     def _begin(self, backward: int) -> None:
         assert self._sync is not None
         self.synchronize()
@@ -354,9 +372,13 @@ class DataParallel(torch.nn.Module):
 
         Then all take the parameters and buffers of a rank that made the last step. The optimizers' states are left alone.
         """
+        sync = self._sync
+        if self._couples:
+            raise RuntimeError(
+                "DataParallel: layers that sum over the batch need all ranks in every step; join is not for them"
+            )
         yield
         self.synchronize()
-        sync = self._sync
         if sync is None or len(sync.team) == 1:
             return
         takes_part = True
@@ -418,14 +440,20 @@ class _OutputHook:
     """Tells a container that backward has reached an output of a forward, once in each backward."""
 
     def __init__(self, container: weakref.ref[DataParallel], rows: int) -> None:
-        self._container, self._rows, self._backward = container, rows, -1
+        self._container, self._rows, self._backward, self._share = container, rows, -1, 1.0
         self.is_used = False
 
-    def __call__(self, gradient: torch.Tensor) -> None:
+    def __call__(self, gradient: torch.Tensor) -> torch.Tensor | None:
         container, backward = self._container(), running_backward()
-        if container is not None and backward != self._backward:
+        if container is None:
+            return None
+        if backward != self._backward:
             self._backward = backward
             container._began(self._rows)
+            self._share = container._share(self._rows) if container._couples else 1.0
+        if self._share == 1:
+            return None
+        return gradient * self._share if self._share else torch.zeros_like(gradient)
 
 
 class _ReadyHook:
@@ -449,6 +477,7 @@ def _unprepared() -> dict[str, Any]:
         "weight": None,
         "_sync": None,
         "_deferral": None,
+        "_couples": False,
         "_handles": {},
         "_tensors": [],
         "_syncs": True,

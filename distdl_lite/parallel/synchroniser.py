@@ -54,6 +54,8 @@ class Synchroniser:
     team : tuple of int
         World ranks, sorted; its first is the root.
     options : Options
+    is_weighed : bool
+        Whether backward begins with gradients that have their weights in the mean, so that they are only to be added.
     """
 
     def __init__(
@@ -65,9 +67,11 @@ class Synchroniser:
         transport: Transport,
         team: tuple[int, ...],
         options: Options,
+        is_weighed: bool = False,
     ) -> None:
         self.names, self.parameters, self.late, self.buffers = names, parameters, frozenset(late), buffers
         self.transport, self.team, self.options = transport, team, options
+        self._divides = not is_weighed and options.average != "none"
         self.count = 0.0  # rows since the last sum
         self.weight: float | None = None  # in place of it
         self.steps = self._finished = 0
@@ -171,7 +175,7 @@ class Synchroniser:
         """By what the gradients are multiplied, and their weight in the mean."""
         if not self._takes_part:
             return 0.0, 0.0
-        if self.options.average in ("ranks", "none"):
+        if not self._divides or self.options.average == "ranks":
             return 1.0, 1.0
         weight = self.count if self.weight is None else float(self.weight)
         return (weight if self.options.average == "samples" else 1.0), weight
@@ -224,7 +228,7 @@ class Synchroniser:
 
     def _result(self, place: int) -> Found:
         self._wait(place)
-        values, marks = self.buckets[place].unpack(self.options.average != "none")
+        values, marks = self.buckets[place].unpack(self._divides)
         if round(marks) != len(self.team):
             self.is_open = False
             raise RuntimeError("DataParallel: backward failed on another rank, whose gradients are lacking")
@@ -245,7 +249,7 @@ class Synchroniser:
             assert self._weighed is not None
             bucket.pack([self.parameters[n].grad if self._takes_part else None], *self._weighed, 1.0)
             self._sum(bucket.flat).wait()
-            found.append((n, bucket.unpack(self.options.average != "none")[0][0]))
+            found.append((n, bucket.unpack(self._divides)[0][0]))
         return found
 
     @torch.no_grad()
