@@ -120,10 +120,12 @@ def _overlap(P: Partition, seconds: float) -> list[Row]:
 
 
 def _sums_alone(dp: DataParallel) -> Call:
+    sync = dp._sync
+    flats = [torch.ones(bucket.nbytes // 4) for bucket in sync.buckets]
+
     def sums() -> None:
-        sync = dp._sync
-        for bucket in sync.buckets:
-            sync.transport.start_sum(sync.team, bucket.flat, "inline", sync.lane).wait()
+        for flat in flats:
+            sync.transport.start_sum(sync.team, flat, "inline", sync.lane).wait()
 
     return sums
 
@@ -133,7 +135,7 @@ def _overhead(P: Partition, seconds: float) -> list[Row]:
     sizes, batch = _MODELS["1.3 MB, 160 parameters"]
     x = torch.rand(batch, sizes[0])
     alone = P.create_partition_inclusive([P.rank])
-    one = DataParallel(_network(sizes), alone, average="sum")
+    one = DataParallel(_network(sizes), alone)
     held = DataParallel(_network(sizes), P)
 
     def accumulates() -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from distdl_lite.reducer import flattened, unflattened
 from distdl_lite.transport.wire import wire_dtype
 
 FIRST_BYTES = 1 << 20  # the first bucket is soon full, and its sum soon on its way
@@ -61,42 +62,45 @@ class Bucket:
     Attributes
     ----------
     gradients : torch.Tensor
-        The flat part of the gradients; those of 16 bits are summed in 32.
+        The flat part of the gradients, while the bucket is packed; those of 16 bits are summed in 32.
     """
 
     def __init__(self, numbers: Sequence[int], parameters: Sequence[torch.Tensor], header: int = 0) -> None:
-        self.numbers = tuple(numbers)
-        dtype = wire_dtype(parameters[0].dtype) if parameters else torch.float32
-        device = parameters[0].device if parameters else torch.device("cpu")
-        sizes = [p.numel() for p in parameters]
-        self.flat = torch.zeros(sum(sizes) + len(sizes) + 2 + header, dtype=dtype, device=device)
-        self.gradients, self.tail = self.flat.split([sum(sizes), len(sizes) + 2 + header])
-        pieces = self.gradients.split(sizes) if sizes else ()
-        self.views = [piece.view(p.shape) for piece, p in zip(pieces, parameters, strict=True)]
-        self.header = [0.0] * header
-        self.missing = len(sizes)  # before it is complete
+        self.numbers, self.header = tuple(numbers), [0.0] * header
+        self._like = list(parameters)
+        self.dtype = wire_dtype(parameters[0].dtype) if parameters else torch.float32
+        self.device = parameters[0].device if parameters else torch.device("cpu")
+        self.size = sum(p.numel() for p in parameters)
+        self.missing = len(parameters)  # before it is complete
+        self.flat = self.gradients = torch.empty(0)
+
+    @property
+    def nbytes(self) -> int:
+        return (self.size + len(self.numbers) + 2 + len(self.header)) * self.dtype.itemsize
 
     def pack(self, gradients: Sequence[torch.Tensor | None], factor: float, weight: float, mark: float) -> None:
         """Fill in the local gradients times a factor. Without weight they are zeros, also where they are not numbers."""
-        given = [(view, g) for view, g in zip(self.views, gradients, strict=True) if g is not None] if weight else []
-        if len(given) < len(gradients):
-            self.gradients.zero_()
-        if given:
-            views, found = zip(*given, strict=True)
-            torch._foreach_copy_(views, found)
-            if factor != 1:
-                self.gradients.mul_(factor)
         flags = [float(g is not None) for g in gradients]
-        self.tail.copy_(torch.tensor([*flags, weight, mark, *self.header], dtype=torch.float64))
+        tail = torch.tensor([*flags, weight, mark, *self.header], dtype=self.dtype, device=self.device)
+        given = [self._of(g if weight else None, p) for g, p in zip(gradients, self._like, strict=True)]
+        self.flat = flattened([*given, tail])  # afresh, as the results will be views of it
+        self.gradients = self.flat[: self.size]
+        if factor != 1 and weight:
+            self.gradients.mul_(factor)
+
+    def _of(self, gradient: torch.Tensor | None, parameter: torch.Tensor) -> torch.Tensor:
+        if gradient is None:
+            return torch.zeros(parameter.shape, dtype=self.dtype, device=self.device)
+        gradient = gradient.detach()
+        return gradient if gradient.dtype is self.dtype else gradient.to(self.dtype)
 
     def unpack(self, divides: bool) -> tuple[list[torch.Tensor | None], float]:
         """The sums, divided by that of the weights if so, None where no rank had a gradient; and the sum of the marks."""
-        tail = self.tail.real.tolist() if self.tail.is_complex() else self.tail.tolist()
-        flags, (total, marks), self.header = (
-            tail[: len(self.views)],
-            tail[len(self.views) :][:2],
-            tail[len(self.views) + 2 :],
-        )
+        n, tail = len(self.numbers), self.flat[self.size :]
+        numbers = (tail.real if tail.is_complex() else tail).tolist()
+        total, marks, self.header = numbers[n], numbers[n + 1], numbers[n + 2 :]
         if divides and total not in (0, 1):
             self.gradients.div_(total)
-        return [view if flag else None for view, flag in zip(self.views, flags, strict=True)], marks
+        views = unflattened(self.gradients, self._like) if self._like else ()
+        self.flat = self.gradients = torch.empty(0)
+        return [view if flag else None for view, flag in zip(views, numbers[:n], strict=True)], marks

@@ -186,7 +186,8 @@ class DataParallel(torch.nn.Module):
         self._sync = Synchroniser(
             names, parameters, late, list(buffers.values()), transport, team, self._options, self._couples
         )
-        self._tensors = list(self.module.parameters()) + list(buffers.values())
+        self._modules_within = list(self.module.modules())
+        self._tensors = list(self._held())
         if self._deferral is not None:
             self._deferral.remove()
         wants = self._update == "deferred" and len(team) > 1
@@ -241,14 +242,17 @@ class DataParallel(torch.nn.Module):
             buffers = {} if self._options.sync_buffers == "none" else dict(self.module.named_buffers())
             self._check_equal({**dict(zip(self._sync.names, self._sync.parameters, strict=True)), **buffers})
 
+    def _held(self) -> Iterator[Any]:
+        """The layers, parameters and buffers of the module, one after another: all that may have been replaced."""
+        for module in self._modules_within:
+            yield from module._modules.values()
+            yield from module._parameters.values()
+            yield from module._buffers.values()
+        yield None  # so that one more of them is a difference
+
     def _refresh(self) -> None:
         """See what has changed in the module since the last forward."""
-        tensors = [*self.module.parameters(), *self.module.buffers()]
-        if (
-            self._sync is None
-            or len(tensors) != len(self._tensors)
-            or not all(map(operator.is_, tensors, self._tensors))
-        ):
+        if self._sync is None or not all(map(operator.is_, self._held(), self._tensors)):
             self._prepare()
         sync = self._sync
         assert sync is not None
@@ -480,6 +484,7 @@ def _unprepared() -> dict[str, Any]:
         "_couples": False,
         "_handles": {},
         "_tensors": [],
+        "_modules_within": [],
         "_syncs": True,
         "_unseen": 0,
         "_waits_for_layers": False,

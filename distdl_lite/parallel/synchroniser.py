@@ -99,7 +99,7 @@ class Synchroniser:
         ]
         self.places = {n: place for place, group in enumerate(groups) for n in group}
         engine = self.options.engine
-        if engine == "auto" and sum(bucket.flat.nbytes for bucket in self.buckets) < INLINE_BYTES:
+        if engine == "auto" and sum(bucket.nbytes for bucket in self.buckets) < INLINE_BYTES:
             engine = "inline"
         self.engine = engine
 
@@ -110,7 +110,7 @@ class Synchroniser:
         if self.is_open:
             self._abandon()
         self.is_open, self.backward, self._takes_part = True, backward, takes_part
-        self._seen: list[int] = []
+        self._seen: dict[int, None] = {}
         self._pending: list[Pending] = []
         self._weighed: tuple[float, float] | None = None
         for bucket in self.buckets:
@@ -145,7 +145,7 @@ class Synchroniser:
                     f"checkpoints: use checkpoint(..., use_reentrant=False), or DataParallel(..., overlap=False)"
                 )
             return
-        self._seen.append(number)
+        self._seen[number] = None
         place = self.places.get(number)
         if place is not None:
             self.buckets[place].missing -= 1
@@ -257,29 +257,24 @@ class Synchroniser:
         """Put sums into ``.grad``, added to what was there before backward."""
         if not self._takes_part:
             return
-        into: list[tuple[torch.Tensor, torch.Tensor]] = []
         for number, value in found:
             parameter = self.parameters[number]
-            grad = parameter.grad
-            if value is not None and (grad is None or grad.requires_grad):
-                parameter.grad = value.to(parameter.dtype, copy=True)
-            elif value is not None and grad is not None:
-                into.append((grad, value))
-        if into:
-            grads, values = zip(*into, strict=True)
-            torch._foreach_copy_(grads, values)
-        for number, _ in found:
-            parameter = self.parameters[number]
-            parameter.grad = self.added_up(number, parameter.grad)
-            if parameter.grad is not None:
-                self._settled[number] = weakref.ref(parameter.grad)
+            grad = self.added_up(number, parameter.grad if value is None else value)
+            parameter.grad = grad
+            if grad is not None:
+                self._settled[number] = weakref.ref(grad)
 
     def added_up(self, number: int, value: torch.Tensor | None) -> torch.Tensor | None:
         """The sum of a gradient, added to what was in ``.grad`` before backward."""
         before = self._aside.pop(number, None)
         if before is not None and value is not None:
             before.add_(value)
-        return value.to(self.parameters[number].dtype) if before is None and value is not None else before
+        if before is not None or value is None:
+            return before
+        parameter = self.parameters[number]
+        if parameter.is_contiguous():
+            return value.to(parameter.dtype)
+        return torch.empty_like(parameter).copy_(value)
 
     def _plan_anew(self, trained: Sequence[float]) -> None:
         """Follow what is trained now, and, once, the order in which the root's gradients came."""
