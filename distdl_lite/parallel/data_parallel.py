@@ -267,6 +267,7 @@ class DataParallel(torch.nn.Module):
     def _begin(self, backward: int) -> None:
         assert self._sync is not None
         self._sync.begin(backward)
+        self._sync.weight = self.weight
         self._sync.count, self._unseen = self._sync.count + self._unseen, 0
         self._waits_for_layers = bool(self._sync.late)
         at_end_of_backward(self._finish)
@@ -290,7 +291,6 @@ class DataParallel(torch.nn.Module):
             return
         sync = self._sync
         assert sync is not None
-        sync.weight = self.weight
         sync.finish()
         self.weight = None
 
