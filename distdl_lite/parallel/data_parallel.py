@@ -18,7 +18,7 @@ from distdl_lite.nn.parameter import Layer
 from distdl_lite.parallel.buckets import Bucket
 from distdl_lite.parallel.synchroniser import Options, Synchroniser, broadcast
 from distdl_lite.partition import Partition
-from distdl_lite.reducer import at_end_of_backward, running_backward
+from distdl_lite.reducer import at_end_of_backward, running_backward, running_backward_accumulates
 from distdl_lite.transport.sums import ENGINES
 
 
@@ -247,6 +247,7 @@ class DataParallel(torch.nn.Module):
 
     def _watch(self, output: Any, rows: int) -> None:
         """Be told when backward reaches an output."""
+        self._latest = rows
         hook = _OutputHook(weakref.ref(self), rows)
         for leaf in tree_leaves(output):
             if isinstance(leaf, torch.Tensor) and leaf.requires_grad:
@@ -259,6 +260,8 @@ class DataParallel(torch.nn.Module):
         """Backward has reached the outputs of a forward with so many rows."""
         sync, backward = self._sync, running_backward()
         if sync is None or (len(sync.team) == 1 and self._options.average != "sum"):
+            return
+        if not running_backward_accumulates(sync.parameters):
             return
         if self._syncs and not (sync.is_open and sync.backward == backward):
             self._begin(backward)
@@ -280,8 +283,9 @@ class DataParallel(torch.nn.Module):
         if not self._syncs:
             sync.keep_local(number)
             return
-        if not sync.is_open:
+        if not sync.is_open:  # the outputs are out of sight, or backward does not go through them
             self._begin(running_backward())
+            sync.count = sync.count or self._latest
         sync.ready(number)
 
     def _finish(self) -> None:
@@ -395,6 +399,7 @@ def _unprepared() -> dict[str, Any]:
         "_tensors": [],
         "_syncs": True,
         "_unseen": 0,
+        "_latest": 0,
         "_waits_for_layers": False,
     }
 
