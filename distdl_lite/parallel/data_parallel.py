@@ -283,6 +283,8 @@ class DataParallel(torch.nn.Module):
         if not self._syncs:
             sync.keep_local(number)
             return
+        if not sync.is_open and sync.is_summed_by_another(number):
+            return
         if not sync.is_open:  # the outputs are out of sight, or backward does not go through them
             self._begin(running_backward())
             sync.count = sync.count or self._latest

@@ -71,6 +71,8 @@ class Synchroniser:
         self.steps = self._finished = 0
         self.is_open = self.is_broken = False
         self.backward: int | None = None
+        self._others: weakref.WeakSet[Synchroniser] = transport.local.setdefault("synchronisers", weakref.WeakSet())
+        self._others.add(self)
         made = transport.local.setdefault("containers", {})
         made[team] = number = made.get(team, -1) + 1
         self.lane = f"copies {number % _LANES}"
@@ -115,6 +117,11 @@ class Synchroniser:
                 self._aside[number] = self.parameters[number].grad  # type: ignore[assignment]
                 self.parameters[number].grad = None
         self._settled.clear()
+
+    def is_summed_by_another(self, number: int) -> bool:
+        """Whether another container with the same parameter is at it in this backward."""
+        parameter = self.parameters[number]
+        return any(other.is_open and any(p is parameter for p in other.parameters) for other in self._others)
 
     def _is_settled(self, number: int) -> bool:
         known, grad = self._settled.get(number), self.parameters[number].grad
