@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 from distdl_lite.nn.movement import zero_volume_tensor
 from distdl_lite.nn.parameter import Layer
 from distdl_lite.parallel.buckets import Bucket
-from distdl_lite.parallel.synchroniser import Options, Synchroniser, broadcast
+from distdl_lite.parallel.synchroniser import LANES, Options, Synchroniser, broadcast, lanes_in_use
 from distdl_lite.partition import Partition
 from distdl_lite.reducer import at_end_of_backward, running_backward, running_backward_accumulates
 from distdl_lite.transport.sums import ENGINES
@@ -150,14 +150,14 @@ class DataParallel(torch.nn.Module):
         if self._sync is not None and self._sync.is_open:
             self._sync.begin(None)  # completes what failed
             self._sync.is_open = False
-        transport, team = self.P.world_transport, self._team()
+        transport, team, self._sync, lane = self.P.world_transport, self._team(), None, 0
         elsewhere = self._summed_by_layers(set(team))
         named = [(n, p) for n, p in self.module.named_parameters() if id(p) not in elsewhere or not elsewhere[id(p)]]
         late = [number for number, (_, p) in enumerate(named) if id(p) in elsewhere]
         buffers = dict(self.module.named_buffers())
         tensors = {**dict(named), **buffers}
         if len(team) > 1:
-            _check_alike(transport, team, tensors, self._sparse_layers())
+            lane = _check_alike(transport, team, tensors, self._sparse_layers())
             if self._init == "broadcast":
                 broadcast(transport, team, list(tensors.values()))
             elif self._init == "check":
@@ -168,7 +168,7 @@ class DataParallel(torch.nn.Module):
             handle.remove()
         self._handles.clear()
         names, parameters = [n for n, _ in named], [p for _, p in named]
-        self._sync = Synchroniser(names, parameters, late, list(buffers.values()), transport, team, self._options)
+        self._sync = Synchroniser(names, parameters, late, list(buffers.values()), transport, team, self._options, lane)
         self._tensors = list(self.module.parameters()) + list(buffers.values())
 
     def _summed_by_layers(self, team: set[int]) -> dict[int, bool]:
@@ -409,15 +409,15 @@ def _unprepared() -> dict[str, Any]:
 _SPARSE = "DataParallel: sparse gradients are not summed; build {} with sparse=False"
 
 
-def _check_alike(transport: Any, team: tuple[int, ...], tensors: Mapping[str, torch.Tensor], sparse: list[str]) -> None:
-    """Raise on all of the team unless all hold the same tensors, none of them of a sparse layer."""
+def _check_alike(transport: Any, team: tuple[int, ...], tensors: Mapping[str, torch.Tensor], sparse: list[str]) -> int:
+    """Raise on all of the team unless all hold the same tensors, none of them of a sparse layer; returns a free lane."""
     mine = [(name, tuple(t.shape), str(t.dtype).removeprefix("torch.")) for name, t in tensors.items()]
-    told = transport.gather_objects(team, (mine, sparse))
-    for _, theirs in told:
+    told = transport.gather_objects(team, (mine, sparse, lanes_in_use(transport, team)))
+    for _, theirs, _ in told:
         if theirs:
             raise TypeError(_SPARSE.format(theirs))
     first = told[0][0]
-    for rank, (other, _) in zip(team, told, strict=True):
+    for rank, (other, _, _) in zip(team, told, strict=True):
         for a, b in zip(first, other, strict=False):
             if a != b:
                 raise ValueError(
@@ -428,6 +428,8 @@ def _check_alike(transport: Any, team: tuple[int, ...], tensors: Mapping[str, to
             raise ValueError(
                 f"DataParallel: the ranks hold different modules: of ranks {team[0]} and {rank}, one lacks {name}"
             )
+    in_use = [lane for _, _, lanes in told for lane in lanes]
+    return min(range(LANES), key=in_use.count)
 
 
 def _bytes(tensor: torch.Tensor) -> Any:

@@ -17,7 +17,7 @@ from distdl_lite.transport.wire import wire_dtype
 
 INLINE_BYTES = 256 << 10  # a model with fewer gradients has its sums made where they are started
 SECONDS = 1800.0  # to wait for other ranks
-_LANES = 8  # containers whose sums may be under way at once; communicators are few
+LANES = 8  # containers whose sums may be under way at once; communicators are few
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,8 @@ class Synchroniser:
     team : tuple of int
         World ranks, sorted; its first is the root.
     options : Options
+    lane : int
+        Which of the team's communicators for sums.
     """
 
     def __init__(
@@ -63,6 +65,7 @@ class Synchroniser:
         transport: Transport,
         team: tuple[int, ...],
         options: Options,
+        lane: int,
     ) -> None:
         self.names, self.parameters, self.late, self.buffers = names, parameters, frozenset(late), buffers
         self.transport, self.team, self.options = transport, team, options
@@ -71,16 +74,18 @@ class Synchroniser:
         self.steps = self._finished = 0
         self.is_open = self.is_broken = False
         self.backward: int | None = None
-        self._others: weakref.WeakSet[Synchroniser] = transport.local.setdefault("synchronisers", weakref.WeakSet())
+        self._others = _synchronisers(transport)
         self._others.add(self)
-        made = transport.local.setdefault("containers", {})
-        made[team] = number = made.get(team, -1) + 1
-        self.lane = f"copies {number % _LANES}"
+        self.lane = f"copies {lane}"
         if len(team) > 1:
             transport.open_sums(team, self.lane)
         self._settled: dict[int, weakref.ref[torch.Tensor]] = {}  # gradients that are the same on all ranks
         self._versions = self._buffer_versions()
         self._plan([n for n, p in enumerate(parameters) if p.requires_grad][::-1])
+
+    def __del__(self) -> None:
+        if self.is_open:  # which leaves sums that other ranks may not have started
+            self.transport.local.setdefault("spoilt lanes", []).append((self.team, self.lane))
 
     def _plan(self, order: Sequence[int]) -> None:
         """Cut the parameters that are trained into buckets, in the order in which their gradients come."""
@@ -293,6 +298,18 @@ class Synchroniser:
             for group in _alike(taken):
                 broadcast(self.transport, self.team, group)
         self._versions = self._buffer_versions()
+
+
+def _synchronisers(transport: Transport) -> weakref.WeakSet[Synchroniser]:
+    """Those of this rank that are alive."""
+    return transport.local.setdefault("synchronisers", weakref.WeakSet())
+
+
+def lanes_in_use(transport: Transport, team: tuple[int, ...]) -> list[int]:
+    """The numbers of the lanes that a new container of the team should leave to others, as far as this rank knows."""
+    alive = [(other.team, other.lane) for other in _synchronisers(transport)]
+    used = [*alive, *transport.local.get("spoilt lanes", [])]
+    return [int(lane.split()[-1]) for others, lane in used if others == team]
 
 
 def broadcast(
