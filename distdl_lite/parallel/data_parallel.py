@@ -240,8 +240,8 @@ class DataParallel(torch.nn.Module):
         return output
 
     def _rows(self, inputs: Any, kwargs: Any) -> int:
-        for leaf in tree_leaves((inputs, kwargs)):
-            if isinstance(leaf, torch.Tensor) and leaf.dim():
+        for leaf in _tensors((inputs, kwargs)):
+            if -leaf.dim() <= self.dim < leaf.dim():
                 return leaf.shape[self.dim]
         return 1
 
@@ -249,8 +249,8 @@ class DataParallel(torch.nn.Module):
         """Be told when backward reaches an output."""
         self._latest = rows
         hook = _OutputHook(weakref.ref(self), rows)
-        for leaf in tree_leaves(output):
-            if isinstance(leaf, torch.Tensor) and leaf.requires_grad:
+        for leaf in _tensors(output):
+            if leaf.grad_fn is not None:  # a parameter that is returned would keep the hook
                 leaf.register_hook(hook)
                 hook.is_used = True
         if not hook.is_used:
@@ -390,6 +390,17 @@ class _ReadyHook:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _ReadyHook:
         return self
+
+
+def _tensors(value: Any, seen: tuple[Any, ...] = ()) -> Iterator[torch.Tensor]:
+    """The tensors in a structure of lists, dictionaries and objects."""
+    for leaf in tree_leaves(value):
+        if isinstance(leaf, torch.Tensor):
+            yield leaf
+        elif not isinstance(leaf, (type, torch.nn.Module)) and not any(leaf is other for other in seen):
+            inside = leaf if isinstance(leaf, Mapping) else getattr(leaf, "__dict__", {})
+            for part in inside.values():
+                yield from _tensors(part, (*seen, leaf))
 
 
 def _unprepared() -> dict[str, Any]:
