@@ -168,8 +168,9 @@ class DataParallel(torch.nn.Module):
             handle.remove()
         self._handles.clear()
         names, parameters = [n for n, _ in named], [p for _, p in named]
-        self._sync = Synchroniser(names, parameters, late, list(buffers.values()), transport, team, self._options, lane)
-        self._tensors = list(self.module.parameters()) + list(buffers.values())
+        self._sync = Synchroniser(names, parameters, late, self.module.buffers, transport, team, self._options, lane)
+        self._tensors = list(self.module.parameters())
+        self._kinds = [(p.dtype, p.device) for p in self._tensors]
 
     def _summed_by_layers(self, team: set[int]) -> dict[int, bool]:
         """The parameters of distributed layers, and whether their sum covers the batch axis."""
@@ -208,11 +209,12 @@ class DataParallel(torch.nn.Module):
 
     def _refresh(self) -> None:
         """See what has changed in the module since the last forward."""
-        tensors = [*self.module.parameters(), *self.module.buffers()]
+        parameters = list(self.module.parameters())
         if (
             self._sync is None
-            or len(tensors) != len(self._tensors)
-            or not all(map(operator.is_, tensors, self._tensors))
+            or len(parameters) != len(self._tensors)
+            or not all(map(operator.is_, parameters, self._tensors))
+            or [(p.dtype, p.device) for p in parameters] != self._kinds
         ):
             self._prepare()
         sync = self._sync
@@ -410,6 +412,7 @@ def _unprepared() -> dict[str, Any]:
         "_sync": None,
         "_handles": {},
         "_tensors": [],
+        "_kinds": [],
         "_syncs": True,
         "_unseen": 0,
         "_latest": 0,

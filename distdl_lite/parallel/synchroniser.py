@@ -47,7 +47,8 @@ class Synchroniser:
     parameters : sequence of torch.Tensor
     late : collection of int
         The numbers of parameters whose ``.grad`` is there only at the end of backward.
-    buffers : sequence of torch.Tensor
+    buffers : callable
+        Returns them; forward may put others in their place.
     transport : Transport
     team : tuple of int
         World ranks, sorted; its first is the root.
@@ -61,13 +62,13 @@ class Synchroniser:
         names: Sequence[str],
         parameters: Sequence[torch.Tensor],
         late: Iterable[int],
-        buffers: Sequence[torch.Tensor],
+        buffers: Callable[[], Iterable[torch.Tensor]],
         transport: Transport,
         team: tuple[int, ...],
         options: Options,
         lane: int,
     ) -> None:
-        self.names, self.parameters, self.late, self.buffers = names, parameters, frozenset(late), buffers
+        self.names, self.parameters, self.late, self._find_buffers = names, parameters, frozenset(late), buffers
         self.transport, self.team, self.options = transport, team, options
         self.count = 0.0  # rows since the last sum
         self.weight: float | None = None  # in place of it
@@ -80,6 +81,7 @@ class Synchroniser:
         if len(team) > 1:
             transport.open_sums(team, self.lane)
         self._settled: dict[int, weakref.ref[torch.Tensor]] = {}  # gradients that are the same on all ranks
+        self._known_buffers = self.buffers  # kept, lest others get their ids
         self._versions = self._buffer_versions()
         self._plan([n for n, p in enumerate(parameters) if p.requires_grad][::-1])
 
@@ -282,22 +284,27 @@ class Synchroniser:
 
     # ---- buffers -----------------------------------------------------------------------------------------------------
 
+    @property
+    def buffers(self) -> list[torch.Tensor]:
+        return list(self._find_buffers())
+
     def _buffer_versions(self) -> list[tuple[int, int]]:
         return [(id(b), b._version) for b in self.buffers] if self.options.sync_buffers != "none" else []
 
     def sync_buffers(self) -> None:
         """Make the buffers equal on all ranks."""
         means = self.options.sync_buffers == "mean"
-        averaged = [b for b in self.buffers if means and (b.is_floating_point() or b.is_complex())]
-        taken = [b for b in self.buffers if not any(b is other for other in averaged)]
-        with torch.no_grad(), torch.autograd._unsafe_preserve_version_counter(tuple(self.buffers)):
+        buffers = self.buffers
+        averaged = [b for b in buffers if means and (b.is_floating_point() or b.is_complex())]
+        taken = [b for b in buffers if not any(b is other for other in averaged)]
+        with torch.no_grad(), torch.autograd._unsafe_preserve_version_counter(tuple(buffers)):
             for group in _alike(averaged):
                 flat = flattened(group)
                 self.transport.all_reduce(self.team, flat).div_(len(self.team))
                 torch._foreach_copy_(group, list(unflattened(flat, group)))
             for group in _alike(taken):
                 broadcast(self.transport, self.team, group)
-        self._versions = self._buffer_versions()
+        self._known_buffers, self._versions = buffers, self._buffer_versions()
 
 
 def _synchronisers(transport: Transport) -> weakref.WeakSet[Synchroniser]:
