@@ -321,14 +321,16 @@ class DataParallel(torch.nn.Module):
         sync = self._sync
         if sync is None or len(sync.team) == 1:
             return
+        steps_behind = -1
         takes_part = True
         while takes_part:
             sync.begin(None, takes_part=False)
             takes_part = sync.finish()
+            steps_behind += 1
         place = sync.team.index(self.P.world_transport.rank)
-        latest = torch.tensor([sync.steps * len(sync.team) + len(sync.team) - 1 - place])
-        self.P.world_transport.all_reduce(sync.team, latest, "max")
-        root = sync.team[len(sync.team) - 1 - int(latest) % len(sync.team)]
+        nearest = torch.tensor([steps_behind * len(sync.team) + place])
+        self.P.world_transport.all_reduce(sync.team, nearest, "min")
+        root = sync.team[int(nearest) % len(sync.team)]
         broadcast(self.P.world_transport, sync.team, [*sync.parameters, *sync.buffers], root)
 
     # ---- life --------------------------------------------------------------------------------------------------------

@@ -72,7 +72,7 @@ class Synchroniser:
         self.transport, self.team, self.options = transport, team, options
         self.count = 0.0  # rows since the last sum
         self.weight: float | None = None  # in place of it
-        self.steps = self._finished = 0
+        self._finished = 0
         self.is_open = self.is_broken = False
         self.backward: int | None = None
         self._others = _synchronisers(transport)
@@ -95,7 +95,7 @@ class Synchroniser:
         kinds = [(wire_dtype(p.dtype), p.device, n in self.late) for n, p in enumerate(self.parameters)]
         nbytes = [p.numel() * wire_dtype(p.dtype).itemsize for p in self.parameters]
         groups = filled(order, nbytes, kinds, self.options.bucket_bytes) or [()]
-        headers = [2 + len(self.parameters)] + [0] * (len(groups) - 1)
+        headers = [3 + len(self.parameters)] + [0] * (len(groups) - 1)
         self.buckets = [
             Bucket(group, [self.parameters[n] for n in group], header)
             for group, header in zip(groups, headers, strict=True)
@@ -170,7 +170,9 @@ class Synchroniser:
             self._weighed = self._weigh()
         if place == 0:
             trained = [float(p.requires_grad) for p in self.parameters]
-            bucket.header = [float(self._takes_part), float(self._versions != self._buffer_versions()), *trained]
+            leads = self._takes_part and self.transport.rank == self.team[0]
+            changed = self._versions != self._buffer_versions()
+            bucket.header = [float(self._takes_part), float(leads), float(changed), *trained]
         gradients = [self.parameters[n].grad if self._takes_part else None for n in bucket.numbers]
         bucket.pack(gradients, *self._weighed, mark)
         if self.options.comm_hook is not None:
@@ -223,16 +225,17 @@ class Synchroniser:
                 self.is_open = False
                 raise RuntimeError("DataParallel: backward failed on another rank, whose gradients are lacking")
             found += zip(bucket.numbers, values, strict=True)
-        active, changed, *trained = self.buckets[0].header
+        active, leads, changed, *trained = self.buckets[0].header
         found += self._unplanned(trained)
         if self._takes_part:
             self._put(found)
-        if changed:
-            self.sync_buffers()
+        all_go_on = round(active) == len(self.team)
+        if changed and (all_go_on or (leads and self.options.sync_buffers == "root")):
+            self.sync_buffers()  # else join makes all equal in the end
         self._plan_anew(trained)
         self.is_open = False
         if self._takes_part:
-            self.count, self.weight, self.steps = 0.0, None, self.steps + 1
+            self.count, self.weight = 0.0, None
         return active > 0
 
     def _unplanned(self, trained: Sequence[float]) -> list[tuple[int, torch.Tensor | None]]:
