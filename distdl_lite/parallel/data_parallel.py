@@ -265,7 +265,9 @@ class DataParallel(torch.nn.Module):
             return
         if not running_backward_accumulates(sync.parameters):
             return
-        if self._syncs and not (sync.is_open and sync.backward == backward):
+        if not self._syncs:
+            sync.keep_local()
+        elif not (sync.is_open and sync.backward == backward):
             self._begin(backward)
         sync.count += rows
 
@@ -283,7 +285,7 @@ class DataParallel(torch.nn.Module):
         if sync is None:
             return
         if not self._syncs:
-            sync.keep_local(number)
+            sync.keep_local()
             return
         if not sync.is_open and sync.is_summed_by_another(number):
             return

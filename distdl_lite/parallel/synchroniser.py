@@ -134,15 +134,18 @@ class Synchroniser:
         known, grad = self._settled.get(number), self.parameters[number].grad
         return grad is not None and known is not None and known() is grad
 
-    def keep_local(self, number: int) -> None:
-        """A gradient came that is not to be summed yet."""
-        if self._is_settled(number):
-            if self.options.average in ("sum", "none"):
-                raise RuntimeError(
-                    f"DataParallel: {self.names[number]}.grad holds a sum over ranks, to which a backward inside no_sync "
-                    f'adds; with average="{self.options.average}" call zero_grad() before it'
-                )
-            del self._settled[number]
+    def keep_local(self) -> None:
+        """Gradients come that are not to be summed yet: what was summed before counts as each rank's own from now on.
+
+        All of it, also where this rank gets no gradient, because others may.
+        """
+        settled = [n for n in self._settled if self._is_settled(n)]
+        if settled and self.options.average in ("sum", "none"):
+            raise RuntimeError(
+                f"DataParallel: {self.names[settled[0]]}.grad holds a sum over ranks, to which a backward inside no_sync "
+                f'adds; with average="{self.options.average}" call zero_grad() before it'
+            )
+        self._settled.clear()
 
     def ready(self, number: int) -> None:
         """A gradient is there."""
