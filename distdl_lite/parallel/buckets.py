@@ -78,6 +78,7 @@ class Bucket:
     def nbytes(self) -> int:
         return (self.size + len(self.numbers) + 2 + len(self.header)) * self.dtype.itemsize
 
+    @torch.no_grad()
     def pack(self, gradients: Sequence[torch.Tensor | None], factor: float, weight: float, mark: float) -> None:
         """Fill in the local gradients times a factor. Without weight they are zeros, also where they are not numbers."""
         flags = [float(g is not None) for g in gradients]
@@ -94,6 +95,7 @@ class Bucket:
         gradient = gradient.detach()
         return gradient if gradient.dtype is self.dtype else gradient.to(self.dtype)
 
+    @torch.no_grad()
     def unpack(self, divides: bool) -> tuple[list[torch.Tensor | None], float]:
         """The sums, divided by that of the weights if so, None where no rank had a gradient; and the sum of the marks."""
         n, tail = len(self.numbers), self.flat[self.size :]

@@ -17,9 +17,9 @@ from distdl_lite.nn.movement import zero_volume_tensor
 from distdl_lite.nn.parameter import Layer
 from distdl_lite.parallel.buckets import Bucket
 from distdl_lite.parallel.deferred import DataParallelOptimizer, Deferral
-from distdl_lite.parallel.synchroniser import Options, Synchroniser, broadcast
+from distdl_lite.parallel.synchroniser import LANES, Options, Synchroniser, broadcast, lanes_in_use
 from distdl_lite.partition import Partition
-from distdl_lite.reducer import at_end_of_backward, running_backward
+from distdl_lite.reducer import at_end_of_backward, running_backward, running_backward_accumulates
 from distdl_lite.transport.sums import ENGINES
 
 
@@ -36,7 +36,8 @@ class DataParallel(torch.nn.Module):
         All ranks build the same.
     P : Partition or mpi4py.MPI.Comm, optional
         The ranks that hold copies. Of a Cartesian partition, those along the first axis, the batch; along the others
-        the module's own layers may cut its tensors. None is the ambient world. A rank outside gets zero-volume tensors.
+        the module's own layers may cut its tensors. None is the ambient world. A rank outside gets a zero-volume
+        tensor that requires grad, so that backward is the same line everywhere.
     optimizer : DataParallelOptimizer or sequence of them, optional
         Those whose steps `update` speaks of.
     blocking_parameter_updates : bool, optional
@@ -128,12 +129,16 @@ class DataParallel(torch.nn.Module):
             raise TypeError(f"DataParallel: overlap must be a bool, not {overlap!r}")
         if comm_hook is not None and not callable(comm_hook):
             raise TypeError(f"DataParallel: comm_hook must be callable, not {comm_hook!r}")
+        if any(torch.nn.parameter.is_lazy(t) for t in (*module.parameters(), *module.buffers())):
+            raise ValueError("DataParallel: the module has lazy parameters; call its forward once before")
+        if not (P is None or isinstance(P, Partition) or hasattr(P, "Is_inter")):
+            raise TypeError(f"DataParallel: P must be a Partition or an mpi4py communicator, not {P!r}")
         self.module = module
         self.P = P if isinstance(P, Partition) else Partition(P)
         self.dim = dim
         self.optimizer = optimizer
         self._update = _update_of(optimizer, blocking_parameter_updates, update)
-        given = {"bucket_bytes": bucket_mb and int(bucket_mb * 2**20), "timeout": timeout}
+        given = {"bucket_bytes": bucket_mb and math.ceil(bucket_mb * 2**20), "timeout": timeout}
         self._options = Options(
             average, sync_buffers, engine, overlap, comm_hook=comm_hook, **{k: v for k, v in given.items() if v}
         )
@@ -163,14 +168,14 @@ class DataParallel(torch.nn.Module):
         if self._sync is not None and self._sync.is_open:
             self._sync.begin(None)  # completes what failed
             self._sync.is_open = False
-        transport, team = self.P.world_transport, self._team()
+        transport, team, self._sync, lane = self.P.world_transport, self._team(), None, 0
         elsewhere = self._summed_by_layers(set(team))
         named = [(n, p) for n, p in self.module.named_parameters() if id(p) not in elsewhere or not elsewhere[id(p)]]
         late = [number for number, (_, p) in enumerate(named) if id(p) in elsewhere]
         buffers = dict(self.module.named_buffers())
         tensors = {**dict(named), **buffers}
         if len(team) > 1:
-            _check_alike(transport, team, tensors, self._sparse_layers())
+            lane = _check_alike(transport, team, tensors, self._sparse_layers(), self._agreed_options())
             if self._init == "broadcast":
                 broadcast(transport, team, list(tensors.values()))
             elif self._init == "check":
@@ -184,10 +189,10 @@ class DataParallel(torch.nn.Module):
         # A layer that sums over the batch mixes the ranks' gradients, which must have their weights by then.
         self._couples = len(team) > 1 and any(elsewhere.values()) and self._options.average != "none"
         self._sync = Synchroniser(
-            names, parameters, late, list(buffers.values()), transport, team, self._options, self._couples
+            names, parameters, late, self.module.buffers, transport, team, self._options, lane, self._couples
         )
         self._modules_within = list(self.module.modules())
-        self._tensors = list(self._held())
+        self._tensors, self._kinds = list(self._held()), [(p.dtype, p.device) for p in parameters]
         if self._deferral is not None:
             self._deferral.remove()
         wants = self._update == "deferred" and len(team) > 1
@@ -221,6 +226,20 @@ class DataParallel(torch.nn.Module):
                     found[id(layer._parameters[key])] = not team - replicas
         return found
 
+    def _agreed_options(self) -> dict[str, Any]:
+        """What must be the same on all ranks."""
+        o = self._options
+        bucket_mb = o.bucket_bytes / 2**20
+        return {
+            "average": o.average,
+            "sync_buffers": o.sync_buffers,
+            "engine": o.engine,
+            "overlap": o.overlap,
+            "init": self._init,
+            "bucket_mb": bucket_mb,
+            "update": self._update,
+        }
+
     def _sparse_layers(self) -> list[str]:
         return [
             name or type(m).__name__ for name, m in self.module.named_modules() if getattr(m, "sparse", False) is True
@@ -243,16 +262,19 @@ class DataParallel(torch.nn.Module):
             self._check_equal({**dict(zip(self._sync.names, self._sync.parameters, strict=True)), **buffers})
 
     def _held(self) -> Iterator[Any]:
-        """The layers, parameters and buffers of the module, one after another: all that may have been replaced."""
+        """The layers and parameters of the module, one after another: all that may have been replaced."""
         for module in self._modules_within:
             yield from module._modules.values()
             yield from module._parameters.values()
-            yield from module._buffers.values()
         yield None  # so that one more of them is a difference
 
     def _refresh(self) -> None:
         """See what has changed in the module since the last forward."""
-        if self._sync is None or not all(map(operator.is_, self._held(), self._tensors)):
+        if (
+            self._sync is None
+            or not all(map(operator.is_, self._held(), self._tensors))
+            or [(p.dtype, p.device) for p in self._sync.parameters] != self._kinds
+        ):
             self._prepare()
         sync = self._sync
         assert sync is not None
@@ -270,7 +292,7 @@ class DataParallel(torch.nn.Module):
     def forward(self, *inputs: Any, **kwargs: Any) -> Any:
         """The module's, of this rank's rows."""
         if not self.P.active:
-            return zero_volume_tensor()
+            return zero_volume_tensor().requires_grad_(torch.is_grad_enabled())
         if not torch.is_grad_enabled():
             self.synchronize()
             return self.module(*inputs, **kwargs)
@@ -289,16 +311,17 @@ class DataParallel(torch.nn.Module):
             self._deferral.end_forward()
 
     def _rows(self, inputs: Any, kwargs: Any) -> int:
-        for leaf in tree_leaves((inputs, kwargs)):
-            if isinstance(leaf, torch.Tensor) and leaf.dim():
+        for leaf in _tensors((inputs, kwargs)):
+            if -leaf.dim() <= self.dim < leaf.dim():
                 return leaf.shape[self.dim]
         return 1
 
     def _watch(self, output: Any, rows: int) -> None:
         """Be told when backward reaches an output."""
+        self._latest = rows
         hook = _OutputHook(weakref.ref(self), rows)
-        for leaf in tree_leaves(output):
-            if isinstance(leaf, torch.Tensor) and leaf.requires_grad:
+        for leaf in _tensors(output):
+            if leaf.grad_fn is not None:  # a parameter that is returned would keep the hook
                 leaf.register_hook(hook)
                 hook.is_used = True
         if not hook.is_used:
@@ -309,7 +332,11 @@ class DataParallel(torch.nn.Module):
         sync, backward = self._sync, running_backward()
         if sync is None or (len(sync.team) == 1 and self._options.average != "sum"):
             return
-        if self._syncs and not (sync.is_open and sync.backward == backward):
+        if not running_backward_accumulates(sync.parameters):
+            return
+        if not self._syncs:
+            sync.keep_local()
+        elif not (sync.is_open and sync.backward == backward):
             self._begin(backward)
         sync.count += rows
 
@@ -329,6 +356,7 @@ class DataParallel(torch.nn.Module):
         assert self._sync is not None
         self.synchronize()
         self._sync.begin(backward)
+        self._sync.weight = self.weight
         self._sync.count, self._unseen = self._sync.count + self._unseen, 0
         self._waits_for_layers = bool(self._sync.late)
         at_end_of_backward(self._finish)
@@ -339,12 +367,15 @@ class DataParallel(torch.nn.Module):
         if sync is None:
             return
         if not self._syncs:
-            sync.keep_local(number)
+            sync.keep_local()
             return
         if self._deferral is not None:
             self._deferral.came(number)
-        if not sync.is_open:
+        if not sync.is_open and sync.is_summed_by_another(number):
+            return
+        if not sync.is_open:  # the outputs are out of sight, or backward does not go through them
             self._begin(running_backward())
+            sync.count = sync.count or self._latest
         sync.ready(number)
 
     def _finish(self) -> None:
@@ -354,12 +385,12 @@ class DataParallel(torch.nn.Module):
             return
         sync = self._sync
         assert sync is not None
-        sync.weight, self.weight = self.weight, None
         if self._deferral is None:
             sync.finish()
         else:
             sync.start_rest()
             self._deferral.after_backward()
+        self.weight = None
 
     @contextlib.contextmanager
     def no_sync(self) -> Iterator[None]:
@@ -385,14 +416,16 @@ class DataParallel(torch.nn.Module):
         self.synchronize()
         if sync is None or len(sync.team) == 1:
             return
+        steps_behind = -1
         takes_part = True
         while takes_part:
             sync.begin(None, takes_part=False)
             takes_part = sync.finish()
+            steps_behind += 1
         place = sync.team.index(self.P.world_transport.rank)
-        latest = torch.tensor([sync.steps * len(sync.team) + len(sync.team) - 1 - place])
-        self.P.world_transport.all_reduce(sync.team, latest, "max")
-        root = sync.team[len(sync.team) - 1 - int(latest) % len(sync.team)]
+        nearest = torch.tensor([steps_behind * len(sync.team) + place])
+        self.P.world_transport.all_reduce(sync.team, nearest, "min")
+        root = sync.team[int(nearest) % len(sync.team)]
         broadcast(self.P.world_transport, sync.team, [*sync.parameters, *sync.buffers], root)
 
     # ---- life --------------------------------------------------------------------------------------------------------
@@ -475,6 +508,17 @@ class _ReadyHook:
         return self
 
 
+def _tensors(value: Any, seen: tuple[Any, ...] = ()) -> Iterator[torch.Tensor]:
+    """The tensors in a structure of lists, dictionaries and objects."""
+    for leaf in tree_leaves(value):
+        if isinstance(leaf, torch.Tensor):
+            yield leaf
+        elif not isinstance(leaf, (type, torch.nn.Module)) and not any(leaf is other for other in seen):
+            inside = leaf if isinstance(leaf, Mapping) else getattr(leaf, "__dict__", {})
+            for part in inside.values():
+                yield from _tensors(part, (*seen, leaf))
+
+
 def _unprepared() -> dict[str, Any]:
     """The state of a container that is new, copied or loaded."""
     return {
@@ -485,8 +529,10 @@ def _unprepared() -> dict[str, Any]:
         "_handles": {},
         "_tensors": [],
         "_modules_within": [],
+        "_kinds": [],
         "_syncs": True,
         "_unseen": 0,
+        "_latest": 0,
         "_waits_for_layers": False,
     }
 
@@ -526,15 +572,25 @@ def _update_of(optimizer: Any, blocking: bool | None, update: str) -> str:
 _SPARSE = "DataParallel: sparse gradients are not summed; build {} with sparse=False"
 
 
-def _check_alike(transport: Any, team: tuple[int, ...], tensors: Mapping[str, torch.Tensor], sparse: list[str]) -> None:
-    """Raise on all of the team unless all hold the same tensors, none of them of a sparse layer."""
+def _check_alike(
+    transport: Any,
+    team: tuple[int, ...],
+    tensors: Mapping[str, torch.Tensor],
+    sparse: list[str],
+    options: Mapping[str, Any],
+) -> int:
+    """Raise on all of the team unless all hold the same tensors, none of them of a sparse layer; returns a free lane."""
     mine = [(name, tuple(t.shape), str(t.dtype).removeprefix("torch.")) for name, t in tensors.items()]
-    told = transport.gather_objects(team, (mine, sparse))
-    for _, theirs in told:
+    told = transport.gather_objects(team, (mine, sparse, lanes_in_use(transport, team), options))
+    for rank, (_, _, _, theirs) in zip(team, told, strict=True):
+        for name, a in told[0][3].items():
+            if theirs[name] != a:
+                raise ValueError(f"DataParallel: rank {rank} has {name}={theirs[name]!r}, rank {team[0]} {a!r}")
+    for _, theirs, _, _ in told:
         if theirs:
             raise TypeError(_SPARSE.format(theirs))
     first = told[0][0]
-    for rank, (other, _) in zip(team, told, strict=True):
+    for rank, (other, *_) in zip(team, told, strict=True):
         for a, b in zip(first, other, strict=False):
             if a != b:
                 raise ValueError(
@@ -545,6 +601,8 @@ def _check_alike(transport: Any, team: tuple[int, ...], tensors: Mapping[str, to
             raise ValueError(
                 f"DataParallel: the ranks hold different modules: of ranks {team[0]} and {rank}, one lacks {name}"
             )
+    in_use = [lane for _, _, lanes, _ in told for lane in lanes]
+    return min(range(LANES), key=in_use.count)
 
 
 def _bytes(tensor: torch.Tensor) -> Any:
@@ -561,5 +619,5 @@ def _check_positive(name: str, value: Any) -> None:
         return
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"DataParallel: {name} must be a number, not {value!r}")
-    if not value > 0:
-        raise ValueError(f"DataParallel: {name} must be positive, not {value!r}")
+    if not 0 < value < math.inf:
+        raise ValueError(f"DataParallel: {name} must be positive and finite, not {value!r}")

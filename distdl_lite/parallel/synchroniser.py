@@ -19,7 +19,7 @@ Found = list[tuple[int, torch.Tensor | None]]  # parameters' numbers, and the su
 
 INLINE_BYTES = 256 << 10  # a model with fewer gradients has its sums made where they are started
 SECONDS = 1800.0  # to wait for other ranks
-_LANES = 8  # containers whose sums may be under way at once; communicators are few
+LANES = 8  # containers whose sums may be under way at once; communicators are few
 
 
 @dataclass(frozen=True)
@@ -49,11 +49,14 @@ class Synchroniser:
     parameters : sequence of torch.Tensor
     late : collection of int
         The numbers of parameters whose ``.grad`` is there only at the end of backward.
-    buffers : sequence of torch.Tensor
+    buffers : callable
+        Returns them; forward may put others in their place.
     transport : Transport
     team : tuple of int
         World ranks, sorted; its first is the root.
     options : Options
+    lane : int
+        Which of the team's communicators for sums.
     is_weighed : bool
         Whether backward begins with gradients that have their weights in the mean, so that they are only to be added.
     """
@@ -63,28 +66,34 @@ class Synchroniser:
         names: Sequence[str],
         parameters: Sequence[torch.Tensor],
         late: Iterable[int],
-        buffers: Sequence[torch.Tensor],
+        buffers: Callable[[], Iterable[torch.Tensor]],
         transport: Transport,
         team: tuple[int, ...],
         options: Options,
+        lane: int,
         is_weighed: bool = False,
     ) -> None:
-        self.names, self.parameters, self.late, self.buffers = names, parameters, frozenset(late), buffers
+        self.names, self.parameters, self.late, self._find_buffers = names, parameters, frozenset(late), buffers
         self.transport, self.team, self.options = transport, team, options
         self._divides = not is_weighed and options.average != "none"
         self.count = 0.0  # rows since the last sum
         self.weight: float | None = None  # in place of it
-        self.steps = self._finished = 0
+        self._finished = 0
         self.is_open = self.is_broken = False
         self.backward: int | None = None
-        made = transport.local.setdefault("containers", {})
-        made[team] = number = made.get(team, -1) + 1
-        self.lane = f"copies {number % _LANES}"
+        self._others = _synchronisers(transport)
+        self._others.add(self)
+        self.lane = f"copies {lane}"
         if len(team) > 1:
             transport.open_sums(team, self.lane)
         self._settled: dict[int, weakref.ref[torch.Tensor]] = {}  # gradients that are the same on all ranks
+        self._known_buffers = self.buffers  # kept, lest others get their ids
         self._versions = self._buffer_versions()
         self._plan([n for n, p in enumerate(parameters) if p.requires_grad][::-1])
+
+    def __del__(self) -> None:
+        if self.is_open:  # which leaves sums that other ranks may not have started
+            self.transport.local.setdefault("spoilt lanes", []).append((self.team, self.lane))
 
     def _plan(self, order: Sequence[int]) -> None:
         """Cut the parameters that are trained into buckets, in the order in which their gradients come."""
@@ -92,7 +101,7 @@ class Synchroniser:
         kinds = [(wire_dtype(p.dtype), p.device, n in self.late) for n, p in enumerate(self.parameters)]
         nbytes = [p.numel() * wire_dtype(p.dtype).itemsize for p in self.parameters]
         groups = filled(order, nbytes, kinds, self.options.bucket_bytes) or [()]
-        headers = [2 + len(self.parameters)] + [0] * (len(groups) - 1)
+        headers = [3 + len(self.parameters)] + [0] * (len(groups) - 1)
         self.buckets = [
             Bucket(group, [self.parameters[n] for n in group], header)
             for group, header in zip(groups, headers, strict=True)
@@ -122,19 +131,27 @@ class Synchroniser:
                 self.parameters[number].grad = None
         self._settled.clear()
 
+    def is_summed_by_another(self, number: int) -> bool:
+        """Whether another container with the same parameter is at it in this backward."""
+        parameter = self.parameters[number]
+        return any(other.is_open and any(p is parameter for p in other.parameters) for other in self._others)
+
     def _is_settled(self, number: int) -> bool:
         known, grad = self._settled.get(number), self.parameters[number].grad
         return grad is not None and known is not None and known() is grad
 
-    def keep_local(self, number: int) -> None:
-        """A gradient came that is not to be summed yet."""
-        if self._is_settled(number):
-            if self.options.average in ("sum", "none"):
-                raise RuntimeError(
-                    f"DataParallel: {self.names[number]}.grad holds a sum over ranks, to which a backward inside no_sync "
-                    f'adds; with average="{self.options.average}" call zero_grad() before it'
-                )
-            del self._settled[number]
+    def keep_local(self) -> None:
+        """Gradients come that are not to be summed yet: what was summed before counts as each rank's own from now on.
+
+        All of it, also where this rank gets no gradient, because others may.
+        """
+        settled = [n for n in self._settled if self._is_settled(n)]
+        if settled and self.options.average in ("sum", "none"):
+            raise RuntimeError(
+                f"DataParallel: {self.names[settled[0]]}.grad holds a sum over ranks, to which a backward inside no_sync "
+                f'adds; with average="{self.options.average}" call zero_grad() before it'
+            )
+        self._settled.clear()
 
     def ready(self, number: int) -> None:
         """A gradient is there."""
@@ -162,7 +179,9 @@ class Synchroniser:
             self._weighed = self._weigh()
         if place == 0:
             trained = [float(p.requires_grad) for p in self.parameters]
-            bucket.header = [float(self._takes_part), float(self._versions != self._buffer_versions()), *trained]
+            leads = self._takes_part and self.transport.rank == self.team[0]
+            changed = self._versions != self._buffer_versions()
+            bucket.header = [float(self._takes_part), float(leads), float(changed), *trained]
         gradients = [self.parameters[n].grad if self._takes_part else None for n in bucket.numbers]
         bucket.pack(gradients, *self._weighed, mark)
         if self.options.comm_hook is not None:
@@ -216,15 +235,16 @@ class Synchroniser:
         while len(self._pending) < len(self.buckets):
             self._start()
         self._results = {0: self._result(0)}
-        active, changed, *self._trained = self.buckets[0].header
+        active, leads, changed, *self._trained = self.buckets[0].header
         self.put(self._unplanned())
-        if changed:
-            self.sync_buffers()
+        all_go_on = round(active) == len(self.team)
+        if changed and (all_go_on or (leads and self.options.sync_buffers == "root")):
+            self.sync_buffers()  # else join makes all equal in the end
         return active > 0
 
     def complete(self, place: int) -> Found:
         """The sums of a bucket, None for a parameter without gradient on any rank."""
-        return self._results.pop(place, None) or self._result(place)
+        return self._results.pop(place) if place in self._results else self._result(place)
 
     def _result(self, place: int) -> Found:
         self._wait(place)
@@ -239,7 +259,7 @@ class Synchroniser:
         self._plan_anew(self._trained)
         self.is_open = False
         if self._takes_part:
-            self.count, self.weight, self.steps = 0.0, None, self.steps + 1
+            self.count, self.weight = 0.0, None
 
     def _unplanned(self) -> Found:
         """The sums of parameters that some rank trains since this backward."""
@@ -290,22 +310,39 @@ class Synchroniser:
 
     # ---- buffers -----------------------------------------------------------------------------------------------------
 
+    @property
+    def buffers(self) -> list[torch.Tensor]:
+        return list(self._find_buffers())
+
     def _buffer_versions(self) -> list[tuple[int, int]]:
         return [(id(b), b._version) for b in self.buffers] if self.options.sync_buffers != "none" else []
 
     def sync_buffers(self) -> None:
         """Make the buffers equal on all ranks."""
         means = self.options.sync_buffers == "mean"
-        averaged = [b for b in self.buffers if means and (b.is_floating_point() or b.is_complex())]
-        taken = [b for b in self.buffers if not any(b is other for other in averaged)]
-        with torch.no_grad(), torch.autograd._unsafe_preserve_version_counter(tuple(self.buffers)):
+        buffers = self.buffers
+        averaged = [b for b in buffers if means and (b.is_floating_point() or b.is_complex())]
+        taken = [b for b in buffers if not any(b is other for other in averaged)]
+        with torch.no_grad(), torch.autograd._unsafe_preserve_version_counter(tuple(buffers)):
             for group in _alike(averaged):
                 flat = flattened(group)
                 self.transport.all_reduce(self.team, flat).div_(len(self.team))
                 torch._foreach_copy_(group, list(unflattened(flat, group)))
             for group in _alike(taken):
                 broadcast(self.transport, self.team, group)
-        self._versions = self._buffer_versions()
+        self._known_buffers, self._versions = buffers, self._buffer_versions()
+
+
+def _synchronisers(transport: Transport) -> weakref.WeakSet[Synchroniser]:
+    """Those of this rank that are alive."""
+    return transport.local.setdefault("synchronisers", weakref.WeakSet())
+
+
+def lanes_in_use(transport: Transport, team: tuple[int, ...]) -> list[int]:
+    """The numbers of the lanes that a new container of the team should leave to others, as far as this rank knows."""
+    alive = [(other.team, other.lane) for other in _synchronisers(transport)]
+    used = [*alive, *transport.local.get("spoilt lanes", [])]
+    return [int(lane.split()[-1]) for others, lane in used if others == team]
 
 
 def broadcast(
