@@ -7,9 +7,10 @@ from typing import Any
 
 import torch
 
-from distdl_lite.reducer import flattened, unflattened
+from distdl_lite.reducer import unflattened
 from distdl_lite.transport.wire import wire_dtype
 
+_LARGE = 4096  # numbers in a gradient from which one pass over it takes longer than a call
 FIRST_BYTES = 1 << 20  # the first bucket is soon full, and its sum soon on its way
 
 
@@ -72,37 +73,54 @@ class Bucket:
         self.device = parameters[0].device if parameters else torch.device("cpu")
         self.size = sum(p.numel() for p in parameters)
         self.missing = len(parameters)  # before it is complete
-        self.flat = self.gradients = torch.empty(0)
+        self._allot()
+
+    def _allot(self) -> None:
+        tail = len(self.numbers) + 2 + len(self.header)
+        self.flat = torch.empty(self.size + tail, dtype=self.dtype, device=self.device)
+        self.gradients, self.tail = self.flat.split([self.size, tail])
+        self._views = list(unflattened(self.gradients, self._like)) if self._like else []
+        self._holders = _holders(self.flat)
 
     @property
     def nbytes(self) -> int:
-        return (self.size + len(self.numbers) + 2 + len(self.header)) * self.dtype.itemsize
+        return self.flat.nbytes
 
     @torch.no_grad()
     def pack(self, gradients: Sequence[torch.Tensor | None], factor: float, weight: float, mark: float) -> None:
         """Fill in the local gradients times a factor. Without weight they are zeros, also where they are not numbers."""
+        if _holders(self.flat) != self._holders:  # somebody has kept a gradient
+            self._allot()
+        given = [(view, g) for view, g in zip(self._views, gradients, strict=True) if g is not None and weight]
+        if len(given) < len(gradients):
+            self.gradients.zero_()
+        if given and self.size > _LARGE * len(given) and all(g.dtype is self.dtype for _, g in given):
+            for view, g in given:
+                torch.mul(g, factor, out=view)
+        elif given:
+            views, found = zip(*given, strict=True)
+            torch._foreach_copy_(views, found)
+            if factor != 1:
+                self.gradients.mul_(factor)
         flags = [float(g is not None) for g in gradients]
-        tail = torch.tensor([*flags, weight, mark, *self.header], dtype=self.dtype, device=self.device)
-        given = [self._of(g if weight else None, p) for g, p in zip(gradients, self._like, strict=True)]
-        self.flat = flattened([*given, tail])  # afresh, as the results will be views of it
-        self.gradients = self.flat[: self.size]
-        if factor != 1 and weight:
-            self.gradients.mul_(factor)
+        self.tail.copy_(torch.tensor([*flags, weight, mark, *self.header], dtype=torch.float64))
 
-    def _of(self, gradient: torch.Tensor | None, parameter: torch.Tensor) -> torch.Tensor:
-        if gradient is None:
-            return torch.zeros(parameter.shape, dtype=self.dtype, device=self.device)
-        gradient = gradient.detach()
-        return gradient if gradient.dtype is self.dtype else gradient.to(self.dtype)
+    def unpack(self, divides: bool, scale: float = 1) -> tuple[list[torch.Tensor | None], float, float]:
+        """The results, and what has been added up of weights and marks.
 
-    @torch.no_grad()
-    def unpack(self, divides: bool) -> tuple[list[torch.Tensor | None], float]:
-        """The sums, divided by that of the weights if so, None where no rank had a gradient; and the sum of the marks."""
-        n, tail = len(self.numbers), self.flat[self.size :]
-        numbers = (tail.real if tail.is_complex() else tail).tolist()
-        total, marks, self.header = numbers[n], numbers[n + 1], numbers[n + 2 :]
-        if divides and total not in (0, 1):
-            self.gradients.div_(total)
-        views = unflattened(self.gradients, self._like) if self._like else ()
-        self.flat = self.gradients = torch.empty(0)
-        return [view if flag else None for view, flag in zip(views, numbers[:n], strict=True)], marks
+        The sums are divided by that of the weights, if so, but for the `scale` by which all ranks have multiplied them
+        already. They share the bucket's memory, which is not used again while anybody holds one. None stands where no rank
+        had a gradient.
+        """
+        n = len(self.numbers)
+        numbers = (self.tail.real if self.tail.is_complex() else self.tail).tolist()
+        weight, marks, self.header = numbers[n], numbers[n + 1], numbers[n + 2 :]
+        if divides and weight and abs(weight * scale - 1) > 1e-12:
+            self.gradients.div_(weight * scale)
+        found = [view.detach() if flag else None for view, flag in zip(self._views, numbers[:n], strict=True)]
+        return found, weight, marks
+
+
+def _holders(tensor: torch.Tensor) -> int:
+    """How many tensors share the memory, one more or less: a private call of torch, see tests/parallel/test_buckets.py."""
+    return torch._C._storage_Use_Count(tensor.untyped_storage()._cdata)  # type: ignore[attr-defined]

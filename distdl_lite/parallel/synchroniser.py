@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -79,6 +80,8 @@ class Synchroniser:
         self.count = 0.0  # rows since the last sum
         self.weight: float | None = None  # in place of it
         self._finished = 0
+        # Of gradients before their sum: about what the weights added up to last. A power of 2, which rounds nothing off.
+        self._scale = 1.0
         self.is_open = self.is_broken = False
         self.backward: int | None = None
         self._others = _synchronisers(transport)
@@ -195,9 +198,9 @@ class Synchroniser:
         if not self._takes_part:
             return 0.0, 0.0
         if not self._divides or self.options.average == "ranks":
-            return 1.0, 1.0
+            return self._scale, 1.0
         weight = self.count if self.weight is None else float(self.weight)
-        return (weight if self.options.average == "samples" else 1.0), weight
+        return (weight if self.options.average == "samples" else 1.0) * self._scale, weight
 
     def _sum(self, flat: torch.Tensor) -> Pending:
         engine = "poll" if self.engine == "inline" and len(self.team) > 1 else self.engine
@@ -248,7 +251,9 @@ class Synchroniser:
 
     def _result(self, place: int) -> Found:
         self._wait(place)
-        values, marks = self.buckets[place].unpack(self._divides)
+        values, weight, marks = self.buckets[place].unpack(self._divides, self._scale)
+        if place == 0:
+            self._total = weight
         if round(marks) != len(self.team):
             self.is_open = False
             raise RuntimeError("DataParallel: backward failed on another rank, whose gradients are lacking")
@@ -257,6 +262,8 @@ class Synchroniser:
     def close(self) -> None:
         """The end of a backward."""
         self._plan_anew(self._trained)
+        if self._divides and self._total:
+            self._scale = 2.0 ** -round(math.log2(self._total))
         self.is_open = False
         if self._takes_part:
             self.count, self.weight = 0.0, None
@@ -269,7 +276,7 @@ class Synchroniser:
             assert self._weighed is not None
             bucket.pack([self.parameters[n].grad if self._takes_part else None], *self._weighed, 1.0)
             self._sum(bucket.flat).wait()
-            found.append((n, bucket.unpack(self._divides)[0][0]))
+            found.append((n, bucket.unpack(self._divides, self._scale)[0][0]))
         return found
 
     @torch.no_grad()
