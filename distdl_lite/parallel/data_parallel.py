@@ -51,7 +51,8 @@ class DataParallel(torch.nn.Module):
         What happens to buffers, such as running statistics, when gradients have been summed: the values of the first rank,
         the mean over the ranks (integers of the first), or nothing.
     engine : {"auto", "inline", "thread", "poll"}
-        Who makes the sums: backward itself, a thread of the library's, or MPI when it can. "auto" is the thread for a
+        Who makes the sums: backward itself, a thread of the library's, or MPI when it can, which is also used in place
+        of a thread where MPI does not support several. "auto" is the thread for a
         model with more than 256 KiB of gradients.
     update : {"now", "deferred"}
         "deferred": backward does not wait for the sums, and an optimizer's step happens in the next forward, bucket by
@@ -597,7 +598,7 @@ def _check_alike(
                     f"DataParallel: the ranks hold different modules: rank {rank} has {b}, rank {team[0]} {a}"
                 )
         if len(first) != len(other):
-            name = (first[len(other) :] or other[len(first) :])[0]
+            name = (first[len(other) :] or other[len(first) :])[0][0]
             raise ValueError(
                 f"DataParallel: the ranks hold different modules: of ranks {team[0]} and {rank}, one lacks {name}"
             )
