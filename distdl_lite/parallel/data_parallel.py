@@ -53,7 +53,7 @@ class DataParallel(torch.nn.Module):
     engine : {"auto", "inline", "thread", "poll"}
         Who makes the sums: backward itself, a thread of the library's, or MPI when it can, which is also used in place
         of a thread where MPI does not support several. "auto" is the thread for a
-        model with more than 256 KiB of gradients.
+        model with more than 2 MiB of gradients.
     update : {"now", "deferred"}
         "deferred": backward does not wait for the sums, and an optimizer's step happens in the next forward, bucket by
         bucket, before a layer uses its parameters; the result is the same bit by bit. See `DataParallelOptimizer`.
@@ -68,7 +68,8 @@ class DataParallel(torch.nn.Module):
     comm_hook : callable, optional
         Called with each `Bucket` before it is summed; may change ``bucket.gradients`` in place.
     timeout : float, optional
-        Seconds to wait for other ranks before a TimeoutError, 1800 by default.
+        Seconds to wait for other ranks before a TimeoutError. By default 1800 where a thread or MPI makes the sums, and no
+        limit where backward itself does.
 
     Raises
     ------

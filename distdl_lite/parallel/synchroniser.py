@@ -18,7 +18,9 @@ from distdl_lite.transport.wire import wire_dtype
 
 Found = list[tuple[int, torch.Tensor | None]]  # parameters' numbers, and the sums of their gradients
 
-INLINE_BYTES = 256 << 10  # a model with fewer gradients has its sums made where they are started
+INLINE_BYTES = (
+    2 << 20
+)  # a model with fewer gradients has its sums made where they are started: a thread takes 60 us to wake
 SECONDS = 1800.0  # to wait for other ranks
 LANES = 8  # containers whose sums may be under way at once; communicators are few
 
@@ -33,7 +35,7 @@ class Options:
     overlap: bool = True
     bucket_bytes: int = 4 << 20
     comm_hook: Callable[[Bucket], None] | None = None
-    timeout: float = SECONDS
+    timeout: float | None = None
 
 
 class Synchroniser:
@@ -203,16 +205,19 @@ class Synchroniser:
         return (weight if self.options.average == "samples" else 1.0) * self._scale, weight
 
     def _sum(self, flat: torch.Tensor) -> Pending:
-        engine = "poll" if self.engine == "inline" and len(self.team) > 1 else self.engine
+        engine = self.engine
+        if engine == "inline" and self.options.timeout is not None:  # a blocking call could not be given up
+            engine = "auto"
         return self.transport.start_sum(self.team, flat, engine, self.lane)
 
     def _wait(self, place: int) -> None:
-        if not self._pending[place].wait(self.options.timeout):
+        seconds = SECONDS if self.options.timeout is None else self.options.timeout
+        if not self._pending[place].wait(seconds):
             self.is_broken = True
             names = [self.names[n] for n in self.buckets[place].numbers]
             some = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
             raise TimeoutError(
-                f"rank {self.transport.rank}: bucket {place} ({some}) was not reduced after {self.options.timeout:g} s: "
+                f"rank {self.transport.rank}: bucket {place} ({some}) was not reduced after {seconds:g} s: "
                 f"some rank did not take part"
             )
 

@@ -177,7 +177,9 @@ def test_replicas_on_some_ranks_of_the_batch_axis_are_refused(world: dl.Partitio
     P = world.grid((4,))
     pair = world.grid((2, 1), [0, 1]) if world.rank < 2 else world.grid((2, 1), [2, 3])
     model = nn.Sequential(dnn.DistributedLayerNorm(pair, (3,)))
-    with pytest.raises(ValueError, match=r"0\.weight has replicas on ranks \[\d, \d\], some of the ranks \[0, 1, 2, 3\]"):
+    with pytest.raises(
+        ValueError, match=r"0\.weight has replicas on ranks \[\d, \d\], some of the ranks \[0, 1, 2, 3\]"
+    ):
         dl.DataParallel(model, P)
 
 
