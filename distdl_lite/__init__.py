@@ -7,6 +7,10 @@ from distdl_lite.nn.movement import zero_volume_tensor
 from distdl_lite.nn.parameter import load_serial_state_dict, serial_state_dict
 from distdl_lite.nn.rooted import gather, scatter
 from distdl_lite.operator import Operator
+from distdl_lite.optim.daso import DASO
+from distdl_lite.optim.local_sgd import LocalSGD
+from distdl_lite.optim.multi_gpu import DataParallelMultiGPU
+from distdl_lite.optim.schedule import DASOSchedule, Periodic, PostLocal
 from distdl_lite.partition import CartesianPartition, Partition
 from distdl_lite.plan import Plan, plan
 from distdl_lite.testing import count

@@ -175,6 +175,30 @@ class MPITransport(Transport):
         is_ready = _event_of(tensor)
         return worker.submit(lambda: _summed(comm, tensor, is_ready), lambda total: _take_home(tensor, total))
 
+    def start_rounded_sum(
+        self,
+        team: tuple[int, ...],
+        tensor: torch.Tensor,
+        left: torch.Tensor,
+        dtype: torch.dtype,
+        engine: str = "auto",
+        lane: str = "",
+    ) -> Pending:
+        if len(team) == 1 or not tensor.numel():
+            left.zero_()
+            return Done()
+        comm, worker = self._sums[team, lane]
+        if "tallies" in self.local:
+            record(self.local, 1, tensor.numel() * dtype.itemsize, 0.0, 1, "sums")
+        # Never "poll": of two collectives MPI would not begin the second by itself.
+        if engine in ("auto", "thread") and MPI.Query_thread() == MPI.THREAD_MULTIPLE:
+            is_ready = _event_of(tensor)
+            return worker.submit(
+                lambda: _rounded_sum(comm, tensor, dtype, is_ready), lambda both: _take_both(tensor, left, both)
+            )
+        _take_both(tensor, left, _rounded_sum(comm, tensor, dtype))
+        return Done()
+
     def _end(self) -> None:
         """Let MPI end although some rank took no part in a sum: the job would wait for it for ever."""
         end = perf_counter() + _SECONDS_AT_END
@@ -204,9 +228,42 @@ def _summed(comm: MPI.Comm, tensor: torch.Tensor, is_ready: Any = None) -> torch
     return sent
 
 
+def _rounded_sum(
+    comm: MPI.Comm, tensor: torch.Tensor, dtype: torch.dtype, is_ready: Any = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The sum, and what rounding left of this rank's numbers and of the piece that it adds up, in host memory."""
+    if is_ready is not None:
+        is_ready.synchronize()
+    given = _at_host(tensor)
+    sent = wire.rounded(given, dtype, 1 if comm.size == 2 else comm.size)
+    left = given - sent.view(-1)[: given.numel()]
+    if comm.size == 2:  # each adds up everything, in no more bytes
+        return _gathered(comm, sent).to(given.dtype).sum(0), left
+    parts, size = torch.empty_like(sent), sent[0].nbytes
+    comm.Alltoall([_bytes(sent)[0], size, MPI.BYTE], [_bytes(parts)[0], size, MPI.BYTE])
+    exact = parts.to(given.dtype).sum(0)
+    piece = wire.rounded(exact, dtype, 1)
+    total = _gathered(comm, piece).view(-1)[: given.numel()].to(given.dtype)
+    mine = left[comm.rank * exact.numel() :][: exact.numel()]
+    mine += (exact - piece[0])[: mine.numel()]
+    return total, left
+
+
+def _gathered(comm: MPI.Comm, piece: torch.Tensor) -> torch.Tensor:
+    """The ranks' pieces as rows."""
+    rows = piece.new_empty(comm.size, piece.numel())
+    comm.Allgather(_bytes(piece), [_bytes(rows)[0], piece.nbytes, MPI.BYTE])
+    return rows
+
+
 def _take_home(tensor: torch.Tensor, total: torch.Tensor) -> None:
     if total is not tensor:
         tensor.copy_(total)
+
+
+def _take_both(tensor: torch.Tensor, left: torch.Tensor, both: tuple[torch.Tensor, torch.Tensor]) -> None:
+    tensor.copy_(both[0])
+    left.copy_(both[1])
 
 
 def _event_of(tensor: torch.Tensor) -> Any:
