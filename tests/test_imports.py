@@ -26,7 +26,7 @@ LEVELS = [
     "nn/movement",
     "nn",
 ]
-PURE = ["grid", "partition", "layout", "plan"]
+PURE = ["grid", "partition", "layout", "plan", "optim/schedule"]
 ANYTHING = ["__init__", "__main__", "testing", "pytest_plugin", "handwritten"]
 FRONT = ["parallel", "optim", "tagi", "checkpoint", "data", "show"]
 
