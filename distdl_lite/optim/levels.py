@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from distdl_lite.optim.schedule import check_int
@@ -28,22 +29,22 @@ class Levels:
     rank: int
     nodes: Teams
 
-    @property
+    @cached_property
     def team(self) -> tuple[int, ...]:
         """All ranks."""
         return tuple(sorted(rank for node in self.nodes for rank in node))
 
-    @property
+    @cached_property
     def node(self) -> tuple[int, ...]:
         """The ranks of this one's node."""
         return next(node for node in self.nodes if self.rank in node)
 
-    @property
+    @cached_property
     def weight(self) -> float:
         """That of this rank's node in a sum over nodes: its ranks over the mean number of ranks of a node."""
         return len(self.node) * len(self.nodes) / len(self.team)
 
-    @property
+    @cached_property
     def crossings(self) -> Teams:
         """The teams of ranks with the same place in their node, where every node has one."""
         return tuple(tuple(sorted(ranks)) for ranks in zip(*self.nodes, strict=False))
@@ -85,15 +86,18 @@ def levels_of(P: Partition, groups: Any = "node", ranks_per_node: int | None = N
         check_int("ranks_per_node", ranks_per_node, 1)
     if not P.active:
         return Levels(transport.rank, ((transport.rank,),))
+    # Always asked for, so that ranks with different arguments still meet.
+    chosen = tuple(sorted(groups.ranks)) if isinstance(groups, Partition) else ()
+    told = transport.gather_objects(team, (socket.gethostname(), chosen))
     nodes: Iterable[Sequence[int]]
     if isinstance(groups, Partition):
-        nodes = dict.fromkeys(transport.gather_objects(team, tuple(sorted(groups.ranks))))
+        nodes = dict.fromkeys(chosen for _, chosen in told)
     elif groups != "node":
         nodes = _listed(P, groups)
     elif ranks_per_node is not None:
         nodes = [team[start : start + ranks_per_node] for start in range(0, len(team), ranks_per_node)]
     else:
-        hosts = transport.gather_objects(team, socket.gethostname())
+        hosts = [host for host, _ in told]
         nodes = [
             [rank for rank, other in zip(team, hosts, strict=True) if other == host] for host in dict.fromkeys(hosts)
         ]

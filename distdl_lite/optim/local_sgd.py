@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from distdl_lite.optim.levels import levels_of, partition_of
 from distdl_lite.optim.schedule import Periodic, Schedule, Skips, check_int
 from distdl_lite.transport.sums import ENGINES, Pending
 
-_LANE = "averages"
+_LANE = "averages by {}"  # Averages of several optimizers that different threads carry out must not meet.
 _HALVES = torch.float16, torch.bfloat16
 
 
@@ -92,7 +92,7 @@ class LocalSGD(torch.optim.Optimizer):
     engine : str
         Who carries out the sums that are under way, "thread", "poll" or "inline"; "auto" chooses.
     timeout : float, optional
-        Seconds to wait for an average.
+        Seconds to wait for a sum over all ranks.
 
     Attributes
     ----------
@@ -186,9 +186,7 @@ class LocalSGD(torch.optim.Optimizer):
         self.average_state = average_state
         self.outer = outer if isinstance(outer, torch.optim.Optimizer) else None
         self._make_outer = None if outer is self.outer else outer
-        self._outer_groups = (
-            None if self.outer is None else [list(group["params"]) for group in self.outer.param_groups]
-        )
+        self._outer_groups = [list(group["params"]) for group in self.outer.param_groups] if self.outer else []
         self.buffers = list(buffers)
         for buffer in self.buffers:
             if not isinstance(buffer, torch.Tensor) or _is_exact(buffer):
@@ -203,16 +201,21 @@ class LocalSGD(torch.optim.Optimizer):
         self.levels = levels_of(self._P, groups, ranks_per_node)
         self.flats: list[Flat] = []
         self._outer_views: dict[torch.Tensor, torch.Tensor] = {}
+        self.replan()
         for team in (self.levels.team, *self.levels.crossings):
             if self.levels.rank in team:
-                self._transport.open_sums(team, _LANE)
-        self.replan()
+                for engine in dict.fromkeys((self.engine, "inline")):
+                    self._transport.open_sums(team, _LANE.format(engine))
 
     # ---- what is averaged ----------------------------------------------------------------------------------------------
 
     @property
     def _transport(self) -> Any:
         return self._P.world_transport
+
+    @property
+    def _has_outer(self) -> bool:
+        return self.outer is not None or self._make_outer is not None
 
     def _learning(self) -> list[torch.Tensor]:
         return [p for group in self.optimizer.param_groups for p in group["params"] if p.requires_grad]
@@ -229,62 +232,50 @@ class LocalSGD(torch.optim.Optimizer):
         self.drain()
         learning = self._learning()
         self._compare(learning)
-        known = [flat for flat in self.flats if flat.learns]
-        flats = [*flats_of(learning, learns=True), *flats_of(self.buffers)]
-        if self.wire is not None or self.outer is not None or self._make_outer is not None:
-            points = _by_tensor(known, "point")
-            left = _by_tensor(known, "left")
+        flats = flats_of(learning, learns=True)
+        if self.wire is not None or self._has_outer:
+            points, left = _by_tensor(self.flats, "point"), _by_tensor(self.flats, "left")
             for flat in flats:
-                if flat.learns:
-                    spread_point = flat.read()
-                    self._transport.broadcast(self.levels.team, spread_point, self.levels.team[0])
-                    flat.point = _joined(flat, points, spread_point)
-                    flat.left = _joined(flat, left, torch.zeros_like(spread_point)) if self.wire is not None else None
-        self.flats = flats
+                point = flat.read()
+                self._transport.broadcast(self.levels.team, point, self.levels.team[0])
+                flat.point = _joined(flat, points, point)
+                flat.left = None if self.wire is None else _joined(flat, left, torch.zeros_like(point))
+        self.flats = [*flats, *flats_of(self.buffers)]
         self._planned = {id(p) for p in learning}
-        self._plan_outer()
+        if self._has_outer:
+            self._plan_outer()
 
     def _compare(self, learning: Sequence[torch.Tensor]) -> None:
-        settings = (
-            self.merge,
-            self.delay,
-            self.wire,
-            self.chunk,
-            self.engine,
-            self.timeout is None,
-            self.average_state,
-        )
-        shapes = [(tuple(t.shape), t.dtype) for t in (*learning, *self.buffers)]
-        told = self._transport.gather_objects(self.levels.team, (settings, shapes))
-        first = self.levels.team[0]
-        for rank, (other, its_shapes) in zip(self.levels.team, told, strict=True):
-            if other != told[0][0]:
-                raise ValueError(f"LocalSGD: rank {rank} has the settings {other}, rank {first} {told[0][0]}")
-            if len(its_shapes) != len(told[0][1]):
-                raise ValueError(
-                    f"LocalSGD: rank {rank} has {len(its_shapes)} tensors to average, rank {first} {len(told[0][1])}"
-                )
-            for number, (mine, others) in enumerate(zip(its_shapes, told[0][1], strict=True)):
-                if mine != others:
-                    raise ValueError(f"LocalSGD: tensor {number} is {mine} on rank {rank}, {others} on rank {first}")
+        """Raise on all ranks unless they will make the same calls."""
+        mine = {
+            "schedule": repr(self.schedule) if is_dataclass(self.schedule) else type(self.schedule).__name__,
+            "nodes": self.levels.nodes,
+            "timeout": self.timeout is not None,
+            "outer": self._has_outer,
+            **{name: getattr(self, name) for name in ("merge", "delay", "wire", "chunk", "engine", "average_state")},
+            "number of tensors": len(learning) + len(self.buffers),
+            **{f"tensor {n}": (tuple(t.shape), t.dtype) for n, t in enumerate((*learning, *self.buffers))},
+        }
+        team = self.levels.team
+        told = self._transport.gather_objects(team, mine)
+        for rank, other in zip(team, told, strict=True):
+            for name, value in told[0].items():
+                if other.get(name) != value:
+                    raise ValueError(
+                        f"{type(self).__name__}: the ranks disagree: {name} is {other.get(name)} on rank {rank}, "
+                        f"{value} on rank {team[0]}"
+                    )
 
     def _plan_outer(self) -> None:
         """Give the outer optimizer the common point, cut into tensors, and the states of those that it had before."""
-        if self.outer is None and self._make_outer is None:
-            return
         before, old_views = self.outer, self._outer_views
-        views = {
-            tensor: part.detach().requires_grad_()
-            for flat in self.flats
-            if flat.learns and flat.point is not None
-            for tensor, part in zip(flat.tensors, flat.parts(flat.point), strict=True)
-        }
+        points = _by_tensor(self.flats, "point")
+        views = {tensor: part.detach().requires_grad_() for tensor, part in points.items()}
         if self._make_outer is not None:
             self.outer = self._make_outer([views[p] for p in self._learning()])
             if not isinstance(self.outer, torch.optim.Optimizer):
                 raise TypeError(f"outer must make a torch.optim.Optimizer, not {self.outer!r}")
         else:
-            assert self.outer is not None
             if {p for group in self._outer_groups for p in group if p.requires_grad} != set(views):
                 raise ValueError("outer must hold the parameters that the optimizer holds, all of them")
             for group, tensors in zip(self.outer.param_groups, self._outer_groups, strict=True):
@@ -301,7 +292,8 @@ class LocalSGD(torch.optim.Optimizer):
         strange = [number for number, p in enumerate(self._learning()) if id(p) not in self._planned]
         if strange:
             raise RuntimeError(
-                f"LocalSGD: the parameters {strange} of those that require grad did not before: call replan() on all ranks"
+                f"{type(self).__name__}: the parameters {strange} of those that require grad did not before: "
+                "call replan() on all ranks"
             )
         every, local_every, delay = self._skips()
         loss = self._inner_step(closure)
@@ -321,7 +313,7 @@ class LocalSGD(torch.optim.Optimizer):
     def _inner_step(self, closure: Callable[[], Any] | None) -> Any:
         if self._scaler is not None:
             if closure is not None:
-                raise RuntimeError("LocalSGD: a closure cannot be used with a GradScaler")
+                raise RuntimeError(f"{type(self).__name__}: a closure cannot be used with a GradScaler")
             loss = self._scaler.step(self.optimizer)
             self._scaler.update()
             return loss
@@ -375,15 +367,15 @@ class LocalSGD(torch.optim.Optimizer):
         self._flight = flight
 
     def _start(self, team: tuple[int, ...], flat: Flat, sent: torch.Tensor, engine: str) -> list[Pending]:
-        size = self.chunk or sent.numel()
+        lane, size = _LANE.format(engine), self.chunk or sent.numel()
         pending = []
         for start in range(0, sent.numel(), max(size, 1)):
             part = sent[start : start + size]
             if flat.left is None or self.wire is None:
-                pending.append(self._transport.start_sum(team, part, engine, _LANE))
+                pending.append(self._transport.start_sum(team, part, engine, lane))
             else:
                 left = flat.left[start : start + size]
-                pending.append(self._transport.start_rounded_sum(team, part, left, self.wire, engine, _LANE))
+                pending.append(self._transport.start_rounded_sum(team, part, left, self.wire, engine, lane))
         return pending
 
     @torch.no_grad()
@@ -566,14 +558,10 @@ def _is_exact(tensor: torch.Tensor) -> bool:
 
 
 def _by_tensor(flats: Iterable[Flat], name: str) -> dict[torch.Tensor, torch.Tensor]:
-    """The parts of the flats' vectors of a name."""
-    vectors = [(flat, getattr(flat, name)) for flat in flats]
-    return {
-        tensor: part
-        for flat, vector in vectors
-        if vector is not None
-        for tensor, part in zip(flat.tensors, flat.parts(vector), strict=True)
-    }
+    """The parts of the flats' vectors of a name, where they have one."""
+    found = [flat for flat in flats if getattr(flat, name) is not None]
+    parts = [zip(flat.tensors, flat.parts(getattr(flat, name)), strict=True) for flat in found]
+    return {tensor: part for pairs in parts for tensor, part in pairs}
 
 
 def _joined(flat: Flat, known: dict[torch.Tensor, torch.Tensor], new: torch.Tensor) -> torch.Tensor:

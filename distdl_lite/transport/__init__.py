@@ -81,7 +81,7 @@ class Transport(Protocol):
         """As `start_sum`, of real numbers that travel as `dtype`, a half, and so in half the bytes of float32.
 
         Each is rounded on its way to where it is added up, and with more than two ranks the sum on its way back; what is out
-        of range is cut to it.
+        of float16's range is cut to it.
         `left` gets what this rank kept: the sums, and what is left on all ranks, add up to the exact sums.
         """
 

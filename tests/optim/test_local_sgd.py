@@ -171,6 +171,25 @@ def test_an_average_is_merged_before_the_next_and_by_synchronise(world: dl.Parti
     assert w.item() == 0.5  # that of the average under way comes first
 
 
+@on_ranks(2, mpi=True)
+def test_averages_of_two_optimizers_do_not_meet(world: dl.Partition) -> None:
+    """One's is under way, in whatever thread, when the other makes its own."""
+    for engine in ("auto", "thread", "poll", "inline"):
+        for wire in (None, torch.bfloat16):
+            slow = torch.nn.Parameter(torch.full((100_000,), 2.0 * world.rank))
+            fast = torch.nn.Parameter(torch.full((3,), 4.0 * world.rank))
+            options = {"P": world, "engine": engine, "wire": wire}
+            late = dl.LocalSGD(plain(1.0, slow), 2, delay=1, merge="replace", **options)
+            now = dl.LocalSGD(plain(1.0, fast), 1, **options)
+            for _ in range(3):
+                late.step()
+                with torch.no_grad():
+                    fast.copy_(torch.full((3,), 4.0 * world.rank))
+                now.step()
+                assert fast.tolist() == [2.0] * 3
+            assert torch.equal(slow, torch.ones(100_000))
+
+
 # ---- nodes ---------------------------------------------------------------------------------------------------------------
 
 
@@ -647,15 +666,27 @@ def test_ranks_that_disagree_are_refused_together(world: dl.Partition) -> None:
     cases: list[tuple[Callable[[], Any], str]] = [
         (
             lambda: dl.LocalSGD(plain(0.1, *start_of(0)[: 3 if last else 4]), 2, P=team),
-            r"LocalSGD: rank 2 has 3 tensors to average, rank 0 4",
+            "LocalSGD: the ranks disagree: number of tensors is 3 on rank 2, 4 on rank 0",
         ),
         (
             lambda: dl.LocalSGD(plain(0.1, torch.nn.Parameter(torch.ones(2 + last))), 2, P=team),
-            r"LocalSGD: tensor 0 is \(\(3,\), torch.float32\) on rank 2, \(\(2,\), torch.float32\) on rank 0",
+            r"tensor 0 is \(\(3,\), torch.float32\) on rank 2, \(\(2,\), torch.float32\) on rank 0",
         ),
         (
             lambda: dl.LocalSGD(plain(0.1, *start_of(0)), 2, P=team, chunk=2 + last),
-            r"LocalSGD: rank 2 has the settings .* 3, .*, rank 0 .* 2, .*",
+            "chunk is 3 on rank 2, 2 on rank 0",
+        ),
+        (
+            lambda: dl.LocalSGD(plain(0.1, *start_of(0)), 2, P=team, groups=[[0, 1], [2]] if last else "node"),
+            r"nodes is \(\(0, 1\), \(2,\)\) on rank 2, \(\(0, 1, 2\),\) on rank 0",
+        ),
+        (
+            lambda: dl.LocalSGD(plain(0.1, *start_of(0)), 2, P=team, outer=torch.optim.SGD if last else None),
+            "outer is True on rank 2, False on rank 0",
+        ),
+        (
+            lambda: dl.LocalSGD(plain(0.1, *start_of(0)), 2 + last, P=team),
+            r"schedule is Periodic\(global_every=3, .*\) on rank 2, Periodic\(global_every=2, .*\) on rank 0",
         ),
     ]
     for make, text in cases:
