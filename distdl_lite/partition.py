@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from distdl_lite.grid import Grid, balanced, ravel, unravel
 
@@ -18,6 +18,13 @@ def _compact(ranks: Iterable[int]) -> Sequence[int]:
     if ranks and ranks == tuple(range(ranks[0], ranks[0] + len(ranks))):
         return range(ranks[0], ranks[0] + len(ranks))
     return ranks
+
+
+class Line(NamedTuple):
+    """One of the lines or planes that a grid was cut into: each rank sees its own, and knows of the others."""
+
+    ranks: tuple[int, ...]  # of this rank's line
+    everywhere: tuple[int, ...]  # of all lines
 
 
 class Partition:
@@ -55,6 +62,7 @@ class Partition:
         self.world_transport = world
         self.grid_of_ranks = grid
         self.periods = periods or (False,) * grid.dim
+        self.line: Line | None = None  # what this partition was made from, if each line of a grid makes its own
         position = grid.position(world.rank)
         self.active = position is not None
         self.rank = -1 if position is None else position
@@ -69,6 +77,7 @@ class Partition:
         made = object.__new__(Partition if shape is None else CartesianPartition)
         grid = Grid((len(ranks),) if shape is None else tuple(shape), ranks)
         made._set(self.world_transport, grid, None if periods is None else tuple(map(bool, periods)))
+        made.line = self.line
         return made
 
     @staticmethod
@@ -135,7 +144,9 @@ class Partition:
         """
         check_same_world(self, other)
         mine = set(self.ranks)
-        return self._derive([*self.ranks, *(rank for rank in other.ranks if rank not in mine)])
+        made = self._derive([*self.ranks, *(rank for rank in other.ranks if rank not in mine)])
+        made.line = line_of(self, other)
+        return made
 
     def create_cartesian_topology_partition(
         self, shape: Iterable[int], periods: Sequence[bool] | None = None
@@ -234,7 +245,7 @@ class Partition:
         return self
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _unpickle, (type(self), tuple(self.ranks), self.shape, self.periods)
+        return _unpickle, (type(self), tuple(self.ranks), self.shape, self.periods, self.line)
 
     def __repr__(self) -> str:
         ranks = self.ranks
@@ -296,6 +307,10 @@ class CartesianPartition(Partition):
             ranks = self.grid_of_ranks.members({a: self.index[a] for a in range(self.dim) if not keep[a]})
         made = self._derive(ranks, [self.shape[a] for a in kept], [self.periods[a] for a in kept])
         assert isinstance(made, CartesianPartition)
+        if any(n > 1 and a not in kept for a, n in enumerate(self.shape)):
+            made.line = Line(
+                tuple(sorted(made.ranks)), tuple(sorted(self.ranks)) if self.line is None else self.line[1]
+            )
         return made
 
     def create_allreduction_partition(self, axes: Iterable[int]) -> CartesianPartition:
@@ -329,11 +344,15 @@ class CartesianPartition(Partition):
         return tuple(slice(cut[i], cut[i + 1]) for cut, i in zip(cuts, self.index, strict=True))
 
 
-def _unpickle(kind: type, ranks: tuple[int, ...], shape: tuple[int, ...], periods: tuple[bool, ...]) -> Partition:
+def _unpickle(
+    kind: type, ranks: tuple[int, ...], shape: tuple[int, ...], periods: tuple[bool, ...], line: Line | None = None
+) -> Partition:
     world = Partition()
     if ranks and max(ranks) >= world.size:
         raise ValueError(f"a pickled partition over ranks {list(ranks)} does not fit a world of {world.size} ranks")
-    return world._derive(ranks, shape if issubclass(kind, CartesianPartition) else None, periods)
+    made = world._derive(ranks, shape if issubclass(kind, CartesianPartition) else None, periods)
+    made.line = line
+    return made
 
 
 def check_axes(axes: Iterable[int], dim: int) -> tuple[int, ...]:
@@ -363,3 +382,12 @@ def check_same_world(*partitions: Partition) -> None:
 def union_of_ranks(*partitions: Partition | None) -> tuple[int, ...]:
     """The ranks of all given partitions, sorted."""
     return tuple(sorted({rank for P in partitions if P is not None for rank in P.ranks}))
+
+
+def line_of(*partitions: Partition) -> Line | None:
+    """The lines that partitions were made from, put together; None if none was made from a line."""
+    lines = [P.line for P in partitions if P.line is not None]
+    if not lines:
+        return None
+    ranks, everywhere = ({rank for part in parts for rank in part} for parts in zip(*lines, strict=True))
+    return Line(tuple(sorted(ranks)), tuple(sorted(everywhere)))

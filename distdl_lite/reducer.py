@@ -156,11 +156,11 @@ class Reducer:
         if len(replicas.team) < 2:
             return gradient
         if parameter.is_leaf and not torch.is_grad_enabled() and _engine_will_run(self._token_node):
-            backward = _running_backward()
+            backward = running_backward()
             collected = self._collected.get(backward)
             if collected is None:
                 collected = self._collected[backward] = _Collected(self)
-                _at_end_of_backward(collected.flush)
+                at_end_of_backward(collected.flush)
             collected.add(parameter, gradient, replicas)
             return None
         return shown(gradient, replicas.team, self.transport)
@@ -244,7 +244,7 @@ class _Collected:
 
     def _start(self, team: tuple[int, ...], ready: Iterable[list[Entry]]) -> None:
         for bucket in ready:
-            flat = _flattened([entry.gradient for entry in bucket])
+            flat = flattened([entry.gradient for entry in bucket])
             for entry in bucket:
                 entry.gradient = None
                 del self.teams[team][id(entry.parameter)]
@@ -254,8 +254,15 @@ class _Collected:
 
     def flush(self) -> None:
         """Complete what was started, sum what is left in the order of the teams, and put all sums into ``.grad``."""
-        teams = sorted({*self.teams, *(started.team for started in self.started)})
-        groups = {team: self._agreed_group(team) for team in teams}
+        teams = sorted(self.teams)
+        groups = {team: self._group(team) for team in teams}
+        votes = {team: self._vote(team, groups[team]) for team in teams}
+        flats = {team: self._flats(team) for team in teams if team not in self._arriving}  # while the votes travel
+        for team in teams:
+            if self.transport.agreed(team) != votes[team] * len(team) % 2**64:
+                self._settle(team, groups[team])
+                groups[team] = self._group(team)
+                flats.pop(team, None)
         for team in self._arriving.keys() & self.teams.keys():
             self._start(team, self._arriving[team].complete(skips=True))
         for started in [*self._failed, *self.started]:
@@ -264,8 +271,7 @@ class _Collected:
         for started in self.started:
             _accumulate(started.bucket, started.flat)
         for team in teams:
-            for bucket in buckets(sorted(self.teams[team].values(), key=attrgetter("order")), BUCKET_BYTES):
-                flat = _flattened([entry.gradient for entry in bucket])
+            for bucket, flat in flats.get(team) or self._flats(team):
                 self.transport.all_reduce(team, flat)
                 _accumulate(bucket, flat)
             self._plan(team, groups[team])
@@ -285,23 +291,26 @@ class _Collected:
         ):
             self.reducer.plan(team, group)
 
-    def _agreed_group(self, team: tuple[int, ...]) -> list[Entry]:
-        """All that is summed over a team, in order; raises on all of it unless that is the same on all its ranks."""
-        failed = [s for s in self._failed if s.team == team]
-        group = self._group(team)
-        mine = hash((tuple([entry.numbers for entry in group]), len(failed))) % 2**64
-        if self.transport.agree(team, mine) != mine * len(team) % 2**64:
-            self._settle(team, group, failed)
-            group = self._group(team)
-        return group
+    def _flats(self, team: tuple[int, ...]) -> list[tuple[list[Entry], torch.Tensor]]:
+        """What is to be summed at the end."""
+        left = sorted(self.teams[team].values(), key=attrgetter("order"))
+        return [(bucket, flattened([entry.gradient for entry in bucket])) for bucket in buckets(left, BUCKET_BYTES)]
+
+    def _vote(self, team: tuple[int, ...], group: Sequence[Entry]) -> int:
+        """Tell the team what this rank sums over it, which must be the same on all its ranks."""
+        failed = sum(s.team == team for s in self._failed)
+        mine = hash((tuple([entry.numbers for entry in group]), failed)) % 2**64
+        self.transport.start_agreeing(team, mine)
+        return mine
 
     def _group(self, team: tuple[int, ...]) -> list[Entry]:
+        """All that is summed over a team, in order."""
         gone = [entry for started in self.started if started.team == team for entry in started.bucket]
         return sorted([*gone, *self.teams[team].values()], key=attrgetter("order"))
 
-    def _settle(self, team: tuple[int, ...], group: Sequence[Entry], failed: Sequence[_Started]) -> None:
+    def _settle(self, team: tuple[int, ...], group: Sequence[Entry]) -> None:
         """Where ranks have collected or left different things: complete sums that only some have started, raise on all."""
-        started = [s for s in self.started if s.team == team]
+        failed, started = ([s for s in known if s.team == team] for known in (self._failed, self.started))
         sizes = [(s.flat.numel(), s.flat.dtype) for s in (*failed, *started)]
         told = self.transport.gather_objects(team, _Told([str(e) for e in group], sizes, len(failed), len(started)))
         for rank, other in zip(team, told, strict=True):
@@ -361,14 +370,14 @@ def buckets(group: Iterable[Entry], most: int) -> list[list[Entry]]:
 
 def _accumulate(bucket: Sequence[Entry], flat: torch.Tensor) -> None:
     """Add a bucket's sums to ``.grad``."""
-    totals = _unflattened(flat, [entry.parameter for entry in bucket])
-    for entry, total in zip(bucket, totals, strict=True):
-        parameter = entry.parameter
-        if parameter.grad is None:
-            parameter.grad = total if total.dtype is parameter.dtype else total.to(parameter.dtype)
-        else:
-            with torch.no_grad():
-                parameter.grad += total
+    totals = unflattened(flat, [entry.parameter for entry in bucket])
+    with torch.no_grad():
+        for entry, total in zip(bucket, totals, strict=True):
+            parameter = entry.parameter
+            if parameter.grad is not None:
+                parameter.grad.add_(total)
+            else:
+                parameter.grad = total if total.dtype is parameter.dtype else total.to(parameter.dtype)
 
 
 # ---- the private calls of torch, in one place; tests/test_reducer.py checks them -------------------------
@@ -378,19 +387,45 @@ def _engine_will_run(node: Any) -> bool:
     return torch._C._will_engine_execute_node(node)
 
 
-def _running_backward() -> int:
+def running_backward() -> int:
     return torch._C._current_graph_task_id()
 
 
-def _at_end_of_backward(callback: Callable[[], None]) -> None:
+def running_backward_accumulates(leaves: Sequence[torch.Tensor]) -> bool:
+    """Inside a hook: whether the backward that runs adds to ``.grad`` of any of the leaves, unlike `torch.autograd.grad`.
+
+    Where the hook's node leads to none of them, what becomes of another leaf below it tells.
+    """
+    nodes = (torch.autograd.graph.get_gradient_edge(leaf).node for leaf in leaves if leaf.requires_grad)
+    try:
+        return any(map(_engine_will_run, nodes)) or _runs_into_others(torch._C._current_autograd_node(), leaves)
+    except RuntimeError:  # a leaf's gradient is returned
+        return False
+
+
+def _runs_into_others(node: Any, leaves: Sequence[torch.Tensor]) -> bool:
+    ids, seen, left, other = {id(leaf) for leaf in leaves}, set(), [node], None
+    while left:
+        node = left.pop()
+        if id(getattr(node, "variable", None)) in ids:
+            return False
+        if hasattr(node, "variable"):
+            other = node
+        below = {following for following, _ in node.next_functions if following is not None} - seen
+        seen |= below
+        left += below
+    return other is not None and _engine_will_run(other)
+
+
+def at_end_of_backward(callback: Callable[[], None]) -> None:
     torch.autograd.Variable._execution_engine.queue_callback(callback)  # type: ignore[attr-defined]
 
 
-def _flattened(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+def flattened(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
     """One flat tensor of their elements."""
     return torch._C._nn.flatten_dense_tensors(tensors)  # type: ignore[attr-defined]
 
 
-def _unflattened(flat: torch.Tensor, tensors: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+def unflattened(flat: torch.Tensor, tensors: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
     """Views of a flat tensor of the shapes of these."""
     return torch._C._nn.unflatten_dense_tensors(flat, tensors)  # type: ignore[attr-defined]

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from distdl_lite.operator import Node
 from distdl_lite.transport import Transport
 
 
@@ -23,7 +24,7 @@ def used(number: torch.Tensor, team: tuple[int, ...], transport: Transport) -> t
     return _Used.apply(number, team, transport)
 
 
-class _Shown(torch.autograd.Function):
+class _Shown(Node):
     """From parts to the number: a sum over the ranks forward, `_Used` backward."""
 
     @staticmethod
@@ -38,7 +39,7 @@ class _Shown(torch.autograd.Function):
         return _Used.apply(gradient, ctx.team, ctx.transport), None, None
 
 
-class _Used(torch.autograd.Function):
+class _Used(Node):
     """From the number to its use on each rank: the identity forward, `_Shown` backward."""
 
     @staticmethod

@@ -25,10 +25,14 @@ LEVELS = [
     "nn/module",
     "nn/movement",
     "nn",
+    "parallel/orders",
+    "parallel/rows",
+    "parallel/replica",
+    "parallel/local",
 ]
 PURE = ["grid", "partition", "layout", "plan", "optim/schedule"]
 ANYTHING = ["__init__", "__main__", "testing", "pytest_plugin", "handwritten"]
-FRONT = ["parallel", "optim", "tagi", "checkpoint", "data", "show"]
+FRONT = ["bench", "parallel", "optim", "tagi", "checkpoint", "data", "show"]
 
 
 def imported(path: Path, inside_functions: bool = True) -> set[str]:
@@ -90,10 +94,18 @@ def test_mpi4py_is_imported_by_its_transport_alone() -> None:
 def test_torch_distributed_is_imported_in_its_place_alone() -> None:
     """The benchmark compares with it, and reads it where it does."""
     assert not any(
-        name.startswith("torch.distributed") for name in imported(FILES["bench/primitives"], inside_functions=False)
+        name.startswith("torch.distributed")
+        for bench in ("bench/primitives", "bench/gloo", "bench/data_parallel")
+        for name in imported(FILES[bench], inside_functions=False)
     )
     users = {n for n, path in FILES.items() if any(name.startswith("torch.distributed") for name in imported(path))}
-    assert users <= {"transport/torch_dist", "parallel/process_group", "bench/primitives"}
+    assert users <= {
+        "transport/torch_dist",
+        "parallel/process_group",
+        "bench/primitives",
+        "bench/gloo",
+        "bench/data_parallel",
+    }
 
 
 def test_no_star_imports() -> None:

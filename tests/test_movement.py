@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from typing import Any
+
 import pytest
 import torch
 from blocks import NOTHING, grown, local
@@ -192,6 +195,40 @@ def test_scatter_and_gather(world: Partition) -> None:
             assert torch.equal(whole.grad, 2 * x)
     with pytest.raises(ValueError, match="root 4 is not a rank of a world of 4"):
         dl.scatter(None, P, 4)
+    with pytest.raises(TypeError, match="scatter: a Partition is needed, not 4"):
+        dl.scatter(None, 4)
+
+
+@on_ranks(4, mpi=True)
+def test_data_on_the_wrong_ranks(world: Partition) -> None:
+    """The texts name the root and what the user passed, not the partition of one rank that stands for the root."""
+    x, P, outside = integers((5, 3)), world.grid((2, 1), [3, 1]), world.rank == 2
+    how = "scatter: pass the whole tensor on rank 0, None elsewhere; rank {} passed {}"
+    blocks = "gather: pass blocks on ranks [3, 1], None elsewhere; rank 2 passed a tensor of shape (5, 3)"
+    of_shape = "a tensor of shape (5, 3)"
+
+    def at_root(value: Any) -> Any:
+        return value if world.rank == 0 else None
+
+    for attempt, error, text, text_outside in (
+        (lambda: dl.scatter(x, P), ValueError, how.format(1, of_shape), how.format(2, of_shape)),
+        (lambda: dl.scatter(None, P), TypeError, how.format(0, "NoneType"), None),
+        (lambda: dl.scatter(at_root([1.0]), P), TypeError, how.format(0, "list"), None),
+        (lambda: dl.scatter(at_root(x[0]), P), ValueError, "scatter: a tensor of shape (3,) cannot be cut over", None),
+        (lambda: dl.gather(x, P), ValueError, "gather: rank 0 passed a tensor of shape (5, 3), but is outside", blocks),
+        (lambda: dl.gather(None, P), TypeError, "gather: rank 1 passed NoneType, a tensor is needed", None),
+    ):
+        if not outside:
+            with pytest.raises(error) as found:
+                attempt()
+            assert text in str(found.value)
+        elif text_outside is not None:
+            with pytest.raises(ValueError, match=re.escape(text_outside)):
+                attempt()
+        else:
+            assert attempt().shape == (0,)
+    block = dl.scatter(at_root(x), P)  # the ranks are still together
+    assert torch.equal(block.to(x), local(P, x)) if P.active else block.numel() == 0
 
 
 # ---- who holds nothing -----------------------------------------------------------------------------------------------
@@ -310,3 +347,11 @@ def test_a_rank_outside_that_passes_data_raises_alone(world: Partition) -> None:
     else:
         y = layer(x if P.active else NOTHING)
         assert torch.equal(y, 2 * x) if P.active else y.numel() == 0
+
+
+@on_ranks(2)
+def test_transforms_of_functions_are_refused(world: Partition) -> None:
+    layer = dnn.AllSumReduce(world.grid((2,)), axes_reduce=(0,))
+    layer(torch.ones(3, requires_grad=True))
+    with pytest.raises(RuntimeError, match="functorch transforms"):
+        torch.func.grad(lambda x: layer(x).sum())(torch.ones(3))

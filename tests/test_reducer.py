@@ -203,8 +203,8 @@ def test_private_calls_of_autograd_are_there() -> None:
 
         @staticmethod
         def backward(ctx: object, gradient: torch.Tensor) -> torch.Tensor:
-            seen.append((red._running_backward(), red._engine_will_run(node)))
-            red._at_end_of_backward(lambda: seen.append("end"))
+            seen.append((red.running_backward(), red._engine_will_run(node)))
+            red.at_end_of_backward(lambda: seen.append("end"))
             return gradient
 
     x, y = (torch.ones(1, requires_grad=True) for _ in range(2))

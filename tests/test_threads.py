@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 import threading
 import time
+from collections.abc import Callable
 from typing import Any
 
 import numpy
@@ -12,7 +14,10 @@ import pytest
 import torch
 
 import distdl_lite.nn as dnn
+from distdl_lite import layout as lay
+from distdl_lite.operator import Operator
 from distdl_lite.partition import Partition
+from distdl_lite.plan import plan
 from distdl_lite.testing import spmd
 
 
@@ -104,12 +109,44 @@ def test_mismatched_calls_are_named() -> None:
 
 def test_mismatched_messages_are_named() -> None:
     def body(world: Partition) -> None:
-        P, x = world.grid((2,)), torch.ones(3)
-        layer = dnn.AllSumReduce(P, [0]) if world.rank else dnn.Repartition(P, world.grid((2,), [1, 0]))
-        layer(x)
+        halves, turned = (
+            lay.balanced_blocks(world.grid((2,), ranks).grid_of_ranks, (6,)) for ranks in ([0, 1], [1, 0])
+        )
+        copies = lay.whole(halves.grid, (3,))
+        X, Y = (copies, copies) if world.rank else (halves, turned)
+        Operator(plan(X, Y, world.rank), world.world_transport)(torch.ones(3))
 
     with pytest.raises(RuntimeError, match=r"expects a message of a|deadlock"):
         spmd(2, body)
+
+
+def test_layers_called_in_another_order_are_named() -> None:
+    """Also two alike ones, whose plans would fit each other."""
+    makes: list[Callable[[Partition], Any]] = [
+        lambda P: dnn.DistributedConv1d(P, 2, 2, 3, padding=1),
+        lambda P: dnn.DistributedConv1d(P, 2, 2, 5, padding=2),
+        lambda P: dnn.HaloExchange(P, (0, 0, 1)),
+        lambda P: dnn.AllSumReduce(P, [2]),
+        lambda P: dnn.DistributedBatchNorm(P, 2),
+    ]
+    for first, second in [(makes[0], makes[0]), *itertools.combinations(makes, 2)]:
+        for warm in (False, True):
+
+            def body(world: Partition, first: Any = first, second: Any = second, warm: bool = warm) -> None:
+                P = world.grid((1, 1, 3))
+                layers = [first(P), second(P)]
+                x = torch.ones(1, 2, 4)
+                for layer in layers if warm else ():
+                    layer(x)
+                for layer in layers[::-1] if world.rank == 1 else layers:
+                    layer(x)
+
+            # Layers that run ahead of the votes may wait for each other's messages first; then it is a deadlock, and named.
+            named = r"rank 1: call of layer \w+ number 2, others \w+ number 1"
+            with pytest.raises(
+                (ValueError, RuntimeError), match=named + r"|deadlock: .* in \w+; rank 1 .* in \w+" * warm
+            ):
+                spmd(3, body)
 
 
 def drawn() -> tuple[float, ...]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +9,7 @@ import torch
 
 from distdl_lite import handwritten
 from distdl_lite import nn as dnn
+from distdl_lite.bench import gloo
 from distdl_lite.bench.table import BOTH, FORWARD, Row, calls_of, interleaved
 from distdl_lite.partition import Partition
 
@@ -96,21 +95,14 @@ def _large_repartition(P: Partition, seconds: float) -> list[Row]:
 
 def _redistribution(P: Partition) -> tuple[Callable[[torch.Tensor], torch.Tensor] | None, str]:
     """The same by torch's DTensor on gloo, or why that cannot be had here."""
-    folder = P.broadcast_data(tempfile.mkdtemp() if P.rank == 0 else None)
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    move, reason = None, ""
-    try:
-        import torch.distributed as dist
-        from torch.distributed.tensor import DTensor, Shard, init_device_mesh
+    reason = gloo.start(P)
+    if reason:
+        return None, reason
+    from torch.distributed.tensor import DTensor, Shard, init_device_mesh
 
-        store = dist.FileStore(os.path.join(folder, "store"), P.size)
-        dist.init_process_group("gloo", store=store, rank=P.rank, world_size=P.size)
-        mesh = init_device_mesh("cpu", (P.size,))
+    mesh = init_device_mesh("cpu", (P.size,))
 
-        def move(x: torch.Tensor) -> torch.Tensor:
-            return DTensor.from_local(x, mesh, [Shard(2)]).redistribute(mesh, [Shard(3)]).to_local()
+    def move(x: torch.Tensor) -> torch.Tensor:
+        return DTensor.from_local(x, mesh, [Shard(2)]).redistribute(mesh, [Shard(3)]).to_local()
 
-    except (ImportError, RuntimeError, ValueError) as error:
-        reason = f"{type(error).__name__}: {error}"
-    reasons = [found for found in P.allgather_data(reason) or [] if found]
-    return (None, reasons[0]) if reasons else (move, "")
+    return move, ""

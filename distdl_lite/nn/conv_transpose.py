@@ -39,7 +39,8 @@ class _DistributedConvTranspose(Convolution):
     ------
     ValueError
         In the constructor if partitions do not fit each other or the dims, an option is one torch refuses, or a cut of
-        the features does not fall on group boundaries; at build if the input does not fit. On all ranks alike.
+        the features does not fall on group boundaries; at build if the input does not fit or the output has no points
+        (torch refuses that too, but for a batch of none and where oneDNN computes). On all ranks alike.
 
     Notes
     -----
@@ -98,7 +99,10 @@ class _DistributedConvTranspose(Convolution):
         k, s, p = self.kernel_size[d], self.stride[d], self.padding[d]
         length = (n - 1) * s - 2 * p + self.dilation[d] * (k - 1) + self.output_padding[d] + 1
         if n < 1 or length < 1:
-            raise self._refuse(f"dim {d + 2} of length {n} has no output with kernel_size={k}, stride={s}, padding={p}")
+            raise self._refuse(
+                f"dim {d + 2} of length {n} has no output with kernel_size={k}, stride={s}, padding={p}: calculated "
+                f"output size {length}. Output size is too small"
+            )
         return length
 
     def _reads(self, d: int, n: int, cuts: Sequence[int]) -> Dim:
@@ -114,15 +118,26 @@ class _DistributedConvTranspose(Convolution):
         padding, extra = (
             [0 if d in cut else v[d] for d in range(self.dims)] for v in (self.padding, self.output_padding)
         )
-        # Per cut dim, where this rank's outputs start and stop among those that the held inputs reach.
-        places = [(box[2 + d][0] - first, box[2 + d][1] - first) for d in cut for first in [self._first(d, held)]]
+        # Where this rank's outputs stand among those that the held inputs reach, and how far they go beyond.
+        window: list[slice] = [slice(None)] * (2 + self.dims)
+        beyond = [0, 0] * self.dims  # of the last dim first, as torch wants it
+        is_cropped = False
+        for d in cut:
+            first, reach = self._first(d, held), self._reach(d, held)
+            start, stop = box[2 + d][0] - first, box[2 + d][1] - first
+            window[2 + d] = slice(max(start, 0), min(stop, reach))
+            right = 2 * (self.dims - d) - 1
+            beyond[right - 1], beyond[right] = max(-start, 0), max(stop - reach, 0)
+            is_cropped = is_cropped or start > 0 or stop < reach
 
         def convolve(z: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-            inside = bias if not cut else None
+            inside = None if is_cropped or any(beyond) else bias
             y = _CONVOLUTIONS[self.dims](z, weight, inside, self.stride, padding, extra, groups, self.dilation)
-            for d, (start, stop) in zip(cut, places, strict=True):
-                y = _between(y, 2 + d, start, stop)
-            return y if not cut else self.with_bias(y, bias)
+            if any(beyond):
+                return self.with_bias(F.pad(y[tuple(window)], beyond), bias)
+            if is_cropped:
+                return y[tuple(window)] if bias is None else y[tuple(window)] + self.per_channel(bias, y.dtype)
+            return y
 
         return convolve
 
@@ -130,16 +145,14 @@ class _DistributedConvTranspose(Convolution):
         """The first output that the held inputs of a cut dim reach."""
         return held[2 + d][0] * self.stride[d] - self.padding[d]
 
+    def _reach(self, d: int, held: lay.Box) -> int:
+        """How many outputs the held inputs of a cut dim reach."""
+        start, stop = held[2 + d]
+        return (stop - start - 1) * self.stride[d] + self.dilation[d] * (self.kernel_size[d] - 1) + 1
+
     def _own_repr(self) -> list[str]:
         parts = [f"padding={self.padding}"] if any(self.padding) else []
         return parts + ([f"output_padding={self.output_padding}"] if any(self.output_padding) else [])
-
-
-def _between(y: torch.Tensor, dim: int, start: int, stop: int) -> torch.Tensor:
-    """The points [start, stop) of a dim, zeros where it has none."""
-    left, right = max(-start, 0), max(stop - y.shape[dim], 0)
-    y = y.narrow(dim, max(start, 0), stop - right - max(start, 0))
-    return F.pad(y, (0, 0) * (y.dim() - dim - 1) + (left, right)) if left or right else y
 
 
 class DistributedConvTranspose1d(_DistributedConvTranspose):

@@ -12,8 +12,10 @@ work -> Y, each left out where its two layouts are equal.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -63,6 +65,16 @@ class Convolution(Layer):
     stride: tuple[int, ...]
     dilation: tuple[int, ...]
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Let Python's errors about the arguments name the layer also where its constructor is a private base's."""
+        super().__init_subclass__(**kwargs)
+        base = next(kind for kind in cls.__mro__ if "__init__" in vars(kind))
+        if base is not cls and base.__name__.startswith("_"):
+            given = base.__init__
+            made = FunctionType(given.__code__, given.__globals__, "__init__", given.__defaults__, given.__closure__)
+            cls.__init__ = functools.update_wrapper(made, given)  # type: ignore[method-assign]
+            made.__kwdefaults__, made.__qualname__ = given.__kwdefaults__, f"{cls.__name__}.__init__"
+
     # ---- the constructor's parts -------------------------------------------------------------------------------------
 
     def _check_sizes(self) -> None:
@@ -85,10 +97,13 @@ class Convolution(Layer):
 
     def _work_grid(self) -> Grid:
         """The grid [batch, out, in, *space] on which the convolution is computed."""
-        x, y, n = self.P_x.shape, self.P_y.shape, self.dims + 2
+        n = self.dims + 2
         for name, P in (("P_x", self.P_x), ("P_y", self.P_y)):
+            if P is None:
+                raise self._refuse(f"{name}: a Partition is needed, not None", TypeError)
             if P.dim != n:
                 raise self._refuse(f"{name} of shape {P.shape} has {P.dim} axes, a tensor (N, C, *space) has {n} dims")
+        x, y = self.P_x.shape, self.P_y.shape
         if self.P_w is None:
             return Grid((y[0], y[1], 1, *y[2:]), self.P_y.ranks)
         shape = self.P_w.shape if self.P_w.dim == n + 1 else (1, *self.P_w.shape)
@@ -193,7 +208,7 @@ class Convolution(Layer):
             return x
         built: _Built = self._distdl_plan
         if built.fused is not None:
-            return built.fused(x, self.weight, self.bias)
+            return built.fused(x, self.held("weight"), self.held("bias"))
         z = x if built.fetch is None else into(built.fetch, x, built.dtype)
         bias = self.use("bias") if self.P_y.active else None
         if built.deliver is None:
@@ -210,8 +225,12 @@ class Convolution(Layer):
         return built.convolve(z, weight, bias)
 
     def with_bias(self, y: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        """The bias added to the channels, in the dtype of `y`, which autocast may have chosen."""
-        return y if bias is None else y + bias.to(y.dtype).view(1, -1, *(1,) * self.dims)
+        """The bias added to the channels of `y`, a tensor of our own, in place."""
+        return y if bias is None else y.add_(self.per_channel(bias, y.dtype))
+
+    def per_channel(self, bias: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """The bias to be added to an output, of whose dtype it must be: autocast may have chosen that."""
+        return bias.to(dtype).view(1, -1, *(1,) * self.dims)
 
     def extra_repr(self) -> str:
         parts = [f"{self.in_channels}, {self.out_channels}", f"kernel_size={self.kernel_size}", f"stride={self.stride}"]

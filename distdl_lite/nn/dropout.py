@@ -33,10 +33,12 @@ def _fold(z: torch.Tensor, shift: int) -> torch.Tensor:
 def mask_of(box: Box, global_shape: Shape, seed: int, p: float, device: torch.device | str = "cpu") -> torch.Tensor:
     """What dropout keeps of a box of a tensor: each point with probability 1 - p, by its global index alone.
 
-    Point i in row-major order of `global_shape` gets the i-th number of splitmix64 started at `seed`: Steele, Lea and Flood,
-    "Fast splittable pseudorandom number generators", OOPSLA 2014, figure 17, with the constants of Stafford's mix 13, as in
-    Vigna's splitmix64.c. It is kept where that number, read as a signed one, is at least ``p * 2^64 - 2^63``, which is
-    exact for every float p from 2^-12 on, and to 2^-64 below.
+    Point i in row-major order of `global_shape` gets the i-th number of splitmix64 started at 0, but for the last factor of its
+    mix, in whose place stands an odd number, the first of splitmix64 started at `seed`, and for the shift after it. It is kept
+    where that product, read as a signed number, is at least ``p * 2^64 - 2^63``, which is exact for every float p from 2^-12
+    on, and to 2^-64 below. Splitmix64: Steele, Lea and Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014,
+    figure 17, with the constants of Stafford's mix 13, as in Vigna's splitmix64.c. Hashing by an odd factor: Dietzfelbinger,
+    Hagerup, Katajainen and Penttonen, "A reliable randomized algorithm for the closest-pair problem", J. Algorithms 25, 1997.
 
     Parameters
     ----------
@@ -54,58 +56,58 @@ def mask_of(box: Box, global_shape: Shape, seed: int, p: float, device: torch.de
         bool, of the shape of the box.
     """
     mask = torch.empty(lay.shape_of(box), dtype=torch.bool, device=device)
-    _fill(mask, [start for start, _ in box], global_shape, seed, _threshold(p))
+    _fill(mask, [start for start, _ in box], global_shape, _factor(seed), _threshold(p))
     return mask
+
+
+def _factor(seed: int) -> int:
+    """The first number of splitmix64 started at a seed, made odd."""
+    z = (seed + _STEP) % 2**64
+    for shift, factor in _FACTORS:
+        z = (z ^ (z >> shift)) * factor % 2**64
+    return _signed((z ^ (z >> 31)) | 1)
 
 
 def _threshold(p: float) -> int:
     return int(p * 2.0**64) - 2**63
 
 
-def _fill(mask: torch.Tensor, starts: list[int], global_shape: Shape, seed: int, threshold: int) -> None:
+def _fill(mask: torch.Tensor, starts: list[int], global_shape: Shape, factor: int, threshold: int) -> None:
     """Write the part of a mask that starts at the given point, in pieces of bounded size."""
     if mask.numel() > _HASHED_AT_ONCE:
         dim = max(range(mask.dim()), key=lambda d: mask.shape[d])
         half = mask.shape[dim] // 2
         middle = [start + half * (d == dim) for d, start in enumerate(starts)]
-        _fill(mask.narrow(dim, 0, half), starts, global_shape, seed, threshold)
-        _fill(mask.narrow(dim, half, mask.shape[dim] - half), middle, global_shape, seed, threshold)
+        _fill(mask.narrow(dim, 0, half), starts, global_shape, factor, threshold)
+        _fill(mask.narrow(dim, half, mask.shape[dim] - half), middle, global_shape, factor, threshold)
         return
-    _hash(mask, _steps(starts, mask.shape, global_shape, mask.device), seed, threshold)
+    torch.ge(_hashed(starts, mask.shape, global_shape, mask.device).mul_(factor), threshold, out=mask)
 
 
-def _steps(starts: list[int], shape: Shape, global_shape: Shape, device: torch.device) -> torch.Tensor:
-    """The flat indices of a box's points, times splitmix64's step."""
-    steps = torch.zeros((1,) * len(shape), dtype=torch.int64, device=device)
+def _hashed(starts: list[int], shape: Shape, global_shape: Shape, device: torch.device) -> torch.Tensor:
+    """What of the hash of a box's points does not depend on the seed."""
+    steps = torch.full((1,) * len(shape), _signed(_STEP), device=device)
     for d, (start, n) in enumerate(zip(starts, shape, strict=True)):
         stride = _signed(_STEP * math.prod(global_shape[d + 1 :]))
         positions = torch.arange(start, start + n, device=device).mul_(stride)  # int64 wraps around
         steps = steps + positions.view(*(-1 if e == d else 1 for e in range(len(shape))))
-    return steps
-
-
-def _hash(mask: torch.Tensor, steps: torch.Tensor, seed: int, threshold: int) -> None:
-    z = steps + _signed(seed + _STEP)
-    for shift, factor in _FACTORS:
-        _fold(z, shift).mul_(_signed(factor))
-    torch.ge(_fold(z, 31), threshold, out=mask)
+    (first, factor), (second, _) = _FACTORS
+    return _fold(_fold(steps, first).mul_(_signed(factor)), second)
 
 
 @dataclass(frozen=True)
 class _Built:
-    """The box that has a mask, and what of its hash does not change from call to call; None where that is large."""
+    """The box that has a mask, and what of its hash is the same in every call; None where that is large."""
 
     box: Box
     global_shape: Shape
-    steps: torch.Tensor | None
+    hashed: torch.Tensor | None
     graph: bool
 
     def mask(self, seed: int, p: float, device: torch.device) -> torch.Tensor:
-        if self.steps is None:
+        if self.hashed is None:
             return mask_of(self.box, self.global_shape, seed, p, device)
-        mask = torch.empty_like(self.steps, dtype=torch.bool)
-        _hash(mask, self.steps, seed, _threshold(p))
-        return mask
+        return self.hashed * _factor(seed) >= _threshold(p)
 
 
 class DistributedDropout(Module):
@@ -154,10 +156,10 @@ class DistributedDropout(Module):
             check_floating(self, inputs)
         box = X.box(self._distdl_transport.rank)
         assert box is not None
-        box, global_shape, steps = box[: self._masked], lay.global_shape_of(X)[: self._masked], None
+        box, global_shape, hashed = box[: self._masked], lay.global_shape_of(X)[: self._masked], None
         if math.prod(lay.shape_of(box)) <= _HASHED_AT_ONCE:
-            steps = _steps([start for start, _ in box], lay.shape_of(box), global_shape, input[0].device)
-        return _Built(box, global_shape, steps, inputs.requires_grad)
+            hashed = _hashed([start for start, _ in box], lay.shape_of(box), global_shape, input[0].device)
+        return _Built(box, global_shape, hashed, inputs.requires_grad)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not self.training or self.p == 0:
@@ -167,14 +169,15 @@ class DistributedDropout(Module):
         seed = torch.randint(2**63 - 1, (1,))
         if not self._distdl_is_inside:
             return x
-        ranks = self.P_x.ranks
-        self._distdl_transport.broadcast(sorted(ranks), seed, ranks[0])
+        self._distdl_transport.broadcast(self._distdl_team, seed, self.P_x.ranks[0])
         built: _Built = self._distdl_plan
         if not self.inplace:  # with a graph node everywhere, all ranks recompute a checkpoint
             x = anchored(x, built.graph)
         mask = built.mask(int(seed), self.p, x.device)
-        mask = mask.view(*mask.shape, *(1,) * (x.dim() - mask.dim()))
-        return (x.mul_(mask) if self.inplace else x * mask).mul_(1 / (1 - self.p))
+        if self._masked is not None:
+            mask = mask.view(*mask.shape, *(1,) * (x.dim() - self._masked))
+        factor = mask.to(x.dtype).mul_(1 / (1 - self.p))  # as torch's: one node, whose backward is one product
+        return x.mul_(factor) if self.inplace else x * factor
 
     def extra_repr(self) -> str:
         return f"p={self.p}, inplace={self.inplace}, P_x={self.P_x.shape}"

@@ -125,7 +125,7 @@ class DistributedEmbedding(Layer):
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         if not self._distdl_is_inside:
             return zero_volume_tensor(dtype=self.weight.dtype, device=self.weight.device)
-        if self.P.size == 1 and input.device.type == "cpu":  # elsewhere torch does not say which index is wrong
+        if len(self._distdl_team) == 1 and input.is_cpu:  # elsewhere torch does not say which index is wrong
             return self._alone(input)
         self._check_range(input)
         line, replicas = self._distdl_plan
@@ -140,7 +140,7 @@ class DistributedEmbedding(Layer):
     def _alone(self, index: torch.Tensor) -> torch.Tensor:
         """torch's own function, which looks at the indices itself."""
         try:
-            return F.embedding(index, self.weight, self.padding_idx, scale_grad_by_freq=self.scale_grad_by_freq)
+            return F.embedding(index, self.held("weight"), self.padding_idx, scale_grad_by_freq=self.scale_grad_by_freq)
         except IndexError:
             self._check_range(index)
             raise

@@ -29,7 +29,7 @@ def operator_between(X: Layout, Y: Layout, layer: Module, graph: bool) -> Operat
 
 def anchored(x: torch.Tensor, graph: bool) -> torch.Tensor:
     """The tensor with a graph node if `graph`, which says that some rank's requires grad: all then enter backward."""
-    needs_node = graph and torch.is_grad_enabled() and not x.requires_grad
+    needs_node = graph and not x.requires_grad and torch.is_grad_enabled()
     return x.detach().requires_grad_() if needs_node else x
 
 

@@ -6,7 +6,6 @@ import math
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 
 from distdl_lite.layout import Dim, Layout, Shape
 from distdl_lite.nn.kernel import wide
@@ -100,7 +99,7 @@ class DistributedLayerNorm(_LastDimsNorm):
         super().__init__(P_x, normalized_shape, eps, elementwise_affine, bias, device, dtype)
 
     def alone(self, x: torch.Tensor, *held: torch.Tensor | None) -> torch.Tensor:
-        return F.layer_norm(x, self.normalized_shape, *held, self.eps)
+        return torch.layer_norm(x, self.normalized_shape, *held, self.eps)
 
 
 class DistributedRMSNorm(_LastDimsNorm):
@@ -139,4 +138,4 @@ class DistributedRMSNorm(_LastDimsNorm):
         return torch.finfo(wide(x.dtype)).eps if self.eps is None else self.eps
 
     def alone(self, x: torch.Tensor, *held: torch.Tensor | None) -> torch.Tensor:
-        return F.rms_norm(x, self.normalized_shape, held[0], self.eps)
+        return torch.rms_norm(x, self.normalized_shape, held[0], self.eps)

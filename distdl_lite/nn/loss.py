@@ -117,7 +117,7 @@ class _DistributedLoss(Module):
         if not self._distdl_is_inside:
             return self._outside(input)
         built: _Built = self._distdl_plan
-        if self.P_x.size == 1:
+        if len(self._distdl_team) == 1:
             options = {name: getattr(self, name) for name in self._options}
             return type(self).function(input, target, reduction=self.reduction, **options)
         input = anchored(input, built.graph)

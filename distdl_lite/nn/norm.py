@@ -49,7 +49,7 @@ class _RunningNorm(Norm):
 
     @property
     def uses_batch(self) -> bool:
-        return self.training or self.running_mean is None
+        return self.training or self.held("running_mean") is None
 
     @property
     def tracks(self) -> bool:
@@ -61,7 +61,7 @@ class _RunningNorm(Norm):
 
     def running(self, built: Built) -> tuple[torch.Tensor | None, ...]:
         """Running statistics as the input is cut, None where they are neither used nor updated."""
-        mean, var = self.running_mean, self.running_var
+        mean, var = self.held("running_mean"), self.held("running_var")
         if mean is None or (self.training and not self.track_running_stats):
             return None, None
         return (mean, var) if built.fit is None else (built.fit.apply(mean), built.fit.apply(var))
@@ -172,7 +172,7 @@ class DistributedBatchNorm(_RunningNorm):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self._distdl_is_inside and self.tracks:
-            self.num_batches_tracked.add_(1)
+            self.held("num_batches_tracked").add_(1)
         return super().forward(x)
 
     def alone(self, x: torch.Tensor, *held: torch.Tensor | None) -> torch.Tensor:

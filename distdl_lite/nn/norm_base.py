@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -183,7 +183,8 @@ class Norm(Layer):
         rows = built.rows
         if rows is None:
             return self._without_others(x, built)
-        weight, bias = (self._parameter(name, built) for name in ("weight", "bias"))
+        # The gradients of both are summed over the replicas, here or with the statistics'.
+        weight, bias = self._fitted(self.held if len(rows.team) > 1 else self.use, built)
         weight, bias = (None if t is None else self.per_channel(t, x) for t in (weight, bias))
         y, mean, var = normalised(self.as_channels(x), weight, bias, self.pivot(x, built), self.epsilon(x), rows)
         if self.tracks:
@@ -191,16 +192,12 @@ class Norm(Layer):
         return y.view(x.shape)
 
     def _without_others(self, x: torch.Tensor, built: Built) -> torch.Tensor:
-        """torch's own function of the block; where the parameters too are this rank's alone nothing else is called."""
-        if built.fit is None and len(built.team) == 1:
-            weight, bias = self.weight, self.bias
-        else:
-            weight, bias = self._parameter("weight", built), self._parameter("bias", built)
+        """torch's own function of the block."""
+        weight, bias = self._fitted(self.use, built)
         running = self.running(built)  # also on a rank with an empty block: this may communicate
         return self.alone(x, weight, bias, *running) if x.numel() else connected_zeros(x.shape, x, weight, bias)
 
-    def _parameter(self, name: str, built: Built) -> torch.Tensor | None:
-        """A parameter as the input is cut; its gradient is summed over the replicas, here or with the statistics'."""
-        here = built.rows is not None and len(built.rows.team) > 1
-        parameter = getattr(self, name) if here else self.use(name)
-        return parameter if parameter is None or built.fit is None else built.fit(parameter)
+    def _fitted(self, read: Callable[[str], torch.Tensor | None], built: Built) -> tuple[torch.Tensor | None, ...]:
+        """Weight and bias as the input is cut."""
+        weight, bias = read("weight"), read("bias")
+        return (weight, bias) if built.fit is None else tuple(t if t is None else built.fit(t) for t in (weight, bias))

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 from distdl_lite.layout import Shape
 from distdl_lite.nn.kernel import wide
-from distdl_lite.operator import ANCHOR, Operator
+from distdl_lite.operator import ANCHOR, Node, Operator
 from distdl_lite.shown import shown, used
 
 _AT_ONCE = 2**18  # elements of a block in wide temporaries: 2 MiB of float64 stay in a cache
@@ -174,7 +174,7 @@ def _merged(
 # ---- the function ----------------------------------------------------------------------------------------------------
 
 
-class _Normalise(torch.autograd.Function):
+class _Normalise(Node):
     """Normalisation by the values' own statistics; `_composed` is the same in plain operations."""
 
     @staticmethod
@@ -292,7 +292,7 @@ def _sums_per_channel(
 ) -> torch.Tensor:
     if 1 in x.shape and gradient.stride() != x.stride():  # native_batch_norm_backward may misread such memory
         gradient = torch.empty_like(x).copy_(gradient)
-    _, gw, gb = torch.ops.aten.native_batch_norm_backward(
+    _, gw, gb = torch.ops.aten.native_batch_norm_backward.default(
         gradient, x, None, mean, var, None, None, False, eps, [False, True, True]
     )
     return torch.stack([gb, gw]).double()
@@ -303,7 +303,7 @@ def _sums_per_element(
 ) -> torch.Tensor:
     center, scale, shape = mean.view(1, -1, 1), (var + eps).rsqrt().view(1, -1, 1), x.shape[2:]
     like = x.new_empty(shape)  # of which torch asks only whether there are weight and bias
-    _, gw, gb = torch.ops.aten.native_layer_norm_backward(
+    _, gw, gb = torch.ops.aten.native_layer_norm_backward.default(
         gradient, x, shape, center, scale, like, like, [False, True, True]
     )
     return torch.stack([gb, gw]).view(2, 1, 1, -1)

@@ -20,12 +20,14 @@ import torch
 import torch.nn.functional as F
 
 from distdl_lite.layout import Dim, Layout
-from distdl_lite.operator import Operator
+from distdl_lite.operator import Node, Operator
 from distdl_lite.plan import Pattern, plan
 from distdl_lite.reducer import Reducer, Replicas, replicated
 from distdl_lite.transport import Transport
 
 LEAST_BYTES = 1 << 20  # of the largest block; below, copying it takes less time than the calls for slabs
+
+_CONVOLUTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
 Convolve = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
 
@@ -41,7 +43,7 @@ class Kernel:
     groups: int
 
     def __call__(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        function = (F.conv1d, F.conv2d, F.conv3d)[len(self.size) - 1]
+        function = _CONVOLUTIONS[len(self.size)]
         return function(x, weight, bias, self.stride, self.padding, self.dilation, self.groups)
 
     def backward(
@@ -54,7 +56,7 @@ class Kernel:
     ) -> Any:
         """The wanted ones of the gradients of input, weight and bias."""
         none = [0] * len(self.size)
-        return torch.ops.aten.convolution_backward(
+        return torch.ops.aten.convolution_backward.default(
             gradient, x, weight, None if bias is None else list(bias.shape), self.stride, self.padding, self.dilation,
             False, none, self.groups, list(wanted),
         )  # fmt: skip
@@ -283,7 +285,7 @@ class Fused:
         return _Fused.apply(x, weight, bias, self.reducer.token, self)
 
 
-class _Fused(torch.autograd.Function):
+class _Fused(Node):
     @staticmethod
     def forward(
         ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, token: torch.Tensor, how: Fused

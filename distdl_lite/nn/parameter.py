@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,9 +11,9 @@ import torch
 
 from distdl_lite.grid import Grid
 from distdl_lite.layout import Layout, Shape, global_shape_of, shape_of, whole
-from distdl_lite.nn.module import Module, raise_together
+from distdl_lite.nn.module import Module, check_alike, raise_together
 from distdl_lite.operator import Operator
-from distdl_lite.partition import Partition
+from distdl_lite.partition import Line, Partition, line_of
 from distdl_lite.plan import plan
 from distdl_lite.reducer import Replicas, replicated
 from distdl_lite.transport import Transport, current
@@ -32,10 +32,13 @@ class Place:
         Which box of the serial layer's tensor each rank holds; ranks with the same box are replicas.
     replicas : Replicas
         Of this rank's box.
+    line : Line or None
+        If each line of a grid has a layer of its own, whose layout is that of this rank's line.
     """
 
     layout: Layout
     replicas: Replicas
+    line: Line | None = None
 
     @property
     def global_shape(self) -> Shape:
@@ -123,7 +126,8 @@ class Layer(Module):
         team = layout.replicas(transport.rank)
         orders = transport.local.setdefault("orders", {})
         orders[team] = orders.get(team, 0) + 1
-        self._distdl_places[name] = Place(layout, Replicas(team, orders[team], f"{type(self).__name__}.{name}"))
+        replicas = Replicas(team, orders[team], f"{type(self).__name__}.{name}")
+        self._distdl_places[name] = Place(layout, replicas, line_of(*self._distdl_partitions))
         if len(team) > 1:
             transport.broadcast(team, block, min(team))
         if buffer:
@@ -133,10 +137,17 @@ class Layer(Module):
 
     def use(self, name: str) -> torch.Tensor | None:
         """A parameter for this forward, whose gradient will be the sum over its replicas."""
-        parameter = getattr(self, name)
+        parameter = self.held(name)
         if parameter is None:
             return None
         return replicated(parameter, self._distdl_places[name].replicas, self._distdl_transport)
+
+    def held(self, name: str) -> torch.Tensor | None:
+        """A parameter or buffer, or what was put in its place, without torch's way to it of 5 us where the caches are cold."""
+        for tensors in (self._parameters, self._buffers):
+            if name in tensors:
+                return tensors[name]
+        return getattr(self, name)
 
 
 def _drawn(global_shape: Shape, box: Any, draw: Draw, dtype: torch.dtype) -> torch.Tensor:
@@ -160,7 +171,10 @@ def _drawn(global_shape: Shape, box: Any, draw: Draw, dtype: torch.dtype) -> tor
 # ---- serial weights in and out ---------------------------------------------------------------------------------------
 
 
-def _entries(module: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor, Place | None]]:
+Entry = tuple[str, torch.Tensor, Place | None]
+
+
+def _entries(module: torch.nn.Module) -> Iterator[Entry]:
     """The names and tensors of ``state_dict()`` with their places; the same names in the same order on all ranks."""
     for prefix, inner in module.named_modules(remove_duplicate=False):
         places = getattr(inner, "_distdl_places", {})
@@ -187,7 +201,8 @@ def load_serial_state_dict(module: torch.nn.Module, state: Mapping[str, torch.Te
     Parameters
     ----------
     module : torch.nn.Module
-        The distributed model; the ranks of its layers and the root call this together.
+        The distributed model; the ranks of its layers and the root call this together. Where each line of a grid has
+        layers of its own, all lines call together and get the same values, or each line names a root of its own.
     state : mapping or None
         The serial ``state_dict()`` on the root; what other ranks pass is not read.
     root : int
@@ -196,23 +211,64 @@ def load_serial_state_dict(module: torch.nn.Module, state: Mapping[str, torch.Te
     Raises
     ------
     ValueError
-        On all ranks, if names or shapes differ from the module's.
+        On all ranks, if names or shapes differ from the module's, or between lines that name the same root.
     """
-    transport, team = team_of(module)
-    team = tuple(sorted({*team, root}))
+    transport, team, entries = callers(module, root)
     if transport.rank not in team:
         return
-    entries = list(_entries(module))
     at_root = transport.rank == root
     raise_together(transport, team, _mismatch(entries, state or {}) if at_root else None)
-    for name, tensor, place in entries:
+    for name, tensor, _, layouts in entries:
         source = state[name].detach() if at_root and state is not None else None
         with torch.no_grad():
-            _load(transport, team, root, tensor, place, source)
+            tensor.copy_(spread(transport, team, root, tensor, layouts, source))
 
 
-def _mismatch(entries: list[tuple[str, torch.Tensor, Place | None]], state: Mapping[str, torch.Tensor]) -> Any:
-    wanted = {name: tuple(place.global_shape if place else tensor.shape) for name, tensor, place in entries}
+Spread = tuple[str, torch.Tensor, Place | None, tuple[Layout, ...]]  # an entry and its layouts, the root's line's first
+
+
+def callers(module: torch.nn.Module, root: int) -> tuple[Transport, tuple[int, ...], list[Spread]]:
+    """Who calls what works between a root and a module: its ranks and the root, of all lines that name this root.
+
+    Where each line of a grid has layers of its own, all lines must call.
+    """
+    transport, team = team_of(module)
+    entries = list(_entries(module))
+    others = {rank for _, _, place in entries if place and place.line for rank in place.line.everywhere}
+    team = tuple(sorted({*team, *others, root}))
+    if not others or transport.rank not in team:
+        return transport, team, [(*entry, () if entry[2] is None else (entry[2].layout,)) for entry in entries]
+    mine = root, [(name, place.layout if place else tuple(tensor.shape)) for name, tensor, place in entries]
+    passed = dict(zip(team, transport.gather_objects(team, mine), strict=True))
+    team = tuple(rank for rank in team if passed[rank][0] == root)
+    if root not in team:
+        raise ValueError(f"ranks {list(team)} name root {root}, which names root {passed[root][0]}")
+    check_alike("weights and buffers", {rank: [name for name, _ in passed[rank][1]] for rank in team})
+    order = sorted(team, key=lambda rank: rank != root)
+    seen = [{rank: passed[rank][1][number][1] for rank in order} for number in range(len(entries))]
+    return (
+        transport,
+        team,
+        [(*entry, _over_lines(entry, held, root)) for entry, held in zip(entries, seen, strict=True)],
+    )
+
+
+def _over_lines(entry: Entry, held: Mapping[int, Any], root: int) -> tuple[Layout, ...]:
+    """The layouts of a tensor over all lines, from what every rank says of its own."""
+    name, _, place = entry
+    if place is None:
+        check_alike(f"shape of {name}", held)
+        return ()
+    check_alike(f"shape of {name}", {rank: global_shape_of(layout) for rank, layout in held.items()})
+    layouts = tuple(dict.fromkeys(held.values()))
+    for layout in layouts:
+        if any(held.get(rank) != layout for rank in layout.grid.ranks):
+            raise ValueError(f"{name} lies on ranks {list(layout.grid.ranks)}, but not all of them name root {root}")
+    return layouts
+
+
+def _mismatch(entries: Sequence[Spread], state: Mapping[str, torch.Tensor]) -> Any:
+    wanted = {name: tuple(place.global_shape if place else tensor.shape) for name, tensor, place, _ in entries}
     given = {name: tuple(tensor.shape) for name, tensor in state.items()}
     if wanted == given:
         return None
@@ -221,24 +277,31 @@ def _mismatch(entries: list[tuple[str, torch.Tensor, Place | None]], state: Mapp
     return ValueError(f"the serial state does not fit the module: {'; '.join(texts)}")
 
 
-def _load(
+def spread(
     transport: Transport,
     team: tuple[int, ...],
     root: int,
-    tensor: torch.Tensor,
-    place: Place | None,
+    like: torch.Tensor,
+    layouts: Sequence[Layout],
     source: torch.Tensor | None,
-) -> None:
-    if place is None:
-        received = torch.empty_like(tensor) if source is None else source.to(tensor).contiguous()
+) -> torch.Tensor:
+    """This rank's part of the root's `source`, of the shape and kind of `like`; without layouts it is whole everywhere."""
+    if not layouts:
+        received = torch.empty_like(like, memory_format=torch.contiguous_format)
+        if source is not None:
+            received.copy_(source)
         transport.broadcast(team, received, root)
-        tensor.copy_(received)
-        return
-    alone = whole(Grid((1,), (root,)), place.global_shape)
-    move = Operator(plan(alone, place.layout, transport.rank), transport, "load_serial_state_dict")
-    block = move.apply(tensor.new_empty(0) if source is None else source.to(tensor))
-    if move.plan.shape_out is not None:
-        tensor.copy_(block.view(tensor.shape))
+        return received
+    mine = like  # where there is nothing to get
+    for layout in layouts:
+        if transport.rank != root and layout.box(transport.rank) is None:
+            continue
+        alone = whole(Grid((1,), (root,)), global_shape_of(layout))
+        move = Operator(plan(alone, layout, transport.rank), transport, "load_serial_state_dict")
+        block = move.apply(like.new_empty(0) if source is None else source.to(like))
+        if move.plan.shape_out is not None:
+            mine = block.view(like.shape)
+    return mine
 
 
 def serial_state_dict(module: torch.nn.Module, root: int = 0) -> dict[str, torch.Tensor]:
@@ -249,26 +312,46 @@ def serial_state_dict(module: torch.nn.Module, root: int = 0) -> dict[str, torch
     module : torch.nn.Module
         The distributed model; the ranks of its layers and the root call this together.
     root : int
-        A rank of the world.
+        A rank of the world. Where each line of a grid has layers of its own, those of the root's line count.
 
     Returns
     -------
     dict
         On the root the whole tensors by name; of a parameter of a plain torch layer the root's own. Empty elsewhere.
+
+    Raises
+    ------
+    ValueError
+        On all ranks, if each line of a grid has layers of its own and the root is in none.
     """
     transport, team = team_of(module)
     if transport.rank not in {*team, root}:
         return {}
+    entries = list(_entries(module))
+    _check_root(root, entries)
     state = {}
-    for name, tensor, place in _entries(module):
-        value = tensor.detach().clone() if place is None else gathered_from(transport, root, tensor.detach(), place)
+    for name, tensor, place in entries:
+        if place is not None and place.line is not None and root not in place.line.ranks:
+            continue
+        value = (
+            tensor.detach().clone() if place is None else gathered_from(transport, root, tensor.detach(), place.layout)
+        )
         if transport.rank == root:
             state[name] = value
     return state
 
 
-def gathered_from(transport: Transport, root: int, block: torch.Tensor, place: Place) -> torch.Tensor:
+def _check_root(root: int, entries: Sequence[Entry]) -> None:
+    for name, _, place in entries:
+        if place is not None and place.line is not None and root not in place.line.everywhere:
+            raise ValueError(
+                f"each line of a grid over ranks {list(place.line.everywhere)} has a {name} of its own: root {root} must be "
+                f"one of these ranks, to tell whose is meant"
+            )
+
+
+def gathered_from(transport: Transport, root: int, block: torch.Tensor, layout: Layout) -> torch.Tensor:
     """The whole tensor whose boxes the ranks hold, on the root; 0 elements elsewhere."""
-    layout = place.layout.first_holders()
-    alone = whole(Grid((1,), (root,)), place.global_shape)
-    return Operator(plan(layout, alone, transport.rank), transport, "serial_state_dict").apply(block)
+    alone = whole(Grid((1,), (root,)), global_shape_of(layout))
+    move = plan(layout.first_holders(), alone, transport.rank)
+    return Operator(move, transport, "serial_state_dict").apply(block)

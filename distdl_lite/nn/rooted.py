@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from distdl_lite.nn.movement import zero_volume_tensor
 from distdl_lite.nn.primitives import Repartition
+from distdl_lite.operator import Operator
 from distdl_lite.partition import Partition
 
 
@@ -25,8 +28,15 @@ def scatter(x: torch.Tensor | None, P: Partition, root: int = 0) -> torch.Tensor
     -------
     torch.Tensor
         This rank's block, zero-volume on a rank outside `P`.
+
+    Raises
+    ------
+    ValueError
+        On all ranks, if another rank than the root passed data or the tensor has not one dim per axis.
+    TypeError
+        On all ranks, if the root passed no tensor.
     """
-    return _rooted("scatter", P, root)(zero_volume_tensor() if x is None else x)
+    return _moved("scatter", x, P, root)
 
 
 def gather(x: torch.Tensor | None, P: Partition, root: int = 0) -> torch.Tensor:
@@ -43,19 +53,62 @@ def gather(x: torch.Tensor | None, P: Partition, root: int = 0) -> torch.Tensor:
     -------
     torch.Tensor
         The whole tensor on the root, zero-volume elsewhere.
+
+    Raises
+    ------
+    TypeError
+        On all ranks, if a rank of `P` passed no tensor.
+    ValueError
+        On all ranks, if the blocks do not fit each other; on a rank outside `P` that passed data.
     """
-    return _rooted("gather", P, root)(zero_volume_tensor() if x is None else x)
+    return _moved("gather", x, P, root)
 
 
-def _rooted(kind: str, P: Partition, root: int) -> Repartition:
-    """The Repartition between one rank and `P`, kept so that later calls find its plans and buffers."""
+class _Rooted(Repartition):
+    """The Repartition between one rank and `P`, whose errors speak of what the user called."""
+
+    def __init__(self, kind: str, P: Partition, root: int) -> None:
+        alone = P._derive([root], (1,) * P.dim)
+        super().__init__(*((alone, P) if kind == "scatter" else (P, alone)), preserve_batch=False)
+        self._distdl_label, self.root = kind, root
+
+    def _distdl_module_setup(self, input: tuple[Any, ...]) -> tuple[Operator, torch.dtype]:
+        if self._distdl_label == "scatter":
+            self._check_scattered()
+        return super()._distdl_module_setup(input)
+
+    def _check_scattered(self) -> None:
+        for rank, (tensor,) in self._distdl_structure.items():
+            if rank == self.root and tensor.kind != "Tensor":
+                raise TypeError(self._misplaced(rank, tensor.kind))
+            if rank != self.root and tensor.size and tensor.shape:
+                raise ValueError(self._misplaced(rank, f"a tensor of shape {tensor.shape}"))
+        shape = self._distdl_structure[self.root][0].shape
+        if len(shape) != self.P_y.dim:
+            raise ValueError(f"scatter: a tensor of shape {shape} cannot be cut over a grid of shape {self.P_y.shape}")
+
+    def _misplaced(self, rank: int, passed: str) -> str:
+        rule = f"pass the whole tensor on rank {self.root}, None elsewhere"
+        if self._distdl_label == "gather":
+            rule = f"pass blocks on ranks {list(self.P_x.ranks)}, None elsewhere"
+        return f"{self._distdl_label}: {rule}; rank {rank} passed {passed}"
+
+    def _distdl_refuse_data(self, input: tuple[Any, ...]) -> None:
+        (x,) = input
+        if isinstance(x, torch.Tensor) and x.numel() and x.dim():
+            raise ValueError(self._misplaced(self._distdl_transport.rank, f"a tensor of shape {tuple(x.shape)}"))
+
+
+def _moved(kind: str, x: torch.Tensor | None, P: Partition, root: int) -> torch.Tensor:
+    """`x` through the Repartition between one rank and `P`, kept so that later calls find its plans and buffers."""
+    if not isinstance(P, Partition):
+        raise TypeError(f"{kind}: a Partition is needed, not {P!r}")
     world = P.world_transport
     if not 0 <= root < world.size:
         raise ValueError(f"{kind}: root {root} is not a rank of a world of {world.size}")
     kept = world.local.setdefault("rooted", {})
     if (kind, P, root) not in kept:
-        alone = P._derive([root], (1,) * P.dim)
-        made = Repartition(alone, P, False) if kind == "scatter" else Repartition(P, alone, False)
-        made._distdl_label = kind
-        kept[kind, P, root] = made
-    return kept[kind, P, root]
+        kept[kind, P, root] = _Rooted(kind, P, root)
+    layer = kept[kind, P, root]
+    # None stands for no data where there is to be none.
+    return layer(zero_volume_tensor() if x is None and not layer.P_x.active else x)

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
 from distdl_lite import layout as lay
 from distdl_lite.nn.kernel import check_floating, wide
@@ -88,7 +87,7 @@ class DistributedSoftmax(Module):
     is communicated.
     """
 
-    _whole: Callable[..., torch.Tensor] = staticmethod(F.softmax)
+    _whole: Callable[..., torch.Tensor] = staticmethod(torch.softmax)
     _cut: Callable[..., torch.Tensor] = staticmethod(softmax)
 
     def __init__(self, P_x: Partition, dim: int) -> None:
@@ -119,5 +118,5 @@ class DistributedSoftmax(Module):
 
 class DistributedLogSoftmax(DistributedSoftmax):
     __doc__ = DistributedSoftmax.__doc__
-    _whole = staticmethod(F.log_softmax)
+    _whole = staticmethod(torch.log_softmax)
     _cut = staticmethod(log_softmax)

@@ -28,6 +28,16 @@ class Channel(Protocol):
         """Wait, and return the output as a fresh tensor; of an exchange, or add it to the tensor given."""
 
 
+class RowsMoving(Protocol):
+    """Rows under way between ranks."""
+
+    def test(self) -> bool:
+        """Whether all have arrived that this rank receives; moves on what has not."""
+
+    def finish(self) -> torch.Tensor:
+        """Wait, and return the tensor that the rows received are in. Called once."""
+
+
 class Transport(Protocol):
     """The world as one rank sees it. Teams are sorted sequences of world ranks; all of a team make the same call."""
 
@@ -87,6 +97,16 @@ class Transport(Protocol):
 
     def broadcast(self, team: Team, tensor: torch.Tensor, root: int) -> None:
         """Fill the contiguous tensor with world rank `root`'s."""
+
+    def exchange_rows(
+        self, team: Team, rows: torch.Tensor, sends: Sequence[int], into: torch.Tensor, receives: Sequence[int]
+    ) -> RowsMoving:
+        """Begin to send the rows of a tensor and to receive into another, which waits for no other rank.
+
+        Both are contiguous, and in the order of the ranks that the rows go to and come from: that of `team`, which need not
+        be sorted, as are the numbers of rows. The caller leaves both alone until all have arrived. Other calls of the
+        team may come between.
+        """
 
     def user_communicator(self, team: Team) -> Any:
         """A communicator for the user's own traffic, None where there is no MPI."""

@@ -8,12 +8,13 @@ context ids, and models have thousands of layers.
 from __future__ import annotations
 
 import atexit
+import ctypes
+import math
 import os
 import sys
-import time
 from array import array
 from collections.abc import Sequence
-from time import perf_counter
+from time import perf_counter, sleep
 from typing import Any
 
 import torch
@@ -100,6 +101,7 @@ class MPITransport(Transport):
         self._votes: dict[tuple[int, ...], _Vote] = {}
         self._sums: dict[tuple[tuple[int, ...], str], tuple[MPI.Comm, Worker]] = {}
         atexit.register(self._end)  # before MPI's own end, which was registered earlier
+        self._row_teams: dict[tuple[int, ...], MPI.Comm] = {}
 
     def communicator(self, team: Team) -> MPI.Comm:
         """The team's communicator; the team makes it together at first use, its ranks in sorted order."""
@@ -219,6 +221,15 @@ class MPITransport(Transport):
             if sent is not tensor:
                 tensor.copy_(sent)
 
+    @counted("rows")
+    def exchange_rows(
+        self, team: Team, rows: torch.Tensor, sends: Sequence[int], into: torch.Tensor, receives: Sequence[int]
+    ) -> _RowsMoving:
+        team = tuple(team)
+        if team not in self._row_teams:  # of its own: an exchange is under way while the team's other calls come and go
+            self._row_teams[team] = self.user_communicator(team)
+        return _RowsMoving(self._row_teams[team], rows, sends, into, receives)
+
 
 def _summed(comm: MPI.Comm, tensor: torch.Tensor, is_ready: Any = None) -> torch.Tensor:
     """The sum in host memory, that of the tensor itself where it can be."""
@@ -300,7 +311,7 @@ class _Posted:
         while not self._request.Test():
             if perf_counter() > end:
                 return False
-            time.sleep(0)
+            sleep(0)
         _take_home(self._tensor, self._sent)
         return True
 
@@ -468,6 +479,50 @@ def _free_what_left() -> None:
             _leaving.remove(entry)
             for request in entry[0]:
                 request.Free()
+
+
+class _RowsMoving:
+    """Rows under way. What nobody waits for is kept until it has gone, for MPI reads and writes the buffers."""
+
+    def __init__(
+        self,
+        comm: MPI.Comm,
+        rows: torch.Tensor,
+        sends: Sequence[int],
+        into: torch.Tensor,
+        receives: Sequence[int],
+    ) -> None:
+        _moving[:] = [other for other in _moving if not other.test()]
+        self._into, self._sent = into, _at_host(rows)
+        self._received = into if into.is_cpu else torch.empty_like(into, device="cpu")
+        row = MPI.BYTE.Create_contiguous(math.prod(rows.shape[1:]) * rows.element_size()).Commit()
+        source, target = _bytes(self._sent)[0], _bytes(self._received)[0]
+        self._request = comm.Ialltoallv([source, sends, None, row], [target, receives, None, row])
+        row.Free()  # it lasts until the request is done
+        _moving.append(self)
+
+    def test(self) -> bool:
+        if self in _moving and self._request.Test():
+            _moving.remove(self)
+        return self not in _moving
+
+    def finish(self) -> torch.Tensor:
+        self._request.Wait()
+        self.test()
+        return self._into if self._received is self._into else self._into.copy_(self._received)
+
+
+_moving: list[_RowsMoving] = []
+
+
+@atexit.register
+def _let_rows_arrive() -> None:
+    """Python frees tensors before MPI ends: wait for the last rows that nobody waited for, or never free them."""
+    deadline = perf_counter() + 10
+    while not (MPI.Is_finalized() or all(moving.test() for moving in _moving[:])) and perf_counter() < deadline:
+        sleep(0.001)
+    for moving in _moving:
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(moving))
 
 
 class _Collective:

@@ -13,7 +13,7 @@ import random
 import sys
 import threading
 from collections import defaultdict, deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import reduce
 from time import perf_counter
 from types import FrameType
@@ -244,6 +244,34 @@ class ThreadTransport(Transport):
         sent = self._meet(team, tensor.clone() if self.rank == root else None, what)[sorted(team).index(root)]
         if self.rank != root:
             tensor.copy_(sent)
+
+    @counted("rows")
+    def exchange_rows(
+        self, team: Team, rows: torch.Tensor, sends: Sequence[int], into: torch.Tensor, receives: Sequence[int]
+    ) -> RowsMovingHere:
+        what = f"exchange of rows of shape {list(rows.shape[1:])} and {rows.dtype}"
+        parts = dict(zip(team, rows.clone().split(list(sends)), strict=True))
+        meeting = self._arrive(tuple(sorted(team)), parts, what, "rows")
+        return RowsMovingHere(self, tuple(team), meeting, what, into)
+
+
+class RowsMovingHere:
+    """Rows at a meeting of their ranks."""
+
+    def __init__(
+        self, transport: ThreadTransport, team: tuple[int, ...], meeting: _Meeting, what: str, into: torch.Tensor
+    ) -> None:
+        self._transport, self._team, self._meeting, self._what = transport, team, meeting, what
+        self._into = into
+        self._present = transport.world.meetings[meeting]
+
+    def test(self) -> bool:
+        return len(self._present) == len(self._team)
+
+    def finish(self) -> torch.Tensor:
+        team = tuple(sorted(self._team))
+        brought = dict(zip(team, self._transport._met_all(self._meeting, self._what), strict=True))
+        return self._into.copy_(torch.cat([brought[rank][self._transport.rank] for rank in self._team]))
 
 
 class _Sum:

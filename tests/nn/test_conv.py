@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import pickle
 import random
 from typing import Any
@@ -16,6 +17,7 @@ from twins import assert_refused, assert_twins, integers, with_integers
 import distdl_lite as dl
 from distdl_lite.nn import overlap
 from distdl_lite.nn.conv import DistributedConv1d, DistributedConv2d
+from distdl_lite.nn.conv_transpose import DistributedConvTranspose2d
 from distdl_lite.testing import count
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same'")
@@ -169,8 +171,18 @@ def test_refusals(world: dl.Partition) -> None:
     R = world.grid((1, 1, 3))
     layer = DistributedConv1d(R, 1, 1, 3, dtype=torch.float64)
     assert_refused(world, R, lambda: layer(x[R.block(x.shape)]), "dtype torch.float32", TypeError)
-    missing = "DistributedConv.__init__() missing 3 required positional arguments: 'in_channels', 'out_channels', and"
+    missing = "DistributedConv1d.__init__() missing 3 required positional arguments: 'in_channels', 'out_channels', and"
     assert_refused(world, R, lambda: DistributedConv1d(R), missing, TypeError)
+    for kind in (DistributedConv2d, DistributedConvTranspose2d):
+        for wrong, text in (
+            ((), "__init__() missing 4 required positional arguments: 'P_x', 'in_channels'"),
+            ((None, 1, 1, 1), ": P_x: a Partition is needed, not None"),
+            (((1, 1, 2, 2), 1, 1, 1), ": a Partition is needed, not (1, 1, 2, 2)"),
+            ((R, 1, 1, 1), ": P_x of shape (1, 1, 3) has 3 axes"),
+        ):
+            named = f"{kind.__name__}{'' if text[0] == ':' else '.'}{text}"
+            assert_refused(world, R, lambda kind=kind, wrong=wrong: kind(*wrong), named, (TypeError, ValueError))
+    assert "kernel_size" in inspect.signature(DistributedConv2d).parameters
 
 
 @on_ranks(4, mpi=True)

@@ -116,7 +116,11 @@ def test_refusals(world: dl.Partition) -> None:
     for attempt, text in attempts:
         assert_refused(world, P, attempt, text)
     grids = ((1, 1, 3), None, None)
-    check_refused(world, Case("ConvTranspose1d", (1, 1, 1), {"padding": 2}, grids, (1, 1, 3)), "has no output")
+    for kernel, size in ((1, -1), (2, 0)):  # of 3 inputs, at padding 2
+        case = Case("ConvTranspose1d", (1, 1, kernel), {"padding": 2}, grids, (1, 1, 3))
+        check_refused(world, case, f"padding=2: calculated output size {size}. Output size is too small")
+        with pytest.raises(RuntimeError, match=rf"{size}\)\. Output size is too small"):
+            torch.nn.ConvTranspose1d(1, 1, kernel, padding=2, dtype=torch.float64)(integers(1, 1, 3))
     check_refused(world, Case("ConvTranspose1d", (2, 1, 1), {}, grids, (1, 3, 3)), "the input has 3 channels")
     x = integers(1, 1, 7, dtype=torch.float32)
     R = world.grid((1, 1, 3))

@@ -34,16 +34,22 @@ def splitmix64(seed: int, i: int) -> int:
     return z ^ (z >> 31)
 
 
-def test_the_hash_is_splitmix64(monkeypatch: pytest.MonkeyPatch) -> None:
+def hashed(seed: int, i: int) -> int:
+    """The number of a point, read as a signed one."""
+    z = (i + 1) * 0x9E3779B97F4A7C15 % 2**64
+    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
+    z = (z ^ (z >> 27)) * (splitmix64(seed, 0) | 1) % 2**64
+    return z - 2**64 * (z >= 2**63)
+
+
+def test_the_hash(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [splitmix64(1234567, i) for i in range(3)] == [  # published test values
         6457827717110365317,
         3203168211198807973,
         9817491932198370423,
     ]
     for seed, p in itertools.product((0, 1234567, 2**63 - 2), (2**-24, 0.1, 0.5, 1 - 2**-53)):
-        numbers = [splitmix64(seed, i) for i in range(60)]
-        signed = [number - 2**64 * (number >= 2**63) for number in numbers]
-        expected = torch.tensor([number >= p * 2**64 - 2**63 for number in signed])
+        expected = torch.tensor([hashed(seed, i) >= p * 2**64 - 2**63 for i in range(60)])
         for pieces in (2**16, 7):
             monkeypatch.setattr(dropout, "_HASHED_AT_ONCE", pieces)
             assert torch.equal(whole_mask((3, 4, 5), seed, p).view(-1), expected)
@@ -58,8 +64,7 @@ def test_any_box_of_the_mask(monkeypatch: pytest.MonkeyPatch) -> None:
         assert torch.equal(mask_of(box, shape, 99, 0.4), expected[tuple(slice(*r) for r in box)])
     far = 2**40  # beyond 32 bits
     assert mask_of(((far, far + 2), (0, 9)), (far + 2, 9), 5, 0.5).view(-1).tolist() == [
-        splitmix64(5, far * 9 + i) < 2**63
-        for i in range(18)  # a signed number that is not negative
+        hashed(5, far * 9 + i) >= 0 for i in range(18)
     ]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import re
 from collections.abc import Iterator
 
 import pytest
@@ -173,6 +174,75 @@ def test_a_state_that_does_not_fit(world: Partition) -> None:
         assert len(set(texts)) == 1
     for name, tensor in ours.state_dict().items():
         assert torch.equal(tensor, before[name])
+
+
+def on_lines(world: Partition) -> tuple[torch.nn.Module, torch.nn.Module, Partition]:
+    """torch's network and ours on the rows of a grid of 2 x 2, whose middle layer is on all of it; and a rank's row."""
+    P = world.grid((2, 1, 2), [2, 0, 1, 3])
+    row = P.create_cartesian_subtopology_partition([False, True, True])
+    torch.manual_seed(3)
+    serial = torch.nn.Sequential(torch.nn.Linear(6, 4), torch.nn.BatchNorm1d(4), torch.nn.Linear(4, 3)).double()
+    torch.manual_seed(world.rank)
+    kind = {"dtype": torch.float64}
+    ours = torch.nn.Sequential(
+        DistributedLinear(row, row, None, 6, 4, **kind),
+        DistributedBatchNorm(world.grid((4, 1)), 4, **kind),
+        torch.nn.Linear(4, 3).double(),
+    )
+    return serial, ours, row
+
+
+@on_ranks(4, mpi=True)
+def test_lines_of_a_grid_hold_the_same(world: Partition) -> None:
+    """A state goes to all lines, and comes from the root's."""
+    for root in (0, 3):
+        serial, ours, row = on_lines(world)
+        state = serial.state_dict()
+        for net in (ours, pickle.loads(pickle.dumps(ours))):
+            dl.load_serial_state_dict(net, state if world.rank == root else None, root)
+            for number in (0, 1):
+                check_held(net[number], serial[number], world.rank)
+            back = dl.serial_state_dict(net, root)
+            assert list(back) == (list(state) if world.rank == root else [])
+            assert all(torch.equal(value, state[name]) for name, value in back.items())
+        with torch.no_grad():
+            ours[0].weight.fill_(row.ranks[0])
+        back = dl.serial_state_dict(ours, root)
+        assert not back or torch.equal(back["0.weight"], torch.full((4, 6), float(row.ranks[0])).double())
+    assert world.allgather_data(world.rank) == [0, 1, 2, 3]  # and the ranks are still together
+
+
+@on_ranks(4, mpi=True)
+def test_lines_of_a_grid_hold_different_models(world: Partition) -> None:
+    """Each line names a root of its own; a line gives its state also where the others do not call."""
+    serial, ours, row = on_lines(world)
+    alone, root = ours[0], row.ranks[0]
+    own = {name: value + root for name, value in serial[0].state_dict().items()}
+    dl.load_serial_state_dict(alone, own if world.rank == root else None, root)
+    if root == 2:
+        back = dl.serial_state_dict(alone, root)
+        assert world.rank != root or all(torch.equal(back[name], value) for name, value in own.items())
+    refusals = [
+        (lambda: dl.load_serial_state_dict(ours, serial.state_dict(), root), "1.weight lies on ranks [0, 1, 2, 3], b"),
+        (lambda: dl.load_serial_state_dict(alone, own, world.rank), f"not all of them name root {world.rank}"),
+        (lambda: dl.load_serial_state_dict(alone, own, 3 - root), f"name root {3 - root}, which names root {root}"),
+    ]
+    for attempt, text in refusals:
+        with pytest.raises(ValueError, match=re.escape(text)):
+            attempt()
+    width = 4 if root == 2 else 5
+    other = DistributedLinear(row, row, None, 6, width)
+    fits = torch.nn.Linear(6, width).state_dict()
+    with pytest.raises(ValueError, match="the ranks disagree: rank 1: shape of weight"):
+        dl.load_serial_state_dict(other, fits)
+    dl.load_serial_state_dict(other, fits, root)
+    outside = world.grid((2, 1), [0, 1]).create_cartesian_subtopology_partition([False, True])
+    layer = dnn.DistributedRMSNorm(outside, 4) if outside.active else torch.nn.Sequential()
+    if outside.active:
+        with pytest.raises(
+            ValueError, match=r"each line of a grid over ranks \[0, 1\] has a weight of its own: root 3 must"
+        ):
+            dl.serial_state_dict(layer, 3)
 
 
 @on_ranks(4)

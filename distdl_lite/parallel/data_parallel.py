@@ -1,0 +1,623 @@
+"""One copy of a module on each rank, each for its rows of the batch; gradients are averaged while backward runs."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import operator
+import weakref
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch.utils._pytree import tree_leaves
+
+from distdl_lite.nn.movement import zero_volume_tensor
+from distdl_lite.nn.parameter import Layer
+from distdl_lite.parallel.buckets import Bucket
+from distdl_lite.parallel.deferred import DataParallelOptimizer, Deferral
+from distdl_lite.parallel.synchroniser import LANES, Options, Synchroniser, broadcast, lanes_in_use
+from distdl_lite.partition import Partition
+from distdl_lite.reducer import at_end_of_backward, running_backward, running_backward_accumulates
+from distdl_lite.transport.sums import ENGINES
+
+
+class DataParallel(torch.nn.Module):
+    """A module of which each rank has a copy, and each gives its rows of the batch; gradients are those of the whole batch.
+
+    After ``backward()`` every rank's ``.grad`` holds the mean over all rows of all ranks, whatever their numbers, also where
+    some rank has none: what one process computes on the whole batch. Optimizers, schedulers, clipping and gradient scalers
+    are used as in one process. Parameters may be frozen, trained again or left out by some ranks' forward at any time.
+
+    Parameters
+    ----------
+    module : torch.nn.Module
+        All ranks build the same.
+    P : Partition or mpi4py.MPI.Comm, optional
+        The ranks that hold copies. Of a Cartesian partition, those along the first axis, the batch; along the others
+        the module's own layers may cut its tensors. None is the ambient world. A rank outside gets a zero-volume
+        tensor that requires grad, so that backward is the same line everywhere.
+    optimizer : DataParallelOptimizer or sequence of them, optional
+        Those whose steps `update` speaks of.
+    blocking_parameter_updates : bool, optional
+        Heat's word for `update`: False is "deferred", True "now".
+    average : {"samples", "sum", "ranks", "none"}
+        "samples": each rank's loss is a mean over its rows, and weighs as many: the number of rows of the first tensor
+        argument, or what ``weight`` is set to before backward, such as a number of tokens. "sum": each rank's loss is a sum
+        over its rows; the sum of all is divided by the number of rows, which adds up over backwards inside `no_sync`.
+        "ranks": the mean of the ranks' gradients, as torch's DistributedDataParallel. "none": their sum.
+    sync_buffers : {"root", "mean", "none"}
+        What happens to buffers, such as running statistics, when gradients have been summed: the values of the first rank,
+        the mean over the ranks (integers of the first), or nothing.
+    engine : {"auto", "inline", "thread", "poll"}
+        Who makes the sums: backward itself, a thread of the library's, or MPI when it can. "auto" is the thread for a
+        model with more than 256 KiB of gradients.
+    update : {"now", "deferred"}
+        "deferred": backward does not wait for the sums, and an optimizer's step happens in the next forward, bucket by
+        bucket, before a layer uses its parameters; the result is the same bit by bit. See `DataParallelOptimizer`.
+    overlap : bool
+        Whether sums start while backward runs; without, when it ends.
+    init : {"broadcast", "check", "none"}
+        Parameters and buffers at the start: those of the first rank; must be the same everywhere; are left as they are.
+    dim : int
+        The batch's dim.
+    bucket_mb : float, optional
+        MiB of gradients that are summed in one message, 4 by default.
+    comm_hook : callable, optional
+        Called with each `Bucket` before it is summed; may change ``bucket.gradients`` in place.
+    timeout : float, optional
+        Seconds to wait for other ranks before a TimeoutError, 1800 by default.
+
+    Raises
+    ------
+    ValueError
+        On all ranks if they hold different modules; for arguments that are not among these.
+    TypeError
+        For a layer with sparse gradients, on all ranks.
+
+    Notes
+    -----
+    A parameter of a distributed layer is left to the layer where its replicas are on all ranks along the batch axis. With
+    such layers inside, as `SyncBatchNorm`, each forward's gradients get their weights when backward begins, for which 8
+    bytes are summed. A loss that is itself global, as the distributed ones, needs ``average="none"``.
+    ``state_dict`` has the module's own names; with or without ``module.`` before them they can be loaded.
+
+    Examples
+    --------
+    >>> import distdl_lite as dl
+    >>> def body(world):
+    ...     model = dl.DataParallel(torch.nn.Linear(3, 1, bias=False))
+    ...     x = torch.ones(2 + world.rank, 3) * (1 + world.rank)  # 2 rows of ones, 3 of twos
+    ...     model(x).mean().backward()
+    ...     return [round(g, 4) for g in model.module.weight.grad[0].tolist()]
+    >>> dl.testing.spmd(2, body)
+    [[1.6, 1.6, 1.6], [1.6, 1.6, 1.6]]
+    """
+
+    def __init__(
+        self,
+        module: torch.nn.Module,
+        P: Any = None,
+        optimizer: Any = None,
+        blocking_parameter_updates: bool | None = None,
+        *,
+        average: str = "samples",
+        sync_buffers: str = "root",
+        engine: str = "auto",
+        update: str = "now",
+        overlap: bool = True,
+        init: str = "broadcast",
+        dim: int = 0,
+        bucket_mb: float | None = None,
+        comm_hook: Callable[[Bucket], None] | None = None,
+        timeout: float | None = None,
+    ) -> None:
+        super().__init__()
+        if not isinstance(module, torch.nn.Module):
+            raise TypeError(f"DataParallel: a torch.nn.Module is needed, not {module!r}")
+        _check_choice("average", average, ("samples", "sum", "ranks", "none"))
+        _check_choice("sync_buffers", sync_buffers, ("root", "mean", "none"))
+        _check_choice("engine", engine, ("auto", *ENGINES))
+        _check_choice("update", update, ("now", "deferred"))
+        _check_choice("init", init, ("broadcast", "check", "none"))
+        _check_positive("bucket_mb", bucket_mb)
+        _check_positive("timeout", timeout)
+        if isinstance(dim, bool) or not isinstance(dim, int):
+            raise TypeError(f"DataParallel: dim must be an integer, not {dim!r}")
+        if not isinstance(overlap, bool):
+            raise TypeError(f"DataParallel: overlap must be a bool, not {overlap!r}")
+        if comm_hook is not None and not callable(comm_hook):
+            raise TypeError(f"DataParallel: comm_hook must be callable, not {comm_hook!r}")
+        if any(torch.nn.parameter.is_lazy(t) for t in (*module.parameters(), *module.buffers())):
+            raise ValueError("DataParallel: the module has lazy parameters; call its forward once before")
+        if not (P is None or isinstance(P, Partition) or hasattr(P, "Is_inter")):
+            raise TypeError(f"DataParallel: P must be a Partition or an mpi4py communicator, not {P!r}")
+        self.module = module
+        self.P = P if isinstance(P, Partition) else Partition(P)
+        self.dim = dim
+        self.optimizer = optimizer
+        self._update = _update_of(optimizer, blocking_parameter_updates, update)
+        given = {"bucket_bytes": bucket_mb and math.ceil(bucket_mb * 2**20), "timeout": timeout}
+        self._options = Options(
+            average, sync_buffers, engine, overlap, comm_hook=comm_hook, **{k: v for k, v in given.items() if v}
+        )
+        self._init = init
+        self.__dict__.update(_unprepared())
+        self.register_load_state_dict_pre_hook(DataParallel._rename_loaded)
+        if self.P.active:
+            self._prepare()
+
+    # ---- set-up ------------------------------------------------------------------------------------------------------
+
+    @property
+    def comm(self) -> Any:
+        """The communicator of P, for the user's own traffic."""
+        return self.P.comm
+
+    def _team(self) -> tuple[int, ...]:
+        """The ranks along the batch axis."""
+        P = self.P
+        assert P.index is not None
+        step = math.prod(P.shape[1:])
+        first = P.rank - P.index[0] * step
+        return tuple(sorted(P.ranks[first + n * step] for n in range(P.shape[0])))
+
+    def _prepare(self) -> None:
+        """Take the module's parameters as they are; the ranks along the batch axis call together."""
+        if self._sync is not None and self._sync.is_open:
+            self._sync.begin(None)  # completes what failed
+            self._sync.is_open = False
+        transport, team, self._sync, lane = self.P.world_transport, self._team(), None, 0
+        elsewhere = self._summed_by_layers(set(team))
+        named = [(n, p) for n, p in self.module.named_parameters() if id(p) not in elsewhere or not elsewhere[id(p)]]
+        late = [number for number, (_, p) in enumerate(named) if id(p) in elsewhere]
+        buffers = dict(self.module.named_buffers())
+        tensors = {**dict(named), **buffers}
+        if len(team) > 1:
+            lane = _check_alike(transport, team, tensors, self._sparse_layers(), self._agreed_options())
+            if self._init == "broadcast":
+                broadcast(transport, team, list(tensors.values()))
+            elif self._init == "check":
+                self._check_equal(tensors)
+        elif sparse := self._sparse_layers():
+            raise TypeError(_SPARSE.format(sparse))
+        for handle in self._handles.values():
+            handle.remove()
+        self._handles.clear()
+        names, parameters = [n for n, _ in named], [p for _, p in named]
+        # A layer that sums over the batch mixes the ranks' gradients, which must have their weights by then.
+        self._couples = len(team) > 1 and any(elsewhere.values()) and self._options.average != "none"
+        self._sync = Synchroniser(
+            names, parameters, late, self.module.buffers, transport, team, self._options, lane, self._couples
+        )
+        self._modules_within = list(self.module.modules())
+        self._tensors, self._kinds = list(self._held()), [(p.dtype, p.device) for p in parameters]
+        if self._deferral is not None:
+            self._deferral.remove()
+        wants = self._update == "deferred" and len(team) > 1
+        self._deferral = Deferral(self.module, self._sync, self._optimizers()) if wants else None
+
+    def _optimizers(self) -> list[DataParallelOptimizer]:
+        return _listed(self.optimizer)
+
+    @property
+    def blocking_parameter_updates(self) -> bool:
+        """Whether parameters are updated at once."""
+        return self._update == "now"
+
+    def synchronize(self) -> None:
+        """Wait for the sums of the last backward, and take the steps that were deferred."""
+        if self._deferral is not None:
+            self._deferral.flush()
+
+    def _summed_by_layers(self, team: set[int]) -> dict[int, bool]:
+        """The parameters of distributed layers, and whether their sum covers the batch axis."""
+        found = {}
+        for name, layer in self.module.named_modules():
+            for key, place in layer._distdl_places.items() if isinstance(layer, Layer) else ():
+                replicas = set(place.replicas.team)
+                if team - replicas and len(team & replicas) > 1:
+                    raise ValueError(
+                        f"DataParallel: {name}.{key} has replicas on ranks {sorted(replicas)}, some of the ranks "
+                        f"{sorted(team)} of the batch axis; they must be all of them, or one"
+                    )
+                if layer._parameters.get(key) is not None:
+                    found[id(layer._parameters[key])] = not team - replicas
+        return found
+
+    def _agreed_options(self) -> dict[str, Any]:
+        """What must be the same on all ranks."""
+        o = self._options
+        bucket_mb = o.bucket_bytes / 2**20
+        return {
+            "average": o.average,
+            "sync_buffers": o.sync_buffers,
+            "engine": o.engine,
+            "overlap": o.overlap,
+            "init": self._init,
+            "bucket_mb": bucket_mb,
+            "update": self._update,
+        }
+
+    def _sparse_layers(self) -> list[str]:
+        return [
+            name or type(m).__name__ for name, m in self.module.named_modules() if getattr(m, "sparse", False) is True
+        ]
+
+    def _check_equal(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        transport, team = self.P.world_transport, self._team()
+        mine = torch.tensor([zlib.crc32(_bytes(t)) for t in tensors.values()], dtype=torch.int64)
+        most = transport.all_reduce(team, mine.clone(), "max")
+        least = transport.all_reduce(team, mine.clone(), "min")
+        different = [name for name, a, b in zip(tensors, most, least, strict=True) if a != b]
+        if different:
+            raise RuntimeError(f"DataParallel: the ranks {list(team)} hold different values of {', '.join(different)}")
+
+    def check_replicas(self) -> None:
+        """Raise RuntimeError, on all ranks, unless they hold the same parameters and buffers, bit by bit."""
+        self.synchronize()
+        if self._sync is not None:
+            buffers = {} if self._options.sync_buffers == "none" else dict(self.module.named_buffers())
+            self._check_equal({**dict(zip(self._sync.names, self._sync.parameters, strict=True)), **buffers})
+
+    def _held(self) -> Iterator[Any]:
+        """The layers and parameters of the module, one after another: all that may have been replaced."""
+        for module in self._modules_within:
+            yield from module._modules.values()
+            yield from module._parameters.values()
+        yield None  # so that one more of them is a difference
+
+    def _refresh(self) -> None:
+        """See what has changed in the module since the last forward."""
+        if (
+            self._sync is None
+            or not all(map(operator.is_, self._held(), self._tensors))
+            or [(p.dtype, p.device) for p in self._sync.parameters] != self._kinds
+        ):
+            self._prepare()
+        sync = self._sync
+        assert sync is not None
+        if sync.is_broken:
+            raise RuntimeError("DataParallel: an earlier sum was not completed by all ranks; end the job")
+        if len(sync.team) == 1 and self._options.average != "sum":
+            return
+        for number, parameter in enumerate(sync.parameters):
+            if parameter.requires_grad and number not in self._handles and number not in sync.late:
+                hook = _ReadyHook(weakref.ref(self), number)
+                self._handles[number] = parameter.register_post_accumulate_grad_hook(hook)
+
+    # ---- forward and backward ----------------------------------------------------------------------------------------
+
+    def forward(self, *inputs: Any, **kwargs: Any) -> Any:
+        """The module's, of this rank's rows."""
+        if not self.P.active:
+            return zero_volume_tensor().requires_grad_(torch.is_grad_enabled())
+        if not torch.is_grad_enabled():
+            self.synchronize()
+            return self.module(*inputs, **kwargs)
+        self._refresh()
+        output = self._call_module(*inputs, **kwargs)
+        self._watch(output, self._rows(inputs, kwargs))
+        return output
+
+    def _call_module(self, *inputs: Any, **kwargs: Any) -> Any:
+        if self._deferral is None:
+            return self.module(*inputs, **kwargs)
+        self._deferral.begin_forward()
+        try:
+            return self.module(*inputs, **kwargs)
+        finally:
+            self._deferral.end_forward()
+
+    def _rows(self, inputs: Any, kwargs: Any) -> int:
+        for leaf in _tensors((inputs, kwargs)):
+            if -leaf.dim() <= self.dim < leaf.dim():
+                return leaf.shape[self.dim]
+        return 1
+
+    def _watch(self, output: Any, rows: int) -> None:
+        """Be told when backward reaches an output."""
+        self._latest = rows
+        hook = _OutputHook(weakref.ref(self), rows)
+        for leaf in _tensors(output):
+            if leaf.grad_fn is not None:  # a parameter that is returned would keep the hook
+                leaf.register_hook(hook)
+                hook.is_used = True
+        if not hook.is_used:
+            self._unseen += rows
+
+    def _began(self, rows: int) -> None:
+        """Backward has reached the outputs of a forward with so many rows."""
+        sync, backward = self._sync, running_backward()
+        if sync is None or (len(sync.team) == 1 and self._options.average != "sum"):
+            return
+        if not running_backward_accumulates(sync.parameters):
+            return
+        if not self._syncs:
+            sync.keep_local()
+        elif not (sync.is_open and sync.backward == backward):
+            self._begin(backward)
+        sync.count += rows
+
+    def _share(self, rows: int) -> float:
+        """The weight in the mean of a forward's gradients; the ranks along the batch axis call together."""
+        sync, average = self._sync, self._options.average
+        assert sync is not None
+        if average == "ranks":
+            return 1 / len(sync.team)
+        if average == "sum" and not self._syncs:
+            raise RuntimeError('DataParallel: with layers that sum over the batch, average="sum" allows no no_sync')
+        weight = float(rows if self.weight is None else self.weight)
+        total = self.P.world_transport.all_reduce(sync.team, torch.tensor([weight], dtype=torch.float64)).item()
+        return 0.0 if not (weight and total) else (weight if average == "samples" else 1.0) / total
+
+    def _begin(self, backward: int) -> None:
+        assert self._sync is not None
+        self.synchronize()
+        self._sync.begin(backward)
+        self._sync.weight = self.weight
+        self._sync.count, self._unseen = self._sync.count + self._unseen, 0
+        self._waits_for_layers = bool(self._sync.late)
+        at_end_of_backward(self._finish)
+
+    def _came(self, number: int) -> None:
+        """A gradient has been added to ``.grad``."""
+        sync = self._sync
+        if sync is None:
+            return
+        if not self._syncs:
+            sync.keep_local()
+            return
+        if self._deferral is not None:
+            self._deferral.came(number)
+        if not sync.is_open and sync.is_summed_by_another(number):
+            return
+        if not sync.is_open:  # the outputs are out of sight, or backward does not go through them
+            self._begin(running_backward())
+            sync.count = sync.count or self._latest
+        sync.ready(number)
+
+    def _finish(self) -> None:
+        if self._waits_for_layers:  # whose own sums are put into .grad by a callback that comes after this one
+            self._waits_for_layers = False
+            at_end_of_backward(self._finish)
+            return
+        sync = self._sync
+        assert sync is not None
+        if self._deferral is None:
+            sync.finish()
+        else:
+            sync.start_rest()
+            self._deferral.after_backward()
+        self.weight = None
+
+    @contextlib.contextmanager
+    def no_sync(self) -> Iterator[None]:
+        """Let backwards inside only add up this rank's gradients; the next one outside sums all of them."""
+        before, self._syncs = self._syncs, False
+        try:
+            yield
+        finally:
+            self._syncs = before
+
+    @contextlib.contextmanager
+    def join(self) -> Iterator[None]:
+        """Let ranks whose loop inside ends early take part, without weight, until all have ended; no messages are added.
+
+        Then all take the parameters and buffers of a rank that made the last step. The optimizers' states are left alone.
+        """
+        sync = self._sync
+        if self._couples:
+            raise RuntimeError(
+                "DataParallel: layers that sum over the batch need all ranks in every step; join is not for them"
+            )
+        yield
+        self.synchronize()
+        if sync is None or len(sync.team) == 1:
+            return
+        steps_behind = -1
+        takes_part = True
+        while takes_part:
+            sync.begin(None, takes_part=False)
+            takes_part = sync.finish()
+            steps_behind += 1
+        place = sync.team.index(self.P.world_transport.rank)
+        nearest = torch.tensor([steps_behind * len(sync.team) + place])
+        self.P.world_transport.all_reduce(sync.team, nearest, "min")
+        root = sync.team[int(nearest) % len(sync.team)]
+        broadcast(self.P.world_transport, sync.team, [*sync.parameters, *sync.buffers], root)
+
+    # ---- life --------------------------------------------------------------------------------------------------------
+
+    def __getattr__(self, name: str) -> Any:
+        """The module's attributes are the container's."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "module":
+                raise
+            return getattr(super().__getattr__("module"), name)
+
+    def __getstate__(self) -> dict[str, Any]:
+        self.synchronize()
+        return {**self.__dict__, **_unprepared()}
+
+    def __del__(self) -> None:
+        for handle in self.__dict__.get("_handles", {}).values():
+            handle.remove()
+
+    def train(self, mode: bool = True) -> DataParallel:
+        """As torch's; a deferred update is done first."""
+        self.synchronize()
+        return super().train(mode)
+
+    def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, torch.nn.Parameter]]:
+        """As torch's; a deferred update is done first."""
+        self.synchronize()
+        return super().named_parameters(*args, **kwargs)
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """The module's."""
+        return self.module.state_dict(*args, **kwargs)
+
+    @staticmethod
+    def _rename_loaded(self: torch.nn.Module, state: dict[str, Any], prefix: str, *others: Any) -> None:
+        own = self.module.state_dict().keys()  # type: ignore[union-attr,operator]
+        for key in [key for key in state if key.startswith(prefix)]:
+            name = key[len(prefix) :]
+            if name in own or not name.startswith("module."):
+                state[f"{prefix}module.{name}"] = state.pop(key)
+
+    def extra_repr(self) -> str:
+        return f"{self.P!r}, average={self._options.average!r}"
+
+
+class _OutputHook:
+    """Tells a container that backward has reached an output of a forward, once in each backward."""
+
+    def __init__(self, container: weakref.ref[DataParallel], rows: int) -> None:
+        self._container, self._rows, self._backward, self._share = container, rows, -1, 1.0
+        self.is_used = False
+
+    def __call__(self, gradient: torch.Tensor) -> torch.Tensor | None:
+        container, backward = self._container(), running_backward()
+        if container is None:
+            return None
+        if backward != self._backward:
+            self._backward = backward
+            container._began(self._rows)
+            self._share = container._share(self._rows) if container._couples else 1.0
+        if self._share == 1:
+            return None
+        return gradient * self._share if self._share else torch.zeros_like(gradient)
+
+
+class _ReadyHook:
+    """Tells a container that a gradient is there."""
+
+    def __init__(self, container: weakref.ref[DataParallel], number: int) -> None:
+        self._container, self._number = container, number
+
+    def __call__(self, parameter: torch.Tensor) -> None:
+        container = self._container()
+        if container is not None:
+            container._came(self._number)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _ReadyHook:
+        return self
+
+
+def _tensors(value: Any, seen: tuple[Any, ...] = ()) -> Iterator[torch.Tensor]:
+    """The tensors in a structure of lists, dictionaries and objects."""
+    for leaf in tree_leaves(value):
+        if isinstance(leaf, torch.Tensor):
+            yield leaf
+        elif not isinstance(leaf, (type, torch.nn.Module)) and not any(leaf is other for other in seen):
+            inside = leaf if isinstance(leaf, Mapping) else getattr(leaf, "__dict__", {})
+            for part in inside.values():
+                yield from _tensors(part, (*seen, leaf))
+
+
+def _unprepared() -> dict[str, Any]:
+    """The state of a container that is new, copied or loaded."""
+    return {
+        "weight": None,
+        "_sync": None,
+        "_deferral": None,
+        "_couples": False,
+        "_handles": {},
+        "_tensors": [],
+        "_modules_within": [],
+        "_kinds": [],
+        "_syncs": True,
+        "_unseen": 0,
+        "_latest": 0,
+        "_waits_for_layers": False,
+    }
+
+
+def _listed(optimizer: Any) -> list[Any]:
+    if optimizer is None:
+        return []
+    return list(optimizer) if isinstance(optimizer, (list, tuple)) else [optimizer]
+
+
+def _update_of(optimizer: Any, blocking: bool | None, update: str) -> str:
+    """When parameters are updated; raises unless the arguments fit."""
+    for one in _listed(optimizer):
+        if type(one).__name__ == "DASO":
+            raise TypeError("DataParallel: DASO steps by itself; use DataParallelMultiGPU")
+        if not isinstance(one, DataParallelOptimizer):
+            raise TypeError(
+                f"DataParallel: optimizer must be a DataParallelOptimizer or a sequence of them, not {one!r}"
+            )
+    if blocking is not None and not isinstance(blocking, bool):
+        raise TypeError(f"DataParallel: blocking_parameter_updates must be a bool, not {blocking!r}")
+    if blocking is False:
+        update = "deferred"
+    if update == "deferred":
+        if blocking:
+            raise ValueError('DataParallel: blocking_parameter_updates=True is update="now"')
+        if not _listed(optimizer):
+            raise ValueError('DataParallel: update="deferred" needs the optimizer')
+        for one in _listed(optimizer):
+            if isinstance(one.torch_optimizer, torch.optim.LBFGS):
+                raise ValueError('DataParallel: LBFGS calls a closure; use update="now"')
+    for one in _listed(optimizer):
+        one.blocking_parameter_updates = update == "now"
+    return update
+
+
+_SPARSE = "DataParallel: sparse gradients are not summed; build {} with sparse=False"
+
+
+def _check_alike(
+    transport: Any,
+    team: tuple[int, ...],
+    tensors: Mapping[str, torch.Tensor],
+    sparse: list[str],
+    options: Mapping[str, Any],
+) -> int:
+    """Raise on all of the team unless all hold the same tensors, none of them of a sparse layer; returns a free lane."""
+    mine = [(name, tuple(t.shape), str(t.dtype).removeprefix("torch.")) for name, t in tensors.items()]
+    told = transport.gather_objects(team, (mine, sparse, lanes_in_use(transport, team), options))
+    for rank, (_, _, _, theirs) in zip(team, told, strict=True):
+        for name, a in told[0][3].items():
+            if theirs[name] != a:
+                raise ValueError(f"DataParallel: rank {rank} has {name}={theirs[name]!r}, rank {team[0]} {a!r}")
+    for _, theirs, _, _ in told:
+        if theirs:
+            raise TypeError(_SPARSE.format(theirs))
+    first = told[0][0]
+    for rank, (other, *_) in zip(team, told, strict=True):
+        for a, b in zip(first, other, strict=False):
+            if a != b:
+                raise ValueError(
+                    f"DataParallel: the ranks hold different modules: rank {rank} has {b}, rank {team[0]} {a}"
+                )
+        if len(first) != len(other):
+            name = (first[len(other) :] or other[len(first) :])[0]
+            raise ValueError(
+                f"DataParallel: the ranks hold different modules: of ranks {team[0]} and {rank}, one lacks {name}"
+            )
+    in_use = [lane for _, _, lanes, _ in told for lane in lanes]
+    return min(range(LANES), key=in_use.count)
+
+
+def _bytes(tensor: torch.Tensor) -> Any:
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+
+
+def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"DataParallel: {name} must be one of {', '.join(choices)}, not {value!r}")
+
+
+def _check_positive(name: str, value: Any) -> None:
+    if value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"DataParallel: {name} must be a number, not {value!r}")
+    if not 0 < value < math.inf:
+        raise ValueError(f"DataParallel: {name} must be positive and finite, not {value!r}")

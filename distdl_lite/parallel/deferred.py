@@ -1,0 +1,286 @@
+"""Updates that happen in the next forward, bucket by bucket, just before a layer needs its parameters."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from distdl_lite.parallel.synchroniser import Found, Synchroniser
+
+
+class DataParallelOptimizer(torch.optim.Optimizer):
+    """A torch optimizer whose steps a `DataParallel` with ``update="deferred"`` may carry out later.
+
+    Without such a container, or with ``update="now"``, it is the optimizer that it wraps.
+
+    Parameters
+    ----------
+    torch_optimizer : torch.optim.Optimizer
+        Which does the steps.
+    blocking : bool
+        Heat's argument; a container overwrites it.
+
+    Attributes
+    ----------
+    torch_optimizer : torch.optim.Optimizer
+    blocking_parameter_updates : bool
+
+    Raises
+    ------
+    TypeError
+        For another kind of optimizer, or `blocking`.
+
+    Notes
+    -----
+    A deferred step has the hyperparameters of the moment of ``step()``, and the result is bit by bit that of an immediate
+    one. Until it is done, ``.grad`` holds this rank's part and the parameters are the old ones:
+    ``DataParallel.synchronize()`` does it at once, as do ``eval()``, ``state_dict()`` and ``parameters()`` of the container.
+    """
+
+    def __init__(self, torch_optimizer: torch.optim.Optimizer, blocking: bool = False) -> None:
+        if not isinstance(torch_optimizer, torch.optim.Optimizer):
+            raise TypeError(f"DataParallelOptimizer: a torch.optim.Optimizer is needed, not {torch_optimizer!r}")
+        if not isinstance(blocking, bool):
+            raise TypeError(f"DataParallelOptimizer: blocking must be a bool, not {blocking!r}")
+        self.torch_optimizer = torch_optimizer
+        self.blocking_parameter_updates = blocking
+        self._deferral: weakref.ref[Deferral] | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "torch_optimizer":  # while it is copied
+            raise AttributeError(name)
+        return getattr(self.torch_optimizer, name)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_deferral": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+
+    def __repr__(self) -> str:
+        return f"DataParallelOptimizer({self.torch_optimizer!r})"
+
+    def _pending(self) -> Deferral | None:
+        deferral = None if self._deferral is None else self._deferral()
+        return deferral if deferral is not None and deferral.places else None
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """As torch's, or in the next forward."""
+        deferral = self._pending()
+        if deferral is None:
+            return self.torch_optimizer.step() if closure is None else self.torch_optimizer.step(closure)
+        if closure is not None:
+            raise ValueError('DataParallelOptimizer: a step with a closure cannot be deferred; use update="now"')
+        deferral.step_later(self.torch_optimizer)
+        return None
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As torch's; sums that are under way are not lost."""
+        self.torch_optimizer.zero_grad(set_to_none)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The wrapped optimizer's."""
+        return self.torch_optimizer.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Into the wrapped optimizer."""
+        self.torch_optimizer.load_state_dict(state_dict)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """To the wrapped optimizer."""
+        self.torch_optimizer.add_param_group(param_group)
+
+
+class Deferral:
+    """What one backward has left to do: sums to wait for, and steps to take with them.
+
+    Parameters
+    ----------
+    module : torch.nn.Module
+        Whose layers call for their parameters.
+    sync : Synchroniser
+    optimizers : sequence of DataParallelOptimizer
+    """
+
+    def __init__(
+        self, module: torch.nn.Module, sync: Synchroniser, optimizers: Sequence[DataParallelOptimizer]
+    ) -> None:
+        self.sync, self.optimizers = sync, optimizers
+        self.places: list[int] = []  # of the buckets that are still to be put in
+        self._steps: list[tuple[torch.optim.Optimizer, list[dict[str, Any]]]] = []
+        self._local: dict[int, tuple[torch.Tensor | None, int]] = {}
+        self._eager: set[int] = set()  # parameters that are used without their module being called
+        self._called: set[int] = set()
+        self._after: set[int] = set()  # parameters whose step came after the last forward
+        self._handles: list[Any] = []
+        ref = weakref.ref(self)
+        numbers = {id(p): n for n, p in enumerate(sync.parameters)}
+        for owner in module.modules():
+            if owner._parameters:  # it may use those of the layers inside it, too, without calling them
+                found = tuple(numbers[id(p)] for p in owner.parameters() if id(p) in numbers)
+                self._handles.append(owner.register_forward_pre_hook(_Call(ref, found)))
+        self._handles.append(module.register_state_dict_pre_hook(_Flush(ref)))
+        for optimizer in optimizers:
+            optimizer._deferral = ref
+            self._handles.append(optimizer.torch_optimizer.register_state_dict_pre_hook(_Flush(ref)))
+
+    def remove(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        for optimizer in self.optimizers:
+            optimizer._deferral = None
+
+    def after_backward(self) -> None:
+        """All sums are under way."""
+        self.places = list(range(len(self.sync.buckets)))
+        self._local = {n: (p.grad, _version(p.grad)) for n, p in enumerate(self.sync.parameters)}
+        self._steps.clear()
+
+    def _is_untouched(self, number: int) -> bool:
+        grad, version = self._local[number]
+        return grad is self.sync.parameters[number].grad and _version(grad) == version
+
+    def step_later(self, optimizer: torch.optim.Optimizer) -> None:
+        """Take a step when its gradients are there, with the hyperparameters of now."""
+        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        if any(optimizer is other for other, _ in self._steps):
+            self.flush()
+            optimizer.step()
+            return
+        for number, parameter in enumerate(self.sync.parameters):
+            if id(parameter) in held and not self._is_untouched(number):
+                raise RuntimeError(
+                    f"DataParallel: the gradient of {self.sync.names[number]} was changed between backward and step, when "
+                    f"it was this rank's part; call synchronize() after backward"
+                )
+        self._steps.append((optimizer, [_hyperparameters(group) for group in optimizer.param_groups]))
+        optimizer._opt_called = True  # type: ignore[attr-defined]  # what learning-rate schedulers ask for
+
+    def call(self, numbers: Sequence[int]) -> None:
+        """A layer is about to use these parameters."""
+        self._called.update(numbers)
+        if self.places:
+            self._put_in({self.sync.places[n] for n in numbers if n in self.sync.places})
+
+    def begin_forward(self) -> None:
+        self._after.clear()
+        self._called.clear()
+        self.call(list(self._eager))
+
+    def end_forward(self) -> None:
+        """Do what no layer has called for."""
+        if self._steps:
+            self._after.update(n for place in self.places for n in self.sync.buckets[place].numbers)
+        self.flush()
+
+    def came(self, number: int) -> None:
+        """A gradient has come."""
+        if number not in self._called:
+            if number in self._after:
+                raise RuntimeError(
+                    f"DataParallel: {self.sync.names[number]} was used before its deferred update, as its module was not "
+                    f'called; use update="now"'
+                )
+            self._eager.add(number)
+
+    def flush(self) -> None:
+        """Wait for all sums and take the steps."""
+        self._put_in(set(self.places))
+
+    def _put_in(self, places: set[int]) -> None:
+        for place in sorted(places & set(self.places)):
+            self.places.remove(place)
+            self._apply(self.sync.complete(place))
+            if not self.places:
+                self.sync.close()
+                self._steps.clear()
+
+    def _apply(self, found: Found) -> None:
+        """Put sums into ``.grad`` where it is as backward left it, and take the steps of these parameters."""
+        later: dict[int, torch.Tensor | None] = {}
+        for number, value in found:
+            parameter = self.sync.parameters[number]
+            if self._is_untouched(number):
+                self.sync.put([(number, value)])
+            else:  # such as by zero_grad, which was meant for the next backward
+                later[number] = parameter.grad
+                parameter.grad = self.sync.added_up(number, value)
+        taken = {id(self.sync.parameters[number]) for number, _ in found}
+        for optimizer, groups in self._steps:
+            _step_alone(optimizer, groups, taken)
+        for number, grad in later.items():
+            self.sync.parameters[number].grad = grad
+
+
+def _step_alone(optimizer: torch.optim.Optimizer, groups: Sequence[dict[str, Any]], taken: set[int]) -> None:
+    """A step of some parameters, with these hyperparameters."""
+    all_of_them = [p for group in optimizer.param_groups for p in group["params"]]
+    if not any(id(p) in taken and p.grad is not None for p in all_of_them):
+        return
+    others = [(p, p.grad) for p in all_of_them if id(p) not in taken and p.grad is not None]
+    now = [_hyperparameters(group) for group in optimizer.param_groups]
+    for parameter, _ in others:
+        parameter.grad = None
+    try:
+        for group, then in zip(optimizer.param_groups, groups, strict=False):
+            group.update(then)
+        optimizer.step()
+    finally:
+        for group, before in zip(optimizer.param_groups, now, strict=True):
+            group.update(before)
+        for parameter, grad in others:
+            parameter.grad = grad
+
+
+def _hyperparameters(group: dict[str, Any]) -> dict[str, Any]:
+    found = {key: value for key, value in group.items() if key != "params"}
+    return {key: value.clone() if isinstance(value, torch.Tensor) else value for key, value in found.items()}
+
+
+def _version(grad: torch.Tensor | None) -> int:
+    return -1 if grad is None else grad._version
+
+
+class _Hook:
+    """A hook that neither keeps what it serves alive nor is copied or pickled with a module."""
+
+    def __init__(self, deferral: weakref.ref[Deferral]) -> None:
+        self._deferral = deferral
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Idle, ()
+
+
+class _Idle(_Hook):
+    """What stands in a copy."""
+
+    def __init__(self) -> None:
+        pass
+
+    def __call__(self, *args: Any) -> None:
+        pass
+
+
+class _Call(_Hook):
+    """A layer's forward begins."""
+
+    def __init__(self, deferral: weakref.ref[Deferral], numbers: tuple[int, ...]) -> None:
+        super().__init__(deferral)
+        self._numbers = numbers
+
+    def __call__(self, module: torch.nn.Module, inputs: Any) -> None:
+        deferral = self._deferral()
+        if deferral is not None:
+            deferral.call(self._numbers)
+
+
+class _Flush(_Hook):
+    """Somebody reads the parameters or the optimizer's state."""
+
+    def __call__(self, *args: Any) -> None:
+        deferral = self._deferral()
+        if deferral is not None:
+            deferral.flush()

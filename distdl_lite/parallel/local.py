@@ -1,0 +1,169 @@
+"""What a rank does alone in a forward and a backward whose arguments one rank has."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.func import functional_call
+from torch.utils import _pytree as pytree
+
+from distdl_lite.nn.module import TensorStructure
+from distdl_lite.operator import Operator
+from distdl_lite.parallel.orders import pickled
+from distdl_lite.parallel.replica import News
+from distdl_lite.parallel.rows import Cuts, Output
+
+
+@dataclass(frozen=True)
+class Call:
+    """What the root tells of a forward.
+
+    Attributes
+    ----------
+    arguments : bytes
+        Pickled, with a `Slot` for each tensor.
+    tensors : tuple of TensorStructure
+    copied : dict from number to Tensor
+        Those without dims, which have no rows.
+    cuts : tuple of int
+        Of the rows over the ranks.
+    news : News
+        Of the weights.
+    is_grad_enabled : bool
+    autocast : dict from device type to dtype, None where it is off
+    """
+
+    arguments: bytes
+    tensors: tuple[TensorStructure, ...]
+    copied: dict[int, torch.Tensor]
+    cuts: Cuts
+    news: News
+    is_grad_enabled: bool
+    autocast: dict[str, torch.dtype | None]
+
+
+@dataclass(frozen=True)
+class Slot:
+    """Stands for a tensor among arguments that are pickled."""
+
+    number: int
+
+
+@dataclass(frozen=True)
+class Leaf:
+    """What gets a gradient: this rank's part, and the operator that cut it, None for copies, whose gradients add up."""
+
+    structure: TensorStructure
+    cutter: Operator | None
+    part: torch.Tensor
+
+
+@dataclass(eq=False)
+class Run:
+    """A forward on one rank, as its backward needs it.
+
+    Attributes
+    ----------
+    number : int
+    leaves : list of Leaf
+    outputs : list of (Output, Operator)
+        The tensors returned, and the operators whose adjoints put them together.
+    local : list of tensors or None
+        This rank's outputs, None where the module was not applied, and once its graph is let go.
+    returned : list of tensors
+        What goes out, until it has.
+    """
+
+    number: int
+    leaves: list[Leaf]
+    outputs: list[tuple[Output, Operator]]
+    local: list[torch.Tensor] | None
+    returned: list[torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Result:
+    """What the module returned, flattened, and the tensors in it; one without dims as a vector."""
+
+    items: list[Any]
+    nesting: Any
+    tensors: list[torch.Tensor]
+
+
+def slotted(leaves: Sequence[Any], nesting: Any) -> bytes:
+    """The arguments in bytes, with slots for tensors."""
+    numbers = iter(range(len(leaves)))
+    plain = [Slot(next(numbers)) if isinstance(value, torch.Tensor) else value for value in leaves]
+    return pickled(pytree.tree_unflatten(plain, nesting))
+
+
+def autocast_modes() -> dict[str, torch.dtype | None]:
+    kinds = ("cpu", "cuda")
+    return {kind: torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None for kind in kinds}
+
+
+def apply(
+    module: torch.nn.Module, call: Call, blocks: Sequence[torch.Tensor], weights: Mapping[str, torch.Tensor]
+) -> Result:
+    """Apply a module to this rank's blocks under the root's modes; `weights` stand for its own of these names.
+
+    Raises
+    ------
+    TypeError
+        If it returns an object with tensors that torch's pytree does not know: the other ranks' would be lost.
+    """
+    arguments = pickle.loads(call.arguments)
+    with ExitStack() as modes:
+        modes.enter_context(torch.set_grad_enabled(call.is_grad_enabled))
+        for device, dtype in call.autocast.items():
+            if dtype is not None or torch.is_autocast_enabled(device):
+                modes.enter_context(torch.autocast(device, dtype, enabled=dtype is not None))
+        passed = [_Alias.apply(block) if block.requires_grad else block for block in blocks]
+        args, kwargs = pytree.tree_map_only(Slot, lambda slot: passed[slot.number], arguments)
+        items, nesting = pytree.tree_flatten(functional_call(module, weights, args, kwargs, tie_weights=False))
+        tensors = [item if item.dim() else item.view(1) for item in items if isinstance(item, torch.Tensor)]
+    for item in items:
+        if any(isinstance(inner, torch.Tensor) for inner in getattr(item, "__dict__", {}).values()):
+            kind = type(item).__name__
+            raise TypeError(f"the module returned a {kind} with tensors: register it with torch.utils._pytree")
+    return Result(items, nesting, tensors)
+
+
+def local_gradients(run: Run, received: Sequence[torch.Tensor | None], keep: bool) -> list[torch.Tensor | None]:
+    """The gradients of this rank's leaves, given the outputs'; the graph is let go unless kept.
+
+    Raises
+    ------
+    TypeError
+        If one is sparse.
+    """
+    local, leaves = run.local or [], [leaf.part for leaf in run.leaves]
+    pairs = [(y, g) for y, g in zip(local, received, strict=False) if g is not None and y.requires_grad]
+    if not keep:
+        run.local = None
+    if not pairs or not leaves:
+        return [None] * len(leaves)
+    outputs, gradients = zip(*pairs, strict=True)
+    found = torch.autograd.grad(outputs, leaves, gradients, retain_graph=keep, allow_unused=True)
+    sparse = [leaf for leaf, g in zip(run.leaves, found, strict=True) if g is not None and g.is_sparse]
+    if sparse:
+        shapes = ", ".join(str(leaf.structure.shape) for leaf in sparse)
+        raise TypeError(f"sparse gradients (of weights of shapes {shapes}) cannot be added up over ranks")
+    return list(found)
+
+
+class _Alias(torch.autograd.Function):
+    """The identity, whose result a module may change in place, which it may not do with a leaf."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        return x.data
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
+        return gradient

@@ -1,0 +1,502 @@
+"""torch.nn.DataParallel over ranks: one rank holds the script, the weights and the loss, the others compute.
+
+Repartition - Broadcast - apply - Repartition: the root's rows are cut over the ranks, its weights broadcast, the module
+applied, the outputs' rows put together on the root. Backward is the adjoints in reverse order around a local backward.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+from weakref import WeakValueDictionary, finalize
+
+import torch
+from torch.autograd.function import once_differentiable
+from torch.utils import _pytree as pytree
+
+from distdl_lite.nn.module import Module, TensorStructure, check_alike
+from distdl_lite.nn.movement import zero_volume_tensor
+from distdl_lite.operator import ANCHOR, Operator
+from distdl_lite.parallel.local import Call, Leaf, Result, Run, apply, autocast_modes, local_gradients, slotted
+from distdl_lite.parallel.orders import Agreed, Order, Told, meet, unwrapped
+from distdl_lite.parallel.replica import Weights
+from distdl_lite.parallel.rows import Cuts, Output, Report, Team, cut_rows, dim_in, outputs_of, refusal, rows_in, runs
+from distdl_lite.partition import Partition
+
+_NAME = "RootDataParallel"
+_KEPT_OPERATORS = 256
+
+
+class RootDataParallel(torch.nn.Module):
+    """A module whose batch is cut over ranks, with `torch.nn.DataParallel`'s semantics.
+
+    One rank, the root, holds the data, the weights, the optimizer and the loss. At each call its tensors are cut along `dim`
+    over the ranks, every rank applies the module with the root's weights to its rows, and the outputs are put together on
+    the root. Values and gradients are those of the plain module, for any batch.
+
+    Parameters
+    ----------
+    module : torch.nn.Module
+        On the root the model; on other ranks one of the same structure, whose weights are not read and may be on ``meta``,
+        and are replaced by copies of the root's. It holds no distributed layers.
+    P : Partition or mpi4py.MPI.Comm, optional
+        The ranks that build the container together; None is the ambient world.
+    dim : int
+        The dim along which tensors are cut and outputs put together; it may count from the end.
+    device_ids : sequence of int, optional
+        The ranks of `P` that compute, in the order of the rows they get; all by default. Others take no part: they pass
+        nothing, and get a zero-volume tensor.
+    output_device : int, optional
+        The root, a rank of `P` among `device_ids`; the first of these by default.
+
+    Raises
+    ------
+    TypeError, ValueError
+        On all ranks of `P`, if an argument does not fit or differs between them.
+
+    Notes
+    -----
+    *Arguments*, positional or by keyword, and outputs are nested in tuples, lists, dicts and namedtuples. Tensors with dims
+    are cut in shares that differ by one row at most, and must all have the same number of rows. Tensors without dims are
+    copied, and their gradients added up; anything else is pickled. Where there are no rows, the root alone applies the
+    module, once.
+
+    *Outputs* on the root: tensors are put together, of those without dims a vector of one entry per rank that had rows. None
+    stays None, and what else is no tensor is the root's. On other ranks a zero-volume tensor stands for all of it.
+
+    *Other ranks* take part in each forward and backward. Either they say so: ``dp()`` for a forward, and
+    ``dp().sum().backward()`` for one that has a backward, in the root's order. Or they are in `serve`, and the root's script
+    runs as if it were alone.
+
+    *Weights* travel where the root's have changed, and at the first call: one broadcast per dtype for the parameters, one for
+    the buffers. The root compares bits, and keeps a copy for it. Gradients are added up on the root by one reduction per
+    dtype; an unused parameter gets none, as in the plain module. Training mode, grad mode and autocast are the root's.
+    Buffers and attributes that the module changes in forward stay changed on the root alone, which sees its own rows, as
+    device 0 does under torch. Dropout draws from each rank's own generator.
+
+    *Collectives*: a forward makes two gathers of host objects, a backward too; the rest are the broadcasts, the
+    reductions, and one message per tensor and rank.
+
+    An error of any rank's module, forward or backward, is raised on all of them, with the same type and text, which names the
+    replica. With one rank the module is called directly. A gradient of a gradient raises.
+
+    ``state_dict()`` is that of `torch.nn.DataParallel`, with the prefix ``module.``; the root's is the one to save.
+    """
+
+    _team: Team
+    _weights: Weights
+    _operators: OrderedDict[Any, Operator]
+    _forwards: int  # counted by the root
+    _served: dict[int, Run]  # by number, those that the root may yet go back through
+    _dropped: list[int]  # on the root, numbers of those it will not
+    _left: int  # blocks that the root has left before this rank came to them
+
+    def __init__(
+        self,
+        module: torch.nn.Module,
+        P: Any = None,
+        dim: int = 0,
+        *,
+        device_ids: Sequence[int] | None = None,
+        output_device: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.P = P if isinstance(P, Partition) else Partition(P)
+        self.dim = dim
+        self.device_ids = list(range(self.P.size)) if device_ids is None else list(device_ids)
+        self.output_device = next(iter(self.device_ids), 0) if output_device is None else output_device
+        self.__dict__.update(_unused())
+        with unwrapped():
+            self._construct(module)
+        self.module = module
+        self._register()
+
+    def _construct(self, module: torch.nn.Module) -> None:
+        """Check the arguments, together on all ranks of P, and agree on a number."""
+        transport, ranks, told = self.P.world_transport, tuple(self.P.ranks), None
+        try:
+            self._check(module)
+        except Exception as error:
+            told = Told.of(error, _NAME)
+        if not self.P.active:
+            if told is not None:
+                raise Agreed(told)
+            return
+        settings = {"dim": self.dim, "device_ids": self.device_ids, "output_device": self.output_device}
+        mine = Order("construct", content=(transport.rank, settings, _last_number(transport)), error=told)
+        orders = meet(_NAME, transport, ranks, ranks[0], mine)
+        for name in settings:
+            try:
+                check_alike(name, {rank: order.content[1][name] for rank, order in orders.items()})
+            except ValueError as error:
+                raise Agreed(Told.of(error, _NAME)) from error
+        transport.local[_NUMBER] = max(order.content[2] for order in orders.values())
+
+    def _check(self, module: torch.nn.Module) -> None:
+        if not isinstance(module, torch.nn.Module):
+            raise TypeError(f"module={module!r} is no torch.nn.Module")
+        cut = [name for name, inner in module.named_modules() if isinstance(inner, Module)]
+        if cut:
+            raise TypeError(f"the module holds distributed layers ({', '.join(name or 'itself' for name in cut)})")
+        if not isinstance(self.dim, int):
+            raise TypeError(f"dim={self.dim!r} is no integer")
+        if not self.device_ids:
+            raise ValueError("device_ids is empty")
+        self.P.create_partition_inclusive(self.device_ids)
+        if self.output_device not in self.device_ids:
+            raise ValueError(f"output_device={self.output_device} is not among device_ids={self.device_ids}")
+
+    # ---- life --------------------------------------------------------------------------------------------------------
+
+    def _register(self) -> None:
+        """Take the next number, by which the ranks know the container."""
+        transport = self.P.world_transport
+        self._number = transport.local[_NUMBER] = _last_number(transport) + 1
+        transport.local.setdefault(_CONTAINERS, WeakValueDictionary())[self._number] = self
+        ranks = tuple(self.P.ranks[rank] for rank in self.device_ids)
+        self._team = Team(transport, ranks, self.device_ids.index(self.output_device))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, **_unused()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._register()
+
+    def extra_repr(self) -> str:
+        return f"dim={self.dim}, device_ids={self.device_ids}, output_device={self.output_device}"
+
+    @property
+    def _is_root(self) -> bool:
+        return self._team.place == self._team.root
+
+    # ---- forward -----------------------------------------------------------------------------------------------------
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Apply the module; see the class."""
+        if self._is_root and len(self._team.ranks) == 1:
+            return self.module(*args, **kwargs)
+        leaves, nesting = pytree.tree_flatten((args, kwargs))
+        tensors = [value for value in leaves if isinstance(value, torch.Tensor)]
+        with unwrapped():
+            if self._is_root:
+                return self._forward_on_root(leaves, nesting, tensors)
+            return self._forward_elsewhere(tensors)
+
+    def _forward_on_root(self, leaves: list[Any], nesting: Any, tensors: list[torch.Tensor]) -> Any:
+        call = weights = told = None
+        try:
+            call, weights = self._call(leaves, nesting, tensors)
+        except Exception as error:
+            told = Told.of(error, _NAME)
+        self._forwards += 1
+        run, result = self._run(self._meet("forward", self._forwards, call, told), tensors, weights)
+        assert weights is not None
+        assert result is not None
+        outputs = iter(self._returned(run, [tensor for tensor in (*weights, *tensors) if tensor.requires_grad]))
+        items = [next(outputs) if isinstance(item, torch.Tensor) else item for item in result.items]
+        return pytree.tree_unflatten(items, result.nesting)
+
+    def _forward_elsewhere(self, tensors: list[torch.Tensor]) -> torch.Tensor:
+        told = None
+        if any(tensor.numel() and tensor.dim() for tensor in tensors):
+            shapes = ", ".join(str(tuple(tensor.shape)) for tensor in tensors)
+            text = f"rank {self._team.transport.rank} passed tensors of shapes {shapes}, but is not the root"
+            told = Told.of(ValueError(text), _NAME)
+        if self._team.place is not None:
+            run, _ = self._run(self._meet("forward", error=told))
+            return self._returned(run, tensors)[0]
+        if told is not None:
+            raise Agreed(told)
+        return zero_volume_tensor().requires_grad_(torch.is_grad_enabled())
+
+    def _call(self, leaves: list[Any], nesting: Any, tensors: list[torch.Tensor]) -> tuple[Call, list[torch.Tensor]]:
+        """What the root tells of a forward, and its weights."""
+        structures = tuple(TensorStructure.of(tensor) for tensor in tensors)
+        for number, structure in enumerate(structures):
+            error = refusal(structure, f"tensor {number} of the arguments")
+            if error is not None:
+                raise error
+        cuts = cut_rows(rows_in(structures, self.dim), len(self._team.ranks), self._team.root)
+        copied = {i: tensor.detach().cpu().clone() for i, tensor in enumerate(tensors) if not tensor.dim()}
+        arguments = slotted(leaves, nesting)
+        news, weights = self._weights.news(self.module)
+        return Call(arguments, structures, copied, cuts, news, torch.is_grad_enabled(), autocast_modes()), weights
+
+    def _run(
+        self, order: Order, tensors: list[torch.Tensor] | None = None, weights: list[torch.Tensor] | None = None
+    ) -> tuple[Run, Result | None]:
+        """A forward, together on all ranks; also what the module returned on this one."""
+        call: Call = order.content
+        self._weights.send(call.news, weights, self._weights_operator)
+        cutters = [self._cutter(structure, call.cuts) for structure in call.tensors]
+        blocks = [self._block(call, i, cutter, tensors) for i, cutter in enumerate(cutters)]
+        told = report = result = None
+        replica: list[torch.Tensor] = []
+        try:
+            replica = self._replica(call, weights)
+            if runs(call.cuts, self._place, self._team.root):
+                names = [(name, t) for w, t in zip(self._weights.weights, replica, strict=True) for name in w.names]
+                aliases = {name: t for name, t in names if weights is not None and t.requires_grad}
+                result = apply(self.module, call, blocks, aliases if call.is_grad_enabled else {})
+                report = Report.of(result.nesting, result.items)
+        except Exception as error:
+            told = self._told(error)
+        outputs = self._outputs(self._gather(told, report))
+        local = None if result is None else result.tensors
+        returned = [self._joined(*output, local and local[i]) for i, output in enumerate(outputs)]
+        if not any(output.requires_grad for output, _ in outputs):
+            return Run(order.number, [], outputs, None, returned), result
+        leaves = [Leaf(w.structure, None, part) for w, part in zip(self._weights.weights, replica, strict=True)]
+        leaves += map(Leaf, call.tensors, cutters, blocks)
+        leaves = [leaf for leaf in leaves if leaf.structure.requires_grad]
+        return Run(order.number, leaves, outputs, local, returned), result
+
+    def _cutter(self, structure: TensorStructure, cuts: Cuts) -> Operator | None:
+        dim = dim_in(structure.shape, self.dim)
+        return None if dim is None else self._rows_operator(structure.shape, dim, cuts)
+
+    def _block(
+        self, call: Call, number: int, cutter: Operator | None, tensors: list[torch.Tensor] | None
+    ) -> torch.Tensor:
+        """This rank's part of a tensor argument, a leaf of its graph."""
+        structure = call.tensors[number]
+        if cutter is None:
+            block = call.copied[number].to(structure.device)
+        else:
+            block = cutter.apply(_nothing_like(structure) if tensors is None else tensors[number].detach())
+        return block.requires_grad_(call.is_grad_enabled and structure.requires_grad)
+
+    def _replica(self, call: Call, weights: list[torch.Tensor] | None) -> list[torch.Tensor]:
+        """The module's weights for this forward: on the root aliases, so that hooks see the whole gradient alone."""
+        if weights is None:
+            return self._weights.install(self.module, call.news.training)
+        return [w.detach().requires_grad_() if w.requires_grad and call.is_grad_enabled else w for w in weights]
+
+    def _outputs(self, reports: dict[int, Report]) -> list[tuple[Output, Operator]]:
+        try:
+            outputs = outputs_of(reports, len(self._team.ranks), self.dim)
+        except (TypeError, ValueError) as error:
+            raise Agreed(Told.of(error, _NAME)) from error
+        return [(output, self._rows_operator(output.shape, output.dim, output.cuts)) for output in outputs]
+
+    def _joined(self, output: Output, operator: Operator, block: torch.Tensor | None) -> torch.Tensor:
+        """An output, whole on the root."""
+        if block is None:
+            block = torch.empty(operator.plan.shape_out or (), dtype=output.dtype, device=output.device)
+        return operator.adjoint.apply(block.detach())
+
+    def _returned(self, run: Run, passed: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+        """What goes out of forward, with the node whose backward all ranks run together."""
+        differentiable = [output.requires_grad for output, _ in run.outputs]
+        if not self._is_root:
+            run.returned, differentiable = [zero_volume_tensor()], [any(differentiable)]
+        if not any(differentiable):
+            return tuple(run.returned)
+        with torch.enable_grad():
+            return _Returned.apply(self, run, differentiable, ANCHOR, *passed)
+
+    # ---- backward ----------------------------------------------------------------------------------------------------
+
+    def _backward(
+        self, run: Run, order: Order, gradients: Sequence[torch.Tensor | None] | None
+    ) -> list[torch.Tensor | None]:
+        """A backward, together on all ranks; the gradients of the leaves on the root."""
+        keep, given = order.content
+        received = [
+            operator.apply(_nothing_like(output) if gradients is None else gradients[i]) if given[i] else None
+            for i, (output, operator) in enumerate(run.outputs)
+        ]
+        told = None
+        found: list[torch.Tensor | None] = [None] * len(run.leaves)
+        try:
+            found = local_gradients(run, received, keep)
+        except Exception as error:
+            told = self._told(error)
+        masks = self._gather(told, [gradient is not None for gradient in found]).values()
+        used = [any(flags) for flags in zip(*masks, strict=True)]
+        return self._summed(run, found, used)
+
+    def _summed(
+        self, run: Run, found: Sequence[torch.Tensor | None], used: Sequence[bool]
+    ) -> list[torch.Tensor | None]:
+        """Bring the ranks' gradients of the leaves to the root."""
+        groups: dict[Any, list[tuple[int, torch.Tensor]]] = {}
+        totals: list[torch.Tensor | None] = [None] * len(found)
+        for i, leaf in enumerate(run.leaves):
+            if not used[i]:
+                continue
+            gradient = found[i]
+            gradient = torch.zeros_like(leaf.part) if gradient is None else gradient
+            if leaf.cutter is not None:
+                totals[i] = leaf.cutter.adjoint.apply(gradient)
+            else:
+                groups.setdefault((leaf.structure.dtype, leaf.structure.device), []).append((i, gradient))
+        for members in groups.values():
+            flat = torch.cat([gradient.reshape(-1) for _, gradient in members])
+            total = self._weights_operator(len(flat)).adjoint.apply(flat)
+            if self._is_root:
+                parts = total.split([gradient.numel() for _, gradient in members])
+                for (i, gradient), part in zip(members, parts, strict=True):
+                    totals[i] = part.view(gradient.shape)
+        return totals
+
+    # ---- together ----------------------------------------------------------------------------------------------------
+
+    @property
+    def _place(self) -> int:
+        assert self._team.place is not None
+        return self._team.place
+
+    def _meet(self, kind: str, number: int = 0, content: Any = None, error: Told | None = None) -> Order:
+        team = self._team
+        dropped = tuple(self._dropped)
+        del self._dropped[: len(dropped)]
+        mine = Order(kind, self._number, number, content, error, dropped)
+        return meet(_NAME, team.transport, team.ranks, team.root_rank, mine)[team.root_rank]
+
+    def _gather(self, told: Told | None, value: Any) -> dict[int, Any]:
+        """What ranks have, by position, without those that have None; the first error is raised on all."""
+        gathered = self._team.transport.gather_objects(self._team.ranks, (told, value))
+        for error, _ in gathered:
+            if error is not None:
+                raise Agreed(error)
+        return {place: found for place, (_, found) in enumerate(gathered) if found is not None}
+
+    def _told(self, error: Exception) -> Told:
+        return Told.of(error, f"{_NAME}: replica {self._place}, on rank {self._team.transport.rank}", traced=True)
+
+    def _weights_operator(self, size: int) -> Operator:
+        return self._operator(("weights", size), lambda: self._team.weights_operator(size))
+
+    def _rows_operator(self, *which: Any) -> Operator:
+        return self._operator(which, lambda: self._team.rows_operator(*which))
+
+    def _operator(self, key: Any, make: Callable[[], Operator]) -> Operator:
+        """The operator kept under a key, on all ranks alike."""
+        if key not in self._operators:
+            self._operators[key] = make()
+            if len(self._operators) > _KEPT_OPERATORS:
+                self._operators.popitem(last=False)
+        self._operators.move_to_end(key)
+        return self._operators[key]
+
+    @contextmanager
+    def serve(self) -> Iterator[bool]:
+        """Let the root run a script that was written for one process.
+
+        On the root the block runs as any other. Other ranks stay at its head, and answer each forward and backward of any
+        container over the same ranks until the root leaves its block, also by an error; then they enter theirs.
+
+        Yields
+        ------
+        bool
+            Whether this rank is the root: ``with dp.serve() as at_root: if at_root: main()``.
+        """
+        with unwrapped():
+            if not self._is_root:
+                self._answer_until_left()
+        try:
+            yield self._is_root
+        finally:
+            if self._is_root and len(self._team.ranks) > 1:
+                with unwrapped():
+                    self._meet("leave")
+
+    def _answer_until_left(self) -> None:
+        containers = self._team.transport.local[_CONTAINERS]
+        while self._team.place is not None and not self._left:
+            try:
+                order = self._meet("serve", content={n: tuple(other._served) for n, other in containers.items()})
+                containers[order.container]._answer(order)
+            except Agreed:  # the root raises it
+                continue
+        self._left = max(self._left - 1, 0)
+        for other in containers.values():
+            other._served.clear()
+
+    def _answer(self, order: Order) -> None:
+        for number in order.dropped:
+            self._served.pop(number, None)
+        if order.kind == "leave":
+            self._left += 1
+        elif order.kind == "forward":
+            run, _ = self._run(order)
+            if any(output.requires_grad for output, _ in run.outputs):
+                self._served[order.number] = run
+        else:
+            self._backward(self._served[order.number], order, None)
+
+
+_NUMBER = "number of the latest RootDataParallel"
+_CONTAINERS = "RootDataParallel by number"
+
+
+def _last_number(transport: Any) -> int:
+    return int(transport.local.get(_NUMBER, 0))
+
+
+def _unused() -> dict[str, Any]:
+    """The attributes of a container that has not been called."""
+    return {
+        "_team": None,
+        "_weights": Weights(),
+        "_operators": OrderedDict(),
+        "_forwards": 0,
+        "_served": {},
+        "_dropped": [],
+        "_left": 0,
+    }
+
+
+def _nothing_like(what: TensorStructure | Output) -> torch.Tensor:
+    """What a rank passes that holds nothing of a tensor."""
+    return torch.empty(0, dtype=what.dtype, device=what.device)
+
+
+class _Returned(torch.autograd.Function):
+    """From the root's weights and tensors to its outputs, computed before; elsewhere from nothing to a zero-volume tensor.
+
+    One node for all outputs, so that a root which uses only some of them, or asks for some gradients only, still makes the
+    calls that the other ranks make.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        container: RootDataParallel,
+        run: Run,
+        differentiable: list[bool],
+        anchor: torch.Tensor,
+        *passed: torch.Tensor,
+    ) -> tuple[torch.Tensor, ...]:
+        ctx.container, ctx.run = container, run
+        ctx.empty = None if container._is_root else [tensor.detach() for tensor in passed]
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(torch.empty(0))
+        returned, run.returned = run.returned, []
+        ctx.mark_non_differentiable(*[y for y, on in zip(returned, differentiable, strict=True) if not on])
+        if container._is_root:
+            finalize(run, container._dropped.append, run.number)
+        return tuple(returned)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+        container, run, told = ctx.container, ctx.run, None
+        try:
+            _ = ctx.saved_tensors
+        except RuntimeError as error:  # a second backward through a graph that was not kept
+            told = Told.of(error, _NAME)
+        content = _keeps_graph(), [gradient is not None for gradient in gradients]
+        with unwrapped():
+            order = container._meet("backward", run.number, content, told)
+            found = container._backward(run, order, gradients if ctx.empty is None else None)
+        return (None, None, None, None, *(found if ctx.empty is None else ctx.empty))
+
+
+def _keeps_graph() -> bool:
+    """Whether the running backward was told to retain its graph: a private call of torch."""
+    return bool(torch._C._autograd._get_current_graph_task_keep_graph())

@@ -1,0 +1,364 @@
+"""When and with which weight the gradients of a module's copies are summed."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from distdl_lite.parallel.buckets import Bucket, filled
+from distdl_lite.reducer import flattened, unflattened
+from distdl_lite.transport import Transport
+from distdl_lite.transport.sums import Pending
+from distdl_lite.transport.wire import wire_dtype
+
+Found = list[tuple[int, torch.Tensor | None]]  # parameters' numbers, and the sums of their gradients
+
+INLINE_BYTES = 256 << 10  # a model with fewer gradients has its sums made where they are started
+SECONDS = 1800.0  # to wait for other ranks
+LANES = 8  # containers whose sums may be under way at once; communicators are few
+
+
+@dataclass(frozen=True)
+class Options:
+    """Those of `DataParallel` that concern sums."""
+
+    average: str = "samples"
+    sync_buffers: str = "root"
+    engine: str = "auto"
+    overlap: bool = True
+    bucket_bytes: int = 4 << 20
+    comm_hook: Callable[[Bucket], None] | None = None
+    timeout: float = SECONDS
+
+
+class Synchroniser:
+    """The sums of one module's gradients over one team, backward after backward.
+
+    In each backward that synchronises, every rank sums every bucket once, in one order, with zeros for what it has no
+    gradient of. Nothing else is agreed on: which parameters were reached, how much each rank's gradients weigh and which
+    parameters are trained travels inside.
+
+    Parameters
+    ----------
+    names : sequence of str
+        Of the parameters.
+    parameters : sequence of torch.Tensor
+    late : collection of int
+        The numbers of parameters whose ``.grad`` is there only at the end of backward.
+    buffers : callable
+        Returns them; forward may put others in their place.
+    transport : Transport
+    team : tuple of int
+        World ranks, sorted; its first is the root.
+    options : Options
+    lane : int
+        Which of the team's communicators for sums.
+    is_weighed : bool
+        Whether backward begins with gradients that have their weights in the mean, so that they are only to be added.
+    """
+
+    def __init__(
+        self,
+        names: Sequence[str],
+        parameters: Sequence[torch.Tensor],
+        late: Iterable[int],
+        buffers: Callable[[], Iterable[torch.Tensor]],
+        transport: Transport,
+        team: tuple[int, ...],
+        options: Options,
+        lane: int,
+        is_weighed: bool = False,
+    ) -> None:
+        self.names, self.parameters, self.late, self._find_buffers = names, parameters, frozenset(late), buffers
+        self.transport, self.team, self.options = transport, team, options
+        self._divides = not is_weighed and options.average != "none"
+        self.count = 0.0  # rows since the last sum
+        self.weight: float | None = None  # in place of it
+        self._finished = 0
+        self.is_open = self.is_broken = False
+        self.backward: int | None = None
+        self._others = _synchronisers(transport)
+        self._others.add(self)
+        self.lane = f"copies {lane}"
+        if len(team) > 1:
+            transport.open_sums(team, self.lane)
+        self._settled: dict[int, weakref.ref[torch.Tensor]] = {}  # gradients that are the same on all ranks
+        self._known_buffers = self.buffers  # kept, lest others get their ids
+        self._versions = self._buffer_versions()
+        self._plan([n for n, p in enumerate(parameters) if p.requires_grad][::-1])
+
+    def __del__(self) -> None:
+        if self.is_open:  # which leaves sums that other ranks may not have started
+            self.transport.local.setdefault("spoilt lanes", []).append((self.team, self.lane))
+
+    def _plan(self, order: Sequence[int]) -> None:
+        """Cut the parameters that are trained into buckets, in the order in which their gradients come."""
+        order = [n for n in order if n not in self.late] + [n for n in order if n in self.late]
+        kinds = [(wire_dtype(p.dtype), p.device, n in self.late) for n, p in enumerate(self.parameters)]
+        nbytes = [p.numel() * wire_dtype(p.dtype).itemsize for p in self.parameters]
+        groups = filled(order, nbytes, kinds, self.options.bucket_bytes) or [()]
+        headers = [3 + len(self.parameters)] + [0] * (len(groups) - 1)
+        self.buckets = [
+            Bucket(group, [self.parameters[n] for n in group], header)
+            for group, header in zip(groups, headers, strict=True)
+        ]
+        self.places = {n: place for place, group in enumerate(groups) for n in group}
+        engine = self.options.engine
+        if engine == "auto" and sum(bucket.nbytes for bucket in self.buckets) < INLINE_BYTES:
+            engine = "inline"
+        self.engine = engine
+
+    # ---- one backward ------------------------------------------------------------------------------------------------
+
+    def begin(self, backward: int | None, takes_part: bool = True) -> None:
+        """Start a backward; one that failed before is completed without this rank's gradients."""
+        if self.is_open:
+            self._abandon()
+        self.is_open, self.backward, self._takes_part = True, backward, takes_part
+        self._seen: dict[int, None] = {}
+        self._pending: list[Pending] = []
+        self._weighed: tuple[float, float] | None = None
+        for bucket in self.buckets:
+            bucket.missing = len(bucket.numbers)
+        self._aside: dict[int, torch.Tensor] = {}
+        for number in list(self._settled):
+            if self._is_settled(number):
+                self._aside[number] = self.parameters[number].grad  # type: ignore[assignment]
+                self.parameters[number].grad = None
+        self._settled.clear()
+
+    def is_summed_by_another(self, number: int) -> bool:
+        """Whether another container with the same parameter is at it in this backward."""
+        parameter = self.parameters[number]
+        return any(other.is_open and any(p is parameter for p in other.parameters) for other in self._others)
+
+    def _is_settled(self, number: int) -> bool:
+        known, grad = self._settled.get(number), self.parameters[number].grad
+        return grad is not None and known is not None and known() is grad
+
+    def keep_local(self) -> None:
+        """Gradients come that are not to be summed yet: what was summed before counts as each rank's own from now on.
+
+        All of it, also where this rank gets no gradient, because others may.
+        """
+        settled = [n for n in self._settled if self._is_settled(n)]
+        if settled and self.options.average in ("sum", "none"):
+            raise RuntimeError(
+                f"DataParallel: {self.names[settled[0]]}.grad holds a sum over ranks, to which a backward inside no_sync "
+                f'adds; with average="{self.options.average}" call zero_grad() before it'
+            )
+        self._settled.clear()
+
+    def ready(self, number: int) -> None:
+        """A gradient is there."""
+        if number in self._seen:
+            if self.options.overlap:
+                raise RuntimeError(
+                    f"DataParallel: the gradient of {self.names[number]} came twice in one backward, as under reentrant "
+                    f"checkpoints: use checkpoint(..., use_reentrant=False), or DataParallel(..., overlap=False)"
+                )
+            return
+        self._seen[number] = None
+        place = self.places.get(number)
+        if place is not None:
+            self.buckets[place].missing -= 1
+            while self.options.overlap and len(self._pending) < len(self.buckets):
+                if self.buckets[len(self._pending)].missing or not self.buckets[len(self._pending)].numbers:
+                    break
+                self._start()
+
+    def _start(self, mark: float = 1.0) -> None:
+        """Start the sum of the next bucket."""
+        place = len(self._pending)
+        bucket = self.buckets[place]
+        if self._weighed is None:
+            self._weighed = self._weigh()
+        if place == 0:
+            trained = [float(p.requires_grad) for p in self.parameters]
+            leads = self._takes_part and self.transport.rank == self.team[0]
+            changed = self._versions != self._buffer_versions()
+            bucket.header = [float(self._takes_part), float(leads), float(changed), *trained]
+        gradients = [self.parameters[n].grad if self._takes_part else None for n in bucket.numbers]
+        bucket.pack(gradients, *self._weighed, mark)
+        if self.options.comm_hook is not None:
+            self.options.comm_hook(bucket)
+        self._pending.append(self._sum(bucket.flat))
+        if self.engine == "inline":
+            self._wait(place)
+
+    def _weigh(self) -> tuple[float, float]:
+        """By what the gradients are multiplied, and their weight in the mean."""
+        if not self._takes_part:
+            return 0.0, 0.0
+        if not self._divides or self.options.average == "ranks":
+            return 1.0, 1.0
+        weight = self.count if self.weight is None else float(self.weight)
+        return (weight if self.options.average == "samples" else 1.0), weight
+
+    def _sum(self, flat: torch.Tensor) -> Pending:
+        engine = "poll" if self.engine == "inline" and len(self.team) > 1 else self.engine
+        return self.transport.start_sum(self.team, flat, engine, self.lane)
+
+    def _wait(self, place: int) -> None:
+        if not self._pending[place].wait(self.options.timeout):
+            self.is_broken = True
+            names = [self.names[n] for n in self.buckets[place].numbers]
+            some = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+            raise TimeoutError(
+                f"rank {self.transport.rank}: bucket {place} ({some}) was not reduced after {self.options.timeout:g} s: "
+                f"some rank did not take part"
+            )
+
+    def _abandon(self) -> None:
+        """Complete the sums of a backward that failed: other ranks may have started more of them."""
+        self._takes_part = False
+        while len(self._pending) < len(self.buckets):
+            self._start(mark=0.0)
+        for place in range(len(self.buckets)):
+            self._wait(place)
+        self.is_open = False
+
+    def finish(self) -> bool:
+        """Complete a backward, and put the sums into ``.grad``. Whether any rank took part."""
+        any_takes_part = self.start_rest()
+        for place in range(len(self.buckets)):
+            self.put(self.complete(place))
+        self.close()
+        return any_takes_part
+
+    def start_rest(self) -> bool:
+        """Start all sums that have not, and do what other ranks must do too. Whether any rank took part."""
+        while len(self._pending) < len(self.buckets):
+            self._start()
+        self._results = {0: self._result(0)}
+        active, leads, changed, *self._trained = self.buckets[0].header
+        self.put(self._unplanned())
+        all_go_on = round(active) == len(self.team)
+        if changed and (all_go_on or (leads and self.options.sync_buffers == "root")):
+            self.sync_buffers()  # else join makes all equal in the end
+        return active > 0
+
+    def complete(self, place: int) -> Found:
+        """The sums of a bucket, None for a parameter without gradient on any rank."""
+        return self._results.pop(place) if place in self._results else self._result(place)
+
+    def _result(self, place: int) -> Found:
+        self._wait(place)
+        values, marks = self.buckets[place].unpack(self._divides)
+        if round(marks) != len(self.team):
+            self.is_open = False
+            raise RuntimeError("DataParallel: backward failed on another rank, whose gradients are lacking")
+        return list(zip(self.buckets[place].numbers, values, strict=True))
+
+    def close(self) -> None:
+        """The end of a backward."""
+        self._plan_anew(self._trained)
+        self.is_open = False
+        if self._takes_part:
+            self.count, self.weight = 0.0, None
+
+    def _unplanned(self) -> Found:
+        """The sums of parameters that some rank trains since this backward."""
+        found: Found = []
+        for n in [n for n, ranks in enumerate(self._trained) if ranks and n not in self.places]:
+            bucket = Bucket([n], [self.parameters[n]])
+            assert self._weighed is not None
+            bucket.pack([self.parameters[n].grad if self._takes_part else None], *self._weighed, 1.0)
+            self._sum(bucket.flat).wait()
+            found.append((n, bucket.unpack(self._divides)[0][0]))
+        return found
+
+    @torch.no_grad()
+    def put(self, found: Found) -> None:
+        """Put sums into ``.grad``, added to what was there before backward."""
+        if not self._takes_part:
+            return
+        for number, value in found:
+            parameter = self.parameters[number]
+            grad = self.added_up(number, parameter.grad if value is None else value)
+            parameter.grad = grad
+            if grad is not None:
+                self._settled[number] = weakref.ref(grad)
+
+    def added_up(self, number: int, value: torch.Tensor | None) -> torch.Tensor | None:
+        """The sum of a gradient, added to what was in ``.grad`` before backward."""
+        before = self._aside.pop(number, None)
+        if before is not None and value is not None:
+            before.add_(value)
+        if before is not None or value is None:
+            return before
+        parameter = self.parameters[number]
+        if parameter.is_contiguous():
+            return value.to(parameter.dtype)
+        return torch.empty_like(parameter).copy_(value)
+
+    def _plan_anew(self, trained: Sequence[float]) -> None:
+        """Follow what is trained now, and, once, the order in which the root's gradients came."""
+        wanted = [n for n, ranks in enumerate(trained) if ranks]
+        self._finished += 1
+        if self._finished == 1 and len(self.buckets) > 1:
+            came = [n for n in self._seen if n in wanted]
+            order = torch.tensor([*came, *(n for n in wanted[::-1] if n not in came)])
+            self.transport.broadcast(self.team, order, self.team[0])
+            self._plan(order.tolist())
+        elif sorted(self.places) != wanted:
+            self._plan(wanted[::-1])
+
+    # ---- buffers -----------------------------------------------------------------------------------------------------
+
+    @property
+    def buffers(self) -> list[torch.Tensor]:
+        return list(self._find_buffers())
+
+    def _buffer_versions(self) -> list[tuple[int, int]]:
+        return [(id(b), b._version) for b in self.buffers] if self.options.sync_buffers != "none" else []
+
+    def sync_buffers(self) -> None:
+        """Make the buffers equal on all ranks."""
+        means = self.options.sync_buffers == "mean"
+        buffers = self.buffers
+        averaged = [b for b in buffers if means and (b.is_floating_point() or b.is_complex())]
+        taken = [b for b in buffers if not any(b is other for other in averaged)]
+        with torch.no_grad(), torch.autograd._unsafe_preserve_version_counter(tuple(buffers)):
+            for group in _alike(averaged):
+                flat = flattened(group)
+                self.transport.all_reduce(self.team, flat).div_(len(self.team))
+                torch._foreach_copy_(group, list(unflattened(flat, group)))
+            for group in _alike(taken):
+                broadcast(self.transport, self.team, group)
+        self._known_buffers, self._versions = buffers, self._buffer_versions()
+
+
+def _synchronisers(transport: Transport) -> weakref.WeakSet[Synchroniser]:
+    """Those of this rank that are alive."""
+    return transport.local.setdefault("synchronisers", weakref.WeakSet())
+
+
+def lanes_in_use(transport: Transport, team: tuple[int, ...]) -> list[int]:
+    """The numbers of the lanes that a new container of the team should leave to others, as far as this rank knows."""
+    alive = [(other.team, other.lane) for other in _synchronisers(transport)]
+    used = [*alive, *transport.local.get("spoilt lanes", [])]
+    return [int(lane.split()[-1]) for others, lane in used if others == team]
+
+
+def broadcast(
+    transport: Transport, team: tuple[int, ...], tensors: Sequence[torch.Tensor], root: int | None = None
+) -> None:
+    """Give all ranks of the team the values of its first rank, or another: one message for each dtype."""
+    with torch.no_grad():
+        for group in _alike([t.detach() for t in tensors]):
+            flat = flattened(group)
+            transport.broadcast(team, flat, team[0] if root is None else root)
+            torch._foreach_copy_(group, list(unflattened(flat, group)))
+
+
+def _alike(tensors: Iterable[torch.Tensor]) -> list[list[torch.Tensor]]:
+    """The tensors by dtype and device."""
+    groups: dict[Any, list[torch.Tensor]] = {}
+    for tensor in tensors:
+        groups.setdefault((tensor.dtype, tensor.device), []).append(tensor)
+    return list(groups.values())

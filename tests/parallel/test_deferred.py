@@ -1,0 +1,319 @@
+"""Deferred updates: bit by bit what immediate ones give, whatever is done in between."""
+
+from __future__ import annotations
+
+import copy
+import io
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from ranks import on_ranks
+
+import distdl_lite as dl
+
+BUCKET = 160 / 2**20  # 20 numbers of float64
+optim = torch.optim
+
+OPTIMIZERS: dict[str, Callable[[Any], optim.Optimizer]] = {
+    "SGD": lambda p: optim.SGD(p, lr=0.1, momentum=0.9, nesterov=True, weight_decay=0.01),
+    "Adam": lambda p: optim.Adam(p, lr=0.01, amsgrad=True),
+    "AdamW": lambda p: optim.AdamW(p, lr=0.01, foreach=False),
+    "Adamax": lambda p: optim.Adamax(p, lr=0.01),
+    "NAdam": lambda p: optim.NAdam(p, lr=0.01),
+    "RAdam": lambda p: optim.RAdam(p, lr=0.01),
+    "Adagrad": lambda p: optim.Adagrad(p, lr=0.01),
+    "Adadelta": lambda p: optim.Adadelta(p, lr=0.5),
+    "ASGD": lambda p: optim.ASGD(p, lr=0.01),
+    "RMSprop": lambda p: optim.RMSprop(p, lr=0.01, momentum=0.5, centered=True),
+    "Rprop": lambda p: optim.Rprop(p, lr=0.01),
+    "Adafactor": lambda p: optim.Adafactor(p, lr=0.01),
+    "Muon": lambda p: optim.Muon([q for q in p if q.dim() == 2], lr=0.01),
+}
+
+
+def net() -> torch.nn.Module:
+    torch.manual_seed(3)
+    return torch.nn.Sequential(
+        torch.nn.Linear(4, 6), torch.nn.Tanh(), torch.nn.BatchNorm1d(6), torch.nn.Linear(6, 6), torch.nn.Tanh(),
+        torch.nn.Linear(6, 2),
+    ).double()  # fmt: skip
+
+
+def groups(module: torch.nn.Module) -> list[dict[str, Any]]:
+    parameters = list(module.parameters())
+    return [{"params": parameters[:3], "lr": 0.02}, {"params": parameters[3:]}]
+
+
+def pair(
+    make: Callable[[Any], optim.Optimizer], build: Callable[[], torch.nn.Module] = net, **options: Any
+) -> Iterator:
+    """The same model with immediate and with deferred updates."""
+    for update in ("now", "deferred"):
+        module = build()
+        given = list(module.parameters()) if not options.get("grouped") else groups(module)
+        optimizer = dl.DataParallelOptimizer(make(given))
+        more = {key: value for key, value in options.items() if key != "grouped"}
+        yield dl.DataParallel(module, optimizer=optimizer, update=update, bucket_mb=BUCKET, **more), optimizer
+
+
+def batch(world: dl.Partition, step: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(10 * step + world.rank)
+    return torch.randn(2 + world.rank, 4, dtype=torch.float64, generator=generator)
+
+
+def assert_same(first: dl.DataParallel, second: dl.DataParallel, what: str = "") -> None:
+    a, b = first.state_dict(), second.state_dict()
+    assert a.keys() == b.keys()
+    for name in a:
+        assert torch.equal(a[name], b[name]), (name, what)
+
+
+def train(
+    world: dl.Partition, dp: Any, optimizer: Any, steps: int = 4, scheduler: Any = None, between: Any = None
+) -> None:
+    for step in range(steps):
+        optimizer.zero_grad()
+        dp(batch(world, step)).square().mean().backward()
+        optimizer.step()
+        if scheduler is not None:
+            scheduler.step()
+        if between is not None:
+            between(dp, optimizer)
+
+
+@pytest.mark.check("A26")
+@on_ranks(2, mpi=True)
+def test_every_dense_optimizer(world: dl.Partition) -> None:
+    for name, make in OPTIMIZERS.items():
+        made = list(pair(make, grouped=name != "Muon"))
+        for dp, optimizer in made:
+            train(world, dp, optimizer)
+        assert made[1][0]._deferral.places, "nothing was deferred"
+        assert_same(made[0][0], made[1][0])
+        for dp, _ in made:
+            dp.check_replicas()
+
+
+@pytest.mark.check("A26")
+@on_ranks(2, mpi=True)
+def test_whatever_is_done_between_the_steps(world: dl.Partition) -> None:
+    def evaluates(dp: Any, optimizer: Any) -> None:
+        dp.eval()
+        with torch.no_grad():
+            seen.append(dp(batch(world, 99)))
+        dp.train()
+
+    def evaluates_in_training_mode(dp: Any, optimizer: Any) -> None:
+        with torch.no_grad():
+            seen.append(dp(batch(world, 99)))
+
+    def saves(dp: Any, optimizer: Any) -> None:
+        seen.extend(v.clone() for v in dp.module.state_dict().values())
+
+    def saves_optimizer(dp: Any, optimizer: Any) -> None:
+        state = copy.deepcopy(optimizer.state_dict())["state"]
+        seen.extend(state[key]["exp_avg"] for key in sorted(state))
+
+    def looks(dp: Any, optimizer: Any) -> None:
+        seen.extend(p.grad.clone() for p in dp.parameters())
+
+    def zeros(dp: Any, optimizer: Any) -> None:
+        optimizer.zero_grad(set_to_none=False)
+
+    def forgets(dp: Any, optimizer: Any) -> None:
+        dp.module.zero_grad()
+        optimizer.torch_optimizer.zero_grad()
+
+    def copies(dp: Any, optimizer: Any) -> None:
+        seen.extend(p.detach().clone() for p in copy.deepcopy(dp).parameters())
+
+    def scales(dp: Any, optimizer: Any) -> None:
+        for group in optimizer.param_groups:
+            group["lr"] *= 0.5
+
+    def accumulates(dp: Any, optimizer: Any) -> None:
+        dp(batch(world, 50)).square().mean().backward()
+        optimizer.step()
+
+    def nothing(dp: Any, optimizer: Any) -> None:
+        pass
+
+    for between in (evaluates, evaluates_in_training_mode, saves, saves_optimizer, looks, zeros, forgets, copies, scales,
+                    accumulates, nothing):  # fmt: skip
+        results = []
+        for dp, optimizer in pair(OPTIMIZERS["Adam"]):
+            seen: list[torch.Tensor] = []
+            train(world, dp, optimizer, between=between)
+            results.append((dp, seen))
+        assert_same(results[0][0], results[1][0], between.__name__)
+        assert len(results[0][1]) == len(results[1][1])
+        for a, b in zip(results[0][1], results[1][1], strict=True):
+            assert torch.equal(a, b), between.__name__
+
+
+@pytest.mark.check("A26")
+@on_ranks(2)
+def test_schedulers_act_on_the_step_they_follow(world: dl.Partition) -> None:
+    for inner in (False, True):
+        made = []
+        for dp, optimizer in pair(OPTIMIZERS["SGD"]):
+            scheduler = optim.lr_scheduler.StepLR(optimizer.torch_optimizer if inner else optimizer, 1, gamma=0.3)
+            train(world, dp, optimizer, scheduler=scheduler)
+            made.append(dp)
+        assert_same(*made)
+
+
+@pytest.mark.check("A26")
+@on_ranks(2)
+def test_clipping_and_unused_parameters(world: dl.Partition) -> None:
+    made = []
+    for dp, optimizer in pair(OPTIMIZERS["SGD"]):
+        for step in range(4):
+            optimizer.zero_grad()
+            dp(batch(world, step)).square().mean().backward()
+            dp.synchronize()
+            torch.nn.utils.clip_grad_norm_(dp.module.parameters(), 0.01)
+            optimizer.step()
+        made.append(dp)
+    assert_same(*made)
+    dp, optimizer = list(pair(OPTIMIZERS["SGD"]))[1]
+    dp(batch(world, 0)).square().mean().backward()
+    torch.nn.utils.clip_grad_norm_(dp.module.parameters(), 0.01)
+    with pytest.raises(RuntimeError, match=r"call synchronize\(\) after backward"):
+        optimizer.step()
+
+
+class Tied(torch.nn.Module):
+    """Root-level and tied parameters, an attention that uses a layer's weight without calling it, a skipped branch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = torch.nn.Parameter(torch.ones(4))
+        self.attention = torch.nn.MultiheadAttention(4, 2, batch_first=True)
+        self.first, self.second = torch.nn.Linear(4, 4), torch.nn.Linear(4, 4)
+        self.second.weight = self.first.weight
+        self.aside, self.calls = torch.nn.Linear(4, 4), 0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        x = (x * self.scale).unsqueeze(1)
+        y = self.second(self.first(self.attention(x, x, x)[0]).tanh())
+        return y + self.aside(x) if self.calls % 2 else y
+
+
+@pytest.mark.check("A26")
+@on_ranks(2)
+def test_layers_that_do_not_call_each_other(world: dl.Partition) -> None:
+    def build() -> torch.nn.Module:
+        torch.manual_seed(5)
+        return Tied().double()
+
+    made = []
+    for dp, optimizer in pair(OPTIMIZERS["Adam"], build):
+        train(world, dp, optimizer, steps=6)
+        made.append(dp)
+    assert_same(*made)
+
+
+class Functional(torch.nn.Module):
+    """Uses a layer's weight without calling it: always, or from the third forward on."""
+
+    def __init__(self, start: int) -> None:
+        super().__init__()
+        self.layer, self.other, self.start, self.calls = torch.nn.Linear(4, 4), torch.nn.Linear(4, 4), start, 0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        x = self.other(x)
+        return torch.nn.functional.linear(x, self.layer.weight) if self.calls > self.start else self.layer(x)
+
+
+@pytest.mark.check("A26")
+@on_ranks(2)
+def test_weights_used_without_their_layer(world: dl.Partition) -> None:
+    def build(start: int) -> torch.nn.Module:
+        torch.manual_seed(5)
+        return Functional(start).double()
+
+    made = []
+    for dp, optimizer in pair(OPTIMIZERS["Adam"], lambda: build(0)):
+        train(world, dp, optimizer)
+        made.append(dp)
+    assert_same(*made)
+    dp, optimizer = list(pair(OPTIMIZERS["Adam"], lambda: build(2)))[1]
+    with pytest.raises(RuntimeError, match=r"was used before its deferred update|modified by an inplace operation"):
+        train(world, dp, optimizer)
+
+
+@pytest.mark.check("A26")
+@on_ranks(2)
+def test_two_optimizers_and_a_failed_forward(world: dl.Partition) -> None:
+    states = []
+    for update in ("now", "deferred"):
+        module = net()
+        parameters = list(module.parameters())
+        optimizers = [
+            dl.DataParallelOptimizer(optim.Adam(parameters[:2], lr=0.01)),
+            dl.DataParallelOptimizer(optim.SGD(parameters[2:], lr=0.1)),
+        ]
+        dp = dl.DataParallel(module, None, optimizers, blocking_parameter_updates=update == "now", bucket_mb=BUCKET)
+        assert dp.blocking_parameter_updates is (update == "now")
+        for step in range(4):
+            for optimizer in optimizers:
+                optimizer.zero_grad()
+            with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+                dp(torch.zeros(2, 5, dtype=torch.float64))
+            dp(batch(world, step)).square().mean().backward()
+            for optimizer in optimizers[: 1 + step % 2]:
+                optimizer.step()
+        states.append(dp.state_dict())
+    for name in states[0]:
+        assert torch.equal(states[0][name], states[1][name]), name
+
+
+def test_arguments() -> None:
+    module = torch.nn.Linear(2, 2)
+    inner = optim.SGD(module.parameters(), lr=0.1)
+    with pytest.raises(TypeError, match=r"a torch.optim.Optimizer is needed, not 3"):
+        dl.DataParallelOptimizer(3)
+    with pytest.raises(TypeError, match=r"blocking must be a bool, not 1"):
+        dl.DataParallelOptimizer(inner, 1)
+    optimizer = dl.DataParallelOptimizer(inner)
+    for given in (inner, [optimizer, inner]):
+        with pytest.raises(TypeError, match="must be a DataParallelOptimizer or a sequence of them"):
+            dl.DataParallel(module, None, given)
+    with pytest.raises(TypeError, match=r"blocking_parameter_updates must be a bool, not 1"):
+        dl.DataParallel(module, None, optimizer, 1)
+    with pytest.raises(ValueError, match=r'update="deferred" needs the optimizer'):
+        dl.DataParallel(module, update="deferred")
+    with pytest.raises(ValueError, match=r'blocking_parameter_updates=True is update="now"'):
+        dl.DataParallel(module, None, optimizer, True, update="deferred")
+    with pytest.raises(ValueError, match="update must be one of now, deferred"):
+        dl.DataParallel(module, update="later")
+    lbfgs = dl.DataParallelOptimizer(optim.LBFGS(module.parameters()))
+    with pytest.raises(ValueError, match="LBFGS calls a closure"):
+        dl.DataParallel(module, None, lbfgs, False)
+
+
+@on_ranks(2)
+def test_optimizers_alone_copied_and_pickled(world: dl.Partition) -> None:
+    dp, optimizer = list(pair(OPTIMIZERS["Adam"]))[1]
+    train(world, dp, optimizer)
+    dp(batch(world, 0)).sum().backward()
+    with pytest.raises(ValueError, match="a step with a closure cannot be deferred"):
+        optimizer.step(lambda: 0.0)
+    twin, other = copy.deepcopy((dp, optimizer))
+    buffer = io.BytesIO()
+    torch.save((dp, optimizer), buffer)
+    buffer.seek(0)
+    loaded, another = torch.load(buffer, weights_only=False)
+    for container, its in ((dp, optimizer), (twin, other), (loaded, another)):
+        train(world, container, its)
+    assert_same(dp, twin)
+    assert_same(dp, loaded)
+    alone = dl.DataParallelOptimizer(optim.SGD(dp.module.parameters(), lr=0.1))
+    assert alone.step(lambda: 3.0) == 3.0
+    alone.load_state_dict(alone.state_dict())
+    assert repr(alone).startswith("DataParallelOptimizer(SGD")
