@@ -354,7 +354,6 @@ def test_buffers_and_momentum(world: dl.Partition) -> None:
 @on_ranks(2, mpi=True)
 def test_rounding_on_the_wire(world: dl.Partition) -> None:
     """A step's error is a rounding of the difference; what it keeps comes later, so that small updates add up."""
-    generator = torch.Generator().manual_seed(world.rank)
     for wire, digits in ((torch.bfloat16, 8), (torch.float16, 11)):
         for dtype, delay in ((torch.float64, 0), (torch.float32, 0), (torch.float32, 1)):
             start = torch.linspace(0.5, 2.0, 1001, dtype=dtype)
@@ -363,7 +362,7 @@ def test_rounding_on_the_wire(world: dl.Partition) -> None:
             total = torch.zeros(1001, dtype=torch.float64)
             for step in range(100):
                 before = w.detach().clone()
-                w.grad = -1e-4 * start * (1 + 0.5 * torch.rand(1001, generator=generator))
+                w.grad = -1e-4 * start * (1 + 0.3 * world.rank)  # always rounded to the same side
                 both = world.world_transport.all_reduce((0, 1), -w.grad.double()) / 2
                 total += both
                 optimizer.step()
@@ -372,7 +371,7 @@ def test_rounding_on_the_wire(world: dl.Partition) -> None:
                     assert 2.0 ** -(digits + 4) < error.max() <= 2.0**-digits
             optimizer.synchronise()
             drift = (w.detach().double() - start.double() - total).abs() / total
-            assert drift.max() < 1e-3
+            assert drift.max() < (1e-4 if dtype is torch.float64 else 1e-3)
             told = world.allgather_data(w.tolist())
             assert told[0] == told[1]
 
