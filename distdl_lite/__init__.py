@@ -9,6 +9,10 @@ from distdl_lite.nn.parameter import load_serial_state_dict, serial_state_dict
 from distdl_lite.nn.rooted import gather, scatter
 from distdl_lite.nn.sync_batch_norm import SyncBatchNorm
 from distdl_lite.operator import Operator
+from distdl_lite.optim.daso import DASO
+from distdl_lite.optim.local_sgd import LocalSGD
+from distdl_lite.optim.multi_gpu import DataParallelMultiGPU
+from distdl_lite.optim.schedule import DASOSchedule, Periodic, PostLocal
 from distdl_lite.parallel.data_parallel import DataParallel
 from distdl_lite.parallel.deferred import DataParallelOptimizer
 from distdl_lite.parallel.process_group import MPIProcessGroup

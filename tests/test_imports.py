@@ -30,7 +30,7 @@ LEVELS = [
     "parallel/replica",
     "parallel/local",
 ]
-PURE = ["grid", "partition", "layout", "plan"]
+PURE = ["grid", "partition", "layout", "plan", "optim/schedule"]
 ANYTHING = ["__init__", "__main__", "testing", "pytest_plugin", "handwritten"]
 FRONT = ["bench", "parallel", "optim", "tagi", "checkpoint", "data", "show"]
 

@@ -79,6 +79,22 @@ class Transport(Protocol):
         one of `ENGINES` or "auto".
         """
 
+    def start_rounded_sum(
+        self,
+        team: tuple[int, ...],
+        tensor: torch.Tensor,
+        left: torch.Tensor,
+        dtype: torch.dtype,
+        engine: str = "auto",
+        lane: str = "",
+    ) -> Pending:
+        """As `start_sum`, of real numbers that travel as `dtype`, a half, and so in half the bytes of float32.
+
+        Each is rounded on its way to where it is added up, and with more than two ranks the sum on its way back; what is out
+        of float16's range is cut to it.
+        `left` gets what this rank kept: the sums, and what is left on all ranks, add up to the exact sums.
+        """
+
     def broadcast(self, team: Team, tensor: torch.Tensor, root: int) -> None:
         """Fill the contiguous tensor with world rank `root`'s."""
 

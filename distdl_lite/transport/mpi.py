@@ -177,6 +177,31 @@ class MPITransport(Transport):
         is_ready = _event_of(tensor)
         return worker.submit(lambda: _summed(comm, tensor, is_ready), lambda total: _take_home(tensor, total))
 
+    def start_rounded_sum(
+        self,
+        team: tuple[int, ...],
+        tensor: torch.Tensor,
+        left: torch.Tensor,
+        dtype: torch.dtype,
+        engine: str = "auto",
+        lane: str = "",
+    ) -> Pending:
+        if len(team) == 1 or not tensor.numel():
+            left.zero_()
+            return Done()
+        comm, worker = self._sums[team, lane]
+        if "tallies" in self.local:
+            record(self.local, 1, tensor.numel() * dtype.itemsize, 0.0, 1, "sums")
+        # Never "poll": of two collectives MPI would not begin the second by itself.
+        if engine in ("auto", "thread") and MPI.Query_thread() == MPI.THREAD_MULTIPLE:
+            is_ready = _event_of(tensor)
+            return worker.submit(
+                lambda: _rounded_sum(comm, tensor, left, dtype, is_ready),
+                lambda both: _take_both_home(tensor, left, both),
+            )
+        _take_both_home(tensor, left, _rounded_sum(comm, tensor, left, dtype))
+        return Done()
+
     def _end(self) -> None:
         """Let MPI end although some rank took no part in a sum: the job would wait for it for ever."""
         end = perf_counter() + _SECONDS_AT_END
@@ -215,9 +240,54 @@ def _summed(comm: MPI.Comm, tensor: torch.Tensor, is_ready: Any = None) -> torch
     return sent
 
 
+def _rounded_sum(
+    comm: MPI.Comm, tensor: torch.Tensor, left: torch.Tensor, dtype: torch.dtype, is_ready: Any = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The sum, and what rounding left of this rank's numbers and of the piece that it adds up, in host memory.
+
+    They are the tensors themselves where they can be: each further vector costs as much as it takes to send one.
+    """
+    if is_ready is not None:
+        is_ready.synchronize()
+    total, size = _at_host(tensor), tensor.numel()
+    kept = left if left.is_cpu else torch.empty_like(total)
+    sent = wire.rounded(total, dtype, 1 if comm.size == 2 else comm.size)
+    torch.sub(total, sent.view(-1)[:size], out=kept)
+    if comm.size == 2:  # each adds up everything, in no more bytes
+        return _added_up(_gathered(comm, sent), total), kept
+    parts, nbytes = torch.empty_like(sent), sent[0].nbytes
+    comm.Alltoall([_bytes(sent)[0], nbytes, MPI.BYTE], [_bytes(parts)[0], nbytes, MPI.BYTE])
+    exact = _added_up(parts, torch.empty_like(parts[0], dtype=total.dtype))
+    piece = wire.rounded(exact, dtype, 1)
+    total.copy_(_gathered(comm, piece).view(-1)[:size])
+    mine = kept[comm.rank * exact.numel() :][: exact.numel()]
+    mine += (exact - piece[0])[: mine.numel()]
+    return total, kept
+
+
+def _added_up(rows: torch.Tensor, into: torch.Tensor) -> torch.Tensor:
+    """The sum of the rows, one after another: for long ones five times as fast as torch's sum over the first dim."""
+    into.copy_(rows[0])
+    for row in rows[1:]:
+        into += row
+    return into
+
+
+def _gathered(comm: MPI.Comm, piece: torch.Tensor) -> torch.Tensor:
+    """The ranks' pieces as rows."""
+    rows = piece.new_empty(comm.size, piece.numel())
+    comm.Allgather(_bytes(piece), [_bytes(rows)[0], piece.nbytes, MPI.BYTE])
+    return rows
+
+
 def _take_home(tensor: torch.Tensor, total: torch.Tensor) -> None:
     if total is not tensor:
         tensor.copy_(total)
+
+
+def _take_both_home(tensor: torch.Tensor, left: torch.Tensor, both: tuple[torch.Tensor, torch.Tensor]) -> None:
+    _take_home(tensor, both[0])
+    _take_home(left, both[1])
 
 
 def _event_of(tensor: torch.Tensor) -> Any:

@@ -25,7 +25,7 @@ import torch
 from distdl_lite.plan import Plan
 from distdl_lite.transport import Team, Transport, enter, wire
 from distdl_lite.transport.counts import counted, record
-from distdl_lite.transport.sums import Pending
+from distdl_lite.transport.sums import Done, Pending
 
 _MASK = (1 << 64) - 1
 _Meeting = tuple[tuple[int, ...], str, int]  # the team, which of its lanes, and the number in it
@@ -222,6 +222,22 @@ class ThreadTransport(Transport):
             record(self.local, 1, tensor.nbytes, 0.0, 1, "sums")
         return _Sum(self, team, tensor, lane)
 
+    def start_rounded_sum(
+        self,
+        team: tuple[int, ...],
+        tensor: torch.Tensor,
+        left: torch.Tensor,
+        dtype: torch.dtype,
+        engine: str = "auto",
+        lane: str = "",
+    ) -> Pending:
+        if len(team) == 1 or not tensor.numel():
+            left.zero_()
+            return Done()
+        if "tallies" in self.local:
+            record(self.local, 1, tensor.numel() * dtype.itemsize, 0.0, 1, "sums")
+        return _RoundedSum(self, team, tensor, left, dtype, lane)
+
     @counted("copies")
     def broadcast(self, team: Team, tensor: torch.Tensor, root: int) -> None:
         what = f"broadcast of {tensor.numel()} {tensor.dtype} from rank {root}"
@@ -274,6 +290,38 @@ class _Sum:
         if self._meeting is not None:
             self._tensor.copy_(reduce(torch.add, self._transport._met_all(self._meeting, self._what)))
             self._meeting = None
+        return True
+
+
+class _RoundedSum(_Sum):
+    """A sum of numbers that travel as halves."""
+
+    def __init__(
+        self,
+        transport: ThreadTransport,
+        team: tuple[int, ...],
+        tensor: torch.Tensor,
+        left: torch.Tensor,
+        dtype: torch.dtype,
+        lane: str,
+    ) -> None:
+        sent = wire.rounded(tensor, dtype, len(team))
+        super().__init__(transport, team, sent, lane)
+        self._given, self._left = tensor, left
+        left.copy_(tensor - sent.view(-1)[: tensor.numel()])
+
+    def wait(self, timeout: float | None = None) -> bool:
+        if self._meeting is not None:
+            halves, size, ranks = self._tensor, self._given.numel(), len(self._team)
+            self._tensor = total = halves.to(self._given.dtype)
+            super().wait()
+            if ranks > 2:
+                rows = wire.rounded(total.view(-1), halves.dtype, ranks)
+                start = self._team.index(self._transport.rank) * rows.shape[1]
+                mine = slice(start, min(start + rows.shape[1], size))
+                self._left[mine] += (total - rows).view(-1)[mine]
+                total = rows
+            self._given.copy_(total.view(-1)[:size])
         return True
 
 

@@ -25,6 +25,15 @@ def wire_dtype(dtype: torch.dtype) -> torch.dtype:
     return _WIRE_DTYPES.get(dtype, dtype)
 
 
+def rounded(tensor: torch.Tensor, dtype: torch.dtype, pieces: int) -> torch.Tensor:
+    """A flat tensor as rows of equal length in a half dtype, with zeros at the end."""
+    rows = tensor.new_zeros(pieces, -(-tensor.numel() // pieces), dtype=dtype)
+    if dtype is torch.float16:  # whose range is passed sooner than bfloat16's
+        tensor = tensor.clamp(-65504.0, 65504.0)
+    rows.view(-1)[: tensor.numel()] = tensor
+    return rows
+
+
 def keep_freed_memory() -> None:
     """Let glibc's malloc keep what is freed, up to 64 MiB, which spares each tensor of a few MiB its page faults.
 

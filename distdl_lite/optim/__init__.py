@@ -1,0 +1,1 @@
+"""Optimizers that average over ranks from time to time, in place of summing gradients at every step."""

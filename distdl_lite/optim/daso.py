@@ -1,0 +1,272 @@
+"""Heat's DASO: nodes that train by themselves and average asynchronously, on any device and number of ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+
+from distdl_lite.optim.flat import average
+from distdl_lite.optim.levels import partition_of
+from distdl_lite.optim.local_sgd import LocalSGD, is_averaged
+from distdl_lite.optim.schedule import DASOSchedule, Skips, check_int
+from distdl_lite.transport import Transport
+
+_WIRES = torch.bfloat16, torch.half, torch.float
+
+
+class DASO(LocalSGD):
+    """Distributed asynchronous and selective optimization, with Heat's arguments.
+
+    Ranks of a node average after every batch or few; one rank of each node in turn averages with those of the other nodes,
+    and the result, which is some batches old when it arrives, is merged with what the node has learned since. `DASOSchedule`
+    says how often, from the losses that `epoch_loss_logic` is told. After the last batch of an epoch all ranks are equal.
+
+    Parameters
+    ----------
+    local_optimizer : torch.optim.Optimizer
+        Takes the steps.
+    total_epochs : int
+    comm : Partition or MPI communicator, optional
+        All ranks; the ambient world by default.
+    warmup_epochs, cooldown_epochs, stability_level, max_global_skips, skip_reduction_factor, local_skip_factor
+        See `DASOSchedule`.
+    scheduler : LRScheduler or subclass, optional
+        One made for `local_optimizer`, or a class to be made with it alone. It is stepped after every batch. One that is
+        used by the caller as usual, outside, does as well.
+    sending_chunk_size : int
+        The most elements in a message.
+    downcast_type : torch.dtype
+        bfloat16 or float16: what is sent are rounded differences, see `LocalSGD`, in all phases. float: numbers travel as
+        they are.
+    use_mpi_groups : bool
+        Without effect: communicators are made once for all optimizers, from groups.
+    verbose : bool
+        Whether `print0` prints.
+    ranks_per_node : int, optional
+        So many ranks in a row count as a node; by default those of a host.
+    steps_per_epoch : int, optional
+        Sets `last_batch` to one less.
+    groups, average_state, buffers, engine, timeout
+        As those of `LocalSGD`.
+
+    Attributes
+    ----------
+    last_batch : int or None
+        The number of an epoch's last batch, counted from 0; to be set before the first step unless `steps_per_epoch` is given.
+    global_skip, local_skip, batches_to_wait : int
+        What the schedule says now.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If an argument is none of the above.
+
+    See Also
+    --------
+    LocalSGD : what the two have in common: collective calls, state_dict, errors.
+    """
+
+    def __init__(
+        self,
+        local_optimizer: torch.optim.Optimizer,
+        total_epochs: int,
+        comm: Any = None,
+        warmup_epochs: int = 4,
+        cooldown_epochs: int = 4,
+        scheduler: LRScheduler | type[LRScheduler] | None = None,
+        stability_level: float = 0.05,
+        max_global_skips: int = 8,
+        sending_chunk_size: int = 10_000_000,
+        downcast_type: torch.dtype = torch.bfloat16,
+        use_mpi_groups: bool = True,
+        skip_reduction_factor: int = 2,
+        local_skip_factor: int = 4,
+        verbose: bool = False,
+        *,
+        ranks_per_node: int | None = None,
+        steps_per_epoch: int | None = None,
+        **options: Any,
+    ) -> None:
+        if not isinstance(local_optimizer, torch.optim.Optimizer):
+            raise TypeError(f"local_optimizer must be a torch.optim.Optimizer, not {local_optimizer!r}")
+        schedule = DASOSchedule(
+            total_epochs,
+            warmup_epochs,
+            cooldown_epochs,
+            stability_level,
+            max_global_skips,
+            skip_reduction_factor,
+            local_skip_factor,
+        )
+        check_int("sending_chunk_size", sending_chunk_size, 1)
+        if not isinstance(downcast_type, torch.dtype):
+            raise TypeError(f"downcast_type must be a torch.dtype, not {downcast_type!r}")
+        if downcast_type not in _WIRES:
+            raise ValueError(f"downcast_type must be one of {_WIRES}, not {downcast_type}")
+        for name, value in (("use_mpi_groups", use_mpi_groups), ("verbose", verbose)):
+            if not isinstance(value, bool):
+                raise TypeError(f"{name} must be a bool, not {value!r}")
+        if steps_per_epoch is not None:
+            check_int("steps_per_epoch", steps_per_epoch, 1)
+        unknown = set(options) - {"groups", "average_state", "buffers", "engine", "timeout"}
+        if unknown:
+            raise TypeError(f"DASO has no arguments {sorted(unknown)}")
+        self.scheduler = _scheduler_of(scheduler, local_optimizer)
+        self.last_batch = None if steps_per_epoch is None else steps_per_epoch - 1
+        self.verbose = verbose
+        super().__init__(
+            local_optimizer,
+            schedule,
+            P=partition_of(comm),
+            ranks_per_node=ranks_per_node,
+            wire=downcast_type,
+            chunk=sending_chunk_size,
+            **options,
+        )
+        self._means_gradients = False
+
+    @property
+    def global_skip(self) -> int:
+        return self.schedule(self.epoch, self.batch, self.losses)[0]
+
+    @property
+    def local_skip(self) -> int:
+        return self.schedule(self.epoch, self.batch, self.losses)[1]
+
+    @property
+    def batches_to_wait(self) -> int:
+        return self.schedule(self.epoch, self.batch, self.losses)[2]
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Take a step, and begin, merge or make the average that is due; the last batch's ends the epoch.
+
+        Raises
+        ------
+        ValueError
+            If `last_batch` is not set.
+        """
+        if self.last_batch is None:
+            raise ValueError(
+                "DASO: set last_batch, the number of an epoch's last batch counted from 0, or give steps_per_epoch"
+            )
+        if self._means_gradients:
+            self._prepare_gradients(closure)
+        loss = super().step(closure)
+        if self.scheduler is not None:
+            self.scheduler.step()
+        if self.batch > self.last_batch:
+            self.epoch, self.batch = self.epoch + 1, 0
+        return loss
+
+    def _skips(self) -> Skips:
+        every, local_every, delay = super()._skips()
+        return (1, local_every, 0) if self.batch >= (self.last_batch or 0) else (every, local_every, delay)
+
+    def _is_due(self, every: int, since: int) -> bool:
+        return self.batch % every == 0
+
+    def epoch_loss_logic(self, loss: float | torch.Tensor, loss_globally_averaged: bool = False) -> None:
+        """Tell the schedule an epoch's loss on this rank; all ranks call it, once an epoch, after the last batch's step.
+
+        What the schedule sees is the mean over the ranks, also of a loss that is a mean over them already, as a sum by MPI
+        may differ in its last digit between ranks, and they would no longer follow the same schedule.
+        """
+        before = self.global_skip, self.local_skip, self.batches_to_wait
+        self.losses = (*self.losses, self._mean_loss(loss))
+        now = self.global_skip, self.local_skip, self.batches_to_wait
+        self.print0(f"epoch {self.epoch}: mean loss {self.losses[-1]:g}, skips {before} -> {now}")
+
+    def set_model(self, model: torch.nn.Module) -> None:
+        """Average the model's floating-point buffers too; all ranks call it."""
+        if not isinstance(model, torch.nn.Module):
+            raise TypeError(f"model must be a torch.nn.Module, not {model!r}")
+        self.buffers = [buffer for buffer in model.buffers() if buffer.is_floating_point()]
+        self.replan()
+
+    def reset(self) -> None:
+        """Merge what is under way, and begin again with epoch 0; parameters and the optimizer's state stay."""
+        self.drain()
+        self.steps = self.epoch = self.batch = 0
+        self.losses = ()
+        self.zero_grad()
+
+    def print0(self, *args: Any, **kwargs: Any) -> None:
+        """Print on the first rank, if `verbose`."""
+        if self.verbose and self.levels.rank == self.levels.team[0]:
+            print(*args, **kwargs)
+
+    def state_dict(self) -> dict[str, Any]:
+        state = super().state_dict()
+        state["local_sgd"]["scheduler"] = None if self.scheduler is None else self.scheduler.state_dict()
+        return state
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        scheduler = state_dict.get("local_sgd", {}).get("scheduler")
+        if self.scheduler is not None and scheduler is not None:
+            self.scheduler.load_state_dict(scheduler)
+
+    # ---- for DataParallelMultiGPU -----------------------------------------------------------------------------------
+
+    def _prepare_gradients(self, closure: Callable[[], Any] | None) -> None:
+        """Put the mean over the node into the gradients, in phases in which its ranks step together."""
+        if closure is not None or "found_inf" in self.__dict__:
+            raise RuntimeError(
+                "DASO: with DataParallelMultiGPU there is no closure, and a GradScaler is given to add_scaler"
+            )
+        were_equal, self._keeps_nodes_equal = self._keeps_nodes_equal, self._skips()[1] <= 1
+        if not self._keeps_nodes_equal or len(self.levels.node) == 1:
+            return
+        learning = self._learning()
+        with torch.no_grad():
+            if not were_equal:
+                self._make_node_equal(learning)
+            mean_gradients(self._transport, self.levels.node, learning)
+
+    def _make_node_equal(self, learning: Sequence[torch.Tensor]) -> None:
+        """Average parameters and states such as momentum; of other states, as counts of steps, take the first rank's.
+
+        States of a parameter that some rank has not stepped yet are forgotten.
+        """
+        states, scaler = self.optimizer.state, self._scaler
+        names = [sorted(states.get(p, {}), key=str) for p in learning]
+        rest = [{k: v for k, v in states.get(p, {}).items() if not is_averaged(v, p)} for p in learning]
+        mine = names, rest, None if scaler is None else scaler.state_dict()
+        told = self._transport.gather_objects(self.levels.node, mine)
+        for number, p in enumerate(learning):
+            if any(other[0][number] != names[number] for other in told):
+                states.pop(p, None)
+            elif names[number]:
+                states[p].update(told[0][1][number])
+        if scaler is not None:
+            scaler.load_state_dict(told[0][2])
+        average(self._transport, self.levels.node, [*learning, *self._common_state(self.levels.node)])
+
+
+def mean_gradients(transport: Transport, team: tuple[int, ...], parameters: Sequence[torch.Tensor]) -> None:
+    """Put the mean over a node's ranks into ``.grad``; who has none counts as zeros, where none has one it stays None.
+
+    To be replaced by `distdl_lite.DataParallel` over the node, which does this during backward.
+    """
+    used = torch.tensor([p.grad is not None for p in parameters], dtype=torch.int32)
+    transport.all_reduce(team, used, "max")
+    chosen = [p for p, is_used in zip(parameters, used.tolist(), strict=True) if is_used]
+    for p in chosen:
+        if p.grad is None:
+            p.grad = torch.zeros_like(p)
+    average(transport, team, [p.grad for p in chosen if p.grad is not None])
+
+
+def _scheduler_of(given: Any, optimizer: torch.optim.Optimizer) -> LRScheduler | None:
+    if given is None:
+        return None
+    kind = given if isinstance(given, type) else type(given)
+    if not issubclass(kind, LRScheduler) or issubclass(kind, ReduceLROnPlateau):
+        raise TypeError(f"scheduler must be an LRScheduler that needs no metric, or a class of them, not {given!r}")
+    made: LRScheduler = given(optimizer) if isinstance(given, type) else given
+    if made.optimizer is not optimizer:
+        raise ValueError("scheduler must have been made for local_optimizer")
+    return made

@@ -1,0 +1,579 @@
+"""Ranks that train by themselves and average their parameters from time to time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, is_dataclass
+from typing import Any
+
+import torch
+
+from distdl_lite.optim.flat import Flat, average, flats_of
+from distdl_lite.optim.levels import levels_of, partition_of
+from distdl_lite.optim.schedule import Periodic, Schedule, Skips, check_int
+from distdl_lite.transport.sums import ENGINES, Pending
+
+_LANE = "averages by {}"  # Averages of several optimizers that different threads carry out must not meet.
+_HALVES = torch.float16, torch.bfloat16
+
+
+def _daso(now: torch.Tensor, old: torch.Tensor, target: torch.Tensor, waited: int, count: int) -> torch.Tensor:
+    return (2 * waited * now + count * target) / (count + 2 * waited)
+
+
+def _delta(now: torch.Tensor, old: torch.Tensor, target: torch.Tensor, waited: int, count: int) -> torch.Tensor:
+    return now + (target - old)
+
+
+def _replace(now: torch.Tensor, old: torch.Tensor, target: torch.Tensor, waited: int, count: int) -> torch.Tensor:
+    return target
+
+
+MERGES = {"daso": _daso, "delta": _delta, "replace": _replace}
+
+
+@dataclass
+class _Flight:
+    """An average under way: the vectors as they were, those that become sums, and who adds them up."""
+
+    began: int
+    due: int
+    team: tuple[int, ...]
+    is_shared: bool  # whether a rank of each node takes part for the others
+    old: list[torch.Tensor]
+    sums: list[torch.Tensor]
+    pending: list[Pending]
+
+
+class LocalSGD(torch.optim.Optimizer):
+    """An optimizer that steps on each rank alone, and averages the parameters over ranks when its schedule says so.
+
+    Local and post-local SGD, hierarchical SGD, BMUF, SlowMo, DiLoCo and DASO are settings of it. Nothing is sent for
+    gradients. With a period of k steps the ranks send a k-th of what sums of gradients at every step would.
+
+    All ranks make the same calls in the same order: `step`, and also `state_dict`, `load_state_dict`, `synchronise`,
+    `drain`, `replan`, `add_param_group` and `next_epoch`, which may communicate. Ranks start from the weights that each has:
+    build the model after the same ``torch.manual_seed`` everywhere.
+
+    Parameters
+    ----------
+    optimizer : torch.optim.Optimizer
+        Takes the steps. Its `param_groups` and `state` are this one's too, so that learning-rate schedulers may be made for
+        either. What it holds that requires grad is averaged, whether or not it got a gradient on this rank.
+    schedule : int or Schedule
+        The period in steps, or a function ``(epoch, batch, losses) -> (global_every, local_every, delay)``, such as
+        `Periodic`, `PostLocal` and `DASOSchedule`.
+    P : Partition or MPI communicator, optional
+        The ranks that average, by default all. A rank outside is alone.
+    groups, ranks_per_node : optional
+        What a node is, where the schedule's ``local_every`` is not 0: see `levels_of`. By default a host.
+    delay : int
+        Steps that a rank goes on while the average is under way, where the schedule leaves it at 0. It is merged when the
+        next one begins at the latest. After ``global_every`` 0 there is none.
+    merge : "daso", "delta" or "replace"
+        What becomes of parameters w that have changed for b steps since the average m of old ones over P members began:
+        ``(2 b w + P m) / (2 b + P)``, ``w + m - old w``, which keeps the rank's own progress, or ``m``. With b = 0 it is m.
+        The members are ranks; where nodes play a part, they are nodes.
+    outer : callable or torch.optim.Optimizer, optional
+        ``outer(tensors)`` makes an optimizer over the parameters that all ranks last had in common. Its gradient is how far
+        the mean of the ranks has come since, negative; its result takes the place of the mean. ``SGD`` with ``lr=1`` is the
+        plain mean; with Nesterov momentum 0.9 and ``lr=0.7`` it is DiLoCo. An optimizer without state over the same
+        parameters is taken over.
+    wire : torch.dtype, optional
+        float16 or bfloat16: what is sent are differences to the parameters that all ranks last had in common, rounded; what
+        rounding keeps is sent with the next. float32 is the same as None: numbers travel as they are, halves as float32.
+    buffers : iterable of torch.Tensor
+        Floating-point tensors, such as running statistics, to be averaged and replaced together with the parameters.
+    average_state : bool
+        Also average the optimizer's floating-point state of the parameters' shape, such as momentum, where all ranks have it;
+        this waits for the others when an average begins.
+    chunk : int, optional
+        The most elements in a message. By default all parameters of a dtype are one.
+    engine : str
+        Who carries out the sums that are under way, "thread", "poll" or "inline"; "auto" chooses.
+    timeout : float, optional
+        Seconds to wait for a sum over all ranks.
+
+    Attributes
+    ----------
+    steps, epoch, batch : int
+        Steps taken, epochs ended, and steps taken in this epoch.
+    losses : tuple of float
+        Mean losses of the epochs, for the schedule.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If an argument is none of the above, or the ranks differ in the parameters' number, shapes or dtypes or in the
+        settings; on all ranks.
+    RuntimeError
+        From `step`, if a parameter requires grad that did not before: call `replan` on all ranks. One that is frozen later
+        stays as it is.
+    TimeoutError
+        If an average takes longer than `timeout`.
+
+    Notes
+    -----
+    An average is one sum over the ranks per dtype and `chunk`. Where nodes play a part it is a sum within the node, one
+    over a rank of each node, in turns, and a broadcast within the node. Halves and complex numbers are added in float32 or
+    wider. At construction ranks compare shapes, and with `wire` or `outer` take rank 0's parameters as the common ones.
+
+    A `torch.amp.GradScaler` may be given to `add_scaler`, or be used as usual: ``scaler.step(this)`` skips the optimizer's
+    step where gradients have overflowed, but never the average.
+
+    Examples
+    --------
+    >>> import distdl_lite as dl
+    >>> def body(world):
+    ...     w = torch.nn.Parameter(torch.zeros(1))
+    ...     optimizer = dl.LocalSGD(torch.optim.SGD([w], lr=1.0), 2)
+    ...     seen = []
+    ...     for _ in range(4):
+    ...         w.grad = torch.full((1,), -1.0 - world.rank)
+    ...         optimizer.step()
+    ...         seen.append(w.item())
+    ...     return seen
+    >>> dl.testing.spmd(2, body)
+    [[1.0, 3.0, 4.0, 6.0], [2.0, 3.0, 5.0, 6.0]]
+    """
+
+    _step_supports_amp_scaling = True  # GradScaler then leaves it to us to skip the step, and never skips an average
+    _keeps_nodes_equal = False  # whether something else makes the ranks of a node equal
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        schedule: int | Schedule,
+        *,
+        P: Any = None,
+        groups: Any = "node",
+        ranks_per_node: int | None = None,
+        delay: int = 0,
+        merge: str = "daso",
+        outer: Callable[[list[torch.Tensor]], torch.optim.Optimizer] | torch.optim.Optimizer | None = None,
+        wire: torch.dtype | None = None,
+        buffers: Iterable[torch.Tensor] = (),
+        average_state: bool = False,
+        chunk: int | None = None,
+        engine: str = "auto",
+        timeout: float | None = None,
+    ) -> None:
+        if not isinstance(optimizer, torch.optim.Optimizer):
+            raise TypeError(f"optimizer must be a torch.optim.Optimizer, not {optimizer!r}")
+        check_int("delay", delay, 0)
+        if isinstance(schedule, int):
+            schedule = Periodic(schedule)
+        elif not callable(schedule):
+            raise TypeError(f"schedule must be a number of steps or a function, not {schedule!r}")
+        for name, value, known in (
+            ("merge", merge, tuple(MERGES)),
+            ("wire", wire, (None, torch.float32, *_HALVES)),
+            ("engine", engine, ("auto", *ENGINES)),
+        ):
+            if value not in known:
+                raise ValueError(f"{name} must be one of {known}, not {value!r}")
+        if not isinstance(average_state, bool):
+            raise TypeError(f"average_state must be a bool, not {average_state!r}")
+        if chunk is not None:
+            check_int("chunk", chunk, 1)
+        if timeout is not None and not isinstance(timeout, (int, float)):
+            raise TypeError(f"timeout must be a number of seconds, not {timeout!r}")
+        if outer is not None and not callable(outer) and not isinstance(outer, torch.optim.Optimizer):
+            raise TypeError(f"outer must be an optimizer or a function that makes one, not {outer!r}")
+        self.optimizer, self.schedule = optimizer, schedule
+        self.delay, self.merge, self.chunk, self.timeout, self.engine = delay, merge, chunk, timeout, engine
+        self.wire = wire if wire in _HALVES else None
+        self.average_state = average_state
+        self.outer = outer if isinstance(outer, torch.optim.Optimizer) else None
+        self._make_outer = None if outer is self.outer else outer
+        self._outer_groups = [list(group["params"]) for group in self.outer.param_groups] if self.outer else []
+        self.buffers = list(buffers)
+        for buffer in self.buffers:
+            if not isinstance(buffer, torch.Tensor) or _is_exact(buffer):
+                raise TypeError(f"buffers must be floating-point tensors, not {buffer!r}")
+        self.steps = self.epoch = self.batch = 0
+        self.losses: tuple[float, ...] = ()
+        self._averages = 0
+        self._since, self._since_local = 0, 0
+        self._flight: _Flight | None = None
+        self._scaler: Any = None
+        self._P = partition_of(P)
+        self.levels = levels_of(self._P, groups, ranks_per_node)
+        self.flats: list[Flat] = []
+        self._outer_views: dict[torch.Tensor, torch.Tensor] = {}
+        self.replan()
+        for team in (self.levels.team, *self.levels.crossings):
+            if self.levels.rank in team:
+                for engine in dict.fromkeys((self.engine, "inline")):
+                    self._transport.open_sums(team, _LANE.format(engine))
+
+    # ---- what is averaged ----------------------------------------------------------------------------------------------
+
+    @property
+    def _transport(self) -> Any:
+        return self._P.world_transport
+
+    @property
+    def _has_outer(self) -> bool:
+        return self.outer is not None or self._make_outer is not None
+
+    def _learning(self) -> list[torch.Tensor]:
+        return [p for group in self.optimizer.param_groups for p in group["params"] if p.requires_grad]
+
+    @torch.no_grad()
+    def replan(self) -> None:
+        """Average from now on what now requires grad, after what is under way; all ranks call it.
+
+        Raises
+        ------
+        ValueError
+            On all ranks, if they differ.
+        """
+        self.drain()
+        learning = self._learning()
+        self._compare(learning)
+        flats = flats_of(learning, learns=True)
+        if self.wire is not None or self._has_outer:
+            points, left = _by_tensor(self.flats, "point"), _by_tensor(self.flats, "left")
+            for flat in flats:
+                point = flat.read()
+                self._transport.broadcast(self.levels.team, point, self.levels.team[0])
+                flat.point = _joined(flat, points, point)
+                flat.left = None if self.wire is None else _joined(flat, left, torch.zeros_like(point))
+        self.flats = [*flats, *flats_of(self.buffers)]
+        self._planned = {id(p) for p in learning}
+        if self._has_outer:
+            self._plan_outer()
+
+    def _compare(self, learning: Sequence[torch.Tensor]) -> None:
+        """Raise on all ranks unless they will make the same calls."""
+        mine = {
+            "schedule": repr(self.schedule) if is_dataclass(self.schedule) else type(self.schedule).__name__,
+            "nodes": self.levels.nodes,
+            "timeout": self.timeout is not None,
+            "outer": self._has_outer,
+            **{name: getattr(self, name) for name in ("merge", "delay", "wire", "chunk", "engine", "average_state")},
+            "number of tensors": len(learning) + len(self.buffers),
+            **{f"tensor {n}": (tuple(t.shape), t.dtype) for n, t in enumerate((*learning, *self.buffers))},
+        }
+        team = self.levels.team
+        told = self._transport.gather_objects(team, mine)
+        for rank, other in zip(team, told, strict=True):
+            for name, value in told[0].items():
+                if other.get(name) != value:
+                    raise ValueError(
+                        f"{type(self).__name__}: the ranks disagree: {name} is {other.get(name)} on rank {rank}, "
+                        f"{value} on rank {team[0]}"
+                    )
+
+    def _plan_outer(self) -> None:
+        """Give the outer optimizer the common point, cut into tensors, and the states of those that it had before."""
+        before, old_views = self.outer, self._outer_views
+        points = _by_tensor(self.flats, "point")
+        views = {tensor: part.detach().requires_grad_() for tensor, part in points.items()}
+        if self._make_outer is not None:
+            self.outer = self._make_outer([views[p] for p in self._learning()])
+            if not isinstance(self.outer, torch.optim.Optimizer):
+                raise TypeError(f"outer must make a torch.optim.Optimizer, not {self.outer!r}")
+        else:
+            if {p for group in self._outer_groups for p in group if p.requires_grad} != set(views):
+                raise ValueError("outer must hold the parameters that the optimizer holds, all of them")
+            for group, tensors in zip(self.outer.param_groups, self._outer_groups, strict=True):
+                group["params"] = [views[p] for p in tensors if p.requires_grad]
+        if before is not None:
+            states = {tensor: before.state.pop(view) for tensor, view in old_views.items() if view in before.state}
+            self.outer.state.update({views[tensor]: state for tensor, state in states.items() if tensor in views})
+        self._outer_views = views
+
+    # ---- steps -----------------------------------------------------------------------------------------------------------
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Take the optimizer's step; then merge, begin or make the average that is due; returns what the optimizer does."""
+        strange = [number for number, p in enumerate(self._learning()) if id(p) not in self._planned]
+        if strange:
+            raise RuntimeError(
+                f"{type(self).__name__}: the parameters {strange} of those that require grad did not before: "
+                "call replan() on all ranks"
+            )
+        every, local_every, delay = self._skips()
+        loss = self._inner_step(closure)
+        with torch.no_grad():
+            self._average(every, local_every, delay)
+        self.steps += 1
+        self.batch += 1
+        return loss
+
+    def _skips(self) -> Skips:
+        skips = self.schedule(self.epoch, self.batch, self.losses)
+        for name, value in zip(("global_every", "local_every", "delay"), skips, strict=True):
+            check_int(f"the schedule's {name}", value, 0)
+        every, local_every, delay = skips
+        return (every, local_every, delay or self.delay) if every else (1, local_every, 0)
+
+    def _inner_step(self, closure: Callable[[], Any] | None) -> Any:
+        if self._scaler is not None:
+            if closure is not None:
+                raise RuntimeError(f"{type(self).__name__}: a closure cannot be used with a GradScaler")
+            loss = self._scaler.step(self.optimizer)
+            self._scaler.update()
+            return loss
+        if self.__dict__.get("found_inf"):  # a GradScaler was called with this optimizer
+            return None
+        scale = self.__dict__.get("grad_scale")
+        if scale is not None:
+            for p in self._learning():
+                if p.grad is not None:
+                    p.grad.div_(scale.to(p.grad.device))
+        return self.optimizer.step() if closure is None else self.optimizer.step(closure)
+
+    def _is_due(self, every: int, since: int) -> bool:
+        """Whether an average follows this step, `since` steps after the last one's."""
+        return since + 1 >= every
+
+    def _average(self, every: int, local_every: int, delay: int) -> None:
+        is_due = self._is_due(every, self._since)
+        if self._flight is not None and (is_due or self.steps >= self._flight.due):
+            self.drain()
+        is_local = bool(local_every) and (is_due or self._is_due(local_every, self._since_local))
+        is_shared = bool(local_every) or self._keeps_nodes_equal
+        if is_local or (is_due and is_shared):
+            flats = [flat for flat in self.flats if not (flat.learns and self._keeps_nodes_equal)]
+            average(self._transport, self.levels.node, [tensor for flat in flats for tensor in flat.tensors])
+        if is_due:
+            self._begin(delay, is_shared)
+            if not delay:
+                self.drain()
+        self._since = 0 if is_due else self._since + 1
+        self._since_local = 0 if is_local else self._since_local + 1
+
+    def _begin(self, delay: int, is_shared: bool) -> None:
+        """Begin the average over all ranks; where it is shared, those of a node are equal."""
+        levels = self.levels
+        team = levels.crossing(self._averages) if is_shared else levels.team
+        self._averages += 1
+        flight = _Flight(self.steps, self.steps + delay, team, is_shared, [], [], [])
+        if self.average_state:
+            average(self._transport, levels.team, self._common_state(levels.team))
+        engine = "inline" if not delay and self.timeout is None else self.engine
+        for flat in self.flats:
+            old = flat.read()
+            sent = flat.contribution(old)
+            flight.old.append(old.clone() if sent is old and delay else old)
+            flight.sums.append(sent)
+            if levels.rank in team:
+                if is_shared and levels.weight != 1:
+                    sent *= levels.weight
+                flight.pending += self._start(team, flat, sent, engine)
+        self._flight = flight
+
+    def _start(self, team: tuple[int, ...], flat: Flat, sent: torch.Tensor, engine: str) -> list[Pending]:
+        lane, size = _LANE.format(engine), self.chunk or sent.numel()
+        pending = []
+        for start in range(0, sent.numel(), max(size, 1)):
+            part = sent[start : start + size]
+            if flat.left is None or self.wire is None:
+                pending.append(self._transport.start_sum(team, part, engine, lane))
+            else:
+                left = flat.left[start : start + size]
+                pending.append(self._transport.start_rounded_sum(team, part, left, self.wire, engine, lane))
+        return pending
+
+    @torch.no_grad()
+    def drain(self) -> None:
+        """Wait for the average that is under way, if any, and merge it; all ranks call it.
+
+        Raises
+        ------
+        TimeoutError
+            If it takes longer than `timeout`. It is still under way then.
+        """
+        flight = self._flight
+        if flight is None:
+            return
+        for pending in flight.pending:
+            if not pending.wait(self.timeout):
+                raise TimeoutError(
+                    f"rank {self.levels.rank}: the average of ranks {list(flight.team)} that began with step {flight.began} "
+                    f"was not there after {self.timeout} s: some rank did not take part"
+                )
+        self._flight = None
+        if flight.is_shared and len(self.levels.node) > 1:
+            talker = next(rank for rank in self.levels.node if rank in flight.team)
+            for total in flight.sums:
+                self._transport.broadcast(self.levels.node, total, talker)
+        count, waited = len(flight.team), self.steps - flight.began
+        means = [total.div_(count) for total in flight.sums]
+        targets = self._targets(means)
+        for flat, old, target in zip(self.flats, flight.old, targets, strict=True):
+            if waited and flat.learns:
+                target = MERGES[self.merge](flat.read(), old, target, waited, count)
+            flat.write(target)
+
+    def _targets(self, means: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """What is merged: the means, or the common point that has moved."""
+        if self.outer is None:
+            return [flat.target(mean) for flat, mean in zip(self.flats, means, strict=True)]
+        for flat, mean in zip(self.flats, means, strict=True):
+            if flat.point is not None:
+                for tensor, part in zip(flat.tensors, flat.parts(mean), strict=True):
+                    self._outer_views[tensor].grad = part.neg()
+        self.outer.step()
+        self.outer.zero_grad()
+        return [mean if flat.point is None else flat.point for flat, mean in zip(self.flats, means, strict=True)]
+
+    def synchronise(self) -> None:
+        """Average over all ranks now, after what is under way; all ranks call it."""
+        self.drain()
+        with torch.no_grad():
+            self._begin(0, False)
+            self.drain()
+        self._since = self._since_local = 0
+
+    def _common_state(self, team: tuple[int, ...]) -> list[torch.Tensor]:
+        """The optimizer's states that are averaged; those that some rank of the team lacks are not."""
+        found = {}
+        for number, p in enumerate(self._learning()):
+            for name, value in self.optimizer.state.get(p, {}).items():
+                if is_averaged(value, p):
+                    found[number, name] = value
+        told = self._transport.gather_objects(team, list(found))
+        return [found[key] for key in told[0] if all(key in other for other in told)]
+
+    # ---- epochs ----------------------------------------------------------------------------------------------------------
+
+    def next_epoch(self, loss: float | torch.Tensor | None = None) -> None:
+        """End the epoch, and tell its loss on this rank, the mean of which over the ranks the schedule sees."""
+        self.epoch += 1
+        self.batch = 0
+        if loss is not None:
+            self.losses = (*self.losses, self._mean_loss(loss))
+
+    def _mean_loss(self, loss: float | torch.Tensor) -> float:
+        """The same number on all ranks, whatever MPI's sums do."""
+        mine = float(loss.detach() if isinstance(loss, torch.Tensor) else loss)
+        told = self._transport.gather_objects(self.levels.team, mine)
+        return sum(told) / len(told)
+
+    # ---- as an optimizer -------------------------------------------------------------------------------------------------
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        return self.optimizer.param_groups
+
+    @property
+    def state(self) -> Any:
+        return self.optimizer.state
+
+    @property
+    def defaults(self) -> dict[str, Any]:
+        return self.optimizer.defaults
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "optimizer":
+            raise AttributeError(name)
+        return getattr(self.optimizer, name)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        self.optimizer.zero_grad(set_to_none)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As torch's; all ranks call it."""
+        self.optimizer.add_param_group(param_group)
+        self.replan()
+
+    def add_scaler(self, scaler: Any) -> None:
+        """Let a `torch.amp.GradScaler` take the optimizer's steps, and update it."""
+        if not isinstance(scaler, torch.amp.GradScaler):
+            raise TypeError(f"scaler must be a torch.amp.GradScaler, not {scaler!r}")
+        self._scaler = scaler
+
+    def state_dict(self) -> dict[str, Any]:
+        """The optimizer's, and under "local_sgd" the counters, losses, common points and what rounding has kept.
+
+        All ranks call it, since it first merges what is under way; save each rank's own.
+        """
+        self.drain()
+        own = {name: getattr(self, name) for name in _COUNTERS}
+        own["points"] = [flat.point for flat in self.flats]
+        own["left"] = [flat.left for flat in self.flats]
+        own["outer"] = None if self.outer is None else self.outer.state_dict()
+        own["scaler"] = None if self._scaler is None else self._scaler.state_dict()
+        return {**self.optimizer.state_dict(), "local_sgd": own}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Take up a state; that of the optimizer alone leaves the rest as it is. All ranks call it.
+
+        Raises
+        ------
+        ValueError
+            If what is averaged, `wire` or `outer` were others.
+        """
+        self.drain()
+        own = state_dict.get("local_sgd")
+        if own is not None:
+            mine = self.state_dict()["local_sgd"]
+            for name in ("points", "left", "outer"):
+                if _form(own[name]) != _form(mine[name]):
+                    raise ValueError(
+                        f"LocalSGD: the state's {name} is {_form(own[name])}, here it is {_form(mine[name])}"
+                    )
+        self.optimizer.load_state_dict({k: v for k, v in state_dict.items() if k != "local_sgd"})
+        if own is None:
+            return
+        for name in _COUNTERS:
+            setattr(self, name, own[name])
+        with torch.no_grad():
+            for flat, point, left in zip(self.flats, own["points"], own["left"], strict=True):
+                if flat.point is not None:
+                    flat.point.copy_(point)
+                if flat.left is not None:
+                    flat.left.copy_(left)
+        if self.outer is not None:
+            self.outer.load_state_dict(own["outer"])
+        if self._scaler is not None and own["scaler"] is not None:
+            self._scaler.load_state_dict(own["scaler"])
+
+    def __getstate__(self) -> dict[str, Any]:
+        self.drain()
+        return self.__dict__.copy()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._planned = {id(tensor) for flat in self.flats if flat.learns for tensor in flat.tensors}
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.optimizer!r}, {self.schedule!r})"
+
+
+_COUNTERS = "steps", "epoch", "batch", "losses", "_averages", "_since", "_since_local"
+
+
+def is_averaged(state: Any, parameter: torch.Tensor) -> bool:
+    """Whether an optimizer's state of a parameter is of its shape and kind, such as momentum."""
+    return isinstance(state, torch.Tensor) and state.shape == parameter.shape and not _is_exact(state)
+
+
+def _is_exact(tensor: torch.Tensor) -> bool:
+    return not (tensor.is_floating_point() or tensor.is_complex())
+
+
+def _by_tensor(flats: Iterable[Flat], name: str) -> dict[torch.Tensor, torch.Tensor]:
+    """The parts of the flats' vectors of a name, where they have one."""
+    found = [flat for flat in flats if getattr(flat, name) is not None]
+    parts = [zip(flat.tensors, flat.parts(getattr(flat, name)), strict=True) for flat in found]
+    return {tensor: part for pairs in parts for tensor, part in pairs}
+
+
+def _joined(flat: Flat, known: dict[torch.Tensor, torch.Tensor], new: torch.Tensor) -> torch.Tensor:
+    """A vector with the known parts, and new ones elsewhere."""
+    for tensor, part in zip(flat.tensors, flat.parts(new), strict=True):
+        if tensor in known:
+            part.copy_(known[tensor])
+    return new
+
+
+def _form(value: Any) -> Any:
+    """What two states must share to be of the same plan."""
+    if isinstance(value, list):
+        return [None if vector is None else tuple(vector.shape) for vector in value]
+    return None if value is None else "an optimizer"

@@ -1,0 +1,66 @@
+"""Heat's container for DASO."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from distdl_lite.optim.daso import DASO
+from distdl_lite.optim.flat import spread
+from distdl_lite.optim.levels import partition_of
+
+
+class DataParallelMultiGPU(torch.nn.Module):
+    """A model whose gradients are averaged within each node, and whose parameters `DASO` averages across nodes.
+
+    Heat's call, on any device. The model stays where it is, and no weight is drawn anew: the first rank's weights and
+    buffers are copied to all. In `DASO`'s phases in which a node averages after every batch, `DASO.step` puts the mean of the
+    node's gradients into ``.grad``, so that its ranks take the same step; else each rank steps alone between averages.
+
+    Parameters
+    ----------
+    module : torch.nn.Module
+        The same on all ranks, which make this together.
+    optimizer : DASO
+        Over the module's parameters.
+    comm : Partition or MPI communicator, optional
+        If given, the one that `optimizer` was made with.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If an argument is none of the above, or the modules differ in names, shapes or dtypes, on all ranks.
+
+    Notes
+    -----
+    Gradients are local until `DASO.step`, also for clipping. A GradScaler is given to `DASO.add_scaler`. A parameter that
+    no rank of the node has a gradient of keeps None.
+    """
+
+    def __init__(self, module: torch.nn.Module, optimizer: DASO, comm: Any = None) -> None:
+        super().__init__()
+        if not isinstance(module, torch.nn.Module):
+            raise TypeError(f"module must be a torch.nn.Module, not {module!r}")
+        if not isinstance(optimizer, DASO):
+            raise TypeError(f"optimizer must be a DASO, not {optimizer!r}")
+        team, transport = optimizer.levels.team, optimizer._transport
+        if comm is not None:
+            P = partition_of(comm)
+            if tuple(sorted(P.ranks)) != tuple(sorted(optimizer._P.ranks)) or P.world_transport is not transport:
+                raise ValueError(f"comm has the ranks {list(P.ranks)}, the optimizer {list(optimizer._P.ranks)}")
+        tensors = [*module.named_parameters(), *module.named_buffers()]
+        told = transport.gather_objects(team, [(name, tuple(t.shape), t.dtype) for name, t in tensors])
+        for rank, other in zip(team, told, strict=True):
+            if other != told[0]:
+                differ = sorted({name for name, *_ in set(other) ^ set(told[0])})
+                raise ValueError(f"DataParallelMultiGPU: the modules of ranks {team[0]} and {rank} differ in {differ}")
+        with torch.no_grad():
+            spread(transport, team, [tensor for _, tensor in tensors])
+        self.module = module
+        self.optimizer = optimizer
+        optimizer.set_model(module)
+        optimizer._means_gradients = True
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.module(*args, **kwargs)
