@@ -157,7 +157,7 @@ class DataParallel(torch.nn.Module):
         buffers = dict(self.module.named_buffers())
         tensors = {**dict(named), **buffers}
         if len(team) > 1:
-            lane = _check_alike(transport, team, tensors, self._sparse_layers())
+            lane = _check_alike(transport, team, tensors, self._sparse_layers(), self._agreed_options())
             if self._init == "broadcast":
                 broadcast(transport, team, list(tensors.values()))
             elif self._init == "check":
@@ -186,6 +186,18 @@ class DataParallel(torch.nn.Module):
                 if layer._parameters.get(key) is not None:
                     found[id(layer._parameters[key])] = not team - replicas
         return found
+
+    def _agreed_options(self) -> dict[str, Any]:
+        """What must be the same on all ranks."""
+        o = self._options
+        return {
+            "average": o.average,
+            "sync_buffers": o.sync_buffers,
+            "engine": o.engine,
+            "overlap": o.overlap,
+            "init": self._init,
+            "bucket_mb": o.bucket_bytes / 2**20,
+        }
 
     def _sparse_layers(self) -> list[str]:
         return [
@@ -427,15 +439,25 @@ def _unprepared() -> dict[str, Any]:
 _SPARSE = "DataParallel: sparse gradients are not summed; build {} with sparse=False"
 
 
-def _check_alike(transport: Any, team: tuple[int, ...], tensors: Mapping[str, torch.Tensor], sparse: list[str]) -> int:
+def _check_alike(
+    transport: Any,
+    team: tuple[int, ...],
+    tensors: Mapping[str, torch.Tensor],
+    sparse: list[str],
+    options: Mapping[str, Any],
+) -> int:
     """Raise on all of the team unless all hold the same tensors, none of them of a sparse layer; returns a free lane."""
     mine = [(name, tuple(t.shape), str(t.dtype).removeprefix("torch.")) for name, t in tensors.items()]
-    told = transport.gather_objects(team, (mine, sparse, lanes_in_use(transport, team)))
-    for _, theirs, _ in told:
+    told = transport.gather_objects(team, (mine, sparse, lanes_in_use(transport, team), options))
+    for rank, (_, _, _, theirs) in zip(team, told, strict=True):
+        for name, a in told[0][3].items():
+            if theirs[name] != a:
+                raise ValueError(f"DataParallel: rank {rank} has {name}={theirs[name]!r}, rank {team[0]} {a!r}")
+    for _, theirs, _, _ in told:
         if theirs:
             raise TypeError(_SPARSE.format(theirs))
     first = told[0][0]
-    for rank, (other, _, _) in zip(team, told, strict=True):
+    for rank, (other, *_) in zip(team, told, strict=True):
         for a, b in zip(first, other, strict=False):
             if a != b:
                 raise ValueError(
@@ -446,7 +468,7 @@ def _check_alike(transport: Any, team: tuple[int, ...], tensors: Mapping[str, to
             raise ValueError(
                 f"DataParallel: the ranks hold different modules: of ranks {team[0]} and {rank}, one lacks {name}"
             )
-    in_use = [lane for _, _, lanes in told for lane in lanes]
+    in_use = [lane for _, _, lanes, _ in told for lane in lanes]
     return min(range(LANES), key=in_use.count)
 
 
