@@ -35,7 +35,8 @@ class DataParallel(torch.nn.Module):
         All ranks build the same.
     P : Partition or mpi4py.MPI.Comm, optional
         The ranks that hold copies. Of a Cartesian partition, those along the first axis, the batch; along the others
-        the module's own layers may cut its tensors. None is the ambient world. A rank outside gets zero-volume tensors.
+        the module's own layers may cut its tensors. None is the ambient world. A rank outside gets a zero-volume
+        tensor that requires grad, so that backward is the same line everywhere.
     average : {"samples", "sum", "ranks", "none"}
         "samples": each rank's loss is a mean over its rows, and weighs as many: the number of rows of the first tensor
         argument, or what ``weight`` is set to before backward, such as a number of tokens. "sum": each rank's loss is a sum
@@ -245,7 +246,7 @@ class DataParallel(torch.nn.Module):
     def forward(self, *inputs: Any, **kwargs: Any) -> Any:
         """The module's, of this rank's rows."""
         if not self.P.active:
-            return zero_volume_tensor()
+            return zero_volume_tensor().requires_grad_(torch.is_grad_enabled())
         if not torch.is_grad_enabled():
             return self.module(*inputs, **kwargs)
         self._refresh()
