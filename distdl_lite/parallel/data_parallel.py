@@ -118,10 +118,14 @@ class DataParallel(torch.nn.Module):
             raise TypeError(f"DataParallel: overlap must be a bool, not {overlap!r}")
         if comm_hook is not None and not callable(comm_hook):
             raise TypeError(f"DataParallel: comm_hook must be callable, not {comm_hook!r}")
+        if any(torch.nn.parameter.is_lazy(t) for t in (*module.parameters(), *module.buffers())):
+            raise ValueError("DataParallel: the module has lazy parameters; call its forward once before")
+        if not (P is None or isinstance(P, Partition) or hasattr(P, "Is_inter")):
+            raise TypeError(f"DataParallel: P must be a Partition or an mpi4py communicator, not {P!r}")
         self.module = module
         self.P = P if isinstance(P, Partition) else Partition(P)
         self.dim = dim
-        given = {"bucket_bytes": bucket_mb and int(bucket_mb * 2**20), "timeout": timeout}
+        given = {"bucket_bytes": bucket_mb and math.ceil(bucket_mb * 2**20), "timeout": timeout}
         self._options = Options(
             average, sync_buffers, engine, overlap, comm_hook=comm_hook, **{k: v for k, v in given.items() if v}
         )
@@ -487,5 +491,5 @@ def _check_positive(name: str, value: Any) -> None:
         return
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"DataParallel: {name} must be a number, not {value!r}")
-    if not value > 0:
-        raise ValueError(f"DataParallel: {name} must be positive, not {value!r}")
+    if not 0 < value < math.inf:
+        raise ValueError(f"DataParallel: {name} must be positive and finite, not {value!r}")
