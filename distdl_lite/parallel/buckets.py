@@ -76,6 +76,7 @@ class Bucket:
         self.header = [0.0] * header
         self.missing = len(sizes)  # before it is complete
 
+    @torch.no_grad()
     def pack(self, gradients: Sequence[torch.Tensor | None], factor: float, weight: float, mark: float) -> None:
         """Fill in the local gradients times a factor. Without weight they are zeros, also where they are not numbers."""
         given = [(view, g) for view, g in zip(self.views, gradients, strict=True) if g is not None] if weight else []
@@ -89,6 +90,7 @@ class Bucket:
         flags = [float(g is not None) for g in gradients]
         self.tail.copy_(torch.tensor([*flags, weight, mark, *self.header], dtype=torch.float64))
 
+    @torch.no_grad()
     def unpack(self, divides: bool) -> tuple[list[torch.Tensor | None], float]:
         """The sums, divided by that of the weights if so, None where no rank had a gradient; and the sum of the marks."""
         tail = self.tail.real.tolist() if self.tail.is_complex() else self.tail.tolist()
