@@ -1,0 +1,348 @@
+"""`DataParallel` under every kind of graph: several forwards, checkpoints, penalties, adversaries, hidden outputs."""
+
+from __future__ import annotations
+
+import itertools
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from copies import assert_gradients, assert_parameters, draw, mean_square, mlp, twins
+from ranks import on_ranks
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import distdl_lite as dl
+from distdl_lite.testing import count
+
+OPTIONS = [{}, {"bucket_mb": 1e-4}, {"overlap": False}, {"average": "ranks"}]
+Loss = Callable[[nn.Module, torch.Tensor], torch.Tensor]
+
+
+def compare(world: dl.Partition, make: Callable[[], nn.Module], loss: Loss, steps: int = 2, rows: int = 3, **options):
+    """Backwards of a loss on even batches."""
+    dp, single = twins(make(), **options)
+    for step in range(steps):
+        x = draw(rows * world.size, 3, seed=step)
+        dp.zero_grad()
+        single.zero_grad()
+        loss(dp, x[rows * world.rank :][:rows]).backward()
+        loss(single, x).backward()
+        assert_gradients(dp, single)
+
+
+# ---- several forwards ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.check("A16")
+@on_ranks(2, mpi=True)
+def test_forwards_and_backwards_in_any_number(world: dl.Partition) -> None:
+    for options in OPTIONS:
+        compare(world, lambda: mlp(3, 5, 3), lambda f, x: mean_square(f(x)) + mean_square(f(2 * x)), **options)
+        compare(world, lambda: mlp(3, 5, 3), lambda f, x: mean_square(f(f(x))), **options)
+        dp, single = twins(mlp(3, 5, 2), **options)
+        for step in range(2):
+            x = draw(6, 3, seed=step)
+            for model, batch in ((dp, x[3 * world.rank :][:3]), (single, x)):
+                model.zero_grad()
+                first, second = mean_square(model(batch)), model(2 * batch).sin().mean()
+                first.backward(retain_graph=step == 1)
+                second.backward()
+                if step == 1:
+                    first.backward()
+            assert_gradients(dp, single)
+
+
+class Normed(nn.Sequential):
+    """A network with BatchNorm."""
+
+    def __init__(self, inner: int, outer: int) -> None:
+        torch.manual_seed(inner)
+        super().__init__(nn.Linear(3, inner), nn.BatchNorm1d(inner), nn.ReLU(), nn.Linear(inner, outer))
+        self.double()
+
+
+@pytest.mark.check("A16")
+@on_ranks(2, mpi=True)
+def test_adversaries_with_batch_norm(world: dl.Partition) -> None:
+    """Batches are the same on both ranks, so that local statistics are those of one process."""
+    for options in OPTIONS:
+        makers, judges = twins(Normed(4, 3), **options), twins(Normed(5, 1), **options)
+        for step in range(3):
+            real, noise = draw(6, 3, seed=step), draw(6, 3, seed=9 + step)
+            for maker, judge in zip(makers, judges, strict=True):
+                fake = maker(noise)
+                judge.zero_grad()
+                (judge(real).sigmoid().mean() - judge(fake.detach()).sigmoid().mean()).backward()
+                maker.zero_grad()
+                judge(fake).sigmoid().mean().backward()  # through both
+            assert_gradients(makers[0], makers[1])
+            assert_gradients(judges[0], judges[1])
+            assert_parameters(judges[0], judges[1], 1e-12)
+            judges[0].check_replicas()
+
+
+@pytest.mark.check("A16")
+@on_ranks(2)
+def test_containers_that_share_parameters(world: dl.Partition) -> None:
+    for options in ({}, {"overlap": False}, {"bucket_mb": 1e-4}):
+        first, second = mlp(3, 4, 3), mlp(3, 4, 3)
+        second[2].weight = first[2].weight
+        whole = nn.ModuleList([first, second])
+        with torch.no_grad():
+            dps, single = [dl.DataParallel(part, **options) for part in whole], mlp(3, 4, 3)
+            singles = nn.ModuleList([single, mlp(3, 4, 3)])
+            singles[1][2].weight = single[2].weight
+        losses = [
+            lambda a, b, x: mean_square(a(x)),
+            lambda a, b, x: mean_square(b(x)),
+            lambda a, b, x: mean_square(a(x)) + mean_square(b(x)),
+            lambda a, b, x: mean_square(b(a(x))),
+        ]
+        for loss in losses:
+            x = draw(4, 3)
+            whole.zero_grad()
+            singles.zero_grad()
+            loss(*dps, x[2 * world.rank :][:2]).backward()
+            loss(*singles, x).backward()
+            assert_gradients(whole, singles)
+
+
+@pytest.mark.check("A25")
+@on_ranks(2)
+def test_an_older_container_of_the_same_module_stays_out(world: dl.Partition) -> None:
+    for options in OPTIONS:
+        module = mlp(3, 4, 2)
+        old, single = twins(module, **options)
+        mean_square(old(draw(2, 3))).backward()
+        new = dl.DataParallel(module, **options)
+        for dp in (new, old, new):
+            x = draw(4, 3)
+            module.zero_grad()
+            single.zero_grad()
+            with count() as c:
+                mean_square(dp(x[2 * world.rank :][:2])).backward()
+            mean_square(single(x)).backward()
+            assert_gradients(module, single)
+            if not options:
+                assert c.collectives == 1
+
+
+# ---- checkpoints -----------------------------------------------------------------------------------------------------
+
+
+class Checkpointed(nn.Module):
+    """A layer used under a checkpoint, some times."""
+
+    def __init__(self, reentrant: bool, times: int = 1) -> None:
+        super().__init__()
+        self.first, self.inner, self.last = mlp(3, 3), mlp(3, 4, 3), mlp(3, 2)
+        self.reentrant, self.times = reentrant, times
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.first(x)
+        for _ in range(self.times):
+            x = checkpoint(self.inner, x, use_reentrant=self.reentrant)
+        return self.last(x)
+
+
+@pytest.mark.check("A17")
+@on_ranks(2, mpi=True)
+def test_checkpoints(world: dl.Partition) -> None:
+    def loss(f: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        return mean_square(f(x))
+
+    for options in OPTIONS:
+        compare(world, lambda: Checkpointed(False, 1), loss, **options)
+        compare(world, lambda: Checkpointed(False, 2), loss, **options)
+        compare(world, lambda: Checkpointed(True, 1), loss, **options)
+        for reentrant in (False, True):  # the container itself, of which backward makes the forward
+            compare(
+                world,
+                lambda: mlp(3, 4, 2),
+                lambda f, x, r=reentrant: mean_square(checkpoint(f, x.requires_grad_(), use_reentrant=r)),
+                **options,
+            )
+    compare(world, lambda: Checkpointed(True, 3), loss, overlap=False)
+
+
+@pytest.mark.check("A17")
+@on_ranks(2, mpi=True)
+def test_reentrant_checkpoints_of_a_layer_used_twice_need_the_end_of_backward(world: dl.Partition) -> None:
+    dp, single = twins(Checkpointed(True, 2))
+    x = draw(4, 3)
+    text = r"the gradient of inner\.\d\.\w+ came twice in one backward, as under reentrant checkpoints: .*overlap=False"
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match=text):
+            mean_square(dp(x[2 * world.rank :][:2])).backward()
+    dp.zero_grad()
+    dp.module.times = single.times = 1
+    mean_square(dp(x[2 * world.rank :][:2])).backward()
+    mean_square(single(x)).backward()
+    assert_gradients(dp, single)
+
+
+# ---- gradients of gradients ------------------------------------------------------------------------------------------
+
+
+def penalty(f: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """That of Wasserstein adversaries (Gulrajani et al. 2017)."""
+    x = x.detach().requires_grad_()
+    (g,) = torch.autograd.grad(f(x).sum(), x, create_graph=True)
+    return (g.norm(2, dim=1) - 1).square().mean()
+
+
+@pytest.mark.check("A18")
+@on_ranks(2, mpi=True)
+def test_gradient_penalties(world: dl.Partition) -> None:
+    for options in OPTIONS:
+        compare(world, lambda: mlp(3, 5, 2), penalty, **options)
+        compare(world, lambda: mlp(3, 5, 2), lambda f, x: mean_square(f(x)) + penalty(f, x), **options)
+        compare(world, lambda: mlp(3, 5, 2), lambda f, x: penalty(f, x) + mean_square(f(x)), **options)
+
+
+@pytest.mark.check("A18")
+@on_ranks(2)
+def test_uneven_penalties_alternate_with_losses(world: dl.Partition) -> None:
+    sizes = [4, 1]
+    dp, single = twins(mlp(3, 5, 2))
+    for step in range(4):
+        x = draw(5, 3, seed=step)
+        dp.zero_grad()
+        single.zero_grad()
+        for loss in (penalty, lambda f, x: mean_square(f(x)))[step % 2 :]:
+            loss(dp, x.split(sizes)[world.rank]).backward()
+            loss(single, x).backward()
+        assert_gradients(dp, single)
+
+
+@pytest.mark.check("A18")
+@on_ranks(2, mpi=True)
+def test_gradients_that_are_returned_are_local(world: dl.Partition) -> None:
+    """`autograd.grad` sums nothing, so that one rank alone may call it."""
+    dp, single = twins(mlp(3, 4, 2))
+    x = draw(4, 3)
+    mine = x[2 * world.rank :][:2].requires_grad_()
+    if world.rank == 0:
+        (g,) = torch.autograd.grad(mean_square(dp(mine)), mine)
+        assert torch.equal(g, torch.autograd.grad(mean_square(single(mine)), mine)[0])
+        torch.autograd.grad(mean_square(dp(mine)), list(dp.parameters()))
+        mean_square(dp(mine)).backward(inputs=[mine])
+        dp(mine)  # no backward at all
+    mean_square(dp(mine)).backward()
+    mean_square(single(x)).backward()
+    assert_gradients(dp, single)
+
+
+@pytest.mark.filterwarnings("ignore:Using backward.. with create_graph=True:UserWarning")
+@pytest.mark.check("A18")
+@on_ranks(2)
+def test_backward_that_creates_a_graph(world: dl.Partition) -> None:
+    dp, single = twins(mlp(3, 4, 2))
+    x = draw(4, 3)
+    for _ in range(2):
+        mean_square(dp(x[2 * world.rank :][:2])).backward(create_graph=True)
+        mean_square(single(x)).backward(create_graph=True)
+        assert_gradients(dp, single)
+    for parameter in (*dp.parameters(), *single.parameters()):
+        parameter.grad = None
+
+
+# ---- outputs and arguments -------------------------------------------------------------------------------------------
+
+
+class Pair(NamedTuple):
+    y: torch.Tensor
+    other: Any
+
+
+@dataclass
+class Result:
+    y: Any
+    other: Any
+
+
+class Ordered(OrderedDict[str, Any]):
+    """Read by name, as the outputs of transformers are."""
+
+    def __getattr__(self, name: str) -> Any:
+        return self[name]
+
+
+class Slots:
+    """An object that shows nobody what is inside."""
+
+    __slots__ = ("y",)
+
+
+def hidden(y: torch.Tensor) -> Slots:
+    made = Slots()
+    made.y = y
+    return made
+
+
+WRAPS: list[tuple[Callable[[torch.Tensor], Any], Callable[[Any], torch.Tensor]]] = [
+    (lambda y: y, lambda out: out),
+    (lambda y: {"a": [y, None, "text"]}, lambda out: out["a"][0]),
+    (lambda y: Pair(y, 3), lambda out: out.y),
+    (lambda y: Result({"deep": (1, Result(y, y.detach()))}, None), lambda out: out.y["deep"][1].y),
+    (lambda y: Ordered(y=y, loss=None), lambda out: out.y),
+    (lambda y: (y, Result(y, None)), lambda out: out[0] + out[1].y),
+    (hidden, lambda out: out.y),
+]
+
+
+class Wrapped(nn.Module):
+    """Takes keyword arguments alone, and returns its output in something, beside a parameter."""
+
+    def __init__(self, wrap: Callable[[torch.Tensor], Any]) -> None:
+        super().__init__()
+        self.net, self.scale = mlp(3, 4, 2), nn.Parameter(torch.ones((), dtype=torch.float64))
+        self.wrap = wrap
+
+    def forward(self, *, batch: Any) -> Any:
+        return self.wrap(self.net(batch["x"]) * self.scale), self.scale
+
+
+@pytest.mark.check("A16")
+@on_ranks(2)
+def test_outputs_of_any_kind(world: dl.Partition) -> None:
+    """Also where a forward is never gone back through, and a parameter is among the outputs."""
+    sizes = [4, 1]
+    for (wrap, unwrap), inputs in itertools.product(WRAPS, (dict, Ordered)):
+        dp, single = twins(Wrapped(wrap))
+        for step in range(3):
+            x = draw(5, 3, seed=step)
+            dp.zero_grad()
+            single.zero_grad()
+            if wrap is not hidden:
+                dp(batch=inputs(flag=True, x=x))
+            out, scale = dp(batch=inputs(flag=True, x=x.split(sizes)[world.rank]))
+            (mean_square(unwrap(out)) + scale.square()).backward()
+            out, scale = single(batch=inputs(flag=True, x=x))
+            (mean_square(unwrap(out)) + scale.square()).backward()
+            assert_gradients(dp, single)
+        assert not dp.scale._backward_hooks
+
+
+@pytest.mark.check("A16")
+@on_ranks(2)
+def test_another_dim_holds_the_batch(world: dl.Partition) -> None:
+    class Recurrent(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.cell = nn.GRU(3, 4, dtype=torch.float64)
+
+        def forward(self, lengths: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+            return self.cell(x)[0]
+
+    for dim in (1, -2):
+        dp, single = twins(Recurrent(), dim=dim)
+        x = draw(6, 5, 3)
+        mean_square(dp(torch.tensor([5]), x.split([1, 4], 1)[world.rank])).backward()
+        mean_square(single(torch.tensor([5]), x)).backward()
+        assert_gradients(dp, single)
