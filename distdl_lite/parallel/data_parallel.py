@@ -469,7 +469,7 @@ def _check_alike(
                     f"DataParallel: the ranks hold different modules: rank {rank} has {b}, rank {team[0]} {a}"
                 )
         if len(first) != len(other):
-            name = (first[len(other) :] or other[len(first) :])[0]
+            name = (first[len(other) :] or other[len(first) :])[0][0]
             raise ValueError(
                 f"DataParallel: the ranks hold different modules: of ranks {team[0]} and {rank}, one lacks {name}"
             )
