@@ -1,0 +1,174 @@
+"""Wrong uses of `DataParallel` are errors on all ranks, and failed backwards leave nothing behind."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from copies import assert_gradients, draw, mean_square, mlp, twins
+from ranks import on_ranks
+from torch import nn
+from twins import assert_refused
+
+import distdl_lite as dl
+from distdl_lite.testing import spmd
+
+ARGUMENTS: list[tuple[dict[str, Any], type[Exception], str]] = [
+    ({"module": torch.tanh}, TypeError, "DataParallel: a torch.nn.Module is needed, not <built-in method tanh"),
+    ({"P": 3}, TypeError, "P must be a Partition or an mpi4py communicator, not 3"),
+    ({"P": "world"}, TypeError, "P must be a Partition or an mpi4py communicator, not 'world'"),
+    ({"average": "mean"}, ValueError, "average must be one of samples, sum, ranks, none, not 'mean'"),
+    ({"average": None}, ValueError, "average must be one of samples, sum, ranks, none, not None"),
+    ({"sync_buffers": True}, ValueError, "sync_buffers must be one of root, mean, none, not True"),
+    ({"engine": "mpi"}, ValueError, "engine must be one of auto, inline, thread, poll, not 'mpi'"),
+    ({"init": "root"}, ValueError, "init must be one of broadcast, check, none, not 'root'"),
+    ({"overlap": 1}, TypeError, "overlap must be a bool, not 1"),
+    ({"dim": 0.0}, TypeError, "dim must be an integer, not 0.0"),
+    ({"dim": True}, TypeError, "dim must be an integer, not True"),
+    ({"bucket_mb": "4"}, TypeError, "bucket_mb must be a number, not '4'"),
+    ({"bucket_mb": True}, TypeError, "bucket_mb must be a number, not True"),
+    ({"bucket_mb": 0}, ValueError, "bucket_mb must be positive and finite, not 0"),
+    ({"bucket_mb": float("inf")}, ValueError, "bucket_mb must be positive and finite, not inf"),
+    ({"timeout": -1}, ValueError, "timeout must be positive and finite, not -1"),
+    ({"timeout": float("nan")}, ValueError, "timeout must be positive and finite, not nan"),
+    ({"timeout": float("inf")}, ValueError, "timeout must be positive and finite, not inf"),
+    ({"comm_hook": "fp16"}, TypeError, "comm_hook must be callable, not 'fp16'"),
+    ({"module": nn.LazyLinear(3)}, ValueError, "the module has lazy parameters; call its forward once before"),
+    ({"buckets": 3}, TypeError, "unexpected keyword argument 'buckets'"),
+]
+
+
+@pytest.mark.check("A39")
+@pytest.mark.parametrize(("arguments", "error", "text"), ARGUMENTS, ids=lambda value: None)
+def test_bad_arguments(arguments: dict[str, Any], error: type[Exception], text: str) -> None:
+    with pytest.raises(error) as raised:
+        spmd(1, lambda world: dl.DataParallel(**{"module": mlp(3, 2), **arguments}))
+    assert text in str(raised.value)
+
+
+def refused(world: dl.Partition, make: Callable[[], Any], text: str, error: type[Exception] = ValueError) -> None:
+    began = time.monotonic()
+    assert_refused(world, world, make, text, error)
+    assert time.monotonic() - began < 2
+
+
+@pytest.mark.check("A36")
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_different_models(ranks: int) -> None:
+    def body(world: dl.Partition) -> None:
+        last = world.rank == ranks - 1
+        other = [
+            (mlp(3, 5, 2), rf"rank {ranks - 1} has ('0.weight', (5, 3), 'float64'), rank 0 ('0.weight', (4, 3), 'float64')"),
+            (mlp(3, 4, 2).float(), f"rank {ranks - 1} has ('0.weight', (4, 3), 'float32'), rank 0 ('0.weight', (4, 3)"),
+            (mlp(3, 4), f"the ranks hold different modules: of ranks 0 and {ranks - 1}, one lacks 2.weight"),
+            (mlp(3, 4, 2, 2), f"the ranks hold different modules: of ranks 0 and {ranks - 1}, one lacks 4.weight"),
+            (nn.Sequential(*mlp(3, 4, 2), nn.BatchNorm1d(2)), "one lacks 3.weight"),
+            (nn.Tanh(), "one lacks 0.weight"),
+        ]  # fmt: skip
+        for module, text in other:
+            refused(world, lambda m=module: dl.DataParallel(m if last else mlp(3, 4, 2)), text)
+        dl.DataParallel(mlp(3, 4, 2))(draw(2, 3)).sum().backward()  # all are still together
+
+    spmd(ranks, body)
+
+
+@pytest.mark.check("A36")
+@on_ranks(3, mpi=True)
+def test_different_options(world: dl.Partition) -> None:
+    changes = {"average": "sum", "sync_buffers": "none", "engine": "inline", "overlap": False, "init": "check"}
+    for name, value in {**changes, "bucket_mb": 1.0}.items():
+        options = {name: value} if world.rank == 1 else {}
+        refused(world, lambda o=options: dl.DataParallel(mlp(3, 2), **o), f"DataParallel: rank 1 has {name}={value!r}, rank 0")
+
+
+@pytest.mark.check("A36")
+@on_ranks(2)
+def test_models_that_differ_later(world: dl.Partition) -> None:
+    dp = dl.DataParallel(mlp(3, 2))
+    dp.module.append(nn.Linear(2, 2 + world.rank).double())
+    refused(world, lambda: dp(draw(2, 3)), "rank 1 has ('1.weight', (3, 2), 'float64'), rank 0 ('1.weight', (2, 2)")
+
+
+@pytest.mark.check("A20")
+@on_ranks(2)
+def test_sparse_gradients(world: dl.Partition) -> None:
+    class Words(nn.Module):
+        def __init__(self, sparse: bool) -> None:
+            super().__init__()
+            self.table, self.bag = nn.Embedding(5, 2, sparse=sparse), nn.EmbeddingBag(5, 2)
+
+    text = "sparse gradients are not summed; build ['table'] with sparse=False"
+    refused(world, lambda: dl.DataParallel(Words(True)), text, TypeError)
+    refused(world, lambda: dl.DataParallel(Words(world.rank == 1)), text, TypeError)
+    refused(world, lambda: dl.DataParallel(nn.EmbeddingBag(5, 2, sparse=True)), "build ['EmbeddingBag']", TypeError)
+    dl.DataParallel(Words(False))
+
+
+@pytest.mark.check("A20")
+def test_sparse_gradients_on_one_rank() -> None:
+    with pytest.raises(TypeError, match=r"build \['Embedding'\] with sparse=False"):
+        spmd(1, lambda world: dl.DataParallel(nn.Embedding(5, 2, sparse=True)))
+
+
+class Breaks(torch.autograd.Function):
+    """The identity, which cannot be gone back through."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
+        raise ArithmeticError("broke in backward")
+
+
+@pytest.mark.check("A12")
+@on_ranks(3, mpi=True)
+def test_failed_backwards(world: dl.Partition) -> None:
+    """Also of one rank alone: at its next backward all others know."""
+    for options in ({}, {"bucket_mb": 1e-5}, {"overlap": False}, {"engine": "thread"}, {"engine": "poll", "bucket_mb": 1e-5}):
+        dp, single = twins(mlp(3, 4, 4, 2), **options)
+        x = draw(6, 3)
+        mine = x[2 * world.rank :][:2]
+        for failing in ((0, 1, 2), (1,), (0, 2), (0, 1, 2), (2,)):
+            broken = world.rank in failing
+            hidden = dp.module[:3](mine)
+            loss = mean_square(dp(Breaks.apply(mine.clone().requires_grad_()) if broken else mine)) + hidden.sum()
+            if broken:
+                with pytest.raises(ArithmeticError, match="broke in backward"):
+                    loss.backward()
+                dp.zero_grad()
+                mean_square(dp(mine)).backward()
+            else:
+                with pytest.raises(RuntimeError, match="backward failed on another rank, whose gradients are lacking"):
+                    loss.backward()
+                dp.zero_grad()
+                mean_square(dp(mine)).backward()
+            single.zero_grad()
+            mean_square(single(x)).backward()
+            assert_gradients(dp, single)
+
+
+@pytest.mark.check("A12")
+@on_ranks(2)
+def test_forwards_that_fail_leave_nothing_behind(world: dl.Partition) -> None:
+    dp, single = twins(mlp(3, 4, 2))
+    x = draw(4, 3)
+    with pytest.raises(RuntimeError, match="mat1 and mat2"):
+        dp(draw(4, 5))
+    mean_square(dp(x[2 * world.rank :][:2])).backward()
+    mean_square(single(x)).backward()
+    assert_gradients(dp, single)
+
+
+@pytest.mark.check("A37")
+@on_ranks(2)
+def test_a_rank_that_skips_backward_is_named(world: dl.Partition) -> None:
+    """Threads find out at once; processes after `timeout`."""
+    dp, _ = twins(mlp(3, 2))
+    if world.rank == 0:
+        with pytest.raises(RuntimeError, match="deadlock: rank 0 waits for sum of .* of ranks .0, 1.*; rank 1 has ended"):
+            mean_square(dp(draw(2, 3))).backward()

@@ -1,0 +1,184 @@
+"""A container's start, states, copies and end."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import io
+import pickle
+
+import pytest
+import torch
+from copies import assert_gradients, assert_parameters, draw, mean_square, mlp, train, twins
+from ranks import on_ranks
+from torch import nn
+
+import distdl_lite as dl
+from distdl_lite.testing import count
+
+
+def net() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2)).double()
+
+
+@pytest.mark.check("A22")
+@on_ranks(3, mpi=True)
+def test_construction_touches_neither_weights_nor_random_numbers(world: dl.Partition) -> None:
+    torch.manual_seed(10 + world.rank)
+    model = net()
+    nn.init.normal_(model[0].weight)
+    model[1].running_mean.normal_()
+    model.register_buffer("number", torch.tensor(world.rank))
+    before, state = copy.deepcopy(model.state_dict()), torch.get_rng_state()
+    objects = list(model.parameters())
+    dp = dl.DataParallel(model)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(a is b for a, b in zip(dp.parameters(), objects, strict=True))
+    told = world.allgather_data({k: v.tolist() for k, v in before.items()})
+    assert told[0] != told[1]
+    assert {k: v.tolist() for k, v in dp.state_dict().items()} == told[0]
+    dp.check_replicas()
+
+
+@pytest.mark.check("A22")
+@on_ranks(2)
+def test_starts_that_check_or_leave_alone(world: dl.Partition) -> None:
+    model = mlp(3, 2)
+    dl.DataParallel(model, init="check")
+    with torch.no_grad():
+        model[0].bias += world.rank
+    own = model[0].bias.tolist()
+    dp = dl.DataParallel(model, init="none")
+    assert dp.module[0].bias.tolist() == own
+    for attempt in (lambda: dl.DataParallel(model, init="check"), dp.check_replicas):
+        with pytest.raises(RuntimeError, match=r"the ranks \[0, 1\] hold different values of 0\.bias$"):
+            attempt()
+
+
+@pytest.mark.check("A24")
+@on_ranks(2)
+def test_states_are_the_modules(world: dl.Partition) -> None:
+    plain = net()
+    dp = dl.DataParallel(net())
+    assert list(dp.state_dict()) == list(plain.state_dict())
+    train(dp, torch.optim.SGD(dp.parameters(), 0.1), [draw(4, 3)])
+    state = copy.deepcopy(dp.state_dict())
+    with_prefix = {f"module.{key}": value for key, value in state.items()}
+    for given in (state, with_prefix):
+        for target in (dl.DataParallel(net()), nn.Sequential(dl.DataParallel(net()), nn.Linear(1, 1))):
+            inside = "" if isinstance(target, dl.DataParallel) else "0."
+            others = {k: v for k, v in target.state_dict().items() if not k.startswith("0.") or not inside}
+            full = {f"{inside}{k}": v for k, v in given.items()} | (others if inside else {})
+            assert not any(target.load_state_dict(full))
+            found = {k: v for k, v in target.state_dict().items() if inside in k[:2] and k[:2] != "1."}
+            if inside:
+                assert list(target.state_dict())[: len(state)] == [f"0.{key}" for key in state]
+            assert all(torch.equal(v, state[k.removeprefix(inside)]) for k, v in found.items() if v.dim() or inside)
+    plain.load_state_dict(state)
+    with pytest.raises(RuntimeError, match=r"Missing key.*0\.bias"):
+        dl.DataParallel(net()).load_state_dict({k: v for k, v in state.items() if k != "0.bias"})
+    with pytest.raises(RuntimeError, match=r"Unexpected key.*strange"):
+        dl.DataParallel(net()).load_state_dict({**state, "strange": torch.zeros(1)})
+
+
+@pytest.mark.check("A24")
+@on_ranks(2, mpi=True)
+def test_a_run_that_is_resumed_is_the_same_run(world: dl.Partition) -> None:
+    def new() -> tuple[dl.DataParallel, torch.optim.Optimizer]:
+        dp = dl.DataParallel(net(), bucket_mb=1e-4)
+        return dp, torch.optim.AdamW(dp.parameters(), 0.01)
+
+    data = [draw(3 + world.rank, 3, seed=step) for step in range(8)]
+    dp, optimizer = new()
+    train(dp, optimizer, data[:4])
+    file = io.BytesIO()
+    torch.save((dp.state_dict(), optimizer.state_dict()), file)
+    train(dp, optimizer, data[4:])
+    file.seek(0)
+    again, its_optimizer = new()
+    states = torch.load(file, weights_only=True)
+    again.load_state_dict(states[0])
+    its_optimizer.load_state_dict(states[1])
+    train(again, its_optimizer, data[4:])
+    assert_parameters(again, dp, 0.0)
+
+
+@pytest.mark.check("A24")
+@on_ranks(2)
+def test_attributes_are_the_modules(world: dl.Partition) -> None:
+    dp = dl.DataParallel(net())
+    dp.module.note = "kept"
+    assert dp.note == "kept"
+    assert dp.append.__self__ is dp.module
+    with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
+        _ = dp.nothing
+    assert "average='samples'" in repr(dp)
+    dp.eval()
+    assert not dp.module[1].training
+
+
+@pytest.mark.check("A25")
+@on_ranks(2, mpi=True)
+def test_copies_work_on_their_own(world: dl.Partition) -> None:
+    for trained in (False, True):
+        dp, single = twins(mlp(3, 4, 2), bucket_mb=1e-4, average="sum")
+        x = draw(4, 3)
+        mine = x[2 * world.rank :][:2]
+        if trained:
+            dp(mine).square().sum().backward()
+            (single(x).square().sum() / 4).backward()
+        inner = copy.deepcopy(dp.module)
+        with count() as c:
+            inner(mine).square().sum().backward()
+        assert not c.messages
+        for make in (copy.deepcopy, lambda made: pickle.loads(pickle.dumps(made))):
+            twin = make(dp)
+            assert twin.P == dp.P
+            twin.zero_grad()
+            plain = copy.deepcopy(single)
+            plain.zero_grad()
+            for _ in range(2):
+                twin(mine).square().sum().backward()
+                (plain(x).square().sum() / 4).backward()
+            assert_gradients(twin, plain)
+            assert_gradients(dp, single)  # untouched
+        file = io.BytesIO()
+        torch.save(dp.module, file)
+        file.seek(0)
+        with count() as c:
+            torch.load(file, weights_only=False)(mine).sum().backward()
+        assert not c.messages
+
+
+@pytest.mark.check("A25")
+@on_ranks(2, mpi=True)
+def test_containers_come_and_go(world: dl.Partition) -> None:
+    """500 of one module and 50 of others; they share a communicator, and leave no hooks."""
+    transport = world.world_transport
+
+    def communicators() -> int:
+        return len(getattr(transport, "_sums", ()))
+
+    model, single = mlp(3, 4, 2), mlp(3, 4, 2)
+    before, x = communicators(), draw(4, 3)
+    for number in range(500):
+        dp = dl.DataParallel(model)
+        if number % 10 == 0:
+            model.zero_grad()
+            mean_square(dp(x[2 * world.rank :][:2])).backward()
+        assert communicators() <= before + 2  # of the new one, and of that which it takes the place of
+    assert all(len(p._post_accumulate_grad_hooks or ()) <= 1 for p in model.parameters())
+    model.zero_grad()
+    mean_square(dp(x[2 * world.rank :][:2])).backward()
+    mean_square(single(x)).backward()
+    assert_gradients(dp, single)
+    del dp
+    gc.collect()
+    assert not any(p._post_accumulate_grad_hooks for p in model.parameters())
+    for _ in range(50):
+        mean_square(dl.DataParallel(mlp(3, 4))(x)).backward()
+    assert communicators() <= before + 2
+    with count() as c:
+        mean_square(model(x)).backward()
+    assert not c.messages
