@@ -46,7 +46,8 @@ class DataParallel(torch.nn.Module):
         What happens to buffers, such as running statistics, when gradients have been summed: the values of the first rank,
         the mean over the ranks (integers of the first), or nothing.
     engine : {"auto", "inline", "thread", "poll"}
-        Who makes the sums: backward itself, a thread of the library's, or MPI when it can. "auto" is the thread for a
+        Who makes the sums: backward itself, a thread of the library's, or MPI when it can, which is also used in place
+        of a thread where MPI does not support several. "auto" is the thread for a
         model with more than 256 KiB of gradients.
     overlap : bool
         Whether sums start while backward runs; without, when it ends.

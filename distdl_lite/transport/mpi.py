@@ -164,7 +164,7 @@ class MPITransport(Transport):
         comm, worker = self._sums[team, lane]
         if "tallies" in self.local:
             record(self.local, 1, tensor.nbytes, 0.0, 1, "sums")
-        if engine == "auto":
+        if engine in ("auto", "thread"):
             engine = "thread" if MPI.Query_thread() == MPI.THREAD_MULTIPLE else "poll"
         if engine == "poll":
             sent = _on_wire(tensor)
