@@ -225,6 +225,8 @@ class Synchroniser:
             self._wait(place)
             values, marks = bucket.unpack(self.options.average != "none")
             if round(marks) != len(self.team):
+                for later in range(place + 1, len(self.buckets)):  # before they are filled anew
+                    self._wait(later)
                 self.is_open = False
                 raise RuntimeError("DataParallel: backward failed on another rank, whose gradients are lacking")
             found += zip(bucket.numbers, values, strict=True)
