@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 from distdl_lite.nn.movement import zero_volume_tensor
 from distdl_lite.nn.parameter import Layer
+from distdl_lite.nn.sync_batch_norm import SyncBatchNorm
 from distdl_lite.parallel.buckets import Bucket
 from distdl_lite.parallel.deferred import DataParallelOptimizer, Deferral
 from distdl_lite.parallel.synchroniser import LANES, Options, Synchroniser, broadcast, lanes_in_use
@@ -80,9 +81,10 @@ class DataParallel(torch.nn.Module):
 
     Notes
     -----
-    A parameter of a distributed layer is left to the layer where its replicas are on all ranks along the batch axis. With
-    such layers inside, as `SyncBatchNorm`, each forward's gradients get their weights when backward begins, for which 8
-    bytes are summed. A loss that is itself global, as the distributed ones, needs ``average="none"``.
+    A parameter of a distributed layer is left to the layer where its replicas are on all ranks along the batch axis. There
+    the loss is a global one, as the distributed losses are, and parameters of other layers need ``average="none"``.
+    `SyncBatchNorm` is for losses of each rank's own: with it inside, gradients get their weights when backward begins, for
+    which 8 bytes are summed.
     ``state_dict`` has the module's own names; with or without ``module.`` before them they can be loaded.
 
     Examples
@@ -188,8 +190,9 @@ class DataParallel(torch.nn.Module):
             handle.remove()
         self._handles.clear()
         names, parameters = [n for n, _ in named], [p for _, p in named]
-        # A layer that sums over the batch mixes the ranks' gradients, which must have their weights by then.
-        self._couples = len(team) > 1 and any(elsewhere.values()) and self._options.average != "none"
+        # It mixes the gradients of the ranks' own losses, which must have their weights by then.
+        has_sync_norm = any(isinstance(layer, SyncBatchNorm) for layer in self.module.modules())
+        self._couples = len(team) > 1 and has_sync_norm and self._options.average != "none"
         self._sync = Synchroniser(
             names, parameters, late, self.module.buffers, transport, team, self._options, lane, self._couples
         )
@@ -349,7 +352,7 @@ class DataParallel(torch.nn.Module):
         if average == "ranks":
             return 1 / len(sync.team)
         if average == "sum" and not self._syncs:
-            raise RuntimeError('DataParallel: with layers that sum over the batch, average="sum" allows no no_sync')
+            raise RuntimeError('DataParallel: with SyncBatchNorm inside, average="sum" allows no no_sync')
         weight = float(rows if self.weight is None else self.weight)
         total = self.P.world_transport.all_reduce(sync.team, torch.tensor([weight], dtype=torch.float64)).item()
         return 0.0 if not (weight and total) else (weight if average == "samples" else 1.0) / total
@@ -411,9 +414,7 @@ class DataParallel(torch.nn.Module):
         """
         sync = self._sync
         if self._couples:
-            raise RuntimeError(
-                "DataParallel: layers that sum over the batch need all ranks in every step; join is not for them"
-            )
+            raise RuntimeError("DataParallel: SyncBatchNorm needs all ranks in every step; join is not for it")
         yield
         self.synchronize()
         if sync is None or len(sync.team) == 1:

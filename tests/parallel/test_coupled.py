@@ -85,7 +85,7 @@ def test_refusals(world: dl.Partition) -> None:
     y = dp(x)
     with dp.no_sync(), pytest.raises(RuntimeError, match=r'average="sum" allows no no_sync'):
         y.sum().backward()
-    with pytest.raises(RuntimeError, match="join is not for them"), dp.join():
+    with pytest.raises(RuntimeError, match="join is not for it"), dp.join():
         pass
 
 

@@ -83,7 +83,7 @@ def test_different_options(world: dl.Partition) -> None:
         options = {name: value} if world.rank == 1 else {}
         refused(
             world,
-            lambda o=options: dl.DataParallel(mlp(3, 2), **o),
+            lambda o=options: dl.DataParallel(mlp(3, 2), world, **o),
             f"DataParallel: rank 1 has {name}={value!r}, rank 0",
         )
 
@@ -140,7 +140,7 @@ def test_failed_backwards(world: dl.Partition) -> None:
         {"engine": "thread"},
         {"engine": "poll", "bucket_mb": 1e-5},
     ):
-        dp, single = twins(mlp(3, 4, 4, 2), **options)
+        dp, single = twins(mlp(3, 4, 4, 2), world, **options)
         x = draw(6, 3)
         mine = x[2 * world.rank :][:2]
         for failing in ((0, 1, 2), (1,), (0, 2), (0, 1, 2), (2,)):
@@ -181,6 +181,6 @@ def test_a_rank_that_skips_backward_is_named(world: dl.Partition) -> None:
     dp, _ = twins(mlp(3, 2))
     if world.rank == 0:
         with pytest.raises(
-            RuntimeError, match="deadlock: rank 0 waits for sum of .* of ranks .0, 1.*; rank 1 has ended"
+            RuntimeError, match=r"deadlock: rank 0 waits for sum of .* of ranks .0, 1.*; rank 1 has ended"
         ):
             mean_square(dp(draw(2, 3))).backward()

@@ -26,7 +26,7 @@ def square_sum(y: torch.Tensor) -> torch.Tensor:
 @on_ranks(2, mpi=True)
 def test_a_window_of_uneven_micro_batches_is_one_batch(world: dl.Partition) -> None:
     for options in OPTIONS:
-        dp, single = twins(mlp(3, 5, 2), average="sum", **options)
+        dp, single = twins(mlp(3, 5, 2), world, average="sum", **options)
         for step in range(3):
             batches = [draw(n, 3, seed=10 * step + i) for i, n in enumerate(SIZES[world.rank])]
             dp.zero_grad()
@@ -138,7 +138,7 @@ def test_sums_that_cannot_be_told_apart_are_refused(world: dl.Partition) -> None
 def epochs(world: dl.Partition, lengths: Sequence[Sequence[int]], rows: Sequence[int], **options: object) -> None:
     """Epochs of different lengths on the ranks; one process trains on the rows of those that still have some."""
     torch.manual_seed(0)
-    dp, single = twins(nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double(), **options)
+    dp, single = twins(nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double(), world, **options)
     optimizers = [torch.optim.SGD(model.parameters(), 0.1) for model in (dp, single)]
     for number, steps in enumerate(lengths):
         batches = [[draw(rows[r], 3, seed=100 * number + 10 * r + s) for s in range(n)] for r, n in enumerate(steps)]
