@@ -249,7 +249,7 @@ class DASO(LocalSGD):
 def mean_gradients(transport: Transport, team: tuple[int, ...], parameters: Sequence[torch.Tensor]) -> None:
     """Put the mean over a node's ranks into ``.grad``; who has none counts as zeros, where none has one it stays None.
 
-    To be replaced by `distdl_lite.DataParallel` over the node, which does this during backward.
+    `DASO.step` knows whether the node's ranks step together; `distdl_lite.DataParallel` would have to during backward.
     """
     used = torch.tensor([p.grad is not None for p in parameters], dtype=torch.int32)
     transport.all_reduce(team, used, "max")

@@ -86,11 +86,15 @@ class Bucket:
     def nbytes(self) -> int:
         return self.flat.nbytes
 
+    def free(self) -> torch.Tensor:
+        """The flat tensor, to be filled: another one if somebody has kept a gradient."""
+        if _holders(self.flat) != self._holders:
+            self._allot()
+        return self.flat
+
     @torch.no_grad()
     def pack(self, gradients: Sequence[torch.Tensor | None], factor: float, weight: float, mark: float) -> None:
         """Fill in the local gradients times a factor. Without weight they are zeros, also where they are not numbers."""
-        if _holders(self.flat) != self._holders:  # somebody has kept a gradient
-            self._allot()
         given = [(view, g) for view, g in zip(self._views, gradients, strict=True) if g is not None and weight]
         if len(given) < len(gradients):
             self.gradients.zero_()

@@ -6,6 +6,7 @@ import math
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -188,10 +189,13 @@ class Synchroniser:
             changed = self._versions != self._buffer_versions()
             bucket.header = [float(self._takes_part), float(leads), float(changed), *trained]
         gradients = [self.parameters[n].grad if self._takes_part else None for n in bucket.numbers]
-        bucket.pack(gradients, *self._weighed, mark)
-        if self.options.comm_hook is not None:
+        fill, flat = partial(bucket.pack, gradients, *self._weighed, mark), bucket.free()
+        if self.options.comm_hook is None:
+            self._pending.append(self._sum(flat, fill))
+        else:
+            fill()
             self.options.comm_hook(bucket)
-        self._pending.append(self._sum(bucket.flat))
+            self._pending.append(self._sum(flat))
         if self.engine == "inline":
             self._wait(place)
 
@@ -204,11 +208,11 @@ class Synchroniser:
         weight = self.count if self.weight is None else float(self.weight)
         return (weight if self.options.average == "samples" else 1.0) * self._scale, weight
 
-    def _sum(self, flat: torch.Tensor) -> Pending:
+    def _sum(self, flat: torch.Tensor, fill: Callable[[], None] | None = None) -> Pending:
         engine = self.engine
         if engine == "inline" and self.options.timeout is not None:  # a blocking call could not be given up
             engine = "auto"
-        return self.transport.start_sum(self.team, flat, engine, self.lane)
+        return self.transport.start_sum(self.team, flat, engine, self.lane, fill)
 
     def _wait(self, place: int) -> None:
         seconds = SECONDS if self.options.timeout is None else self.options.timeout

@@ -7,7 +7,7 @@ agreements, set-up data and sums that no operator describes.
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -72,8 +72,15 @@ class Transport(Protocol):
     def open_sums(self, team: tuple[int, ...], lane: str = "") -> None:
         """Prepare for `start_sum`; all of the team call it, where none waits for another of them."""
 
-    def start_sum(self, team: tuple[int, ...], tensor: torch.Tensor, engine: str = "auto", lane: str = "") -> Pending:
-        """Begin a sum over the team into the contiguous tensor itself.
+    def start_sum(
+        self,
+        team: tuple[int, ...],
+        tensor: torch.Tensor,
+        engine: str = "auto",
+        lane: str = "",
+        fill: Callable[[], Any] | None = None,
+    ) -> Pending:
+        """Begin a sum over the team into the contiguous tensor itself, which `fill` fills before, where the sum is made.
 
         The team's ranks start those of one lane in the same order, wherever each of them stands, and with the same engine,
         one of `ENGINES` or "auto".

@@ -13,7 +13,7 @@ import math
 import os
 import sys
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from time import perf_counter, sleep
 from typing import Any
 
@@ -160,22 +160,32 @@ class MPITransport(Transport):
         if (team, lane) not in self._sums:
             self._sums[team, lane] = self.communicator(team).Dup(), Worker()
 
-    def start_sum(self, team: tuple[int, ...], tensor: torch.Tensor, engine: str = "auto", lane: str = "") -> Pending:
+    def start_sum(
+        self,
+        team: tuple[int, ...],
+        tensor: torch.Tensor,
+        engine: str = "auto",
+        lane: str = "",
+        fill: Callable[[], Any] | None = None,
+    ) -> Pending:
+        if engine in ("auto", "thread"):
+            engine = "thread" if MPI.Query_thread() == MPI.THREAD_MULTIPLE else "poll"
+        if fill is not None and (engine != "thread" or len(team) == 1 or not tensor.is_cpu):
+            fill()
+            fill = None
         if len(team) == 1 or not tensor.numel():
             return Done()
         comm, worker = self._sums[team, lane]
         if "tallies" in self.local:
             record(self.local, 1, tensor.nbytes, 0.0, 1, "sums")
-        if engine in ("auto", "thread"):
-            engine = "thread" if MPI.Query_thread() == MPI.THREAD_MULTIPLE else "poll"
         if engine == "poll":
             sent = _on_wire(tensor)
             return _Posted(comm.Iallreduce(MPI.IN_PLACE, _numbers(sent), MPI.SUM), tensor, sent)
         if engine == "inline":
             _take_home(tensor, _summed(comm, tensor))
             return Done()
-        is_ready = _event_of(tensor)
-        return worker.submit(lambda: _summed(comm, tensor, is_ready), lambda total: _take_home(tensor, total))
+        before = _event_of(tensor) if fill is None else fill
+        return worker.submit(lambda: _summed(comm, tensor, before), lambda total: _take_home(tensor, total))
 
     def start_rounded_sum(
         self,
@@ -231,24 +241,28 @@ class MPITransport(Transport):
         return _RowsMoving(self._row_teams[team], rows, sends, into, receives)
 
 
-def _summed(comm: MPI.Comm, tensor: torch.Tensor, is_ready: Any = None) -> torch.Tensor:
+def _summed(comm: MPI.Comm, tensor: torch.Tensor, before: Callable[[], Any] | None = None) -> torch.Tensor:
     """The sum in host memory, that of the tensor itself where it can be."""
-    if is_ready is not None:
-        is_ready.synchronize()
+    if before is not None:
+        before()
     sent = _on_wire(tensor)
     comm.Allreduce(MPI.IN_PLACE, _numbers(sent), MPI.SUM)
     return sent
 
 
 def _rounded_sum(
-    comm: MPI.Comm, tensor: torch.Tensor, left: torch.Tensor, dtype: torch.dtype, is_ready: Any = None
+    comm: MPI.Comm,
+    tensor: torch.Tensor,
+    left: torch.Tensor,
+    dtype: torch.dtype,
+    is_ready: Callable[[], Any] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The sum, and what rounding left of this rank's numbers and of the piece that it adds up, in host memory.
 
     They are the tensors themselves where they can be: each further vector costs as much as it takes to send one.
     """
     if is_ready is not None:
-        is_ready.synchronize()
+        is_ready()
     total, size = _at_host(tensor), tensor.numel()
     kept = left if left.is_cpu else torch.empty_like(total)
     sent = wire.rounded(total, dtype, 1 if comm.size == 2 else comm.size)
@@ -290,9 +304,9 @@ def _take_both_home(tensor: torch.Tensor, left: torch.Tensor, both: tuple[torch.
     _take_home(left, both[1])
 
 
-def _event_of(tensor: torch.Tensor) -> Any:
-    """When what was asked of the device so far, in this thread, will have been done; None for the host."""
-    return torch.accelerator.current_stream(tensor.device).record_event() if not tensor.is_cpu else None
+def _event_of(tensor: torch.Tensor) -> Callable[[], Any] | None:
+    """What waits for all that was asked of the tensor's device so far, in this thread; None for the host."""
+    return None if tensor.is_cpu else torch.accelerator.current_stream(tensor.device).record_event().synchronize
 
 
 class _Posted:

@@ -217,7 +217,16 @@ class ThreadTransport(Transport):
     def open_sums(self, team: tuple[int, ...], lane: str = "") -> None:
         pass
 
-    def start_sum(self, team: tuple[int, ...], tensor: torch.Tensor, engine: str = "auto", lane: str = "") -> Pending:
+    def start_sum(
+        self,
+        team: tuple[int, ...],
+        tensor: torch.Tensor,
+        engine: str = "auto",
+        lane: str = "",
+        fill: Callable[[], Any] | None = None,
+    ) -> Pending:
+        if fill is not None:
+            fill()
         if "tallies" in self.local:
             record(self.local, 1, tensor.nbytes, 0.0, 1, "sums")
         return _Sum(self, team, tensor, lane)

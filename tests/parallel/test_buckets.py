@@ -33,6 +33,7 @@ def summed(
     bucket: Bucket, *given: torch.Tensor | None, weight: float = 2, scale: float = 1
 ) -> list[torch.Tensor | None]:
     """As if a second rank had given the same."""
+    bucket.free()
     bucket.pack(given, weight * scale, weight, 1)
     bucket.flat.mul_(2)
     return bucket.unpack(True, scale)[0]
