@@ -47,15 +47,18 @@ def groups(module: torch.nn.Module) -> list[dict[str, Any]]:
 
 
 def pair(
-    make: Callable[[Any], optim.Optimizer], build: Callable[[], torch.nn.Module] = net, **options: Any
-) -> Iterator:
+    world: dl.Partition,
+    make: Callable[[Any], optim.Optimizer],
+    build: Callable[[], torch.nn.Module] = net,
+    **options: Any,
+) -> Iterator[tuple[dl.DataParallel, dl.DataParallelOptimizer]]:
     """The same model with immediate and with deferred updates."""
     for update in ("now", "deferred"):
         module = build()
         given = list(module.parameters()) if not options.get("grouped") else groups(module)
         optimizer = dl.DataParallelOptimizer(make(given))
         more = {key: value for key, value in options.items() if key != "grouped"}
-        yield dl.DataParallel(module, optimizer=optimizer, update=update, bucket_mb=BUCKET, **more), optimizer
+        yield dl.DataParallel(module, world, optimizer, update=update, bucket_mb=BUCKET, **more), optimizer
 
 
 def batch(world: dl.Partition, step: int) -> torch.Tensor:
@@ -87,7 +90,7 @@ def train(
 @on_ranks(2, mpi=True)
 def test_every_dense_optimizer(world: dl.Partition) -> None:
     for name, make in OPTIMIZERS.items():
-        made = list(pair(make, grouped=name != "Muon"))
+        made = list(pair(world, make, grouped=name != "Muon"))
         for dp, optimizer in made:
             train(world, dp, optimizer)
         assert made[1][0]._deferral.places, "nothing was deferred"
@@ -143,7 +146,7 @@ def test_whatever_is_done_between_the_steps(world: dl.Partition) -> None:
     for between in (evaluates, evaluates_in_training_mode, saves, saves_optimizer, looks, zeros, forgets, copies, scales,
                     accumulates, nothing):  # fmt: skip
         results = []
-        for dp, optimizer in pair(OPTIMIZERS["Adam"]):
+        for dp, optimizer in pair(world, OPTIMIZERS["Adam"]):
             seen: list[torch.Tensor] = []
             train(world, dp, optimizer, between=between)
             results.append((dp, seen))
@@ -158,7 +161,7 @@ def test_whatever_is_done_between_the_steps(world: dl.Partition) -> None:
 def test_schedulers_act_on_the_step_they_follow(world: dl.Partition) -> None:
     for inner in (False, True):
         made = []
-        for dp, optimizer in pair(OPTIMIZERS["SGD"]):
+        for dp, optimizer in pair(world, OPTIMIZERS["SGD"]):
             scheduler = optim.lr_scheduler.StepLR(optimizer.torch_optimizer if inner else optimizer, 1, gamma=0.3)
             train(world, dp, optimizer, scheduler=scheduler)
             made.append(dp)
@@ -169,7 +172,7 @@ def test_schedulers_act_on_the_step_they_follow(world: dl.Partition) -> None:
 @on_ranks(2)
 def test_clipping_and_unused_parameters(world: dl.Partition) -> None:
     made = []
-    for dp, optimizer in pair(OPTIMIZERS["SGD"]):
+    for dp, optimizer in pair(world, OPTIMIZERS["SGD"]):
         for step in range(4):
             optimizer.zero_grad()
             dp(batch(world, step)).square().mean().backward()
@@ -178,7 +181,7 @@ def test_clipping_and_unused_parameters(world: dl.Partition) -> None:
             optimizer.step()
         made.append(dp)
     assert_same(*made)
-    dp, optimizer = list(pair(OPTIMIZERS["SGD"]))[1]
+    dp, optimizer = list(pair(world, OPTIMIZERS["SGD"]))[1]
     dp(batch(world, 0)).square().mean().backward()
     torch.nn.utils.clip_grad_norm_(dp.module.parameters(), 0.01)
     with pytest.raises(RuntimeError, match=r"call synchronize\(\) after backward"):
@@ -211,7 +214,7 @@ def test_layers_that_do_not_call_each_other(world: dl.Partition) -> None:
         return Tied().double()
 
     made = []
-    for dp, optimizer in pair(OPTIMIZERS["Adam"], build):
+    for dp, optimizer in pair(world, OPTIMIZERS["Adam"], build):
         train(world, dp, optimizer, steps=6)
         made.append(dp)
     assert_same(*made)
@@ -238,11 +241,11 @@ def test_weights_used_without_their_layer(world: dl.Partition) -> None:
         return Functional(start).double()
 
     made = []
-    for dp, optimizer in pair(OPTIMIZERS["Adam"], lambda: build(0)):
+    for dp, optimizer in pair(world, OPTIMIZERS["Adam"], lambda: build(0)):
         train(world, dp, optimizer)
         made.append(dp)
     assert_same(*made)
-    dp, optimizer = list(pair(OPTIMIZERS["Adam"], lambda: build(2)))[1]
+    dp, optimizer = list(pair(world, OPTIMIZERS["Adam"], lambda: build(2)))[1]
     with pytest.raises(RuntimeError, match=r"was used before its deferred update|modified by an inplace operation"):
         train(world, dp, optimizer)
 
@@ -258,7 +261,7 @@ def test_two_optimizers_and_a_failed_forward(world: dl.Partition) -> None:
             dl.DataParallelOptimizer(optim.Adam(parameters[:2], lr=0.01)),
             dl.DataParallelOptimizer(optim.SGD(parameters[2:], lr=0.1)),
         ]
-        dp = dl.DataParallel(module, None, optimizers, blocking_parameter_updates=update == "now", bucket_mb=BUCKET)
+        dp = dl.DataParallel(module, world, optimizers, blocking_parameter_updates=update == "now", bucket_mb=BUCKET)
         assert dp.blocking_parameter_updates is (update == "now")
         for step in range(4):
             for optimizer in optimizers:
@@ -299,7 +302,7 @@ def test_arguments() -> None:
 
 @on_ranks(2)
 def test_optimizers_alone_copied_and_pickled(world: dl.Partition) -> None:
-    dp, optimizer = list(pair(OPTIMIZERS["Adam"]))[1]
+    dp, optimizer = list(pair(world, OPTIMIZERS["Adam"]))[1]
     train(world, dp, optimizer)
     dp(batch(world, 0)).sum().backward()
     with pytest.raises(ValueError, match="a step with a closure cannot be deferred"):
