@@ -6,7 +6,6 @@ import contextlib
 import math
 import operator
 import weakref
-import zlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -16,12 +15,12 @@ from torch.utils._pytree import tree_leaves
 from distdl_lite.nn.movement import zero_volume_tensor
 from distdl_lite.nn.parameter import Layer
 from distdl_lite.nn.sync_batch_norm import SyncBatchNorm
+from distdl_lite.parallel.arguments import SPARSE, check_alike, check_arguments, check_equal, listed, update_of
 from distdl_lite.parallel.buckets import Bucket
-from distdl_lite.parallel.deferred import DataParallelOptimizer, Deferral
-from distdl_lite.parallel.synchroniser import LANES, Options, Synchroniser, broadcast, lanes_in_use
+from distdl_lite.parallel.deferred import Deferral
+from distdl_lite.parallel.synchroniser import Options, Synchroniser, broadcast
 from distdl_lite.partition import Partition
 from distdl_lite.reducer import at_end_of_backward, running_backward, running_backward_accumulates
-from distdl_lite.transport.sums import ENGINES
 
 
 class DataParallel(torch.nn.Module):
@@ -118,30 +117,14 @@ class DataParallel(torch.nn.Module):
         timeout: float | None = None,
     ) -> None:
         super().__init__()
-        if not isinstance(module, torch.nn.Module):
-            raise TypeError(f"DataParallel: a torch.nn.Module is needed, not {module!r}")
-        _check_choice("average", average, ("samples", "sum", "ranks", "none"))
-        _check_choice("sync_buffers", sync_buffers, ("root", "mean", "none"))
-        _check_choice("engine", engine, ("auto", *ENGINES))
-        _check_choice("update", update, ("now", "deferred"))
-        _check_choice("init", init, ("broadcast", "check", "none"))
-        _check_positive("bucket_mb", bucket_mb)
-        _check_positive("timeout", timeout)
-        if isinstance(dim, bool) or not isinstance(dim, int):
-            raise TypeError(f"DataParallel: dim must be an integer, not {dim!r}")
-        if not isinstance(overlap, bool):
-            raise TypeError(f"DataParallel: overlap must be a bool, not {overlap!r}")
-        if comm_hook is not None and not callable(comm_hook):
-            raise TypeError(f"DataParallel: comm_hook must be callable, not {comm_hook!r}")
-        if any(torch.nn.parameter.is_lazy(t) for t in (*module.parameters(), *module.buffers())):
-            raise ValueError("DataParallel: the module has lazy parameters; call its forward once before")
-        if not (P is None or isinstance(P, Partition) or hasattr(P, "Is_inter")):
-            raise TypeError(f"DataParallel: P must be a Partition or an mpi4py communicator, not {P!r}")
+        check_arguments(
+            module, P, average, sync_buffers, engine, update, overlap, init, dim, bucket_mb, comm_hook, timeout
+        )
         self.module = module
         self.P = P if isinstance(P, Partition) else Partition(P)
         self.dim = dim
         self.optimizer = optimizer
-        self._update = _update_of(optimizer, blocking_parameter_updates, update)
+        self._update = update_of(optimizer, blocking_parameter_updates, update)
         given = {"bucket_bytes": bucket_mb and math.ceil(bucket_mb * 2**20), "timeout": timeout}
         self._options = Options(
             average, sync_buffers, engine, overlap, comm_hook=comm_hook, **{k: v for k, v in given.items() if v}
@@ -169,6 +152,7 @@ class DataParallel(torch.nn.Module):
 
     def _prepare(self) -> None:
         """Take the module's parameters as they are; the ranks along the batch axis call together."""
+        self.synchronize()
         if self._sync is not None and self._sync.is_open:
             self._sync.begin(None)  # completes what failed
             self._sync.is_open = False
@@ -179,13 +163,13 @@ class DataParallel(torch.nn.Module):
         buffers = dict(self.module.named_buffers())
         tensors = {**dict(named), **buffers}
         if len(team) > 1:
-            lane = _check_alike(transport, team, tensors, self._sparse_layers(), self._agreed_options())
+            lane = check_alike(transport, team, tensors, self._sparse_layers(), self._agreed_options())
             if self._init == "broadcast":
                 broadcast(transport, team, list(tensors.values()))
             elif self._init == "check":
-                self._check_equal(tensors)
+                check_equal(transport, team, tensors)
         elif sparse := self._sparse_layers():
-            raise TypeError(_SPARSE.format(sparse))
+            raise TypeError(SPARSE.format(sparse))
         for handle in self._handles.values():
             handle.remove()
         self._handles.clear()
@@ -201,10 +185,7 @@ class DataParallel(torch.nn.Module):
         if self._deferral is not None:
             self._deferral.remove()
         wants = self._update == "deferred" and len(team) > 1
-        self._deferral = Deferral(self.module, self._sync, self._optimizers()) if wants else None
-
-    def _optimizers(self) -> list[DataParallelOptimizer]:
-        return _listed(self.optimizer)
+        self._deferral = Deferral(self.module, self._sync, listed(self.optimizer)) if wants else None
 
     @property
     def blocking_parameter_updates(self) -> bool:
@@ -250,21 +231,13 @@ class DataParallel(torch.nn.Module):
             name or type(m).__name__ for name, m in self.module.named_modules() if getattr(m, "sparse", False) is True
         ]
 
-    def _check_equal(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        transport, team = self.P.world_transport, self._team()
-        mine = torch.tensor([zlib.crc32(_bytes(t)) for t in tensors.values()], dtype=torch.int64)
-        most = transport.all_reduce(team, mine.clone(), "max")
-        least = transport.all_reduce(team, mine.clone(), "min")
-        different = [name for name, a, b in zip(tensors, most, least, strict=True) if a != b]
-        if different:
-            raise RuntimeError(f"DataParallel: the ranks {list(team)} hold different values of {', '.join(different)}")
-
     def check_replicas(self) -> None:
         """Raise RuntimeError, on all ranks, unless they hold the same parameters and buffers, bit by bit."""
         self.synchronize()
         if self._sync is not None:
             buffers = {} if self._options.sync_buffers == "none" else dict(self.module.named_buffers())
-            self._check_equal({**dict(zip(self._sync.names, self._sync.parameters, strict=True)), **buffers})
+            held = {**dict(zip(self._sync.names, self._sync.parameters, strict=True)), **buffers}
+            check_equal(self.P.world_transport, self._sync.team, held)
 
     def _held(self) -> Iterator[Any]:
         """The layers and parameters of the module, one after another: all that may have been replaced."""
@@ -538,89 +511,3 @@ def _unprepared() -> dict[str, Any]:
         "_latest": 0,
         "_waits_for_layers": False,
     }
-
-
-def _listed(optimizer: Any) -> list[Any]:
-    if optimizer is None:
-        return []
-    return list(optimizer) if isinstance(optimizer, (list, tuple)) else [optimizer]
-
-
-def _update_of(optimizer: Any, blocking: bool | None, update: str) -> str:
-    """When parameters are updated; raises unless the arguments fit."""
-    for one in _listed(optimizer):
-        if type(one).__name__ == "DASO":
-            raise TypeError("DataParallel: DASO steps by itself; use DataParallelMultiGPU")
-        if not isinstance(one, DataParallelOptimizer):
-            raise TypeError(
-                f"DataParallel: optimizer must be a DataParallelOptimizer or a sequence of them, not {one!r}"
-            )
-    if blocking is not None and not isinstance(blocking, bool):
-        raise TypeError(f"DataParallel: blocking_parameter_updates must be a bool, not {blocking!r}")
-    if blocking is False:
-        update = "deferred"
-    if update == "deferred":
-        if blocking:
-            raise ValueError('DataParallel: blocking_parameter_updates=True is update="now"')
-        if not _listed(optimizer):
-            raise ValueError('DataParallel: update="deferred" needs the optimizer')
-        for one in _listed(optimizer):
-            if isinstance(one.torch_optimizer, torch.optim.LBFGS):
-                raise ValueError('DataParallel: LBFGS calls a closure; use update="now"')
-    for one in _listed(optimizer):
-        one.blocking_parameter_updates = update == "now"
-    return update
-
-
-_SPARSE = "DataParallel: sparse gradients are not summed; build {} with sparse=False"
-
-
-def _check_alike(
-    transport: Any,
-    team: tuple[int, ...],
-    tensors: Mapping[str, torch.Tensor],
-    sparse: list[str],
-    options: Mapping[str, Any],
-) -> int:
-    """Raise on all of the team unless all hold the same tensors, none of them of a sparse layer; returns a free lane."""
-    mine = [(name, tuple(t.shape), str(t.dtype).removeprefix("torch.")) for name, t in tensors.items()]
-    told = transport.gather_objects(team, (mine, sparse, lanes_in_use(transport, team), options))
-    for rank, (_, _, _, theirs) in zip(team, told, strict=True):
-        for name, a in told[0][3].items():
-            if theirs[name] != a:
-                raise ValueError(f"DataParallel: rank {rank} has {name}={theirs[name]!r}, rank {team[0]} {a!r}")
-    for _, theirs, _, _ in told:
-        if theirs:
-            raise TypeError(_SPARSE.format(theirs))
-    first = told[0][0]
-    for rank, (other, *_) in zip(team, told, strict=True):
-        for a, b in zip(first, other, strict=False):
-            if a != b:
-                raise ValueError(
-                    f"DataParallel: the ranks hold different modules: rank {rank} has {b}, rank {team[0]} {a}"
-                )
-        if len(first) != len(other):
-            name = (first[len(other) :] or other[len(first) :])[0][0]
-            raise ValueError(
-                f"DataParallel: the ranks hold different modules: of ranks {team[0]} and {rank}, one lacks {name}"
-            )
-    in_use = [lane for _, _, lanes, _ in told for lane in lanes]
-    return min(range(LANES), key=in_use.count)
-
-
-def _bytes(tensor: torch.Tensor) -> Any:
-    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-
-
-def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"DataParallel: {name} must be one of {', '.join(choices)}, not {value!r}")
-
-
-def _check_positive(name: str, value: Any) -> None:
-    if value is None:
-        return
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"DataParallel: {name} must be a number, not {value!r}")
-    if not 0 < value < math.inf:
-        raise ValueError(f"DataParallel: {name} must be positive and finite, not {value!r}")

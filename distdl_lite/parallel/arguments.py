@@ -1,0 +1,148 @@
+"""What `DataParallel` may be given, and what must be the same on all ranks."""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from distdl_lite.parallel.deferred import DataParallelOptimizer
+from distdl_lite.parallel.synchroniser import LANES, lanes_in_use
+from distdl_lite.partition import Partition
+from distdl_lite.transport import Transport
+from distdl_lite.transport.sums import ENGINES
+
+
+def check_arguments(
+    module: Any,
+    P: Any,
+    average: Any,
+    sync_buffers: Any,
+    engine: Any,
+    update: Any,
+    overlap: Any,
+    init: Any,
+    dim: Any,
+    bucket_mb: Any,
+    comm_hook: Any,
+    timeout: Any,
+) -> None:
+    """Raise TypeError or ValueError for what `DataParallel` does not take."""
+    if not isinstance(module, torch.nn.Module):
+        raise TypeError(f"DataParallel: a torch.nn.Module is needed, not {module!r}")
+    _check_choice("average", average, ("samples", "sum", "ranks", "none"))
+    _check_choice("sync_buffers", sync_buffers, ("root", "mean", "none"))
+    _check_choice("engine", engine, ("auto", *ENGINES))
+    _check_choice("update", update, ("now", "deferred"))
+    _check_choice("init", init, ("broadcast", "check", "none"))
+    _check_positive("bucket_mb", bucket_mb)
+    _check_positive("timeout", timeout)
+    if isinstance(dim, bool) or not isinstance(dim, int):
+        raise TypeError(f"DataParallel: dim must be an integer, not {dim!r}")
+    if not isinstance(overlap, bool):
+        raise TypeError(f"DataParallel: overlap must be a bool, not {overlap!r}")
+    if comm_hook is not None and not callable(comm_hook):
+        raise TypeError(f"DataParallel: comm_hook must be callable, not {comm_hook!r}")
+    if any(torch.nn.parameter.is_lazy(t) for t in (*module.parameters(), *module.buffers())):
+        raise ValueError("DataParallel: the module has lazy parameters; call its forward once before")
+    if not (P is None or isinstance(P, Partition) or hasattr(P, "Is_inter")):
+        raise TypeError(f"DataParallel: P must be a Partition or an mpi4py communicator, not {P!r}")
+
+
+def listed(optimizer: Any) -> list[Any]:
+    if optimizer is None:
+        return []
+    return list(optimizer) if isinstance(optimizer, (list, tuple)) else [optimizer]
+
+
+def update_of(optimizer: Any, blocking: bool | None, update: str) -> str:
+    """When parameters are updated; raises unless the arguments fit."""
+    for one in listed(optimizer):
+        if type(one).__name__ == "DASO":
+            raise TypeError("DataParallel: DASO steps by itself; use DataParallelMultiGPU")
+        if not isinstance(one, DataParallelOptimizer):
+            raise TypeError(
+                f"DataParallel: optimizer must be a DataParallelOptimizer or a sequence of them, not {one!r}"
+            )
+    if blocking is not None and not isinstance(blocking, bool):
+        raise TypeError(f"DataParallel: blocking_parameter_updates must be a bool, not {blocking!r}")
+    if blocking is False:
+        update = "deferred"
+    if update == "deferred":
+        if blocking:
+            raise ValueError('DataParallel: blocking_parameter_updates=True is update="now"')
+        if not listed(optimizer):
+            raise ValueError('DataParallel: update="deferred" needs the optimizer')
+        for one in listed(optimizer):
+            if isinstance(one.torch_optimizer, torch.optim.LBFGS):
+                raise ValueError('DataParallel: LBFGS calls a closure; use update="now"')
+    for one in listed(optimizer):
+        one.blocking_parameter_updates = update == "now"
+    return update
+
+
+SPARSE = "DataParallel: sparse gradients are not summed; build {} with sparse=False"
+
+
+def check_alike(
+    transport: Transport,
+    team: tuple[int, ...],
+    tensors: Mapping[str, torch.Tensor],
+    sparse: list[str],
+    options: Mapping[str, Any],
+) -> int:
+    """Raise on all of the team unless all hold the same tensors, none of them of a sparse layer; returns a free lane."""
+    mine = [(name, tuple(t.shape), str(t.dtype).removeprefix("torch.")) for name, t in tensors.items()]
+    told = transport.gather_objects(team, (mine, sparse, lanes_in_use(transport, team), options))
+    for rank, (_, _, _, theirs) in zip(team, told, strict=True):
+        for name, a in told[0][3].items():
+            if theirs[name] != a:
+                raise ValueError(f"DataParallel: rank {rank} has {name}={theirs[name]!r}, rank {team[0]} {a!r}")
+    for _, theirs, _, _ in told:
+        if theirs:
+            raise TypeError(SPARSE.format(theirs))
+    first = told[0][0]
+    for rank, (other, *_) in zip(team, told, strict=True):
+        for a, b in zip(first, other, strict=False):
+            if a != b:
+                raise ValueError(
+                    f"DataParallel: the ranks hold different modules: rank {rank} has {b}, rank {team[0]} {a}"
+                )
+        if len(first) != len(other):
+            name = (first[len(other) :] or other[len(first) :])[0][0]
+            raise ValueError(
+                f"DataParallel: the ranks hold different modules: of ranks {team[0]} and {rank}, one lacks {name}"
+            )
+    in_use = [lane for _, _, lanes, _ in told for lane in lanes]
+    return min(range(LANES), key=in_use.count)
+
+
+def check_equal(transport: Transport, team: Sequence[int], tensors: Mapping[str, torch.Tensor]) -> None:
+    """Raise RuntimeError on all of the team unless all hold the same values, bit by bit."""
+    mine = torch.tensor([zlib.crc32(_bytes(t)) for t in tensors.values()], dtype=torch.int64)
+    most = transport.all_reduce(team, mine.clone(), "max")
+    least = transport.all_reduce(team, mine.clone(), "min")
+    different = [name for name, a, b in zip(tensors, most, least, strict=True) if a != b]
+    if different:
+        raise RuntimeError(f"DataParallel: the ranks {list(team)} hold different values of {', '.join(different)}")
+
+
+def _bytes(tensor: torch.Tensor) -> Any:
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+
+
+def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"DataParallel: {name} must be one of {', '.join(choices)}, not {value!r}")
+
+
+def _check_positive(name: str, value: Any) -> None:
+    if value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"DataParallel: {name} must be a number, not {value!r}")
+    if not 0 < value < math.inf:
+        raise ValueError(f"DataParallel: {name} must be positive and finite, not {value!r}")
