@@ -59,3 +59,50 @@ def test_lenet_learns_as_the_serial_network(ranks: int) -> None:
     torch.testing.assert_close(ours, serial, rtol=1e-3, atol=0)
     assert ours[-1] < 0.5 * ours[0]
     assert accuracy == pytest.approx(serial_accuracy, abs=0.01)
+
+
+SAME = ("now", "deferred", "root", "ddp")  # as one process, for any number of rows
+
+
+def check_data_parallel(world: dl.Partition, *arguments: str) -> None:
+    """The curves are those of one process; that of local SGD is where it averages after each step."""
+    digits = example("digits_data_parallel")
+    options = digits.parse(world.size, ["--epochs", "2", "--batch", "288", *arguments])
+    options.faces = [face for face in options.faces if face != "ddp" or options.face == "ddp"]
+    for name, (ours, serial) in digits.run(world, options).items():
+        assert len(ours) == 2 * (1439 // options.batch + (name not in digits.EVEN))
+        difference = max(abs(a - b) for a, b in zip(ours, serial, strict=True))
+        equal = name in SAME or options.period == 1 or world.size == 1
+        assert difference < 1e-12 if equal else 1e-6 < difference < 1
+        assert min(serial) < serial[0]
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_data_parallelism_has_the_curve_of_one_process(
+    ranks: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    picture = tmp_path / "curves.png"
+    spmd(ranks, lambda world: check_data_parallel(world, "--out", str(picture)))
+    assert picture.stat().st_size > 10_000
+    printed = capsys.readouterr().out
+    assert printed.count("largest difference to one process") == 4
+    spmd(ranks, lambda world: check_data_parallel(world, "--face", "local_sgd", "--period", "1"))
+
+
+def test_data_parallelism_with_no_rows_on_a_rank() -> None:
+    for face in ("now", "deferred", "root"):
+        spmd(2, lambda world, face=face: check_data_parallel(world, "--face", face, "--batch", "1438"))
+
+
+def test_data_parallelism_takes_only_batches_that_divide(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        example("digits_data_parallel").parse(5, [])
+    assert "--batch 96 must be divisible by 5, the number of ranks" in capsys.readouterr().err
+
+
+@pytest.mark.mpi(min_size=2)
+@pytest.mark.filterwarnings("ignore")  # torch's modules warn of each other
+def test_data_parallelism_by_ddp() -> None:
+    pair = dl.Partition().create_partition_inclusive([0, 1])
+    if pair.active:
+        check_data_parallel(pair, "--face", "ddp")
