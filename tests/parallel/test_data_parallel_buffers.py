@@ -55,7 +55,7 @@ def test_running_statistics(mode: str, ranks: int) -> None:
 @on_ranks(2, mpi=True)
 def test_mean_of_equal_blocks_is_the_whole_batch(world: dl.Partition) -> None:
     """The running mean of one process on the full batch; its variance lacks what the blocks' means differ by."""
-    dp, single = twins(normed(), sync_buffers="mean")
+    dp, single = twins(normed(), world, sync_buffers="mean")
     for step in range(3):
         x = draw(8, 3, seed=step)
         mean_square(dp(x[4 * world.rank :][:4])).backward()

@@ -81,7 +81,11 @@ def test_different_options(world: dl.Partition) -> None:
     changes = {"average": "sum", "sync_buffers": "none", "engine": "inline", "overlap": False, "init": "check"}
     for name, value in {**changes, "bucket_mb": 1.0}.items():
         options = {name: value} if world.rank == 1 else {}
-        refused(world, lambda o=options: dl.DataParallel(mlp(3, 2), **o), f"DataParallel: rank 1 has {name}={value!r}, rank 0")
+        refused(
+            world,
+            lambda o=options: dl.DataParallel(mlp(3, 2), world, **o),
+            f"DataParallel: rank 1 has {name}={value!r}, rank 0",
+        )
 
 
 @pytest.mark.check("A36")
@@ -129,8 +133,14 @@ class Breaks(torch.autograd.Function):
 @on_ranks(3, mpi=True)
 def test_failed_backwards(world: dl.Partition) -> None:
     """Also of one rank alone: at its next backward all others know."""
-    for options in ({}, {"bucket_mb": 1e-5}, {"overlap": False}, {"engine": "thread"}, {"engine": "poll", "bucket_mb": 1e-5}):
-        dp, single = twins(mlp(3, 4, 4, 2), **options)
+    for options in (
+        {},
+        {"bucket_mb": 1e-5},
+        {"overlap": False},
+        {"engine": "thread"},
+        {"engine": "poll", "bucket_mb": 1e-5},
+    ):
+        dp, single = twins(mlp(3, 4, 4, 2), world, **options)
         x = draw(6, 3)
         mine = x[2 * world.rank :][:2]
         for failing in ((0, 1, 2), (1,), (0, 2), (0, 1, 2), (2,)):
@@ -170,5 +180,7 @@ def test_a_rank_that_skips_backward_is_named(world: dl.Partition) -> None:
     """Threads find out at once; processes after `timeout`."""
     dp, _ = twins(mlp(3, 2))
     if world.rank == 0:
-        with pytest.raises(RuntimeError, match="deadlock: rank 0 waits for sum of .* of ranks .0, 1.*; rank 1 has ended"):
+        with pytest.raises(
+            RuntimeError, match=r"deadlock: rank 0 waits for sum of .* of ranks .0, 1.*; rank 1 has ended"
+        ):
             mean_square(dp(draw(2, 3))).backward()

@@ -21,7 +21,7 @@ BUCKETS = None, 1e-4  # MiB; the second has a parameter or two in each
 
 def compare(world: dl.Partition, sizes: Sequence[int], steps: int = 2, dtype: torch.dtype = torch.float64, **options):
     """Some backwards on batches of which each rank has so many rows."""
-    dp, single = twins(mlp(3, 7, 5, 2, dtype=dtype), **options)
+    dp, single = twins(mlp(3, 7, 5, 2, dtype=dtype), world, **options)
     for step in range(steps):
         x = draw(sum(sizes), 3, seed=step, dtype=dtype)
         dp.zero_grad()

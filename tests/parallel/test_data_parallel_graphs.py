@@ -24,7 +24,7 @@ Loss = Callable[[nn.Module, torch.Tensor], torch.Tensor]
 
 def compare(world: dl.Partition, make: Callable[[], nn.Module], loss: Loss, steps: int = 2, rows: int = 3, **options):
     """Backwards of a loss on even batches."""
-    dp, single = twins(make(), **options)
+    dp, single = twins(make(), world, **options)
     for step in range(steps):
         x = draw(rows * world.size, 3, seed=step)
         dp.zero_grad()
@@ -43,7 +43,7 @@ def test_forwards_and_backwards_in_any_number(world: dl.Partition) -> None:
     for options in OPTIONS:
         compare(world, lambda: mlp(3, 5, 3), lambda f, x: mean_square(f(x)) + mean_square(f(2 * x)), **options)
         compare(world, lambda: mlp(3, 5, 3), lambda f, x: mean_square(f(f(x))), **options)
-        dp, single = twins(mlp(3, 5, 2), **options)
+        dp, single = twins(mlp(3, 5, 2), world, **options)
         for step in range(2):
             x = draw(6, 3, seed=step)
             for model, batch in ((dp, x[3 * world.rank :][:3]), (single, x)):
@@ -70,7 +70,7 @@ class Normed(nn.Sequential):
 def test_adversaries_with_batch_norm(world: dl.Partition) -> None:
     """Batches are the same on both ranks, so that local statistics are those of one process."""
     for options in OPTIONS:
-        makers, judges = twins(Normed(4, 3), **options), twins(Normed(5, 1), **options)
+        makers, judges = twins(Normed(4, 3), world, **options), twins(Normed(5, 1), world, **options)
         for step in range(3):
             real, noise = draw(6, 3, seed=step), draw(6, 3, seed=9 + step)
             for maker, judge in zip(makers, judges, strict=True):
@@ -172,7 +172,7 @@ def test_checkpoints(world: dl.Partition) -> None:
 @pytest.mark.check("A17")
 @on_ranks(2, mpi=True)
 def test_reentrant_checkpoints_of_a_layer_used_twice_need_the_end_of_backward(world: dl.Partition) -> None:
-    dp, single = twins(Checkpointed(True, 2))
+    dp, single = twins(Checkpointed(True, 2), world)
     x = draw(4, 3)
     text = r"the gradient of inner\.\d\.\w+ came twice in one backward, as under reentrant checkpoints: .*overlap=False"
     for _ in range(2):
@@ -223,7 +223,7 @@ def test_uneven_penalties_alternate_with_losses(world: dl.Partition) -> None:
 @on_ranks(2, mpi=True)
 def test_gradients_that_are_returned_are_local(world: dl.Partition) -> None:
     """`autograd.grad` sums nothing, so that one rank alone may call it."""
-    dp, single = twins(mlp(3, 4, 2))
+    dp, single = twins(mlp(3, 4, 2), world)
     x = draw(4, 3)
     mine = x[2 * world.rank :][:2].requires_grad_()
     if world.rank == 0:

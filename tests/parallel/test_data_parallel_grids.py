@@ -19,7 +19,7 @@ from distdl_lite.testing import count
 @on_ranks(4, mpi=True)
 def test_some_ranks(world: dl.Partition) -> None:
     """In any order; the others make the same calls."""
-    for ranks in ([0, 1], [3, 1], [2], [2, 0, 3]):
+    for ranks in ([3, 1], [2], [2, 0, 3]):
         for P in (world.create_partition_inclusive(ranks), world.grid((len(ranks),), ranks)):
             dp, single = twins(mlp(3, 4, 2), P)
             optimizer = torch.optim.SGD(dp.parameters(), 0.1)
@@ -126,12 +126,11 @@ def test_uneven_batches_of_cut_images_train(world: dl.Partition) -> None:
         x = draw(4, 2, 6, 5, seed=step)
         rows = (slice(0, 3), slice(3, 4))[P.index[0]]
         height = slice(3 * P.index[2], 3 * P.index[2] + 3)
-        for model, optimizer, value in (
-            (dp, optimizers[0], lambda m: loss(m(x[rows, :, height]), x.new_ones(3 - 2 * P.index[0], 3, 3, 5))),
-            (single, optimizers[1], lambda m: (m(x) - 1).square().mean()),
-        ):
+        target = torch.ones(3 - 2 * P.index[0], 3, 3, 5, dtype=x.dtype)
+        values = [loss(dp(x[rows, :, height]), target), (single(x) - 1).square().mean()]
+        for value, optimizer in zip(values, optimizers, strict=True):
             optimizer.zero_grad()
-            value(model).backward()
+            value.backward()
             optimizer.step()
     for actual, expected in zip(dp.parameters(), single.parameters(), strict=True):
         torch.testing.assert_close(actual, expected, rtol=0, atol=1e-12)
@@ -177,7 +176,9 @@ def test_replicas_on_some_ranks_of_the_batch_axis_are_refused(world: dl.Partitio
     P = world.grid((4,))
     pair = world.grid((2, 1), [0, 1]) if world.rank < 2 else world.grid((2, 1), [2, 3])
     model = nn.Sequential(dnn.DistributedLayerNorm(pair, (3,)))
-    with pytest.raises(ValueError, match=r"0\.weight has replicas on ranks \[\d, \d\], some of the ranks \[0, 1, 2, 3\]"):
+    with pytest.raises(
+        ValueError, match=r"0\.weight has replicas on ranks \[\d, \d\], some of the ranks \[0, 1, 2, 3\]"
+    ):
         dl.DataParallel(model, P)
 
 

@@ -38,7 +38,7 @@ def test_dtypes_in_one_model(world: dl.Partition) -> None:
     for options, sizes in itertools.product(
         [{}, {"bucket_mb": 1e-4}, {"overlap": False}, *[{"engine": engine} for engine in ENGINES]], ([2, 2], [3, 1])
     ):
-        dp, single = twins(Mixed(), **options)
+        dp, single = twins(Mixed(), world, **options)
         for step in range(2):
             x, image = draw(4, 3, seed=step, dtype=torch.float32), draw(4, 2, 5, 5, seed=step, dtype=torch.float32)
             dp.zero_grad()
@@ -86,7 +86,7 @@ class Odd(nn.Module):
 @on_ranks(2, mpi=True)
 def test_odd_parameters(world: dl.Partition) -> None:
     for options in ({}, {"bucket_mb": 1e-5}, {"overlap": False}):
-        dp, single = twins(Odd(), **options)
+        dp, single = twins(Odd(), world, **options)
         for step in range(3):
             x = draw(4, 3, seed=step)
             dp.zero_grad()

@@ -32,7 +32,7 @@ def test_construction_touches_neither_weights_nor_random_numbers(world: dl.Parti
     model.register_buffer("number", torch.tensor(world.rank))
     before, state = copy.deepcopy(model.state_dict()), torch.get_rng_state()
     objects = list(model.parameters())
-    dp = dl.DataParallel(model)
+    dp = dl.DataParallel(model, world)
     assert torch.equal(torch.get_rng_state(), state)
     assert all(a is b for a, b in zip(dp.parameters(), objects, strict=True))
     told = world.allgather_data({k: v.tolist() for k, v in before.items()})
@@ -86,7 +86,7 @@ def test_states_are_the_modules(world: dl.Partition) -> None:
 @on_ranks(2, mpi=True)
 def test_a_run_that_is_resumed_is_the_same_run(world: dl.Partition) -> None:
     def new() -> tuple[dl.DataParallel, torch.optim.Optimizer]:
-        dp = dl.DataParallel(net(), bucket_mb=1e-4)
+        dp = dl.DataParallel(net(), world, bucket_mb=1e-4)
         return dp, torch.optim.AdamW(dp.parameters(), 0.01)
 
     data = [draw(3 + world.rank, 3, seed=step) for step in range(8)]
@@ -122,7 +122,7 @@ def test_attributes_are_the_modules(world: dl.Partition) -> None:
 @on_ranks(2, mpi=True)
 def test_copies_work_on_their_own(world: dl.Partition) -> None:
     for trained in (False, True):
-        dp, single = twins(mlp(3, 4, 2), bucket_mb=1e-4, average="sum")
+        dp, single = twins(mlp(3, 4, 2), world, bucket_mb=1e-4, average="sum")
         x = draw(4, 3)
         mine = x[2 * world.rank :][:2]
         if trained:
@@ -163,7 +163,7 @@ def test_containers_come_and_go(world: dl.Partition) -> None:
     model, single = mlp(3, 4, 2), mlp(3, 4, 2)
     before, x = communicators(), draw(4, 3)
     for number in range(500):
-        dp = dl.DataParallel(model)
+        dp = dl.DataParallel(model, world)
         if number % 10 == 0:
             model.zero_grad()
             mean_square(dp(x[2 * world.rank :][:2])).backward()
@@ -177,7 +177,7 @@ def test_containers_come_and_go(world: dl.Partition) -> None:
     gc.collect()
     assert not any(p._post_accumulate_grad_hooks for p in model.parameters())
     for _ in range(50):
-        mean_square(dl.DataParallel(mlp(3, 4))(x)).backward()
+        mean_square(dl.DataParallel(mlp(3, 4), world)(x)).backward()
     assert communicators() <= before + 2
     with count() as c:
         mean_square(model(x)).backward()

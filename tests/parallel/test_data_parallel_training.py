@@ -78,7 +78,7 @@ class Branches(nn.Module):
 @on_ranks(2, mpi=True)
 def test_branches_that_depend_on_data(world: dl.Partition) -> None:
     for options in ({}, {"bucket_mb": 1e-4}, {"engine": "thread"}, {"engine": "poll"}):
-        dp, single = twins(Branches(), **options)
+        dp, single = twins(Branches(), world, **options)
         optimizers = [torch.optim.SGD(model.parameters(), 0.05, momentum=0.5) for model in (dp, single)]
         for step in range(30):
             x = draw(4, 3, seed=step)
@@ -101,7 +101,7 @@ def test_freezing_at_any_time(world: dl.Partition) -> None:
     for options in ({}, {"bucket_mb": 1e-4}, {"overlap": False}, {"average": "ranks"}):
         model = mlp(3, 5, 4, 2)
         model[0].requires_grad_(False)
-        dp, single = twins(model, **options)
+        dp, single = twins(model, world, **options)
         optimizers = [torch.optim.SGD(m.parameters(), 0.1, momentum=0.9) for m in (dp, single)]
         for step, frozen in enumerate(plan):
             for m in (dp.module, single):
@@ -133,7 +133,7 @@ def test_one_rank_alone_trains_a_layer(world: dl.Partition) -> None:
 
 def loop(world: dl.Partition, make: Callable[[nn.Module], Callable[[torch.Tensor], Any]], steps: int = 12, **options):
     """Steps that `make` builds for a model, for the container on its rows and for one process on all."""
-    dp, single = twins(mlp(3, 6, 2), **options)
+    dp, single = twins(mlp(3, 6, 2), world, **options)
     ours, theirs = make(dp), make(single)
     for x in batches(world, steps):
         ours(mine(world, x))

@@ -26,7 +26,7 @@ def square_sum(y: torch.Tensor) -> torch.Tensor:
 @on_ranks(2, mpi=True)
 def test_a_window_of_uneven_micro_batches_is_one_batch(world: dl.Partition) -> None:
     for options in OPTIONS:
-        dp, single = twins(mlp(3, 5, 2), average="sum", **options)
+        dp, single = twins(mlp(3, 5, 2), world, average="sum", **options)
         for step in range(3):
             batches = [draw(n, 3, seed=10 * step + i) for i, n in enumerate(SIZES[world.rank])]
             dp.zero_grad()
@@ -138,7 +138,7 @@ def test_sums_that_cannot_be_told_apart_are_refused(world: dl.Partition) -> None
 def epochs(world: dl.Partition, lengths: Sequence[Sequence[int]], rows: Sequence[int], **options: object) -> None:
     """Epochs of different lengths on the ranks; one process trains on the rows of those that still have some."""
     torch.manual_seed(0)
-    dp, single = twins(nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double(), **options)
+    dp, single = twins(nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double(), world, **options)
     optimizers = [torch.optim.SGD(model.parameters(), 0.1) for model in (dp, single)]
     for number, steps in enumerate(lengths):
         batches = [[draw(rows[r], 3, seed=100 * number + 10 * r + s) for s in range(n)] for r, n in enumerate(steps)]
@@ -163,7 +163,9 @@ def epochs(world: dl.Partition, lengths: Sequence[Sequence[int]], rows: Sequence
 @on_ranks(3, mpi=True)
 def test_unequal_numbers_of_steps(world: dl.Partition) -> None:
     for options in (*OPTIONS, {"average": "ranks"}):
-        epochs(world, [(2, 5, 3), (4, 1, 1), (2, 2, 2), (0, 3, 1), (1, 2, 0), (0, 0, 0), (2, 0, 2)], (2, 1, 3), **options)
+        epochs(
+            world, [(2, 5, 3), (4, 1, 1), (2, 2, 2), (0, 3, 1), (1, 2, 0), (0, 0, 0), (2, 0, 2)], (2, 1, 3), **options
+        )
 
 
 @pytest.mark.check("A7")
@@ -171,11 +173,10 @@ def test_unequal_numbers_of_steps(world: dl.Partition) -> None:
 def test_join_sends_nothing_of_its_own(world: dl.Partition) -> None:
     dp, _ = twins(mlp(3, 4, 2))
     steps = [4, 2][world.rank]
-    with count() as c:
-        with dp.join():
-            for step in range(steps):
-                mean_square(dp(draw(2, 3, seed=step))).backward()
-            assert c.collectives == steps
+    with count() as c, dp.join():
+        for step in range(steps):
+            mean_square(dp(draw(2, 3, seed=step))).backward()
+        assert c.collectives == steps
     # the steps of the longest, one in which all have ended, who is ahead, and the parameters
     assert c.collectives == 4 + 1 + 1 + 1
 

@@ -1,0 +1,213 @@
+"""Jobs of their own under mpirun: against torch's DDP, ranks that fail or fall silent, long runs, weak thread support."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from test_pytest_plugin import mpirun
+
+ROOT = Path(__file__).parents[2]
+START = """
+import os, signal, sys, threading, time
+import torch
+import distdl_lite as dl
+from mpi4py import MPI
+torch.set_num_threads(1)
+world, here = MPI.COMM_WORLD, sys.argv[1]
+
+def net(dtype=torch.float32):
+    torch.manual_seed(0)
+    layers = [torch.nn.Linear(a, b, dtype=dtype) for a, b in ((3, 40), (40, 30), (30, 2))]
+    return torch.nn.Sequential(layers[0], torch.nn.Tanh(), layers[1], torch.nn.Tanh(), layers[2])
+
+def loss(model, seed=0):
+    x = torch.randn(4, 3, generator=torch.Generator().manual_seed(10 * seed + world.rank))
+    return model(x.to(next(model.parameters()).dtype)).square().mean()
+
+def now():
+    with open(os.path.join(here, "time"), "w") as file:
+        file.write(str(time.time()))
+"""
+
+
+def start(
+    folder: Path, text: str, ranks: int = 2, options: tuple[str, ...] = (), **variables: str
+) -> subprocess.CompletedProcess[str]:
+    """Run a script on several ranks."""
+    script = folder / "job.py"
+    script.write_text(START + text)
+    variables = {**os.environ, "PYTHONPATH": str(ROOT), "GLOO_SOCKET_IFNAME": "lo", **variables}
+    command = [mpirun(), "-n", str(ranks), sys.executable, *options, str(script), str(folder)]
+    return subprocess.run(command, env=variables, capture_output=True, text=True, timeout=100, check=False)
+
+
+def seconds_since(folder: Path, ended: float) -> float:
+    return ended - float((folder / "time").read_text())
+
+
+AGAINST_TORCH = """
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+store = dist.FileStore(os.path.join(here, "store"), world.size)
+dist.init_process_group("gloo", store=store, rank=world.rank, world_size=world.size)
+for engine in ("inline", "thread", "poll"):
+    for megabytes in (25, 0.001):
+        for dtype in (torch.float32, torch.float64):
+            theirs = DistributedDataParallel(net(dtype), bucket_cap_mb=megabytes)
+            ours = dl.DataParallel(net(dtype), average="ranks", engine=engine, bucket_mb=megabytes)
+            optimizers = [torch.optim.SGD(model.parameters(), 0.1, momentum=0.9) for model in (theirs, ours)]
+            for step in range(5):
+                for model, optimizer in zip((theirs, ours), optimizers):
+                    optimizer.zero_grad()
+                    loss(model, step).backward()
+                for a, b in zip(theirs.parameters(), ours.parameters(), strict=True):
+                    assert torch.equal(a.grad, b.grad), (engine, megabytes, dtype, step)
+                for optimizer in optimizers:
+                    optimizer.step()
+dist.destroy_process_group()
+print("equal")
+"""
+
+
+@pytest.mark.check("A4")
+def test_the_mean_over_ranks_is_that_of_torch(tmp_path: Path) -> None:
+    done = start(tmp_path, AGAINST_TORCH)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("equal") == 2
+
+
+SILENT = """
+for engine in ("poll", "thread"):
+    dp = dl.DataParallel(net(), engine=engine, timeout=2)
+    loss(dp).backward()
+    world.Barrier()
+    if world.rank == 0:
+        began = time.monotonic()
+        try:
+            loss(dp).backward()
+        except TimeoutError as error:
+            print(engine, "after", time.monotonic() - began, "s:", error)
+        try:
+            dp(torch.ones(1, 3))
+        except RuntimeError as error:
+            print(engine, "then:", error)
+sys.stdout.flush()
+world.Barrier()
+now()
+"""
+
+
+@pytest.mark.check("A37")
+def test_a_rank_that_skips_backward(tmp_path: Path) -> None:
+    done = start(tmp_path, SILENT)
+    ended = time.time()
+    for engine in ("poll", "thread"):
+        (line,) = [line for line in done.stdout.splitlines() if line.startswith(f"{engine} after")]
+        assert 2 <= float(line.split()[2]) < 3
+        text = (
+            "s: rank 0: bucket 0 (4.bias, 4.weight, 2.bias, ...) was not reduced after 2 s: some rank did not take part"
+        )
+        assert line.endswith(text)
+        assert f"{engine} then: DataParallel: an earlier sum was not completed by all ranks; end the job" in done.stdout
+    assert done.returncode != 0  # the thread would never end
+    assert "rank 0 ends while a sum that it started waits for other ranks" in done.stderr
+    assert seconds_since(tmp_path, ended) < 10
+
+
+FAILS = """
+dl.abort_on_exception()
+dp = dl.DataParallel(net(), engine=os.environ["ENGINE"])
+for step in range(3):
+    loss(dp, step).backward()
+if world.rank == world.size - 1:
+    now()
+    {fails}
+for step in range(10**6):
+    loss(dp, step).backward()
+"""
+
+
+@pytest.mark.check("A38")
+@pytest.mark.parametrize(
+    ("fails", "engine", "ranks"),
+    [
+        ("raise ArithmeticError('one rank alone')", "thread", 2),
+        ("os.kill(os.getpid(), signal.SIGKILL)", "poll", 3),
+    ],
+)
+def test_a_rank_that_fails_ends_the_job(tmp_path: Path, fails: str, engine: str, ranks: int) -> None:
+    done = start(tmp_path, FAILS.format(fails=fails), ranks, ENGINE=engine)
+    assert seconds_since(tmp_path, time.time()) < 5
+    assert done.returncode != 0
+    assert ("one rank alone" in done.stderr) == ("raise" in fails)
+
+
+LONG = """
+def resident():
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+containers = [dl.DataParallel(net(), engine=engine, bucket_mb=0.001) for engine in ("poll", "thread")]
+optimizers = [torch.optim.SGD(dp.parameters(), 1e-3, momentum=0.9) for dp in containers]
+
+def steps(count):
+    for step in range(count):
+        for dp, optimizer in zip(containers, optimizers):
+            optimizer.zero_grad(set_to_none=step % 2 == 0)
+            if step % 5 == 0:
+                with dp.no_sync():
+                    loss(dp, step).backward()
+            loss(dp, step).backward()
+            optimizer.step()
+
+steps(100)
+before, threads = resident(), threading.active_count()
+steps(500)
+grown = (resident() - before) / before
+assert grown < 0.01, grown
+assert threading.active_count() == threads
+assert sum(thread.name == "distdl_lite sums" for thread in threading.enumerate()) == 1
+for dp in containers:
+    dp.check_replicas()
+print("steady")
+"""
+
+
+@pytest.mark.check("A45")
+def test_a_long_run_does_not_grow(tmp_path: Path) -> None:
+    done = start(tmp_path, LONG, options=("-X", "dev", "-W", "error::ResourceWarning"))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("steady") == 2
+    assert "ResourceWarning" not in done.stderr
+
+
+WEAK = """
+assert MPI.Query_thread() == MPI.THREAD_SERIALIZED
+for engine in ("auto", "thread", "poll", "inline"):
+    torch.manual_seed(0)
+    large = torch.nn.Sequential(torch.nn.Linear(3, 600), torch.nn.Linear(600, 600)).double()
+    dp = dl.DataParallel(large, engine=engine, bucket_mb=0.5)
+    for step in range(5):
+        dp.zero_grad()
+        loss(dp, step).backward()
+    assert not any(thread.name == "distdl_lite sums" for thread in threading.enumerate()), engine
+    dp.check_replicas()
+import pytest
+folder = os.path.join(os.environ["PYTHONPATH"], "tests", "parallel")
+options = ["--with-mpi", "-m", "mpi", "-k", "not come_and_go", "--rootdir", os.environ["PYTHONPATH"]]
+sys.exit(pytest.main(["-q", *options, folder]))
+"""
+
+
+@pytest.mark.check("A41")
+def test_without_thread_multiple_nothing_is_left_to_a_thread(tmp_path: Path) -> None:
+    """And all tests of containers that run on two ranks pass."""
+    done = start(tmp_path, WEAK, MPI4PY_RC_THREAD_LEVEL="serialized")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert " passed" in done.stdout
