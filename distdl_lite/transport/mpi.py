@@ -509,15 +509,15 @@ class _RowsMoving:
         _moving[:] = [other for other in _moving if not other.test()]
         self._into, self._sent = into, _at_host(rows)
         self._received = into if into.is_cpu else torch.empty_like(into, device="cpu")
-        row = MPI.BYTE.Create_contiguous(math.prod(rows.shape[1:]) * rows.element_size()).Commit()
+        self._row = MPI.BYTE.Create_contiguous(math.prod(rows.shape[1:]) * rows.element_size()).Commit()
         source, target = _bytes(self._sent)[0], _bytes(self._received)[0]
-        self._request = comm.Ialltoallv([source, sends, None, row], [target, receives, None, row])
-        row.Free()  # it lasts until the request is done
+        self._request = comm.Ialltoallv([source, sends, None, self._row], [target, receives, None, self._row])
         _moving.append(self)
 
     def test(self) -> bool:
         if self in _moving and self._request.Test():
             _moving.remove(self)
+            self._row.Free()
         return self not in _moving
 
     def finish(self) -> torch.Tensor:
