@@ -14,6 +14,7 @@ import os
 import sys
 from array import array
 from collections.abc import Callable, Sequence
+from itertools import accumulate
 from time import perf_counter, sleep
 from typing import Any
 
@@ -509,21 +510,36 @@ class _RowsMoving:
         _moving[:] = [other for other in _moving if not other.test()]
         self._into, self._sent = into, _at_host(rows)
         self._received = into if into.is_cpu else torch.empty_like(into, device="cpu")
-        self._row = MPI.BYTE.Create_contiguous(math.prod(rows.shape[1:]) * rows.element_size()).Commit()
+        row = math.prod(rows.shape[1:]) * rows.element_size()
+        starts, ends = (_cuts(counts, row) for counts in (sends, receives))
         source, target = _bytes(self._sent)[0], _bytes(self._received)[0]
-        self._request = comm.Ialltoallv([source, sends, None, self._row], [target, receives, None, self._row])
+        self._requests = []
+        for peer in range(comm.size):
+            piece, place = source[slice(*starts[peer])], target[slice(*ends[peer])]
+            if peer == comm.rank:
+                place[:] = piece
+                continue
+            if len(place):
+                self._requests.append(comm.Irecv([place, len(place), MPI.BYTE], peer, _TAG))
+            if len(piece):
+                self._requests.append(comm.Isend([piece, len(piece), MPI.BYTE], peer, _TAG))
         _moving.append(self)
 
     def test(self) -> bool:
-        if self in _moving and self._request.Test():
+        if self in _moving and MPI.Request.Testall(self._requests):
             _moving.remove(self)
-            self._row.Free()
         return self not in _moving
 
     def finish(self) -> torch.Tensor:
-        self._request.Wait()
+        MPI.Request.Waitall(self._requests)
         self.test()
         return self._into if self._received is self._into else self._into.copy_(self._received)
+
+
+def _cuts(counts: Sequence[int], row: int) -> list[tuple[int, int]]:
+    """Where each rank's rows begin and end, in bytes."""
+    ends = [row * end for end in accumulate(counts)]
+    return list(zip([0, *ends], ends, strict=False))
 
 
 _moving: list[_RowsMoving] = []
