@@ -93,10 +93,10 @@ class ShuffledLoader:
     then goes on, and is finished when the next epoch begins, with which the older iterator ends. Where a loop runs to its
     end, nothing is left under way.
 
-    An epoch begins with one agreement of 8 bytes and one exchange per tensor (``MPI_Isend`` and ``MPI_Irecv`` on a communicator of its
-    own). MPI may move rows only inside its calls: each batch gives it one, as do the sums of gradients between them. A rank
-    holds its rows twice, as they are sent, from where the batches are taken, and as they arrive; and permutations of the N
-    rows of all ranks, two of them for long.
+    An epoch begins with one agreement of 8 bytes and one exchange per tensor (``MPI_Isend`` and ``MPI_Irecv`` on a
+    communicator of its own). MPI may move rows only inside its calls: each batch gives it one, as do the sums of gradients
+    between them. A rank holds its rows twice, as they are sent, from where the batches are taken, and as they arrive; and
+    permutations of the N rows of all ranks, two of them for long.
 
     Examples
     --------

@@ -184,8 +184,9 @@ def redistribute(rows: Rows, order: torch.Tensor | int, P: Any = None, *, keep_c
 
     Notes
     -----
-    All ranks of `P` call it together. Two agreements by small host data, then one exchange per tensor (``MPI_Isend``, ``MPI_Irecv``)
-    of rows packed by index arithmetic on whole tensors, of O(N) on each rank. Peak extra memory is twice the rank's rows.
+    All ranks of `P` call it together. Two agreements by small host data, then one exchange per tensor (``MPI_Isend``,
+    ``MPI_Irecv``) of rows packed by index arithmetic on whole tensors, of O(N) on each rank. Peak extra memory is twice the
+    rank's rows.
 
     Examples
     --------
