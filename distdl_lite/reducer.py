@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
-from typing import Any
+from typing import Any, TypeVar
 from weakref import WeakValueDictionary
 
 import torch
@@ -18,6 +18,8 @@ import torch
 from distdl_lite.shown import shown
 from distdl_lite.transport import Transport
 from distdl_lite.transport.sums import Pending
+
+Item = TypeVar("Item")
 
 BUCKET_BYTES = 25 * 2**20  # of sums at the end of backward
 EARLY_BYTES = 4 * 2**20  # of sums that start before; a model with less to sum has none
@@ -355,16 +357,27 @@ class _Told:
 
 def buckets(group: Iterable[Entry], most: int) -> list[list[Entry]]:
     """The entries in buckets of one dtype and device, of `most` bytes unless one is larger."""
-    made: list[list[Entry]] = []
-    latest: dict[Any, tuple[list[Entry], int]] = {}
-    for entry in group:
-        kind, size = (entry.dtype, entry.parameter.device), entry.nbytes
-        bucket, filled = latest.get(kind, (None, 0))
-        if bucket is None or filled + size > most:
+    return cut(group, lambda entry: (entry.dtype, entry.parameter.device), lambda entry: entry.nbytes, most)
+
+
+def cut(
+    items: Iterable[Item],
+    kind: Callable[[Item], Any],
+    nbytes: Callable[[Item], int],
+    most: int,
+    first: int | None = None,
+) -> list[list[Item]]:
+    """The items, in their order, in buckets of one kind, of `most` bytes, the first of `first`, unless an item has more."""
+    made: list[list[Item]] = []
+    latest: dict[Any, tuple[list[Item], int]] = {}
+    for item in items:
+        bucket, filled = latest.get(kind(item), ([], 0))
+        limit = first if first is not None and bucket and bucket is made[0] else most
+        if not bucket or filled + nbytes(item) > limit:
             bucket, filled = [], 0
             made.append(bucket)
-        bucket.append(entry)
-        latest[kind] = (bucket, filled + size)
+        bucket.append(item)
+        latest[kind(item)] = bucket, filled + nbytes(item)
     return made
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from distdl_lite.reducer import unflattened
+from distdl_lite.reducer import cut, unflattened
 from distdl_lite.transport.wire import wire_dtype
 
 _LARGE = 4096  # numbers in a gradient from which one pass over it takes longer than a call
@@ -34,16 +34,7 @@ def filled(order: Sequence[int], nbytes: Sequence[int], kinds: Sequence[Any], mo
     >>> filled([3, 2, 1, 0], [8, 8, 8, 8], ["a", "a", "b", "a"], 16)
     [(2,), (3, 1), (0,)]
     """
-    made: list[list[int]] = []
-    open_: dict[Any, tuple[list[int], int]] = {}
-    for number in order:
-        bucket, size = open_.get(kinds[number], ([], 0))
-        limit = min(most, FIRST_BYTES) if bucket and bucket is made[0] else most
-        if not bucket or size + nbytes[number] > limit:
-            bucket, size = [], 0
-            made.append(bucket)
-        bucket.append(number)
-        open_[kinds[number]] = bucket, size + nbytes[number]
+    made = cut(order, kinds.__getitem__, nbytes.__getitem__, most, min(most, FIRST_BYTES))
     last = {number: place for place, number in enumerate(order)}
     return sorted((tuple(bucket) for bucket in made), key=lambda bucket: last[bucket[-1]])
 
