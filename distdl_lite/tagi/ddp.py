@@ -11,6 +11,7 @@ from distdl_lite.parallel.synchroniser import broadcast
 from distdl_lite.partition import Partition
 from distdl_lite.tagi.protocol import arrays_of, deltas_of, described, missing_members, sum_deltas
 from distdl_lite.tagi.sequential import Sequential
+from distdl_lite.transport.shared import SharedSums, shared_sums
 
 
 class DDPConfig:
@@ -135,8 +136,12 @@ class DDPSequential(torch.nn.Module):
         if self.config.device is not None and isinstance(model, torch.nn.Module):
             model.to(self.config.device)
             arrays, _ = self._arrays()
+        self._flat: torch.Tensor | None = None
+        self._shared: SharedSums | None = None
         if P.size > 1:
             broadcast(P.world_transport, self._team, list(arrays.values()))
+            if isinstance(model, Sequential):
+                self._place_deltas(model)
 
     def _arrays(self) -> tuple[dict[str, torch.Tensor], str | None]:
         """The model's means and variances, or why they cannot be had."""
@@ -182,7 +187,6 @@ class DDPSequential(torch.nn.Module):
         RuntimeError
             On all ranks if on one of them backward failed, for example for want of a forward and an update.
         """
-        P, team = self.config.P, self._team
         error: Exception | None = None
         self._is_fresh = False
         rows = -1
@@ -190,10 +194,10 @@ class DDPSequential(torch.nn.Module):
             rows = self._find_deltas()
         except Exception as found:
             error = found
-        sizes = self._sum(rows) if P.size > 1 else [rows]
+        sizes = self._sum(rows) if self.config.world_size > 1 else [rows]
         if error is not None:
             raise error
-        failed = [rank for rank, size in zip(team, sizes, strict=True) if size < 0]
+        failed = [rank for rank, size in enumerate(sizes) if size < 0]
         if failed:
             raise RuntimeError(f"DDPSequential: backward failed on ranks {failed}, whose deltas are lacking")
         if hasattr(self.model, "batch_size"):
@@ -214,27 +218,48 @@ class DDPSequential(torch.nn.Module):
                 delta.div_(self.config.world_size)
         return self._rows
 
+    def _place_deltas(self, model: Sequential) -> torch.Tensor:
+        """Let the deltas lie where they are summed, in front of a number of each rank; all ranks call it."""
+        transport, like = self.config.P.world_transport, model.flat_deltas()
+        size = sum(delta.numel() for delta in deltas_of(model)) + self.config.world_size
+        self._shared = shared_sums(transport, self._team, size, like.dtype, like.device)
+        self._flat = like.new_zeros(size) if self._shared is None else self._shared.mine
+        model.place_deltas(self._flat)
+        return self._flat
+
     def _sum(self, rows: int) -> list[int]:
         """Sum the deltas over the ranks; returns each rank's number of rows, which travels in a slot of its own.
 
         It is cut to what the dtype holds exactly: 2^24 in float32, and still 256 in bfloat16, from which on it is the same
         to the cap.
         """
-        P, team = self.config.P, self._team
-        transport = P.world_transport
-        if isinstance(self.model, Sequential):
-            flat = self.model.flat_deltas(P.size)
-            slots = flat[-P.size :]
-        else:
-            deltas = deltas_of(self.model)
-            slots = (deltas[0] if deltas else torch.empty(0)).new_empty(P.size)
-        slots.zero_()
-        slots[team.index(transport.rank)] = min(rows, int(2 / torch.finfo(slots.dtype).eps))
-        if isinstance(self.model, Sequential):
+        model, team, size = self.model, self._team, self.config.world_size
+        transport = self.config.P.world_transport
+        if not isinstance(model, Sequential):
+            deltas = deltas_of(model)
+            slots = self._slots((deltas[0] if deltas else torch.empty(0)).new_zeros(size), rows)
+            sum_deltas(transport, team, deltas, slots)
+            return [int(number) for number in slots.tolist()]
+        flat = model.flat
+        is_new = flat is not self._flat  # after a cast, or in a copy
+        if not is_new:
+            self._slots(flat[-size:], rows)
+        numbers = hash((flat.dtype.itemsize, flat.numel(), is_new)) % 2**64  # integers, the same in every process
+        if transport.agree(team, numbers) != numbers * size % 2**64:
+            raise RuntimeError("DDPSequential: the ranks hold different models")
+        if is_new:
+            flat = self._place_deltas(model)
+            self._slots(flat[-size:], rows)
+            transport.agree(team, 0)
+        if self._shared is None:
             transport.all_reduce(team, flat)
         else:
-            sum_deltas(transport, team, deltas, slots)
-        return [int(size) for size in slots.tolist()]
+            self._shared.add_up()
+        return [int(number) for number in flat[-size:].tolist()]
+
+    def _slots(self, slots: torch.Tensor, rows: int) -> torch.Tensor:
+        slots.zero_()[self.config.rank] = min(rows, int(2 / torch.finfo(slots.dtype).eps))
+        return slots
 
     def step(self) -> None:
         """Update the weights by the deltas, alike on all ranks.
@@ -281,6 +306,10 @@ class DDPSequential(torch.nn.Module):
     def get_device_with_index(self) -> str:
         """The model's device, such as "cuda:0"."""
         return str(getattr(self.model, "device", "cpu")) if torch.cuda.device_count() else "cpu"
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what is shared with other ranks' objects."""
+        return {**self.__dict__, "_flat": None, "_shared": None}
 
     # ---- the model's own ---------------------------------------------------------------------------------------------
 

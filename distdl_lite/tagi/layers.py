@@ -14,6 +14,7 @@ import torch
 from distdl_lite.tagi.states import DeltaStates, HiddenStates
 
 LEAST = 1e-6  # a mean and a variance that MixtureReLU gives on
+BLOCK = 1 << 18  # weights that are updated at a time
 STEADY = 1e-5  # the variance of a weight that an update would have taken to 0 or below
 
 
@@ -84,15 +85,15 @@ class Linear(Layer):
         self._saved: tuple[torch.Tensor | None, ...] | None = None
 
     def forward(self, states: HiddenStates) -> HiddenStates:
-        mu, var = states.mu_a, states.var_a
+        mu, var, own = states.mu_a, states.var_a, self._buffers
         assert mu is not None
         squares, mean_squares = mu * mu, None
-        mu_z = _affine(mu, self.mu_w, self.mu_b)
+        mu_z = _affine(mu, own["mu_w"], own["mu_b"])
         if var is None:
-            var_z = _affine(squares, self.var_w, self.var_b)
+            var_z = _affine(squares, own["var_w"], own["var_b"])
         else:
-            mean_squares = self.mu_w * self.mu_w
-            var_z = _affine(squares + var, self.var_w, self.var_b).addmm_(var, mean_squares.t())
+            mean_squares = own["mu_w"] * own["mu_w"]
+            var_z = _affine(squares + var, own["var_w"], own["var_b"]).addmm_(var, mean_squares.t())
         self._saved = (mu, squares, states.jcb, mean_squares) if self.training else None
         return HiddenStates(mu_z, var_z)
 
@@ -100,34 +101,49 @@ class Linear(Layer):
         """Fill in the layer's deltas; those of its input are found only where they are wanted."""
         assert self._saved is not None
         (mu, squares, jcb, mean_squares), self._saved = self._saved, None
-        d_mu, d_var = deltas.delta_mu, deltas.delta_var
-        torch.mm(d_mu.t(), mu, out=self.delta_mu_w).mul_(self.var_w)
-        torch.mm(d_var.t(), squares, out=self.delta_var_w).mul_(self.var_w).mul_(self.var_w)
-        if self.mu_b is not None:
-            torch.sum(d_mu, 0, out=self.delta_mu_b).mul_(self.var_b)
-            torch.sum(d_var, 0, out=self.delta_var_b).mul_(self.var_b).mul_(self.var_b)
+        d_mu, d_var, own = deltas.delta_mu, deltas.delta_var, self._buffers
+        assert d_mu is not None
+        assert d_var is not None
+        var = own["var_w"]
+        torch.mm(d_mu.t(), mu, out=own["delta_mu_w"]).mul_(var)
+        torch.mm(d_var.t(), squares, out=own["delta_var_w"]).mul_(var).mul_(var)
+        var = own["var_b"]
+        if var is not None:
+            torch.sum(d_mu, 0, out=own["delta_mu_b"]).mul_(var)
+            torch.sum(d_var, 0, out=own["delta_var_b"]).mul_(var).mul_(var)
         if not wants_input:
             return DeltaStates()
-        mean_squares = self.mu_w * self.mu_w if mean_squares is None else mean_squares
-        back_mu = torch.mm(d_mu, self.mu_w, out=torch.empty_like(mu))
+        if mean_squares is None:
+            mean_squares = own["mu_w"] * own["mu_w"]
+        back_mu = torch.mm(d_mu, own["mu_w"], out=torch.empty_like(mu))
         back_var = torch.mm(d_var, mean_squares, out=torch.empty_like(mu))
         if jcb is not None:
             back_mu.mul_(jcb)
             back_var.mul_(jcb).mul_(jcb)
         return DeltaStates(back_mu, back_var)
 
-    def step(self, cap: float) -> None:
-        """Add the deltas, each at most the standard deviation over `cap` in size."""
-        for mu, var in (self.NAMES[:2], self.NAMES[2:]):
-            variance = getattr(self, var)
-            if variance is None:
+    def step(self, cap: float, scratch: torch.Tensor) -> None:
+        """Add the deltas, each at most the standard deviation over `cap` in size.
+
+        `scratch` is memory for 3 times as many numbers as `block_size`.
+        """
+        own = self._buffers
+        for kind in "wb":
+            mu, var = own[f"mu_{kind}"], own[f"var_{kind}"]
+            if var is None:
                 continue
-            most = variance.sqrt().div_(cap)
-            least, change = most.neg(), torch.empty_like(most)
-            for name in (mu, var):
-                torch.clamp(getattr(self, f"delta_{name}"), least, most, out=change)
-                getattr(self, name).add_(change)
-            torch.threshold_(variance, 0.0, STEADY)
+            tensors = mu, var, own[f"delta_mu_{kind}"], own[f"delta_var_{kind}"]
+            rows = _rows_of_block(var)
+            if rows >= len(var):
+                _clipped_step(*tensors, cap, scratch)
+            else:
+                for block in zip(*(tensor.split(rows) for tensor in tensors), strict=True):
+                    _clipped_step(*block, cap, scratch)
+
+    @property
+    def block_size(self) -> int:
+        """How many weights are updated at a time."""
+        return min(self.out_features, _rows_of_block(self.mu_w)) * self.in_features
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, bias={self.mu_b is not None}"
@@ -136,6 +152,26 @@ class Linear(Layer):
         """With deltas of their own, lest each brings the memory of all that it is a view of."""
         buffers = {n: b.clone() if n.startswith("delta") and b is not None else b for n, b in self._buffers.items()}
         return {**self.__dict__, "_buffers": buffers}
+
+
+def _rows_of_block(tensor: torch.Tensor) -> int:
+    return max(1, BLOCK // tensor[0].numel())
+
+
+def _clipped_step(
+    mu: torch.Tensor,
+    var: torch.Tensor,
+    delta_mu: torch.Tensor,
+    delta_var: torch.Tensor,
+    cap: float,
+    scratch: torch.Tensor,
+) -> None:
+    """Eight passes over memory that is there already: fresh pages would take longer than all of them."""
+    most, least, change = scratch[: 3 * var.numel()].view(3, *var.shape)
+    torch.neg(torch.sqrt(var, out=most).div_(cap), out=least)
+    mu.add_(torch.clamp(delta_mu, least, most, out=change))
+    var.add_(torch.clamp(delta_var, least, most, out=change))
+    torch.threshold_(var, 0.0, STEADY)
 
 
 def _affine(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:

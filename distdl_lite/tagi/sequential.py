@@ -34,6 +34,8 @@ class Sequential(torch.nn.Sequential):
         ``mu_a``, ``var_a`` and ``jcb`` of the last forward.
     input_delta_z_buffer : DeltaStates
         ``delta_mu`` and ``delta_var``, which an update of the output writes and backward uses up.
+    flat : torch.Tensor
+        What all deltas are views of, since the last `flat_deltas`, which each forward calls.
     batch_size : int
         The rows that the last backward was about, which the next step's cap follows.
 
@@ -65,9 +67,8 @@ class Sequential(torch.nn.Sequential):
         self.output_z_buffer, self.input_delta_z_buffer = HiddenStates(), DeltaStates()
         self.batch_size = 0
         self._is_fresh = False  # whether a backward came after the last step
-        self._flat: torch.Tensor | None = None
-        self._tail = 0
-        self._views: list[torch.Tensor] = []
+        self._scratch: torch.Tensor | None = None
+        self._forget()
         self.flat_deltas()
 
     # ---- layers ------------------------------------------------------------------------------------------------------
@@ -78,56 +79,68 @@ class Sequential(torch.nn.Sequential):
 
     def leaves(self) -> Iterator[Layer]:
         """The layers, also of containers inside."""
-        for layer in self:
-            yield from layer.leaves() if isinstance(layer, Sequential) else (layer,)
+        for layer in self._modules.values():
+            if isinstance(layer, Sequential):
+                yield from layer.leaves()
+            else:
+                yield layer
 
-    def parameters(self, recurse: bool = True) -> list[tuple[torch.Tensor | None, ...]]:  # type: ignore[override]
+    def parameters(self, recurse: bool = True) -> list[tuple[torch.Tensor | None, ...]]:
         """``(mu_w, var_w, mu_b, var_b)`` of each `Linear`, as pytagi has them: the tensors themselves."""
-        return [tuple(getattr(layer, name) for name in Linear.NAMES) for layer in self._linears()]
-
-    def _linears(self) -> list[Linear]:
-        return [layer for layer in self.leaves() if isinstance(layer, Linear)]
-
-    def _like(self) -> torch.Tensor:
-        """A tensor of the model's dtype and device."""
-        return next((layer.mu_w for layer in self._linears()), torch.empty(0))
+        linears = [layer for layer in self.leaves() if isinstance(layer, Linear)]
+        return [tuple(getattr(layer, name) for name in Linear.NAMES) for layer in linears]
 
     @property
     def device(self) -> torch.device:
-        return self._like().device
+        return self.flat_deltas().device
 
     # ---- the flat tensor ---------------------------------------------------------------------------------------------
 
-    def flat_deltas(self, tail: int | None = None) -> torch.Tensor:
-        """The one flat tensor that all layers' deltas are views of, with so many further numbers at its end (None: as many).
+    def flat_deltas(self) -> torch.Tensor:
+        """The one flat tensor that all layers' deltas are views of.
 
-        It is made anew where the layers hold other tensors than its views, as after a cast, with the numbers they hold.
+        It is made anew where the layers are others or hold other tensors than its views, as after a cast, with the numbers that
+        they hold.
         """
-        tail = self._tail if tail is None else tail
-        linears = self._linears()
-        held = [(layer, name, layer._buffers[name]) for layer in linears for name in _DELTAS]
-        deltas = [delta for _, _, delta in held if delta is not None]
-        size = sum(delta.numel() for delta in deltas)
-        kinds = {(layer.mu_w.dtype, layer.mu_w.device) for layer in linears}
-        flat = self._flat
-        held_still = len(deltas) == len(self._views) and all(map(operator.is_, deltas, self._views))
-        if flat is not None and held_still and flat.numel() == size + tail and kinds <= {(flat.dtype, flat.device)}:
-            return flat
+        self._leaves = list(self.leaves())
+        self._linears = [layer for layer in self._leaves if isinstance(layer, Linear)]
+        held = [layer._buffers[name] for layer in self._linears for name in _DELTAS]
+        like = self._linears[0].mu_w if held else torch.empty(0)
+        is_known = len(held) == len(self._views) and all(map(operator.is_, held, self._views))
+        if not is_known or self.flat is None or self.flat.dtype is not like.dtype:
+            self.place_deltas(like.new_zeros(sum(delta.numel() for delta in held if delta is not None)))
+        assert self.flat is not None
+        return self.flat
+
+    def place_deltas(self, flat: torch.Tensor) -> None:
+        """Let the deltas, with the numbers that they have, be views of this tensor, which may have more elements.
+
+        Raises
+        ------
+        ValueError
+            If not all layers are of its dtype and on its device.
+        """
+        kinds = {f"{t.dtype} on {t.device}" for t in (flat, *(layer.mu_w for layer in self._linears))}
         if len(kinds) > 1:
-            raise ValueError(
-                f"tagi.Sequential: its layers are of different dtypes or devices: {sorted(map(str, kinds))}"
-            )
+            raise ValueError(f"tagi.Sequential: all layers must be alike, not of {' and '.join(sorted(kinds))}")
         for inner in self.modules():
             if isinstance(inner, Sequential):
-                inner._flat, inner._views = None, []
-        self._flat, self._tail = flat, _ = self._like().new_zeros(size + tail), tail
-        pieces = flat[:size].split([delta.numel() for delta in deltas])
-        self._views = [p.view(d.shape).copy_(d) for p, d in zip(pieces, deltas, strict=True)]
-        views = iter(self._views)
-        for layer, name, delta in held:
-            if delta is not None:
-                layer._buffers[name] = next(views)
-        return flat
+                inner._forget()
+        start = 0
+        for layer in self._linears:
+            for name in _DELTAS:
+                delta = layer._buffers[name]
+                if delta is not None:
+                    end = start + delta.numel()
+                    delta = layer._buffers[name] = flat[start:end].view(delta.shape).copy_(delta)
+                    start = end
+                self._views.append(delta)
+        self.flat = flat
+
+    def _forget(self) -> None:
+        """Be without the flat tensor, which is that of a container around this one, or is to be made anew."""
+        self.flat: torch.Tensor | None = None
+        self._views: list[torch.Tensor | None] = []
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Sequential:
         super()._apply(fn, recurse)
@@ -135,7 +148,7 @@ class Sequential(torch.nn.Sequential):
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_flat": None, "_views": []}
+        return {**self.__dict__, "flat": None, "_views": [], "_scratch": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -166,7 +179,7 @@ class Sequential(torch.nn.Sequential):
                 f"tagi.Sequential: var_x of shape {tuple(var.shape)} does not fit mu_x of {tuple(mu.shape)}"
             )
         states = HiddenStates(mu, var)
-        for layer in self.leaves():
+        for layer in self._leaves:
             states = layer(states)
         if states.var_a is None:
             states.var_a = torch.zeros_like(mu)
@@ -177,7 +190,7 @@ class Sequential(torch.nn.Sequential):
         return found if isinstance(mu_x, torch.Tensor) else (array_of(found[0]), array_of(found[1]))
 
     def _rows(self, name: str, array: Any, like: torch.Tensor) -> torch.Tensor:
-        tensor, linears = tensor_of(array, like), self._linears()
+        tensor, linears = tensor_of(array, like), self._linears
         width = linears[0].in_features if linears else None
         if tensor.dim() == 1 and width is not None and tensor.numel() % width == 0:
             tensor = tensor.view(-1, width)
@@ -200,7 +213,7 @@ class Sequential(torch.nn.Sequential):
     @torch.no_grad()
     def find_deltas(self, factor: float = 1.0) -> None:
         """`backward`, of deltas that are multiplied by a factor."""
-        given, leaves = self.input_delta_z_buffer, list(self.leaves())
+        given, leaves = self.input_delta_z_buffer, self._leaves
         if given.delta_mu is None or given.delta_var is None:
             raise RuntimeError("tagi: backward needs a forward and then an update of the output before it")
         linears = [n for n, layer in enumerate(leaves) if isinstance(layer, Linear)]
@@ -227,8 +240,19 @@ class Sequential(torch.nn.Sequential):
         if not self._is_fresh:
             raise RuntimeError("tagi: step needs a backward before it; the deltas of the last have been used")
         self._is_fresh = False
-        for layer in self._linears():
-            layer.step(cap_of(self.batch_size))
+        cap, linears, like = cap_of(self.batch_size), self._linears, self.flat
+        size = 3 * max((layer.block_size for layer in linears), default=0)
+        scratch = self._scratch
+        assert like is not None
+        if (
+            scratch is None
+            or scratch.numel() < size
+            or scratch.dtype is not like.dtype
+            or scratch.device != like.device
+        ):
+            scratch = self._scratch = like.new_empty(size)
+        for layer in linears:
+            layer.step(cap, scratch)
 
 
 _DELTAS = [f"delta_{name}" for name in Linear.NAMES]

@@ -139,7 +139,7 @@ def test_one_message_a_backward(world: dl.Partition) -> None:
     assert (building.messages, building.bytes) == (1, 4 * 2 * numbers)
     assert same_everywhere(world, net)
     x, y = data(4)
-    memory = net.model.flat_deltas(2).data_ptr()
+    memory = net.model.flat_deltas().data_ptr()
     for _ in range(3):
         with count() as counted:
             teach(net, x, y)

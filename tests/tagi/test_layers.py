@@ -277,7 +277,7 @@ def test_all_deltas_are_views_of_one_tensor() -> None:
     assert is_flat(net.double())
     assert net.flat_deltas().dtype is torch.float64
     net.float()[0][0].double()
-    with pytest.raises(ValueError, match="of different dtypes or devices"):
+    with pytest.raises(ValueError, match=r"must be alike, not of torch\.float32 on cpu and torch\.float64 on cpu"):
         teach(net, x, y)
     net.float()
     net.append(tagi.Linear(2, 3))
