@@ -9,9 +9,9 @@ import torch
 
 from distdl_lite.parallel.synchroniser import broadcast
 from distdl_lite.partition import Partition
-from distdl_lite.tagi.protocol import arrays_of, deltas_of, described, missing_members, sum_deltas
+from distdl_lite.tagi.protocol import arrays_of, deltas_of, described, missing_members
 from distdl_lite.tagi.sequential import Sequential
-from distdl_lite.transport.shared import SharedSums, shared_sums
+from distdl_lite.tagi.sums import OthersDeltas, OwnDeltas
 
 
 class DDPConfig:
@@ -110,10 +110,11 @@ class DDPSequential(torch.nn.Module):
     --------
     >>> import distdl_lite as dl
     >>> def body(world):
-    ...     net = DDPSequential(Sequential(Linear(1, 4), ReLU(), Linear(4, 1)), average=False)
+    ...     net = dl.tagi.Sequential(dl.tagi.Linear(1, 4), dl.tagi.ReLU(), dl.tagi.Linear(4, 1))
+    ...     net = dl.tagi.DDPSequential(net, average=False)
     ...     x = torch.ones(3 - world.rank, 1)  # 3 rows, 2 rows
     ...     net(x)
-    ...     OutputUpdater().update(net.output_z_buffer, 2 * x, 0.1, net.input_delta_z_buffer)
+    ...     dl.tagi.OutputUpdater().update(net.output_z_buffer, 2 * x, 0.1, net.input_delta_z_buffer)
     ...     net.backward()
     ...     net.step()
     ...     return net(torch.ones(1, 1))[0].item()
@@ -129,19 +130,16 @@ class DDPSequential(torch.nn.Module):
             raise TypeError(f"DDPSequential: config must be a DDPConfig, not {config!r}")
         self.model, self.average = model, average
         self._outputs: tuple[Any, Any] | None = None
-        self._rows, self._is_fresh = 0, False
-        P = self.config.P
+        self._is_fresh = False
         arrays, error = self._arrays()
-        agree(P, error, {"average": repr(average), **described(arrays)}, TypeError)
+        agree(self.config.P, error, {"average": repr(average), **described(arrays)}, TypeError)
         if self.config.device is not None and isinstance(model, torch.nn.Module):
             model.to(self.config.device)
             arrays, _ = self._arrays()
-        self._flat: torch.Tensor | None = None
-        self._shared: SharedSums | None = None
-        if P.size > 1:
-            broadcast(P.world_transport, self._team, list(arrays.values()))
-            if isinstance(model, Sequential):
-                self._place_deltas(model)
+        if self.config.world_size > 1:
+            broadcast(self.config.P.world_transport, self._team, list(arrays.values()))
+        self._deltas: OwnDeltas | OthersDeltas | None = None
+        self._prepare()
 
     def _arrays(self) -> tuple[dict[str, torch.Tensor], str | None]:
         """The model's means and variances, or why they cannot be had."""
@@ -160,6 +158,13 @@ class DDPSequential(torch.nn.Module):
     def _team(self) -> tuple[int, ...]:
         return tuple(sorted(self.config.P.ranks))
 
+    def _prepare(self) -> OwnDeltas | OthersDeltas:
+        """What sums the deltas; in a copy all ranks make it anew, together."""
+        if self._deltas is None:
+            kind = OwnDeltas if isinstance(self.model, Sequential) else OthersDeltas
+            self._deltas = kind(self.model, self.config.P.world_transport, self._team)
+        return self._deltas
+
     # ---- pytagi's interface ------------------------------------------------------------------------------------------
 
     @property
@@ -174,11 +179,12 @@ class DDPSequential(torch.nn.Module):
 
     def forward(self, mu_x: Any, var_x: Any = None) -> tuple[Any, Any]:
         """The model's, of this rank's rows."""
-        self._rows, self._outputs = mu_x.shape[0], None
+        self._outputs = None
         self._outputs = self.model.forward(mu_x, var_x)
+        if isinstance(self._deltas, OthersDeltas):
+            self._deltas.rows = len(mu_x)
         return self._outputs
 
-    @torch.no_grad()
     def backward(self) -> None:
         """The model's, and the sum, or mean, of all ranks' deltas, in one message; all ranks call it.
 
@@ -187,79 +193,22 @@ class DDPSequential(torch.nn.Module):
         RuntimeError
             On all ranks if on one of them backward failed, for example for want of a forward and an update.
         """
+        deltas, ranks, rows = self._prepare(), self.config.world_size, -1
         error: Exception | None = None
         self._is_fresh = False
-        rows = -1
         try:
-            rows = self._find_deltas()
+            rows = deltas.find(1 / ranks if self.average else 1.0)
         except Exception as found:
             error = found
-        sizes = self._sum(rows) if self.config.world_size > 1 else [rows]
+        sizes = deltas.sum(rows) if ranks > 1 else [rows]
         if error is not None:
             raise error
-        failed = [rank for rank, size in enumerate(sizes) if size < 0]
+        failed = [rank for rank, size in zip(self._team, sizes, strict=True) if size < 0]
         if failed:
             raise RuntimeError(f"DDPSequential: backward failed on ranks {failed}, whose deltas are lacking")
         if hasattr(self.model, "batch_size"):
             self.model.batch_size = max(sizes) if self.average else sum(sizes)
         self._is_fresh = True
-
-    def _find_deltas(self) -> int:
-        """This rank's part, and its number of rows."""
-        if isinstance(self.model, Sequential):
-            # A delta is linear in those of the output, which are few.
-            self.model.find_deltas(1 / self.config.world_size if self.average else 1.0)
-            return self.model.batch_size
-        if self._outputs is None:
-            raise RuntimeError("DDPSequential: backward needs a forward before it")
-        self.model.backward()
-        if self.average:
-            for delta in deltas_of(self.model):
-                delta.div_(self.config.world_size)
-        return self._rows
-
-    def _place_deltas(self, model: Sequential) -> torch.Tensor:
-        """Let the deltas lie where they are summed, in front of a number of each rank; all ranks call it."""
-        transport, like = self.config.P.world_transport, model.flat_deltas()
-        size = sum(delta.numel() for delta in deltas_of(model)) + self.config.world_size
-        self._shared = shared_sums(transport, self._team, size, like.dtype, like.device)
-        self._flat = like.new_zeros(size) if self._shared is None else self._shared.mine
-        model.place_deltas(self._flat)
-        return self._flat
-
-    def _sum(self, rows: int) -> list[int]:
-        """Sum the deltas over the ranks; returns each rank's number of rows, which travels in a slot of its own.
-
-        It is cut to what the dtype holds exactly: 2^24 in float32, and still 256 in bfloat16, from which on it is the same
-        to the cap.
-        """
-        model, team, size = self.model, self._team, self.config.world_size
-        transport = self.config.P.world_transport
-        if not isinstance(model, Sequential):
-            deltas = deltas_of(model)
-            slots = self._slots((deltas[0] if deltas else torch.empty(0)).new_zeros(size), rows)
-            sum_deltas(transport, team, deltas, slots)
-            return [int(number) for number in slots.tolist()]
-        flat = model.flat
-        is_new = flat is not self._flat  # after a cast, or in a copy
-        if not is_new:
-            self._slots(flat[-size:], rows)
-        numbers = hash((flat.dtype.itemsize, flat.numel(), is_new)) % 2**64  # integers, the same in every process
-        if transport.agree(team, numbers) != numbers * size % 2**64:
-            raise RuntimeError("DDPSequential: the ranks hold different models")
-        if is_new:
-            flat = self._place_deltas(model)
-            self._slots(flat[-size:], rows)
-            transport.agree(team, 0)
-        if self._shared is None:
-            transport.all_reduce(team, flat)
-        else:
-            self._shared.add_up()
-        return [int(number) for number in flat[-size:].tolist()]
-
-    def _slots(self, slots: torch.Tensor, rows: int) -> torch.Tensor:
-        slots.zero_()[self.config.rank] = min(rows, int(2 / torch.finfo(slots.dtype).eps))
-        return slots
 
     def step(self) -> None:
         """Update the weights by the deltas, alike on all ranks.
@@ -308,8 +257,8 @@ class DDPSequential(torch.nn.Module):
         return str(getattr(self.model, "device", "cpu")) if torch.cuda.device_count() else "cpu"
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without what is shared with other ranks' objects."""
-        return {**self.__dict__, "_flat": None, "_shared": None}
+        """Without what is shared with other ranks."""
+        return {**self.__dict__, "_deltas": None}
 
     # ---- the model's own ---------------------------------------------------------------------------------------------
 

@@ -132,13 +132,10 @@ class Linear(Layer):
             mu, var = own[f"mu_{kind}"], own[f"var_{kind}"]
             if var is None:
                 continue
-            tensors = mu, var, own[f"delta_mu_{kind}"], own[f"delta_var_{kind}"]
-            rows = _rows_of_block(var)
-            if rows >= len(var):
-                _clipped_step(*tensors, cap, scratch)
-            else:
-                for block in zip(*(tensor.split(rows) for tensor in tensors), strict=True):
-                    _clipped_step(*block, cap, scratch)
+            tensors, rows = (mu, var, own[f"delta_mu_{kind}"], own[f"delta_var_{kind}"]), _rows_of_block(var)
+            whole = [tensors] if rows >= len(var) else zip(*(tensor.split(rows) for tensor in tensors), strict=True)
+            for mu, var, delta_mu, delta_var in whole:
+                _clipped_step(mu, var, delta_mu, delta_var, cap, scratch)
 
     @property
     def block_size(self) -> int:
@@ -155,7 +152,7 @@ class Linear(Layer):
 
 
 def _rows_of_block(tensor: torch.Tensor) -> int:
-    return max(1, BLOCK // tensor[0].numel())
+    return int(max(1, BLOCK // math.prod(tensor.shape[1:])))
 
 
 def _clipped_step(

@@ -15,9 +15,6 @@ from typing import Any
 import numpy
 import torch
 
-from distdl_lite.optim.flat import flats_of
-from distdl_lite.transport import Transport
-
 MEMBERS = "layers", "forward", "backward", "step"
 
 
@@ -50,12 +47,6 @@ def _tensor(layer: Any, kind: str, name: str) -> torch.Tensor:
     if not isinstance(value, torch.Tensor):
         raise TypeError(f"DDPSequential: {name} must be an array of NumPy or a tensor, not {type(value).__name__}")
     return value.detach()
-
-
-def sum_deltas(transport: Transport, team: tuple[int, ...], deltas: list[torch.Tensor], slots: torch.Tensor) -> None:
-    """Sum over the team in one message for each dtype; the slots travel with the first."""
-    for flat in flats_of([*deltas, slots]):
-        flat.write(transport.all_reduce(team, flat.read()))
 
 
 def missing_members(model: Any) -> list[str]:

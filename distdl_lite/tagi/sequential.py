@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -48,10 +47,11 @@ class Sequential(torch.nn.Sequential):
 
     Examples
     --------
-    >>> net = Sequential(Linear(2, 8), ReLU(), Linear(8, 1))
+    >>> from distdl_lite import tagi
+    >>> net = tagi.Sequential(tagi.Linear(2, 8), tagi.ReLU(), tagi.Linear(8, 1))
     >>> x, y = torch.randn(64, 2), torch.randn(64, 1)
     >>> mean, variance = net(x)
-    >>> OutputUpdater().update(net.output_z_buffer, y, 0.1, net.input_delta_z_buffer)
+    >>> tagi.OutputUpdater().update(net.output_z_buffer, y, 0.1, net.input_delta_z_buffer)
     >>> net.backward()
     >>> net.step()
     """
@@ -68,6 +68,7 @@ class Sequential(torch.nn.Sequential):
         self.batch_size = 0
         self._is_fresh = False  # whether a backward came after the last step
         self._scratch: torch.Tensor | None = None
+        self.flat: torch.Tensor | None = None
         self._forget()
         self.flat_deltas()
 
@@ -106,7 +107,7 @@ class Sequential(torch.nn.Sequential):
         self._linears = [layer for layer in self._leaves if isinstance(layer, Linear)]
         held = [layer._buffers[name] for layer in self._linears for name in _DELTAS]
         like = self._linears[0].mu_w if held else torch.empty(0)
-        is_known = len(held) == len(self._views) and all(map(operator.is_, held, self._views))
+        is_known = len(held) == len(self._views) and all(a is b for a, b in zip(held, self._views, strict=True))
         if not is_known or self.flat is None or self.flat.dtype is not like.dtype:
             self.place_deltas(like.new_zeros(sum(delta.numel() for delta in held if delta is not None)))
         assert self.flat is not None
@@ -139,7 +140,7 @@ class Sequential(torch.nn.Sequential):
 
     def _forget(self) -> None:
         """Be without the flat tensor, which is that of a container around this one, or is to be made anew."""
-        self.flat: torch.Tensor | None = None
+        self.flat = None
         self._views: list[torch.Tensor | None] = []
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Sequential:
@@ -181,12 +182,12 @@ class Sequential(torch.nn.Sequential):
         states = HiddenStates(mu, var)
         for layer in self._leaves:
             states = layer(states)
-        if states.var_a is None:
-            states.var_a = torch.zeros_like(mu)
+        mean = mu if states.mu_a is None else states.mu_a
+        variance = torch.zeros_like(mean) if states.var_a is None else states.var_a
         output, deltas = self.output_z_buffer, self.input_delta_z_buffer
-        output.mu_a, output.var_a, output.jcb = states.mu_a, states.var_a, states.jcb
+        output.mu_a, output.var_a, output.jcb = mean, variance, states.jcb
         deltas.delta_mu = deltas.delta_var = None
-        found = states.mu_a.clone(), states.var_a.clone()  # the caller's own
+        found = mean.clone(), variance.clone()  # the caller's own
         return found if isinstance(mu_x, torch.Tensor) else (array_of(found[0]), array_of(found[1]))
 
     def _rows(self, name: str, array: Any, like: torch.Tensor) -> torch.Tensor:
@@ -220,10 +221,8 @@ class Sequential(torch.nn.Sequential):
         if any(leaves[n]._saved is None for n in linears):
             raise RuntimeError("tagi: backward needs a forward in training mode before it; call train()")
         self.batch_size = given.delta_mu.shape[0]
-        deltas = DeltaStates(given.delta_mu, given.delta_var)
+        deltas = DeltaStates(given.delta_mu * factor, given.delta_var * factor)
         given.delta_mu = given.delta_var = None
-        if factor != 1:
-            deltas = DeltaStates(deltas.delta_mu * factor, deltas.delta_var * factor)
         for n in range(len(leaves) - 1, linears[0] - 1 if linears else -1, -1):
             deltas = leaves[n].backward(deltas, wants_input=bool(linears) and n > linears[0])
         self._is_fresh = True

@@ -57,7 +57,7 @@ def shared_sums(
 
     That is on ranks of several hosts, on other systems than Linux, and where the memory for it is used up.
     """
-    if not size or device.type != "cpu" or dtype not in _DTYPES:
+    if len(team) < 2 or not size or device.type != "cpu" or dtype not in _DTYPES:
         return None
     stride = -(-size // 16) * 16  # rows begin with cache lines
     nbytes = len(team) * stride * dtype.itemsize
