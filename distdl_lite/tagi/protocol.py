@@ -55,4 +55,7 @@ def missing_members(model: Any) -> list[str]:
 
 def described(tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:
     """What must be the same on all ranks, in words."""
-    return {name: f"{tuple(t.shape)} of {str(t.dtype).removeprefix('torch.')}" for name, t in tensors.items()}
+    return {
+        name: f"{tuple(t.shape)} of {str(t.dtype).removeprefix('torch.')} on {t.device.type}"
+        for name, t in tensors.items()
+    }

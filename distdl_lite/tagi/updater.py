@@ -16,10 +16,18 @@ class OutputUpdater:
     ----------
     device : torch.device or str, optional
         Where the model is. It need not be given.
+
+    Raises
+    ------
+    ValueError
+        If torch knows no such device.
     """
 
     def __init__(self, device: Any = None) -> None:
-        self.device = None if device is None else torch.device(device)
+        try:
+            self.device = None if device is None else torch.device(device)
+        except RuntimeError:
+            raise ValueError(f"OutputUpdater: device must be a device of torch, not {device!r}") from None
 
     @torch.no_grad()
     def update(self, output_states: HiddenStates, mu_obs: Any, var_obs: Any, delta_states: DeltaStates) -> None:

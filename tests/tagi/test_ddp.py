@@ -260,9 +260,9 @@ def test_wrong_configurations_are_refused_on_all_ranks(world: dl.Partition) -> N
 def test_different_models_are_refused_on_all_ranks(world: dl.Partition) -> None:
     odd = world.rank == 2
     for mine, theirs, text in [
-        ((3, 4, 2), (3, 5, 2), "rank 2 has 0.mu_b (5,) of float32, rank 0 (4,) of float32"),
-        ((3, 4, 2), (3, 4), "rank 2 has 2.mu_b not, rank 0 (2,) of float32"),
-        ((3, 4), (3, 4, 2), "rank 2 has 2.mu_b (2,) of float32, rank 0 not"),
+        ((3, 4, 2), (3, 5, 2), "rank 2 has 0.mu_b (5,) of float32 on cpu, rank 0 (4,) of float32 on cpu"),
+        ((3, 4, 2), (3, 4), "rank 2 has 2.mu_b not, rank 0 (2,) of float32 on cpu"),
+        ((3, 4), (3, 4, 2), "rank 2 has 2.mu_b (2,) of float32 on cpu, rank 0 not"),
     ]:
         model = network(*(theirs if odd else mine))
         assert text in refusals(world, ValueError, lambda model=model: ddp(world, model))
@@ -270,6 +270,8 @@ def test_different_models_are_refused_on_all_ranks(world: dl.Partition) -> None:
     assert "rank 2 has 0.mu_b (4,) of float64" in refusals(
         world, ValueError, lambda: ddp(world, copy.deepcopy(model).double() if odd else model)
     )
+    other = copy.deepcopy(model).to("meta") if odd else model
+    assert "rank 2 has 0.mu_b (4,) of float32 on meta" in refusals(world, ValueError, lambda: ddp(world, other))
     assert "rank 2 has average True, rank 0 False" in refusals(
         world, ValueError, lambda: ddp(world, model, average=odd)
     )

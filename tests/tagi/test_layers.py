@@ -356,6 +356,8 @@ def test_what_is_refused() -> None:
         teach(net, x, y[:1])
     with pytest.raises(ValueError, match=r"var_obs of shape \(5, 2\) does not fit an output of \(6, 2\)"):
         teach(net, x, y, y[:5])
+    with pytest.raises(ValueError, match="must be a device of torch, not 'abacus'"):
+        tagi.OutputUpdater("abacus")
     with pytest.raises(ValueError, match="the output is on cpu, the updater on cuda"):
         tagi.OutputUpdater("cuda").update(net.output_z_buffer, y, 0.1, net.input_delta_z_buffer)
 
