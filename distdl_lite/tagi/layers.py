@@ -139,8 +139,9 @@ class Linear(Layer):
 
     @property
     def block_size(self) -> int:
-        """How many weights are updated at a time."""
-        return min(self.out_features, _rows_of_block(self.mu_w)) * self.in_features
+        """How many weights, or biases, are updated at a time."""
+        weights = min(self.out_features, _rows_of_block(self.mu_w)) * self.in_features
+        return max(weights, min(self.out_features, BLOCK))
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, bias={self.mu_b is not None}"

@@ -165,7 +165,7 @@ class Sequential(torch.nn.Sequential):
         ----------
         mu_x, var_x : array
             Means and variances of the input, of shape (B, features), or flat as in pytagi; any float dtype and strides,
-            NumPy's or torch's. None is no variance.
+            NumPy's or torch's. None is no variance. Backward reads the means again, where they are not copied.
 
         Returns
         -------
@@ -239,16 +239,10 @@ class Sequential(torch.nn.Sequential):
         if not self._is_fresh:
             raise RuntimeError("tagi: step needs a backward before it; the deltas of the last have been used")
         self._is_fresh = False
-        cap, linears, like = cap_of(self.batch_size), self._linears, self.flat
+        cap, linears, scratch, like = cap_of(self.batch_size), self._linears, self._scratch, self.flat
         size = 3 * max((layer.block_size for layer in linears), default=0)
-        scratch = self._scratch
         assert like is not None
-        if (
-            scratch is None
-            or scratch.numel() < size
-            or scratch.dtype is not like.dtype
-            or scratch.device != like.device
-        ):
+        if scratch is None or (scratch.numel(), scratch.dtype, scratch.device) != (size, like.dtype, like.device):
             scratch = self._scratch = like.new_empty(size)
         for layer in linears:
             layer.step(cap, scratch)

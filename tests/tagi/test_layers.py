@@ -123,6 +123,17 @@ def test_steps_are_those_of_the_equations(rows: int, cap: float) -> None:
             assert difference(a, b) < 1e-10
 
 
+@pytest.mark.parametrize("block", [1, 2, 5, 7])
+def test_large_layers_step_block_by_block(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    nets = [network(3, 8, 2) for _ in range(2)]
+    for net in nets:
+        teach(net, torch.ones(4, 3), torch.ones(4, 2), steps=False)
+    nets[0].step()
+    monkeypatch.setattr(tagi.layers, "BLOCK", block)
+    nets[1].step()
+    assert all(map(torch.equal, weights(nets[0]), weights(nets[1])))
+
+
 def test_variances_that_would_vanish() -> None:
     net = tagi.Sequential(tagi.Linear(1, 1)).double()
     net[0].var_w.fill_(1e-12)
