@@ -1,6 +1,6 @@
 """Distributed PyTorch layers over MPI: every data movement a linear operator with its exact adjoint."""
 
-from distdl_lite import data, nn, testing
+from distdl_lite import data, nn, tagi, testing
 from distdl_lite.layout import Layout
 from distdl_lite.nn.gradient import check_optimizer, clip_grad_norm_, grad_norm
 from distdl_lite.nn.movement import zero_volume_tensor

@@ -106,3 +106,20 @@ def test_data_parallelism_by_ddp() -> None:
     pair = dl.Partition().create_partition_inclusive([0, 1])
     if pair.active:
         check_data_parallel(pair, "--face", "ddp")
+
+
+def test_error_bars_are_those_of_one_process(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    regression = example("tagi_regression")
+    picture = tmp_path / "band.png"
+    options = regression.parse(["--epochs", "3", "--out", str(picture)])
+    scores = {}
+    for ranks in (1, 3):
+        scores[ranks], *others = spmd(ranks, lambda world: regression.run(world, options))
+        assert not any(others)
+        assert all(difference < 1e-12 for _, _, difference in scores[ranks].values())
+        assert picture.stat().st_size > 10_000
+        picture.unlink()
+    assert scores[1]["curve"] == pytest.approx(scores[3]["curve"], abs=1e-12)
+    assert scores[3]["curve"][0] < 0.45
+    assert scores[3]["diabetes"][0] < 55
+    assert capsys.readouterr().out.count("largest difference to one process") == 4

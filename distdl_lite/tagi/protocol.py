@@ -1,0 +1,61 @@
+"""Models of other libraries: what `DDPSequential` asks of them, and how their deltas are summed.
+
+A model has ``layers``, which may have ``layers`` again, ``forward(mu_x, var_x)``, ``backward()`` and ``step()``. The Gaussians
+of a layer are arrays ``mu_*`` and ``var_*``, for which there are ``delta_mu_*`` and ``delta_var_*`` of the same shapes; None and
+empty ones are passed over. Arrays are NumPy's or torch's. They are written in place; backward may put other deltas in
+place of the last. If the model has an attribute ``batch_size``, it is set before each step to the number of
+rows that the step's cap is to follow; else the cap follows what the model knows itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy
+import torch
+
+MEMBERS = "layers", "forward", "backward", "step"
+
+
+def arrays_of(model: Any, prefix: str = "") -> Iterator[tuple[str, torch.Tensor]]:
+    """The names and values of all means and variances, as tensors over the same memory."""
+    return ((name, _tensor(layer, kind, name)) for name, layer, kind in _found(model, prefix))
+
+
+def deltas_of(model: Any) -> list[torch.Tensor]:
+    """Their deltas."""
+    return [_tensor(layer, f"delta_{kind}", f"the delta of {name}") for name, layer, kind in _found(model, "")]
+
+
+def _found(model: Any, prefix: str) -> Iterator[tuple[str, Any, str]]:
+    for number, layer in enumerate(model.layers):
+        inner = f"{prefix}{number}."
+        for kind in dir(layer):
+            if kind.startswith(("mu_", "var_")) and hasattr(layer, f"delta_{kind}"):
+                value = getattr(layer, kind)
+                if value is not None and len(value):
+                    yield f"{inner}{kind}", layer, kind
+        if hasattr(layer, "layers"):
+            yield from _found(layer, inner)
+
+
+def _tensor(layer: Any, kind: str, name: str) -> torch.Tensor:
+    value = getattr(layer, kind)
+    if isinstance(value, numpy.ndarray):
+        return torch.from_numpy(value)
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(f"DDPSequential: {name} must be an array of NumPy or a tensor, not {type(value).__name__}")
+    return value.detach()
+
+
+def missing_members(model: Any) -> list[str]:
+    return [name for name in MEMBERS if not hasattr(model, name)]
+
+
+def described(tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:
+    """What must be the same on all ranks, in words."""
+    return {
+        name: f"{tuple(t.shape)} of {str(t.dtype).removeprefix('torch.')} on {t.device.type}"
+        for name, t in tensors.items()
+    }

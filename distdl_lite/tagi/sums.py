@@ -1,0 +1,94 @@
+"""The sums of a model's deltas over ranks, in one message each.
+
+Beside the deltas travels, in a slot for each rank, the number of rows that they are about. It is cut to what the dtype holds
+exactly: 2^24 in float32, and still 256 in bfloat16, from which on it is the same to the cap.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from distdl_lite.optim.flat import flats_of
+from distdl_lite.tagi.protocol import deltas_of
+from distdl_lite.tagi.sequential import Sequential
+from distdl_lite.transport import Transport
+from distdl_lite.transport.shared import shared_sums
+
+
+class OwnDeltas:
+    """The deltas of a `Sequential`, which are made views of the tensor that is summed; all ranks of the team make it together.
+
+    Where ranks of one host train a model of float32 or float64, that tensor lies in memory that they share.
+    """
+
+    def __init__(self, model: Sequential, transport: Transport, team: tuple[int, ...]) -> None:
+        self._model, self._transport, self._team = model, transport, team
+        self._place = team.index(transport.rank)
+        self._allot()
+
+    def _allot(self) -> None:
+        like, ranks = self._model.flat_deltas(), len(self._team)
+        size = sum(delta.numel() for delta in deltas_of(self._model)) + ranks
+        self._shared = shared_sums(self._transport, self._team, size, like.dtype, like.device)
+        self._flat = like.new_zeros(size) if self._shared is None else self._shared.mine
+        self._model.place_deltas(self._flat)
+        self._slots, self._most = self._flat[-ranks:], _largest_exact(like.dtype)
+
+    def find(self, factor: float) -> int:
+        """This rank's deltas times a factor; returns the number of its rows."""
+        self._model.find_deltas(factor)  # which are linear in those of the output, the few that are multiplied
+        return self._model.batch_size
+
+    def sum(self, rows: int) -> list[int]:
+        """Sum them over the team; returns the ranks' numbers of rows."""
+        flat = self._model.flat
+        assert flat is not None
+        is_new = flat is not self._flat  # after a cast
+        if not is_new:
+            self._tell(rows)
+        numbers = hash((flat.dtype.itemsize, flat.numel(), is_new)) % 2**64  # integers, the same in every process
+        if self._transport.agree(self._team, numbers) != numbers * len(self._team) % 2**64:
+            raise RuntimeError("DDPSequential: the ranks hold different models")
+        if is_new:
+            self._allot()
+            self._tell(rows)
+            self._transport.agree(self._team, 0)
+        if self._shared is None:
+            self._transport.all_reduce(self._team, self._flat)
+        else:
+            self._shared.add_up()
+        return list(map(int, self._slots.tolist()))
+
+    def _tell(self, rows: int) -> None:
+        self._slots.zero_()[self._place] = min(rows, self._most)
+
+
+class OthersDeltas:
+    """The deltas of a model that keeps to `distdl_lite.tagi.protocol`, which are copied into one message and back."""
+
+    def __init__(self, model: Any, transport: Transport, team: tuple[int, ...]) -> None:
+        self._model, self._transport, self._team = model, transport, team
+        self.rows = -1  # of the last forward
+
+    def find(self, factor: float) -> int:
+        if self.rows < 0:
+            raise RuntimeError("DDPSequential: backward needs a forward before it")
+        self._model.backward()
+        for delta in deltas_of(self._model):
+            delta.mul_(factor)
+        return self.rows
+
+    def sum(self, rows: int) -> list[int]:
+        deltas = deltas_of(self._model)
+        slots = (deltas[0] if deltas else torch.empty(0)).new_zeros(len(self._team))
+        slots[self._team.index(self._transport.rank)] = min(rows, _largest_exact(slots.dtype))
+        for flat in flats_of([*deltas, slots]):
+            flat.write(self._transport.all_reduce(self._team, flat.read()))
+        return list(map(int, slots.tolist()))
+
+
+def _largest_exact(dtype: torch.dtype) -> int:
+    """Up to which integers are exact."""
+    return int(2 / torch.finfo(dtype).eps)
