@@ -44,7 +44,7 @@ class DataParallel(torch.nn.Module):
         Heat's word for `update`: False is "deferred", True "now".
     average : {"samples", "sum", "ranks", "none"}
         "samples": each rank's loss is a mean over its rows, and weighs as many: the number of rows of the first tensor
-        argument, or what ``weight`` is set to before backward, such as a number of tokens. "sum": each rank's loss is a sum
+        argument, or what ``loss_weight`` is set to before backward, such as a number of tokens. "sum": each rank's loss is a sum
         over its rows; the sum of all is divided by the number of rows, which adds up over backwards inside `no_sync`.
         "ranks": the mean of the ranks' gradients, as torch's DistributedDataParallel. "none": their sum.
     sync_buffers : {"root", "mean", "none"}
@@ -68,8 +68,9 @@ class DataParallel(torch.nn.Module):
     comm_hook : callable, optional
         Called with each `Bucket` before it is summed; may change ``bucket.gradients`` in place.
     timeout : float, optional
-        Seconds to wait for other ranks before a TimeoutError. By default 1800 where a thread or MPI makes the sums, and no
-        limit where backward itself does.
+        Seconds to wait for other ranks before a TimeoutError, after which the container is of no more use, and the job ends
+        with exit code 1 when this rank does. By default 1800 where a thread or MPI makes the sums, and no limit where
+        backward itself does.
 
     Raises
     ------
@@ -326,7 +327,7 @@ class DataParallel(torch.nn.Module):
             return 1 / len(sync.team)
         if average == "sum" and not self._syncs:
             raise RuntimeError('DataParallel: with SyncBatchNorm inside, average="sum" allows no no_sync')
-        weight = float(rows if self.weight is None else self.weight)
+        weight = float(rows if self.loss_weight is None else self.loss_weight)
         total = self.P.world_transport.all_reduce(sync.team, torch.tensor([weight], dtype=torch.float64)).item()
         return 0.0 if not (weight and total) else (weight if average == "samples" else 1.0) / total
 
@@ -334,7 +335,7 @@ class DataParallel(torch.nn.Module):
         assert self._sync is not None
         self.synchronize()
         self._sync.begin(backward)
-        self._sync.weight = self.weight
+        self._sync.weight = self.loss_weight
         self._sync.count, self._unseen = self._sync.count + self._unseen, 0
         self._waits_for_layers = bool(self._sync.late)
         at_end_of_backward(self._finish)
@@ -368,7 +369,7 @@ class DataParallel(torch.nn.Module):
         else:
             sync.start_rest()
             self._deferral.after_backward()
-        self.weight = None
+        self.loss_weight = None
 
     @contextlib.contextmanager
     def no_sync(self) -> Iterator[None]:
@@ -414,6 +415,18 @@ class DataParallel(torch.nn.Module):
             if name == "module":
                 raise
             return getattr(super().__getattr__("module"), name)
+
+    @property
+    def weight(self) -> Any:
+        """The module's, which a bare layer has; a number put here is the `loss_weight`."""
+        return self.module.weight
+
+    @weight.setter
+    def weight(self, value: float | None) -> None:
+        if isinstance(value, torch.Tensor) and value.dim():
+            what = f"a tensor of shape {tuple(value.shape)}"
+            raise TypeError(f"DataParallel: weight is the loss's, a number, not {what}; a layer's is module.weight")
+        self.loss_weight = value
 
     def __getstate__(self) -> dict[str, Any]:
         self.synchronize()
@@ -498,7 +511,7 @@ def _tensors(value: Any, seen: tuple[Any, ...] = ()) -> Iterator[torch.Tensor]:
 def _unprepared() -> dict[str, Any]:
     """The state of a container that is new, copied or loaded."""
     return {
-        "weight": None,
+        "loss_weight": None,
         "_sync": None,
         "_deferral": None,
         "_couples": False,

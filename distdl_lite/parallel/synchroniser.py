@@ -14,6 +14,7 @@ import torch
 from distdl_lite.parallel.buckets import Bucket, filled
 from distdl_lite.reducer import flattened, unflattened
 from distdl_lite.transport import Transport
+from distdl_lite.transport.abort import fail_at_exit
 from distdl_lite.transport.sums import Pending
 from distdl_lite.transport.wire import wire_dtype
 
@@ -218,6 +219,7 @@ class Synchroniser:
         seconds = SECONDS if self.options.timeout is None else self.options.timeout
         if not self._pending[place].wait(seconds):
             self.is_broken = True
+            fail_at_exit(f"rank {self.transport.rank} ends with an error: a sum was not completed by all ranks")
             names = [self.names[n] for n in self.buckets[place].numbers]
             some = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
             raise TimeoutError(

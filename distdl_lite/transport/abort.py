@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import sys
 import threading
 import time
@@ -39,6 +40,16 @@ def _raised_in_thread(raised: threading.ExceptHookArgs) -> None:
     _before["thread"](raised)
     if raised.exc_type is not SystemExit:
         _abort()
+
+
+def fail_at_exit(why: str) -> None:
+    """Let this process end the job with exit code 1 when it ends, also if what happened is caught and passed over."""
+    atexit.register(_fail, why)
+
+
+def _fail(why: str) -> None:
+    print(why, file=sys.stderr)
+    _abort()
 
 
 def _abort() -> None:
