@@ -216,14 +216,17 @@ class Synchroniser:
         return self.transport.start_sum(self.team, flat, engine, self.lane, fill)
 
     def _wait(self, place: int) -> None:
+        self._await(self._pending[place], f"bucket {place}", self.buckets[place])
+
+    def _await(self, pending: Pending, what: str, bucket: Bucket) -> None:
         seconds = SECONDS if self.options.timeout is None else self.options.timeout
-        if not self._pending[place].wait(seconds):
+        if not pending.wait(seconds):
             self.is_broken = True
             fail_at_exit(f"rank {self.transport.rank} ends with an error: a sum was not completed by all ranks")
-            names = [self.names[n] for n in self.buckets[place].numbers]
+            names = [self.names[n] for n in bucket.numbers]
             some = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
             raise TimeoutError(
-                f"rank {self.transport.rank}: bucket {place} ({some}) was not reduced after {seconds:g} s: "
+                f"rank {self.transport.rank}: {what} ({some}) was not reduced after {seconds:g} s: "
                 f"some rank did not take part"
             )
 
@@ -288,7 +291,7 @@ class Synchroniser:
             bucket = Bucket([n], [self.parameters[n]])
             assert self._weighed is not None
             bucket.pack([self.parameters[n].grad if self._takes_part else None], *self._weighed, 1.0)
-            self._sum(bucket.flat).wait()
+            self._await(self._sum(bucket.flat), "a bucket of its own", bucket)
             found.append((n, bucket.unpack(self._divides, self._scale)[0][0]))
         return found
 
