@@ -66,7 +66,8 @@ class DataParallel(torch.nn.Module):
     bucket_mb : float, optional
         MiB of gradients that are summed in one message, 4 by default.
     comm_hook : callable, optional
-        Called with each `Bucket` before it is summed; may change ``bucket.gradients`` in place.
+        Called with each `Bucket` before it is summed, by all ranks; may change ``bucket.gradients`` in place. Those of
+        `distdl_lite.parallel.hooks` let gradients travel as halves.
     timeout : float, optional
         Seconds to wait for other ranks before a TimeoutError, after which the container is of no more use, and the job ends
         with exit code 1 when this rank does. By default 1800 where a thread or MPI makes the sums, and no limit where
@@ -217,6 +218,7 @@ class DataParallel(torch.nn.Module):
         """What must be the same on all ranks."""
         o = self._options
         bucket_mb = o.bucket_bytes / 2**20
+        hook = o.comm_hook
         return {
             "average": o.average,
             "sync_buffers": o.sync_buffers,
@@ -225,6 +227,7 @@ class DataParallel(torch.nn.Module):
             "init": self._init,
             "bucket_mb": bucket_mb,
             "update": self._update,
+            "comm_hook": hook and getattr(hook, "__qualname__", type(hook).__qualname__),
         }
 
     def _sparse_layers(self) -> list[str]:

@@ -86,6 +86,7 @@ class Synchroniser:
         self._finished = 0
         # Of gradients before their sum: about what the weights added up to last. A power of 2, which rounds nothing off.
         self._scale = 1.0
+        self._knows_scale = not self._divides
         self.is_open = self.is_broken = False
         self.backward: int | None = None
         self._others = _synchronisers(transport)
@@ -132,6 +133,8 @@ class Synchroniser:
         for bucket in self.buckets:
             bucket.missing = len(bucket.numbers)
         self._aside: dict[int, torch.Tensor] = {}
+        if not takes_part:
+            return
         for number in list(self._settled):
             if self._is_settled(number):
                 self._aside[number] = self.parameters[number].grad  # type: ignore[assignment]
@@ -195,8 +198,11 @@ class Synchroniser:
             self._pending.append(self._sum(flat, fill))
         else:
             fill()
+            bucket.sent_as = None
             self.options.comm_hook(bucket)
-            self._pending.append(self._sum(flat))
+            self._pending.append(
+                self._sum_as_halves(bucket) if bucket.sent_as and self._knows_scale else self._sum(flat)
+            )
         if self.engine == "inline":
             self._wait(place)
 
@@ -210,10 +216,22 @@ class Synchroniser:
         return (weight if self.options.average == "samples" else 1.0) * self._scale, weight
 
     def _sum(self, flat: torch.Tensor, fill: Callable[[], None] | None = None) -> Pending:
-        engine = self.engine
-        if engine == "inline" and self.options.timeout is not None:  # a blocking call could not be given up
-            engine = "auto"
-        return self.transport.start_sum(self.team, flat, engine, self.lane, fill)
+        return self.transport.start_sum(self.team, flat, self._sum_engine(), self.lane, fill)
+
+    def _sum_as_halves(self, bucket: Bucket) -> Pending:
+        assert bucket.sent_as is not None
+        numbers, left, engine = bucket.gradients, torch.empty_like(bucket.gradients), self._sum_engine()
+        if bucket.sent_as is torch.float16 and numbers.numel():  # else what is out of range would be cut to it unseen
+            most = torch.finfo(torch.float16).max
+            if not torch.linalg.vector_norm(numbers, torch.inf) <= most:
+                numbers.masked_fill_(numbers.abs() > most, torch.nan)
+        halves = self.transport.start_rounded_sum(self.team, bucket.gradients, left, bucket.sent_as, engine, self.lane)
+        return _Both(halves, self._sum(bucket.tail))
+
+    def _sum_engine(self) -> str:
+        if self.engine == "inline" and self.options.timeout is not None:  # a blocking call could not be given up
+            return "auto"
+        return self.engine
 
     def _wait(self, place: int) -> None:
         self._await(self._pending[place], f"bucket {place}", self.buckets[place])
@@ -280,6 +298,7 @@ class Synchroniser:
         self._plan_anew(self._trained)
         if self._divides and self._total:
             self._scale = 2.0 ** -round(math.log2(self._total))
+            self._knows_scale = True
         self.is_open = False
         if self._takes_part:
             self.count, self.weight = 0.0, None
@@ -354,6 +373,19 @@ class Synchroniser:
             for group in _alike(taken):
                 broadcast(self.transport, self.team, group)
         self._known_buffers, self._versions = buffers, self._buffer_versions()
+
+
+class _Both:
+    """Two sums, the second of which is small and comes after the first."""
+
+    def __init__(self, first: Pending, second: Pending) -> None:
+        self._first, self._second = first, second
+
+    def is_done(self) -> bool:
+        return self._first.is_done() and self._second.is_done()
+
+    def wait(self, timeout: float | None = None) -> bool:
+        return self._first.wait(timeout) and self._second.wait(timeout)
 
 
 def _synchronisers(transport: Transport) -> weakref.WeakSet[Synchroniser]:

@@ -177,6 +177,7 @@ def test_join_sends_nothing_of_its_own(world: dl.Partition) -> None:
         for step in range(steps):
             mean_square(dp(draw(2, 3, seed=step))).backward()
         assert c.collectives == steps
+    assert all(p.grad is not None for p in dp.parameters())
     # the steps of the longest, one in which all have ended, who is ahead, and the parameters
     assert c.collectives == 4 + 1 + 1 + 1
 
