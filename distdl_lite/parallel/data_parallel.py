@@ -306,7 +306,9 @@ class DataParallel(torch.nn.Module):
             if leaf.grad_fn is not None:  # a parameter that is returned would keep the hook
                 leaf.register_hook(hook)
                 hook.is_used = True
-        if not hook.is_used:
+        if hook.is_used:
+            self._awaited.add(hook)
+        else:
             self._unseen += rows
 
     def _began(self, rows: int) -> None:
@@ -317,10 +319,15 @@ class DataParallel(torch.nn.Module):
         if not running_backward_accumulates(sync.parameters):
             return
         if not self._syncs:
+            if sync.is_open and self._deferral is None:
+                sync.abandon()
             sync.keep_local()
-        elif not (sync.is_open and sync.backward == backward):
+            sync.count += rows
+            return
+        if not (sync.is_open and sync.backward == backward):
             self._begin(backward)
-        sync.count += rows
+        sync.count_rows(rows)
+        sync.may_start = not self._awaited
 
     def _share(self, rows: int) -> float:
         """The weight in the mean of a forward's gradients; the ranks along the batch axis call together."""
@@ -340,6 +347,7 @@ class DataParallel(torch.nn.Module):
         self._sync.begin(backward)
         self._sync.weight = self.loss_weight
         self._sync.count, self._unseen = self._sync.count + self._unseen, 0
+        self._sync.may_start = not self._awaited
         self._waits_for_layers = bool(self._sync.late)
         at_end_of_backward(self._finish)
 
@@ -433,7 +441,11 @@ class DataParallel(torch.nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         self.synchronize()
-        return {**self.__dict__, **_unprepared()}
+        return {name: value for name, value in self.__dict__.items() if name not in _unprepared()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.__dict__.update(_unprepared())
 
     def __del__(self) -> None:
         for handle in self.__dict__.get("_handles", {}).values():
@@ -478,6 +490,7 @@ class _OutputHook:
             return None
         if backward != self._backward:
             self._backward = backward
+            container._awaited.discard(self)
             container._began(self._rows)
             self._share = container._share(self._rows) if container._couples else 1.0
         if self._share == 1:
@@ -524,6 +537,7 @@ def _unprepared() -> dict[str, Any]:
         "_kinds": [],
         "_syncs": True,
         "_unseen": 0,
+        "_awaited": weakref.WeakSet(),  # outputs that backward may yet come to
         "_latest": 0,
         "_waits_for_layers": False,
     }

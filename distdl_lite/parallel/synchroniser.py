@@ -88,6 +88,7 @@ class Synchroniser:
         self._scale = 1.0
         self._knows_scale = not self._divides
         self.is_open = self.is_broken = False
+        self.may_start = True  # before backward ends: the rows of all its forwards are known
         self.backward: int | None = None
         self._others = _synchronisers(transport)
         self._others.add(self)
@@ -125,7 +126,7 @@ class Synchroniser:
     def begin(self, backward: int | None, takes_part: bool = True) -> None:
         """Start a backward; one that failed before is completed without this rank's gradients."""
         if self.is_open:
-            self._abandon()
+            self.abandon()
         self.is_open, self.backward, self._takes_part = True, backward, takes_part
         self._seen: dict[int, None] = {}
         self._pending: list[Pending] = []
@@ -140,6 +141,16 @@ class Synchroniser:
                 self._aside[number] = self.parameters[number].grad  # type: ignore[assignment]
                 self.parameters[number].grad = None
         self._settled.clear()
+
+    def count_rows(self, rows: int) -> None:
+        """Backward has reached a forward with so many rows."""
+        weighs = self._divides and self.options.average != "ranks" and self.weight is None
+        if rows and weighs and self._weighed is not None:
+            raise RuntimeError(
+                "DataParallel: backward reached another forward after sums had started: where the graph of a forward is kept "
+                "and gone back through again beside others, use DataParallel(..., overlap=False)"
+            )
+        self.count += rows
 
     def is_summed_by_another(self, number: int) -> bool:
         """Whether another container with the same parameter is at it in this backward."""
@@ -176,7 +187,7 @@ class Synchroniser:
         place = self.places.get(number)
         if place is not None:
             self.buckets[place].missing -= 1
-            while self.options.overlap and len(self._pending) < len(self.buckets):
+            while self.options.overlap and self.may_start and len(self._pending) < len(self.buckets):
                 if self.buckets[len(self._pending)].missing or not self.buckets[len(self._pending)].numbers:
                     break
                 self._start()
@@ -248,7 +259,7 @@ class Synchroniser:
                 f"some rank did not take part"
             )
 
-    def _abandon(self) -> None:
+    def abandon(self) -> None:
         """Complete the sums of a backward that failed: other ranks may have started more of them."""
         self._takes_part = False
         while len(self._pending) < len(self.buckets):
@@ -256,6 +267,7 @@ class Synchroniser:
         for place in range(len(self.buckets)):
             self._wait(place)
         self.is_open = False
+        self.count, self.weight = 0.0, None
 
     def finish(self) -> bool:
         """Complete a backward, and put the sums into ``.grad``. Whether any rank took part."""
@@ -290,6 +302,7 @@ class Synchroniser:
             for later in range(place + 1, len(self.buckets)):  # before they are filled anew
                 self._wait(later)
             self.is_open = False
+            self.count, self.weight = 0.0, None
             raise RuntimeError("DataParallel: backward failed on another rank, whose gradients are lacking")
         return list(zip(self.buckets[place].numbers, values, strict=True))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 
 import pytest
@@ -50,6 +51,65 @@ def test_forwards_and_backwards_in_any_number(world: dl.Partition) -> None:
                 if step == 1:
                     first.backward()
             assert_gradients(dp, single)
+
+
+class Branches(nn.Module):
+    """Two layers, of which a forward uses those that it is told to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.ModuleDict({name: nn.Linear(3, 3, dtype=torch.float64) for name in "abc"})
+
+    def forward(self, x: torch.Tensor, uses: str) -> torch.Tensor:
+        for name in uses:
+            x = torch.tanh(self.layers[name](x))
+        return x
+
+
+@pytest.mark.check("A16")
+@on_ranks(2, mpi=True)
+def test_all_forwards_of_a_backward_weigh_together(world: dl.Partition) -> None:
+    """Also where the layers that one uses are through before backward reaches the other."""
+    uses = [("a", "b", "c"), ("abc", "cab", "bca"), ("ab", "c", "a")]
+    cases = itertools.product(OPTIONS, ("samples", "sum", "ranks"), ([(2, 2), (2, 2)], [(1, 2), (3, 6)]), uses, uses)
+    for options, average, rows, *used in cases:
+        dp, single = twins(Branches(), world, **{**options, "average": average})
+        whole = [
+            [draw(n, 3, seed=10 * r + i) for i, n in enumerate((*rows[r], *rows[r][:1]))] for r in range(world.size)
+        ]
+        loss = 0.0
+        for x, names in zip(whole[world.rank], used[world.rank], strict=True):
+            y = dp(x, names).square()
+            loss = loss + (y.sum() if average == "sum" else y.mean())
+        loss.backward()
+        total = sum(len(x) for batches in whole for x in batches)
+        for batches, names in zip(whole, used, strict=True):
+            share = {"samples": sum(map(len, batches)) / total, "sum": 1 / total, "ranks": 1 / world.size}[average]
+            for x, name in zip(batches, names, strict=True):
+                y = single(x, name).square()
+                (share * (y.sum() if average == "sum" else y.mean())).backward()
+        assert_gradients(dp, single)
+
+
+@pytest.mark.check("A16")
+@on_ranks(2)
+def test_a_forward_that_comes_again_too_late_is_refused(world: dl.Partition) -> None:
+    """Its graph was kept, and gone back through before."""
+    dp, single = twins(Branches(), bucket_mb=1e-4, average="sum")
+    x = draw(2, 3)
+    dp(x, "abc").sum().backward()  # from now on the sums of c and b start before that of a
+    dp.zero_grad()
+    first = dp(x, "a").sum()
+    first.backward(retain_graph=True)
+    dp.zero_grad()
+    second = dp(x, "bc").sum()
+    with pytest.raises(RuntimeError, match=r"reached another forward after sums had started: .*overlap=False"):
+        (first + second).backward()
+    dp.zero_grad()
+    dp(x, "abc").sum().backward()
+    (single(x, "abc").sum() / 2).backward()
+    assert_gradients(dp, single)
 
 
 class Normed(nn.Sequential):
