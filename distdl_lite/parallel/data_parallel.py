@@ -325,7 +325,7 @@ class DataParallel(torch.nn.Module):
             sync.count += rows
             return
         if not (sync.is_open and sync.backward == backward):
-            self._begin(backward)
+            self._begin(backward, rows)
         sync.count_rows(rows)
         sync.may_start = not self._awaited
 
@@ -341,12 +341,14 @@ class DataParallel(torch.nn.Module):
         total = self.P.world_transport.all_reduce(sync.team, torch.tensor([weight], dtype=torch.float64)).item()
         return 0.0 if not (weight and total) else (weight if average == "samples" else 1.0) / total
 
-    def _begin(self, backward: int) -> None:
+    def _begin(self, backward: int, rows: int) -> None:
         assert self._sync is not None
         self.synchronize()
         self._sync.begin(backward)
         self._sync.weight = self.loss_weight
         self._sync.count, self._unseen = self._sync.count + self._unseen, 0
+        if not (self._sync.count + rows if self.loss_weight is None else self.loss_weight):
+            self._sync.keep_what_weighs_nothing()
         self._sync.may_start = not self._awaited
         self._waits_for_layers = bool(self._sync.late)
         at_end_of_backward(self._finish)
@@ -364,7 +366,7 @@ class DataParallel(torch.nn.Module):
         if not sync.is_open and sync.is_summed_by_another(number):
             return
         if not sync.is_open:  # the outputs are out of sight, or backward does not go through them
-            self._begin(running_backward())
+            self._begin(running_backward(), self._latest)
             sync.count = sync.count or self._latest
         sync.ready(number)
 

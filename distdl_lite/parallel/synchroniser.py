@@ -134,6 +134,7 @@ class Synchroniser:
         for bucket in self.buckets:
             bucket.missing = len(bucket.numbers)
         self._aside: dict[int, torch.Tensor] = {}
+        self._kept: dict[int, torch.Tensor] = {}
         if not takes_part:
             return
         for number in list(self._settled):
@@ -141,6 +142,21 @@ class Synchroniser:
                 self._aside[number] = self.parameters[number].grad  # type: ignore[assignment]
                 self.parameters[number].grad = None
         self._settled.clear()
+
+    def keep_what_weighs_nothing(self) -> None:
+        """Put aside this rank's gradients, which count for nothing unless rows come: where no rank has any, they stay."""
+        if self._divides and self.options.average != "ranks":
+            self._kept = {n: p.grad for n, p in enumerate(self.parameters) if p.grad is not None}
+            for number in self._kept:
+                self.parameters[number].grad = None
+
+    @torch.no_grad()
+    def _take_back(self) -> None:
+        """Gradients that were put aside weigh something after all."""
+        for number, kept in self._kept.items():
+            grad = self.parameters[number].grad
+            self.parameters[number].grad = kept if grad is None else kept.add_(grad)
+        self._kept.clear()
 
     def count_rows(self, rows: int) -> None:
         """Backward has reached a forward with so many rows."""
@@ -198,6 +214,8 @@ class Synchroniser:
         bucket = self.buckets[place]
         if self._weighed is None:
             self._weighed = self._weigh()
+            if self._kept and self._weighed[1]:
+                self._take_back()
         if place == 0:
             trained = [float(p.requires_grad) for p in self.parameters]
             leads = self._takes_part and self.transport.rank == self.team[0]
@@ -284,6 +302,8 @@ class Synchroniser:
         self._results = {0: self._result(0)}
         active, leads, changed, *self._trained = self.buckets[0].header
         self.put(self._unplanned())
+        for number in {*self._aside, *self._kept} - self.places.keys():  # no longer trained
+            self.put([(number, None)])
         all_go_on = round(active) == len(self.team)
         if changed and (all_go_on or (leads and self.options.sync_buffers == "root")):
             self.sync_buffers()  # else join makes all equal in the end
@@ -333,15 +353,17 @@ class Synchroniser:
         if not self._takes_part:
             return
         for number, value in found:
-            parameter = self.parameters[number]
+            parameter, kept = self.parameters[number], self._kept.get(number)
             grad = self.added_up(number, parameter.grad if value is None else value)
             parameter.grad = grad
-            if grad is not None:
+            if grad is not None and grad is not kept:
                 self._settled[number] = weakref.ref(grad)
 
     def added_up(self, number: int, value: torch.Tensor | None) -> torch.Tensor | None:
         """The sum of a gradient, added to what was in ``.grad`` before backward."""
-        before = self._aside.pop(number, None)
+        before, kept = self._aside.pop(number, None), self._kept.pop(number, None)
+        if before is None and (value is None or not self._total):
+            before = kept
         if before is not None and value is not None:
             before.add_(value)
         if before is not None or value is None:

@@ -108,6 +108,64 @@ def test_gradients_may_be_kept_as_zeros(world: dl.Partition) -> None:
         held = now
 
 
+@pytest.mark.check("A6")
+@on_ranks(2, mpi=True)
+def test_what_was_there_is_kept_where_nothing_weighs(world: dl.Partition) -> None:
+    """No rank has a row, or one has: gradients of before stay, as where zeros are added to them."""
+    empty, cases = draw(0, 3), [(0, 0), (0, 2), (3, 0)]
+    for options, rows, windows, by_hand, average in itertools.product(
+        OPTIONS, cases, (True, False), (True, False), ("samples", "sum")
+    ):
+        if average == "sum" and (windows or any(rows)):
+            continue  # what was there counts as a sum over rows, or is refused, as below
+        dp, single = twins(mlp(3, 4, 2), world, average=average, **options)
+        x = draw(4, 3)
+        if by_hand:
+            for model in (dp, single):
+                for p in model.parameters():
+                    p.grad = torch.ones_like(p)
+        else:
+            square_sum(dp(x[2 * world.rank :][:2])).backward()
+            ((1 / 4 if average == "sum" else 1 / 2) * square_sum(single(x))).backward()
+        if windows:
+            with dp.no_sync():
+                square_sum(dp(empty)).backward()
+        batches = [draw(n, 3, seed=n) for n in rows]
+        (mean_square if average == "samples" else square_sum)(dp(batches[world.rank])).backward()
+        if any(rows):
+            mean_square(single(torch.cat(batches))).backward()
+        assert_gradients(dp, single)
+
+
+@pytest.mark.check("A6")
+@on_ranks(2)
+def test_a_rank_that_weighs_something_after_all(world: dl.Partition) -> None:
+    """Its first forward has no row, the second has."""
+    dp, single = twins(mlp(3, 4, 2))
+    x = draw(4, 3)
+    for model in (dp, single):
+        for p in model.parameters():
+            p.grad = torch.ones_like(p)
+    mine = x[2 * world.rank :][:2]
+    for first, second in ((mine[:0], mine), (mine, mine[:0])):
+        loss = square_sum(dp(first)) + square_sum(dp(second))
+        loss.backward()
+        (square_sum(single(x)) / 2).backward()
+        assert_gradients(dp, single)
+
+
+@pytest.mark.check("A13")
+@on_ranks(2)
+def test_a_frozen_parameter_keeps_its_gradient(world: dl.Partition) -> None:
+    for options in OPTIONS:
+        dp, single = twins(mlp(3, 4, 2), **options)
+        for step in range(5):
+            for model, rows in ((dp, slice(2 * world.rank, 2 * world.rank + 2)), (single, slice(0, 4))):
+                model.get_parameter("module.0.weight" if model is dp else "0.weight").requires_grad_(step in (0, 4))
+                mean_square(model(draw(4, 3, seed=step)[rows])).backward()
+            assert_gradients(dp, single)
+
+
 @pytest.mark.check("A10")
 @on_ranks(2)
 def test_sums_that_cannot_be_told_apart_are_refused(world: dl.Partition) -> None:
