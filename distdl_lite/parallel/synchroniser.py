@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import weakref
 from collections.abc import Callable, Iterable, Sequence
@@ -24,6 +25,8 @@ INLINE_BYTES = (
     2 << 20
 )  # a model with fewer gradients has its sums made where they are started: a thread takes 60 us to wake
 SECONDS = 1800.0  # to wait for other ranks
+_SETTLED = "_distdl_settled"  # says of a gradient over which ranks it has been summed
+_serials = itertools.count()
 LANES = 8  # containers whose sums may be under way at once; communicators are few
 
 
@@ -95,7 +98,9 @@ class Synchroniser:
         self.lane = f"copies {lane}"
         if len(team) > 1:
             transport.open_sums(team, self.lane)
-        self._settled: dict[int, weakref.ref[torch.Tensor]] = {}  # gradients that are the same on all ranks
+        self._numbers = {id(p): n for n, p in enumerate(parameters)}
+        self._serial = next(_serials)  # the same order on all ranks
+        self._beside: list[Synchroniser] = []  # others of this backward that have a parameter in common
         self._known_buffers = self.buffers  # kept, lest others get their ids
         self._versions = self._buffer_versions()
         self._plan([n for n, p in enumerate(parameters) if p.requires_grad][::-1])
@@ -135,13 +140,15 @@ class Synchroniser:
             bucket.missing = len(bucket.numbers)
         self._aside: dict[int, torch.Tensor] = {}
         self._kept: dict[int, torch.Tensor] = {}
+        self._left: set[int] = set()  # to be summed by another
+        self._beside.clear()
         if not takes_part:
             return
-        for number in list(self._settled):
+        for number, parameter in enumerate(self.parameters):
             if self._is_settled(number):
-                self._aside[number] = self.parameters[number].grad  # type: ignore[assignment]
-                self.parameters[number].grad = None
-        self._settled.clear()
+                self._aside[number] = parameter.grad  # type: ignore[assignment]
+                parameter.grad = None
+        self._meet()
 
     def keep_what_weighs_nothing(self) -> None:
         """Put aside this rank's gradients, which count for nothing unless rows come: where no rank has any, they stay."""
@@ -173,22 +180,72 @@ class Synchroniser:
         parameter = self.parameters[number]
         return any(other.is_open and any(p is parameter for p in other.parameters) for other in self._others)
 
+    def _meet(self) -> None:
+        """Leave what this and others of the backward have in common to the oldest of them."""
+        at_it = [other for other in self._others if other.is_open and other.backward == self.backward]
+        together = sorted((other for other in at_it if other.team == self.team), key=lambda other: other._serial)
+        for other in together if len(together) > 1 else ():
+            common = self._numbers.keys() & other._numbers.keys()
+            if other is self or not common:
+                continue
+            self._beside.append(other)
+            other._beside.append(self)
+            for key in common:
+                oldest = next(one for one in together if key in one._numbers)
+                for one in (self, other):
+                    if one is not oldest:
+                        one._leave(one._numbers[key], oldest, oldest._numbers[key])
+
+    def _leave(self, number: int, other: Synchroniser, its_number: int) -> None:
+        self._left.add(number)
+        for mine, its in ((self._aside, other._aside), (self._kept, other._kept)):
+            if number in mine:
+                its[its_number] = mine.pop(number)
+
+    def _agree_with(self, other: Synchroniser) -> None:
+        """Raise on all ranks unless the gradients of a parameter in common weigh the same in both, which have been summed."""
+        average = self.options.average
+        if (average, self._divides) == (other.options.average, other._divides):
+            if not self._divides or average == "ranks":
+                return
+            shares = [one._share for one in (self, other)]
+            differs = abs(shares[0] - shares[1]) > 1e-9 * abs(shares[0])
+            if average == "samples":  # "sum": totals alone matter
+                flag = torch.tensor([float(differs)], dtype=torch.float64)
+                differs = bool(self.transport.all_reduce(self.team, flag, "max"))
+            if not differs:
+                return
+        common = [self.names[n] for key, n in self._numbers.items() if key in other._numbers]
+        raise RuntimeError(
+            f"DataParallel: {', '.join(common)} is in two containers that one backward goes through, and whose gradients "
+            f'weigh differently: give both as many rows, use average="ranks", or put both modules into one container'
+        )
+
+    @property
+    def _share(self) -> float:
+        """What decides the weight of this rank's gradients in what was summed last."""
+        assert self._weighed is not None
+        weight = self._weighed[1] if self.options.average == "samples" else 1.0
+        return weight / self._total if self._total else 0.0
+
     def _is_settled(self, number: int) -> bool:
-        known, grad = self._settled.get(number), self.parameters[number].grad
-        return grad is not None and known is not None and known() is grad
+        """Whether the gradient is the same on all ranks, and has not changed since, as far as the containers know."""
+        grad = self.parameters[number].grad
+        return grad is not None and getattr(grad, _SETTLED, None) == self.team
 
     def keep_local(self) -> None:
         """Gradients come that are not to be summed yet: what was summed before counts as each rank's own from now on.
 
         All of it, also where this rank gets no gradient, because others may.
         """
-        settled = [n for n in self._settled if self._is_settled(n)]
+        settled = [n for n in range(len(self.parameters)) if self._is_settled(n)]
         if settled and self.options.average in ("sum", "none"):
             raise RuntimeError(
                 f"DataParallel: {self.names[settled[0]]}.grad holds a sum over ranks, to which a backward inside no_sync "
                 f'adds; with average="{self.options.average}" call zero_grad() before it'
             )
-        self._settled.clear()
+        for number in settled:
+            delattr(self.parameters[number].grad, _SETTLED)
 
     def ready(self, number: int) -> None:
         """A gradient is there."""
@@ -221,7 +278,8 @@ class Synchroniser:
             leads = self._takes_part and self.transport.rank == self.team[0]
             changed = self._versions != self._buffer_versions()
             bucket.header = [float(self._takes_part), float(leads), float(changed), *trained]
-        gradients = [self.parameters[n].grad if self._takes_part else None for n in bucket.numbers]
+        left = self._left
+        gradients = [self.parameters[n].grad if self._takes_part and n not in left else None for n in bucket.numbers]
         fill, flat = partial(bucket.pack, gradients, *self._weighed, mark), bucket.free()
         if self.options.comm_hook is None:
             self._pending.append(self._sum(flat, fill))
@@ -335,6 +393,9 @@ class Synchroniser:
         self.is_open = False
         if self._takes_part:
             self.count, self.weight = 0.0, None
+        for other in self._beside:
+            if not other.is_open:
+                self._agree_with(other)
 
     def _unplanned(self) -> Found:
         """The sums of parameters that some rank trains since this backward."""
@@ -353,11 +414,13 @@ class Synchroniser:
         if not self._takes_part:
             return
         for number, value in found:
+            if number in self._left:
+                continue
             parameter, kept = self.parameters[number], self._kept.get(number)
             grad = self.added_up(number, parameter.grad if value is None else value)
             parameter.grad = grad
             if grad is not None and grad is not kept:
-                self._settled[number] = weakref.ref(grad)
+                setattr(grad, _SETTLED, self.team)
 
     def added_up(self, number: int, value: torch.Tensor | None) -> torch.Tensor | None:
         """The sum of a gradient, added to what was in ``.grad`` before backward."""
