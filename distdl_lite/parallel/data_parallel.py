@@ -18,7 +18,7 @@ from distdl_lite.nn.sync_batch_norm import SyncBatchNorm
 from distdl_lite.parallel.arguments import SPARSE, check_alike, check_arguments, check_equal, listed, update_of
 from distdl_lite.parallel.buckets import Bucket
 from distdl_lite.parallel.deferred import Deferral
-from distdl_lite.parallel.synchroniser import Options, Synchroniser, broadcast
+from distdl_lite.parallel.synchroniser import Options, Synchroniser, broadcast, broadcast_structure
 from distdl_lite.partition import Partition
 from distdl_lite.reducer import at_end_of_backward, running_backward, running_backward_accumulates
 
@@ -394,10 +394,11 @@ class DataParallel(torch.nn.Module):
             self._syncs = before
 
     @contextlib.contextmanager
-    def join(self) -> Iterator[None]:
+    def join(self, *optimizers: torch.optim.Optimizer) -> Iterator[None]:
         """Let ranks whose loop inside ends early take part, without weight, until all have ended; no messages are added.
 
-        Then all take the parameters and buffers of a rank that made the last step. The optimizers' states are left alone.
+        Then all take the parameters and buffers of a rank that made the last step, and what these optimizers, or else those
+        of the container, know there: hyperparameters, and states such as momentum. Schedulers are left alone.
         """
         sync = self._sync
         if self._couples:
@@ -417,6 +418,10 @@ class DataParallel(torch.nn.Module):
         self.P.world_transport.all_reduce(sync.team, nearest, "min")
         root = sync.team[int(nearest) % len(sync.team)]
         broadcast(self.P.world_transport, sync.team, [*sync.parameters, *sync.buffers], root)
+        for optimizer in optimizers or listed(self.optimizer):
+            state = broadcast_structure(self.P.world_transport, sync.team, optimizer.state_dict(), root)
+            if self.P.world_transport.rank != root:
+                optimizer.load_state_dict(state)
 
     # ---- life --------------------------------------------------------------------------------------------------------
 

@@ -11,6 +11,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from distdl_lite.parallel.buckets import Bucket, filled
 from distdl_lite.reducer import flattened, unflattened
@@ -507,6 +508,20 @@ def broadcast(
             flat = flattened(group)
             transport.broadcast(team, flat, team[0] if root is None else root)
             torch._foreach_copy_(group, list(unflattened(flat, group)))
+
+
+def broadcast_structure(transport: Transport, team: tuple[int, ...], value: Any, root: int) -> Any:
+    """A rank's structure of tensors and other objects: the root's own there, a like one elsewhere."""
+    is_root = transport.rank == root
+    told = transport.gather_objects(team, _empty(value, "meta") if is_root else None)
+    if not is_root:
+        value = _empty(told[team.index(root)], "cpu")
+    broadcast(transport, team, [x for x in tree_leaves(value) if isinstance(x, torch.Tensor)], root)
+    return value
+
+
+def _empty(value: Any, device: str) -> Any:
+    return tree_map_only(torch.Tensor, lambda tensor: torch.empty_like(tensor, device=device), value)
 
 
 def _alike(tensors: Iterable[torch.Tensor]) -> list[list[torch.Tensor]]:

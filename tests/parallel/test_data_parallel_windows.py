@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import pytest
 import torch
-from copies import assert_gradients, assert_parameters, draw, mean_square, mlp, twins
+from copies import assert_gradients, assert_parameters, draw, mean_square, mlp, train, twins
 from ranks import on_ranks
 from torch import nn
 
@@ -224,6 +224,38 @@ def test_unequal_numbers_of_steps(world: dl.Partition) -> None:
         epochs(
             world, [(2, 5, 3), (4, 1, 1), (2, 2, 2), (0, 3, 1), (1, 2, 0), (0, 0, 0), (2, 0, 2)], (2, 1, 3), **options
         )
+
+
+@pytest.mark.check("A7")
+@on_ranks(3, mpi=True)
+def test_optimizers_go_on_from_where_the_last_rank_was(world: dl.Partition) -> None:
+    """Also after a loop in which some rank has made no step at all, and with another learning rate at its end."""
+
+    def adam(model: nn.Module) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(model.parameters(), 0.01, amsgrad=True)
+
+    def momentum(model: nn.Module) -> torch.optim.Optimizer:
+        layers = list(model.children()) if isinstance(model, nn.Sequential) else list(model.module.children())
+        groups = [{"params": layers[0].parameters()}, {"params": layers[2].parameters(), "lr": 0.02}]
+        return torch.optim.SGD(groups, 0.1, momentum=0.9)
+
+    for make, given in itertools.product((adam, momentum), (True, False)):
+        dp, single = twins(mlp(3, 4, 2), world)
+        optimizers = [make(dp), make(single)]
+        if not given:
+            wrapped = dl.DataParallelOptimizer(optimizers[0], blocking=True)
+            dp = dl.DataParallel(dp.module, world, wrapped, blocking_parameter_updates=True)
+        for number, steps in enumerate([(0, 2, 1), (3, 1, 0), (1, 1, 2), (2, 2, 2)]):
+            data = [[draw(2, 3, seed=100 * number + 10 * r + s) for s in range(n)] for r, n in enumerate(steps)]
+            with dp.join(*optimizers[:1] * given):
+                for batch in data[world.rank]:
+                    train(dp, optimizers[0], [batch])
+                    optimizers[0].param_groups[-1]["lr"] *= 0.9
+            for step in range(max(steps)):
+                train(single, optimizers[1], [torch.cat([mine[step] for mine in data if step < len(mine)])])
+                optimizers[1].param_groups[-1]["lr"] *= 0.9
+            assert_parameters(dp, single, 1e-12)
+            dp.check_replicas()
 
 
 @pytest.mark.check("A7")
