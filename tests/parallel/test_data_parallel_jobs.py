@@ -151,6 +151,8 @@ def test_a_rank_that_gets_stuck_before_what_is_newly_trained(tmp_path: Path, eng
 
 FAILS = """
 dl.abort_on_exception()
+with open(os.path.join(here, f"process {{world.rank}}"), "w") as file:
+    file.write(str(os.getpid()))
 dp = dl.DataParallel(net(), engine=os.environ["ENGINE"])
 for step in range(3):
     loss(dp, step).backward()
@@ -163,11 +165,14 @@ for step in range(10**6):
 
 
 @pytest.mark.check("A38")
+@pytest.mark.parametrize("engine", ["thread", "poll"])
 @pytest.mark.parametrize(
-    ("fails", "engine", "ranks"),
+    ("fails", "ranks"),
     [
-        ("raise ArithmeticError('one rank alone')", "thread", 2),
-        ("os.kill(os.getpid(), signal.SIGKILL)", "poll", 3),
+        ("raise ArithmeticError('one rank alone')", 2),
+        ("raise ArithmeticError('one rank alone')", 3),
+        ("os.kill(os.getpid(), signal.SIGKILL)", 2),
+        ("os.kill(os.getpid(), signal.SIGKILL)", 3),
     ],
 )
 def test_a_rank_that_fails_ends_the_job(tmp_path: Path, fails: str, engine: str, ranks: int) -> None:
@@ -175,6 +180,12 @@ def test_a_rank_that_fails_ends_the_job(tmp_path: Path, fails: str, engine: str,
     assert seconds_since(tmp_path, time.time()) < LOADED
     assert done.returncode != 0
     assert ("one rank alone" in done.stderr) == ("raise" in fails)
+    processes = [Path("/proc") / file.read_text() for file in tmp_path.glob("process *")]
+    assert len(processes) == ranks
+    end = time.monotonic() + LOADED
+    while any(process.exists() for process in processes) and time.monotonic() < end:
+        time.sleep(0.05)
+    assert not any(process.exists() for process in processes)
 
 
 LONG = """
