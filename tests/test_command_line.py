@@ -135,7 +135,7 @@ def test_info_without_an_mpi_library_says_so() -> None:
 # ---- under mpirun ----------------------------------------------------------------------------------------------------
 
 
-def mpirun(count: int, *words: str) -> subprocess.CompletedProcess[str]:
+def mpirun(count: int, *words: str, **others: str) -> subprocess.CompletedProcess[str]:
     found = shutil.which("mpirun", path=str(Path(sys.executable).parent))
     if found is None:
         pytest.skip("no mpirun beside the interpreter")
@@ -144,7 +144,7 @@ def mpirun(count: int, *words: str) -> subprocess.CompletedProcess[str]:
         "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
         "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe",
     }
-    return run([found, "-n", str(count), sys.executable, *words], **variables)
+    return run([found, "-n", str(count), sys.executable, *words], **variables, **others)
 
 
 def test_info_on_two_ranks_prints_once() -> None:
@@ -191,9 +191,66 @@ def test_a_rank_that_is_killed_ends_the_job() -> None:
 def test_abort_is_taken_back() -> None:
     before = sys.excepthook, threading.excepthook
     abort_on_exception()
+    now = sys.excepthook, threading.excepthook
     abort_on_exception()
-    assert sys.excepthook is not before[0]
+    assert (sys.excepthook, threading.excepthook) == now != before
     abort_on_exception(False)
     assert (sys.excepthook, threading.excepthook) == before
     abort_on_exception(False)
     assert (sys.excepthook, threading.excepthook) == before
+
+
+def test_abort_before_and_after_hooks_of_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each hook is called once, and nothing is left of ours when it is taken back."""
+    called: list[str] = []
+    monkeypatch.setattr(sys, "excepthook", lambda *what: called.append("first"))
+    monkeypatch.setattr(threading, "excepthook", threading.excepthook)
+    monkeypatch.setattr("distdl_lite.transport.abort._abort", lambda: called.append("abort"))
+    abort_on_exception()
+    ours = sys.excepthook
+    sys.excepthook = lambda *what: (called.append("other"), ours(*what))
+    abort_on_exception()
+    error = ValueError("text")
+    sys.excepthook(ValueError, error, None)
+    assert called == ["other", "first", "abort", "abort"]
+    abort_on_exception(False)
+    called.clear()
+    sys.excepthook(ValueError, error, None)
+    assert called == ["other", "first"]
+    abort_on_exception()
+    sys.excepthook(ValueError, error, None)
+    assert called[-1] == "abort"
+    called.clear()
+    sys.excepthook(SystemExit, SystemExit(), None)
+    assert called == ["other", "first"]
+    abort_on_exception(False)
+
+
+_GROUP = """
+import os, sys
+import distdl_lite as dl
+import torch.distributed as dist
+from mpi4py import MPI
+world = MPI.COMM_WORLD
+def gloo():
+    store = dist.FileStore(sys.argv[1], world.size)
+    dist.init_process_group("gloo", store=store, rank=world.rank, world_size=world.size)
+dl.abort_on_exception()
+{}
+world.Barrier()
+if world.rank == 1:
+    raise RuntimeError("only this rank")
+world.Barrier()
+"""
+
+
+@pytest.mark.parametrize(
+    "calls",
+    ["gloo()", "gloo(); dl.abort_on_exception()", "dl.MPIProcessGroup.init()"],
+)
+def test_a_rank_that_raises_ends_the_job_beside_process_groups(calls: str, tmp_path: Path) -> None:
+    """torch's `init_process_group` puts its own hook before ours."""
+    done = mpirun(2, "-c", _GROUP.format(calls), str(tmp_path / "store"), GLOO_SOCKET_IFNAME="lo")
+    assert done.returncode != 0
+    assert "RuntimeError: only this rank" in done.stderr
+    assert "RecursionError" not in done.stderr

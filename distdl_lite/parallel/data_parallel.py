@@ -18,7 +18,7 @@ from distdl_lite.nn.sync_batch_norm import SyncBatchNorm
 from distdl_lite.parallel.arguments import SPARSE, check_alike, check_arguments, check_equal, listed, update_of
 from distdl_lite.parallel.buckets import Bucket
 from distdl_lite.parallel.deferred import Deferral
-from distdl_lite.parallel.synchroniser import Options, Synchroniser, broadcast
+from distdl_lite.parallel.synchroniser import Options, Synchroniser, broadcast, broadcast_structure
 from distdl_lite.partition import Partition
 from distdl_lite.reducer import at_end_of_backward, running_backward, running_backward_accumulates
 
@@ -44,7 +44,7 @@ class DataParallel(torch.nn.Module):
         Heat's word for `update`: False is "deferred", True "now".
     average : {"samples", "sum", "ranks", "none"}
         "samples": each rank's loss is a mean over its rows, and weighs as many: the number of rows of the first tensor
-        argument, or what ``weight`` is set to before backward, such as a number of tokens. "sum": each rank's loss is a sum
+        argument, or what ``loss_weight`` is set to before backward, such as a number of tokens. "sum": each rank's loss is a sum
         over its rows; the sum of all is divided by the number of rows, which adds up over backwards inside `no_sync`.
         "ranks": the mean of the ranks' gradients, as torch's DistributedDataParallel. "none": their sum.
     sync_buffers : {"root", "mean", "none"}
@@ -66,10 +66,12 @@ class DataParallel(torch.nn.Module):
     bucket_mb : float, optional
         MiB of gradients that are summed in one message, 4 by default.
     comm_hook : callable, optional
-        Called with each `Bucket` before it is summed; may change ``bucket.gradients`` in place.
+        Called with each `Bucket` before it is summed, by all ranks; may change ``bucket.gradients`` in place. Those of
+        `distdl_lite.parallel.hooks` let gradients travel as halves.
     timeout : float, optional
-        Seconds to wait for other ranks before a TimeoutError. By default 1800 where a thread or MPI makes the sums, and no
-        limit where backward itself does.
+        Seconds to wait for other ranks before a TimeoutError, after which the container is of no more use, and the job ends
+        with exit code 1 when this rank does. By default 1800 where a thread or MPI makes the sums, and no limit where
+        backward itself does.
 
     Raises
     ------
@@ -216,6 +218,7 @@ class DataParallel(torch.nn.Module):
         """What must be the same on all ranks."""
         o = self._options
         bucket_mb = o.bucket_bytes / 2**20
+        hook = o.comm_hook
         return {
             "average": o.average,
             "sync_buffers": o.sync_buffers,
@@ -224,6 +227,7 @@ class DataParallel(torch.nn.Module):
             "init": self._init,
             "bucket_mb": bucket_mb,
             "update": self._update,
+            "comm_hook": hook and getattr(hook, "__qualname__", type(hook).__qualname__),
         }
 
     def _sparse_layers(self) -> list[str]:
@@ -302,7 +306,9 @@ class DataParallel(torch.nn.Module):
             if leaf.grad_fn is not None:  # a parameter that is returned would keep the hook
                 leaf.register_hook(hook)
                 hook.is_used = True
-        if not hook.is_used:
+        if hook.is_used:
+            self._awaited.add(hook)
+        else:
             self._unseen += rows
 
     def _began(self, rows: int) -> None:
@@ -313,10 +319,15 @@ class DataParallel(torch.nn.Module):
         if not running_backward_accumulates(sync.parameters):
             return
         if not self._syncs:
+            if sync.is_open and self._deferral is None:
+                sync.abandon()
             sync.keep_local()
-        elif not (sync.is_open and sync.backward == backward):
-            self._begin(backward)
-        sync.count += rows
+            sync.count += rows
+            return
+        if not (sync.is_open and sync.backward == backward):
+            self._begin(backward, rows)
+        sync.count_rows(rows)
+        sync.may_start = not self._awaited
 
     def _share(self, rows: int) -> float:
         """The weight in the mean of a forward's gradients; the ranks along the batch axis call together."""
@@ -326,16 +337,19 @@ class DataParallel(torch.nn.Module):
             return 1 / len(sync.team)
         if average == "sum" and not self._syncs:
             raise RuntimeError('DataParallel: with SyncBatchNorm inside, average="sum" allows no no_sync')
-        weight = float(rows if self.weight is None else self.weight)
+        weight = float(rows if self.loss_weight is None else self.loss_weight)
         total = self.P.world_transport.all_reduce(sync.team, torch.tensor([weight], dtype=torch.float64)).item()
         return 0.0 if not (weight and total) else (weight if average == "samples" else 1.0) / total
 
-    def _begin(self, backward: int) -> None:
+    def _begin(self, backward: int, rows: int) -> None:
         assert self._sync is not None
         self.synchronize()
         self._sync.begin(backward)
-        self._sync.weight = self.weight
+        self._sync.weight = self.loss_weight
         self._sync.count, self._unseen = self._sync.count + self._unseen, 0
+        if not (self._sync.count + rows if self.loss_weight is None else self.loss_weight):
+            self._sync.keep_what_weighs_nothing()
+        self._sync.may_start = not self._awaited
         self._waits_for_layers = bool(self._sync.late)
         at_end_of_backward(self._finish)
 
@@ -352,7 +366,7 @@ class DataParallel(torch.nn.Module):
         if not sync.is_open and sync.is_summed_by_another(number):
             return
         if not sync.is_open:  # the outputs are out of sight, or backward does not go through them
-            self._begin(running_backward())
+            self._begin(running_backward(), self._latest)
             sync.count = sync.count or self._latest
         sync.ready(number)
 
@@ -368,7 +382,7 @@ class DataParallel(torch.nn.Module):
         else:
             sync.start_rest()
             self._deferral.after_backward()
-        self.weight = None
+        self.loss_weight = None
 
     @contextlib.contextmanager
     def no_sync(self) -> Iterator[None]:
@@ -380,10 +394,11 @@ class DataParallel(torch.nn.Module):
             self._syncs = before
 
     @contextlib.contextmanager
-    def join(self) -> Iterator[None]:
+    def join(self, *optimizers: torch.optim.Optimizer) -> Iterator[None]:
         """Let ranks whose loop inside ends early take part, without weight, until all have ended; no messages are added.
 
-        Then all take the parameters and buffers of a rank that made the last step. The optimizers' states are left alone.
+        Then all take the parameters and buffers of a rank that made the last step, and what these optimizers, or else those
+        of the container, know there: hyperparameters, and states such as momentum. Schedulers are left alone.
         """
         sync = self._sync
         if self._couples:
@@ -403,6 +418,10 @@ class DataParallel(torch.nn.Module):
         self.P.world_transport.all_reduce(sync.team, nearest, "min")
         root = sync.team[int(nearest) % len(sync.team)]
         broadcast(self.P.world_transport, sync.team, [*sync.parameters, *sync.buffers], root)
+        for optimizer in optimizers or listed(self.optimizer):
+            state = broadcast_structure(self.P.world_transport, sync.team, optimizer.state_dict(), root)
+            if self.P.world_transport.rank != root:
+                optimizer.load_state_dict(state)
 
     # ---- life --------------------------------------------------------------------------------------------------------
 
@@ -415,9 +434,25 @@ class DataParallel(torch.nn.Module):
                 raise
             return getattr(super().__getattr__("module"), name)
 
+    @property
+    def weight(self) -> Any:
+        """The module's, which a bare layer has; a number put here is the `loss_weight`."""
+        return self.module.weight
+
+    @weight.setter
+    def weight(self, value: float | None) -> None:
+        if isinstance(value, torch.Tensor) and value.dim():
+            what = f"a tensor of shape {tuple(value.shape)}"
+            raise TypeError(f"DataParallel: weight is the loss's, a number, not {what}; a layer's is module.weight")
+        self.loss_weight = value
+
     def __getstate__(self) -> dict[str, Any]:
         self.synchronize()
-        return {**self.__dict__, **_unprepared()}
+        return {name: value for name, value in self.__dict__.items() if name not in _unprepared()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.__dict__.update(_unprepared())
 
     def __del__(self) -> None:
         for handle in self.__dict__.get("_handles", {}).values():
@@ -462,6 +497,7 @@ class _OutputHook:
             return None
         if backward != self._backward:
             self._backward = backward
+            container._awaited.discard(self)
             container._began(self._rows)
             self._share = container._share(self._rows) if container._couples else 1.0
         if self._share == 1:
@@ -498,7 +534,7 @@ def _tensors(value: Any, seen: tuple[Any, ...] = ()) -> Iterator[torch.Tensor]:
 def _unprepared() -> dict[str, Any]:
     """The state of a container that is new, copied or loaded."""
     return {
-        "weight": None,
+        "loss_weight": None,
         "_sync": None,
         "_deferral": None,
         "_couples": False,
@@ -508,6 +544,7 @@ def _unprepared() -> dict[str, Any]:
         "_kinds": [],
         "_syncs": True,
         "_unseen": 0,
+        "_awaited": weakref.WeakSet(),  # outputs that backward may yet come to
         "_latest": 0,
         "_waits_for_layers": False,
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import weakref
 from collections.abc import Callable, Iterable, Sequence
@@ -10,10 +11,12 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from distdl_lite.parallel.buckets import Bucket, filled
 from distdl_lite.reducer import flattened, unflattened
 from distdl_lite.transport import Transport
+from distdl_lite.transport.abort import fail_at_exit
 from distdl_lite.transport.sums import Pending
 from distdl_lite.transport.wire import wire_dtype
 
@@ -23,6 +26,8 @@ INLINE_BYTES = (
     2 << 20
 )  # a model with fewer gradients has its sums made where they are started: a thread takes 60 us to wake
 SECONDS = 1800.0  # to wait for other ranks
+_SETTLED = "_distdl_settled"  # says of a gradient over which ranks it has been summed
+_serials = itertools.count()
 LANES = 8  # containers whose sums may be under way at once; communicators are few
 
 
@@ -85,14 +90,18 @@ class Synchroniser:
         self._finished = 0
         # Of gradients before their sum: about what the weights added up to last. A power of 2, which rounds nothing off.
         self._scale = 1.0
+        self._knows_scale = not self._divides
         self.is_open = self.is_broken = False
+        self.may_start = True  # before backward ends: the rows of all its forwards are known
         self.backward: int | None = None
         self._others = _synchronisers(transport)
         self._others.add(self)
         self.lane = f"copies {lane}"
         if len(team) > 1:
             transport.open_sums(team, self.lane)
-        self._settled: dict[int, weakref.ref[torch.Tensor]] = {}  # gradients that are the same on all ranks
+        self._numbers = {id(p): n for n, p in enumerate(parameters)}
+        self._serial = next(_serials)  # the same order on all ranks
+        self._beside: list[Synchroniser] = []  # others of this backward that have a parameter in common
         self._known_buffers = self.buffers  # kept, lest others get their ids
         self._versions = self._buffer_versions()
         self._plan([n for n, p in enumerate(parameters) if p.requires_grad][::-1])
@@ -123,7 +132,7 @@ class Synchroniser:
     def begin(self, backward: int | None, takes_part: bool = True) -> None:
         """Start a backward; one that failed before is completed without this rank's gradients."""
         if self.is_open:
-            self._abandon()
+            self.abandon()
         self.is_open, self.backward, self._takes_part = True, backward, takes_part
         self._seen: dict[int, None] = {}
         self._pending: list[Pending] = []
@@ -131,33 +140,113 @@ class Synchroniser:
         for bucket in self.buckets:
             bucket.missing = len(bucket.numbers)
         self._aside: dict[int, torch.Tensor] = {}
-        for number in list(self._settled):
+        self._kept: dict[int, torch.Tensor] = {}
+        self._left: set[int] = set()  # to be summed by another
+        self._beside.clear()
+        if not takes_part:
+            return
+        for number, parameter in enumerate(self.parameters):
             if self._is_settled(number):
-                self._aside[number] = self.parameters[number].grad  # type: ignore[assignment]
+                self._aside[number] = parameter.grad  # type: ignore[assignment]
+                parameter.grad = None
+        self._meet()
+
+    def keep_what_weighs_nothing(self) -> None:
+        """Put aside this rank's gradients, which count for nothing unless rows come: where no rank has any, they stay."""
+        if self._divides and self.options.average != "ranks":
+            self._kept = {n: p.grad for n, p in enumerate(self.parameters) if p.grad is not None}
+            for number in self._kept:
                 self.parameters[number].grad = None
-        self._settled.clear()
+
+    @torch.no_grad()
+    def _take_back(self) -> None:
+        """Gradients that were put aside weigh something after all."""
+        for number, kept in self._kept.items():
+            grad = self.parameters[number].grad
+            self.parameters[number].grad = kept if grad is None else kept.add_(grad)
+        self._kept.clear()
+
+    def count_rows(self, rows: int) -> None:
+        """Backward has reached a forward with so many rows."""
+        weighs = self._divides and self.options.average != "ranks" and self.weight is None
+        if rows and weighs and self._weighed is not None:
+            raise RuntimeError(
+                "DataParallel: backward reached another forward after sums had started: where the graph of a forward is kept "
+                "and gone back through again beside others, use DataParallel(..., overlap=False)"
+            )
+        self.count += rows
 
     def is_summed_by_another(self, number: int) -> bool:
         """Whether another container with the same parameter is at it in this backward."""
         parameter = self.parameters[number]
         return any(other.is_open and any(p is parameter for p in other.parameters) for other in self._others)
 
+    def _meet(self) -> None:
+        """Leave what this and others of the backward have in common to the oldest of them."""
+        at_it = [other for other in self._others if other.is_open and other.backward == self.backward]
+        together = sorted((other for other in at_it if other.team == self.team), key=lambda other: other._serial)
+        for other in together if len(together) > 1 else ():
+            common = self._numbers.keys() & other._numbers.keys()
+            if other is self or not common:
+                continue
+            self._beside.append(other)
+            other._beside.append(self)
+            for key in common:
+                oldest = next(one for one in together if key in one._numbers)
+                for one in (self, other):
+                    if one is not oldest:
+                        one._leave(one._numbers[key], oldest, oldest._numbers[key])
+
+    def _leave(self, number: int, other: Synchroniser, its_number: int) -> None:
+        self._left.add(number)
+        for mine, its in ((self._aside, other._aside), (self._kept, other._kept)):
+            if number in mine:
+                its[its_number] = mine.pop(number)
+
+    def _agree_with(self, other: Synchroniser) -> None:
+        """Raise on all ranks unless the gradients of a parameter in common weigh the same in both, which have been summed."""
+        average = self.options.average
+        if (average, self._divides) == (other.options.average, other._divides):
+            if not self._divides or average == "ranks":
+                return
+            shares = [one._share for one in (self, other)]
+            differs = abs(shares[0] - shares[1]) > 1e-9 * abs(shares[0])
+            if average == "samples":  # "sum": totals alone matter
+                flag = torch.tensor([float(differs)], dtype=torch.float64)
+                differs = bool(self.transport.all_reduce(self.team, flag, "max"))
+            if not differs:
+                return
+        common = [self.names[n] for key, n in self._numbers.items() if key in other._numbers]
+        raise RuntimeError(
+            f"DataParallel: {', '.join(common)} is in two containers that one backward goes through, and whose gradients "
+            f'weigh differently: give both as many rows, use average="ranks", or put both modules into one container'
+        )
+
+    @property
+    def _share(self) -> float:
+        """What decides the weight of this rank's gradients in what was summed last."""
+        assert self._weighed is not None
+        weight = self._weighed[1] if self.options.average == "samples" else 1.0
+        return weight / self._total if self._total else 0.0
+
     def _is_settled(self, number: int) -> bool:
-        known, grad = self._settled.get(number), self.parameters[number].grad
-        return grad is not None and known is not None and known() is grad
+        """Whether the gradient is the same on all ranks, and has not changed since, as far as the containers know."""
+        grad = self.parameters[number].grad
+        return grad is not None and getattr(grad, _SETTLED, None) == self.team
 
     def keep_local(self) -> None:
         """Gradients come that are not to be summed yet: what was summed before counts as each rank's own from now on.
 
         All of it, also where this rank gets no gradient, because others may.
         """
-        settled = [n for n in self._settled if self._is_settled(n)]
+        settled = [n for n in range(len(self.parameters)) if self._is_settled(n)]
         if settled and self.options.average in ("sum", "none"):
             raise RuntimeError(
                 f"DataParallel: {self.names[settled[0]]}.grad holds a sum over ranks, to which a backward inside no_sync "
                 f'adds; with average="{self.options.average}" call zero_grad() before it'
             )
-        self._settled.clear()
+        for number in settled:
+            delattr(self.parameters[number].grad, _SETTLED)
 
     def ready(self, number: int) -> None:
         """A gradient is there."""
@@ -172,7 +261,7 @@ class Synchroniser:
         place = self.places.get(number)
         if place is not None:
             self.buckets[place].missing -= 1
-            while self.options.overlap and len(self._pending) < len(self.buckets):
+            while self.options.overlap and self.may_start and len(self._pending) < len(self.buckets):
                 if self.buckets[len(self._pending)].missing or not self.buckets[len(self._pending)].numbers:
                     break
                 self._start()
@@ -183,19 +272,25 @@ class Synchroniser:
         bucket = self.buckets[place]
         if self._weighed is None:
             self._weighed = self._weigh()
+            if self._kept and self._weighed[1]:
+                self._take_back()
         if place == 0:
             trained = [float(p.requires_grad) for p in self.parameters]
             leads = self._takes_part and self.transport.rank == self.team[0]
             changed = self._versions != self._buffer_versions()
             bucket.header = [float(self._takes_part), float(leads), float(changed), *trained]
-        gradients = [self.parameters[n].grad if self._takes_part else None for n in bucket.numbers]
+        left = self._left
+        gradients = [self.parameters[n].grad if self._takes_part and n not in left else None for n in bucket.numbers]
         fill, flat = partial(bucket.pack, gradients, *self._weighed, mark), bucket.free()
         if self.options.comm_hook is None:
             self._pending.append(self._sum(flat, fill))
         else:
             fill()
+            bucket.sent_as = None
             self.options.comm_hook(bucket)
-            self._pending.append(self._sum(flat))
+            self._pending.append(
+                self._sum_as_halves(bucket) if bucket.sent_as and self._knows_scale else self._sum(flat)
+            )
         if self.engine == "inline":
             self._wait(place)
 
@@ -209,23 +304,39 @@ class Synchroniser:
         return (weight if self.options.average == "samples" else 1.0) * self._scale, weight
 
     def _sum(self, flat: torch.Tensor, fill: Callable[[], None] | None = None) -> Pending:
-        engine = self.engine
-        if engine == "inline" and self.options.timeout is not None:  # a blocking call could not be given up
-            engine = "auto"
-        return self.transport.start_sum(self.team, flat, engine, self.lane, fill)
+        return self.transport.start_sum(self.team, flat, self._sum_engine(), self.lane, fill)
+
+    def _sum_as_halves(self, bucket: Bucket) -> Pending:
+        assert bucket.sent_as is not None
+        numbers, left, engine = bucket.gradients, torch.empty_like(bucket.gradients), self._sum_engine()
+        if bucket.sent_as is torch.float16 and numbers.numel():  # else what is out of range would be cut to it unseen
+            most = torch.finfo(torch.float16).max
+            if not torch.linalg.vector_norm(numbers, torch.inf) <= most:
+                numbers.masked_fill_(numbers.abs() > most, torch.nan)
+        halves = self.transport.start_rounded_sum(self.team, bucket.gradients, left, bucket.sent_as, engine, self.lane)
+        return _Both(halves, self._sum(bucket.tail))
+
+    def _sum_engine(self) -> str:
+        if self.engine == "inline" and self.options.timeout is not None:  # a blocking call could not be given up
+            return "auto"
+        return self.engine
 
     def _wait(self, place: int) -> None:
+        self._await(self._pending[place], f"bucket {place}", self.buckets[place])
+
+    def _await(self, pending: Pending, what: str, bucket: Bucket) -> None:
         seconds = SECONDS if self.options.timeout is None else self.options.timeout
-        if not self._pending[place].wait(seconds):
+        if not pending.wait(seconds):
             self.is_broken = True
-            names = [self.names[n] for n in self.buckets[place].numbers]
+            fail_at_exit(f"rank {self.transport.rank} ends with an error: a sum was not completed by all ranks")
+            names = [self.names[n] for n in bucket.numbers]
             some = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
             raise TimeoutError(
-                f"rank {self.transport.rank}: bucket {place} ({some}) was not reduced after {seconds:g} s: "
+                f"rank {self.transport.rank}: {what} ({some}) was not reduced after {seconds:g} s: "
                 f"some rank did not take part"
             )
 
-    def _abandon(self) -> None:
+    def abandon(self) -> None:
         """Complete the sums of a backward that failed: other ranks may have started more of them."""
         self._takes_part = False
         while len(self._pending) < len(self.buckets):
@@ -233,6 +344,7 @@ class Synchroniser:
         for place in range(len(self.buckets)):
             self._wait(place)
         self.is_open = False
+        self.count, self.weight = 0.0, None
 
     def finish(self) -> bool:
         """Complete a backward, and put the sums into ``.grad``. Whether any rank took part."""
@@ -249,6 +361,8 @@ class Synchroniser:
         self._results = {0: self._result(0)}
         active, leads, changed, *self._trained = self.buckets[0].header
         self.put(self._unplanned())
+        for number in {*self._aside, *self._kept} - self.places.keys():  # no longer trained
+            self.put([(number, None)])
         all_go_on = round(active) == len(self.team)
         if changed and (all_go_on or (leads and self.options.sync_buffers == "root")):
             self.sync_buffers()  # else join makes all equal in the end
@@ -267,6 +381,7 @@ class Synchroniser:
             for later in range(place + 1, len(self.buckets)):  # before they are filled anew
                 self._wait(later)
             self.is_open = False
+            self.count, self.weight = 0.0, None
             raise RuntimeError("DataParallel: backward failed on another rank, whose gradients are lacking")
         return list(zip(self.buckets[place].numbers, values, strict=True))
 
@@ -275,9 +390,13 @@ class Synchroniser:
         self._plan_anew(self._trained)
         if self._divides and self._total:
             self._scale = 2.0 ** -round(math.log2(self._total))
+            self._knows_scale = True
         self.is_open = False
         if self._takes_part:
             self.count, self.weight = 0.0, None
+        for other in self._beside:
+            if not other.is_open:
+                self._agree_with(other)
 
     def _unplanned(self) -> Found:
         """The sums of parameters that some rank trains since this backward."""
@@ -286,7 +405,7 @@ class Synchroniser:
             bucket = Bucket([n], [self.parameters[n]])
             assert self._weighed is not None
             bucket.pack([self.parameters[n].grad if self._takes_part else None], *self._weighed, 1.0)
-            self._sum(bucket.flat).wait()
+            self._await(self._sum(bucket.flat), "a bucket of its own", bucket)
             found.append((n, bucket.unpack(self._divides, self._scale)[0][0]))
         return found
 
@@ -296,15 +415,19 @@ class Synchroniser:
         if not self._takes_part:
             return
         for number, value in found:
-            parameter = self.parameters[number]
+            if number in self._left:
+                continue
+            parameter, kept = self.parameters[number], self._kept.get(number)
             grad = self.added_up(number, parameter.grad if value is None else value)
             parameter.grad = grad
-            if grad is not None:
-                self._settled[number] = weakref.ref(grad)
+            if grad is not None and grad is not kept:
+                setattr(grad, _SETTLED, self.team)
 
     def added_up(self, number: int, value: torch.Tensor | None) -> torch.Tensor | None:
         """The sum of a gradient, added to what was in ``.grad`` before backward."""
-        before = self._aside.pop(number, None)
+        before, kept = self._aside.pop(number, None), self._kept.pop(number, None)
+        if before is None and (value is None or not self._total):
+            before = kept
         if before is not None and value is not None:
             before.add_(value)
         if before is not None or value is None:
@@ -351,6 +474,19 @@ class Synchroniser:
         self._known_buffers, self._versions = buffers, self._buffer_versions()
 
 
+class _Both:
+    """Two sums, the second of which is small and comes after the first."""
+
+    def __init__(self, first: Pending, second: Pending) -> None:
+        self._first, self._second = first, second
+
+    def is_done(self) -> bool:
+        return self._first.is_done() and self._second.is_done()
+
+    def wait(self, timeout: float | None = None) -> bool:
+        return self._first.wait(timeout) and self._second.wait(timeout)
+
+
 def _synchronisers(transport: Transport) -> weakref.WeakSet[Synchroniser]:
     """Those of this rank that are alive."""
     return transport.local.setdefault("synchronisers", weakref.WeakSet())
@@ -372,6 +508,20 @@ def broadcast(
             flat = flattened(group)
             transport.broadcast(team, flat, team[0] if root is None else root)
             torch._foreach_copy_(group, list(unflattened(flat, group)))
+
+
+def broadcast_structure(transport: Transport, team: tuple[int, ...], value: Any, root: int) -> Any:
+    """A rank's structure of tensors and other objects: the root's own there, a like one elsewhere."""
+    is_root = transport.rank == root
+    told = transport.gather_objects(team, _empty(value, "meta") if is_root else None)
+    if not is_root:
+        value = _empty(told[team.index(root)], "cpu")
+    broadcast(transport, team, [x for x in tree_leaves(value) if isinstance(x, torch.Tensor)], root)
+    return value
+
+
+def _empty(value: Any, device: str) -> Any:
+    return tree_map_only(torch.Tensor, lambda tensor: torch.empty_like(tensor, device=device), value)
 
 
 def _alike(tensors: Iterable[torch.Tensor]) -> list[list[torch.Tensor]]:

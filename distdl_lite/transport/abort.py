@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
+import io
 import sys
 import threading
 import time
-from types import TracebackType
+from collections.abc import Callable
 from typing import Any
 
 
@@ -20,25 +22,45 @@ def abort_on_exception(on: bool = True) -> None:
     on : bool
         False takes it back.
     """
-    if on and sys.excepthook is not _raised:
-        _before.update(main=sys.excepthook, thread=threading.excepthook)
-        sys.excepthook, threading.excepthook = _raised, _raised_in_thread
-    elif not on and sys.excepthook is _raised:
-        sys.excepthook, threading.excepthook = _before["main"], _before["thread"]
+    _Hook.is_on = on
+    hooked: tuple[Any, ...] = sys, threading
+    for module in hooked:
+        hook = module.excepthook
+        if on and not isinstance(hook, _Hook):
+            module.excepthook = _Hook(hook)
+        elif not on and isinstance(hook, _Hook):
+            module.excepthook = hook.before
 
 
-_before: dict[str, Any] = {}
+class _Hook:
+    """Does what the hook before it does, then ends the job.
+
+    Another may be put before it, as torch's `init_process_group` does, which keeps back what the hooks behind it print. Where
+    ours is then put before that, each has its own hook to go back to, and none calls itself.
+    """
+
+    is_on = True  # for all of them: those behind others cannot be taken out
+
+    def __init__(self, before: Callable[..., Any]) -> None:
+        self.before = before
+
+    def __call__(self, *what: Any) -> None:
+        try:
+            self.before(*what)
+        finally:
+            kind = what[0].exc_type if isinstance(what[0], threading.ExceptHookArgs) else what[0]
+            if self.is_on and kind is not SystemExit:
+                _abort()
 
 
-def _raised(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
-    _before["main"](kind, error, traceback)
+def fail_at_exit(why: str) -> None:
+    """Let this process end the job with exit code 1 when it ends, also if what happened is caught and passed over."""
+    atexit.register(_fail, why)
+
+
+def _fail(why: str) -> None:
+    print(why, file=sys.stderr)
     _abort()
-
-
-def _raised_in_thread(raised: threading.ExceptHookArgs) -> None:
-    _before["thread"](raised)
-    if raised.exc_type is not SystemExit:
-        _abort()
 
 
 def _abort() -> None:
@@ -46,7 +68,10 @@ def _abort() -> None:
     MPI = getattr(sys.modules.get("mpi4py"), "MPI", None)
     if MPI is None or not MPI.Is_initialized() or MPI.Is_finalized() or MPI.COMM_WORLD.size == 1:
         return
-    sys.stdout.flush()
-    sys.stderr.flush()
+    if isinstance(sys.stderr, io.StringIO) and sys.__stderr__ is not None:  # somebody keeps it until we come back
+        sys.__stderr__.write(sys.stderr.getvalue())
+    for stream in (sys.stdout, sys.stderr, sys.__stderr__):
+        if stream is not None:
+            stream.flush()
     time.sleep(0.2)  # mpirun forwards what was printed, and may be ended before it has
     MPI.COMM_WORLD.Abort(1)

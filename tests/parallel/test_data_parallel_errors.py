@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable
 from typing import Any
@@ -52,7 +53,7 @@ def test_bad_arguments(arguments: dict[str, Any], error: type[Exception], text: 
 def refused(world: dl.Partition, make: Callable[[], Any], text: str, error: type[Exception] = ValueError) -> None:
     began = time.monotonic()
     assert_refused(world, world, make, text, error)
-    assert time.monotonic() - began < 2
+    assert time.monotonic() - began < 10  # on a busy machine; alone, below 0.1
 
 
 @pytest.mark.check("A36")
@@ -160,6 +161,29 @@ def test_failed_backwards(world: dl.Partition) -> None:
             single.zero_grad()
             mean_square(single(x)).backward()
             assert_gradients(dp, single)
+
+
+@pytest.mark.check("A12")
+@on_ranks(2)
+def test_rows_of_failed_backwards_do_not_count(world: dl.Partition) -> None:
+    """Of one rank or of all, whether a window follows or a backward that sums."""
+    for broken, windows, overlap in itertools.product(([0], [0, 1]), (0, 1), (True, False)):
+        dp, single = twins(mlp(3, 4, 2), average="sum", overlap=overlap)
+        x = draw(6, 3)
+        mine = x[3 * world.rank :][:3]
+        breaks = world.rank in broken
+        hidden = dp.module[0](mine)
+        loss = dp(Breaks.apply(mine.clone().requires_grad_()) if breaks else mine).sum() + hidden.sum()
+        with pytest.raises(ArithmeticError if breaks else RuntimeError):
+            loss.backward()
+        dp.zero_grad()
+        parts = mine.split([1, 2]) if windows else [mine]
+        with dp.no_sync():
+            for part in parts[:-1]:
+                dp(part).square().sum().backward()
+        dp(parts[-1]).square().sum().backward()
+        (single(x).square().sum() / 6).backward()
+        assert_gradients(dp, single)
 
 
 @pytest.mark.check("A12")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import random
 from collections.abc import Callable
 
 import pytest
@@ -50,6 +52,65 @@ def test_forwards_and_backwards_in_any_number(world: dl.Partition) -> None:
                 if step == 1:
                     first.backward()
             assert_gradients(dp, single)
+
+
+class Branches(nn.Module):
+    """Two layers, of which a forward uses those that it is told to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.ModuleDict({name: nn.Linear(3, 3, dtype=torch.float64) for name in "abc"})
+
+    def forward(self, x: torch.Tensor, uses: str) -> torch.Tensor:
+        for name in uses:
+            x = torch.tanh(self.layers[name](x))
+        return x
+
+
+@pytest.mark.check("A16")
+@on_ranks(2, mpi=True)
+def test_all_forwards_of_a_backward_weigh_together(world: dl.Partition) -> None:
+    """Also where the layers that one uses are through before backward reaches the other."""
+    uses = [("a", "b", "c"), ("abc", "cab", "bca"), ("ab", "c", "a")]
+    cases = itertools.product(OPTIONS, ("samples", "sum", "ranks"), ([(2, 2), (2, 2)], [(1, 2), (3, 6)]), uses, uses)
+    for options, average, rows, *used in cases:
+        dp, single = twins(Branches(), world, **{**options, "average": average})
+        whole = [
+            [draw(n, 3, seed=10 * r + i) for i, n in enumerate((*rows[r], *rows[r][:1]))] for r in range(world.size)
+        ]
+        loss = 0.0
+        for x, names in zip(whole[world.rank], used[world.rank], strict=True):
+            y = dp(x, names).square()
+            loss = loss + (y.sum() if average == "sum" else y.mean())
+        loss.backward()
+        total = sum(len(x) for batches in whole for x in batches)
+        for batches, names in zip(whole, used, strict=True):
+            share = {"samples": sum(map(len, batches)) / total, "sum": 1 / total, "ranks": 1 / world.size}[average]
+            for x, name in zip(batches, names, strict=True):
+                y = single(x, name).square()
+                (share * (y.sum() if average == "sum" else y.mean())).backward()
+        assert_gradients(dp, single)
+
+
+@pytest.mark.check("A16")
+@on_ranks(2)
+def test_a_forward_that_comes_again_too_late_is_refused(world: dl.Partition) -> None:
+    """Its graph was kept, and gone back through before."""
+    dp, single = twins(Branches(), bucket_mb=1e-4, average="sum")
+    x = draw(2, 3)
+    dp(x, "abc").sum().backward()  # from now on the sums of c and b start before that of a
+    dp.zero_grad()
+    first = dp(x, "a").sum()
+    first.backward(retain_graph=True)
+    dp.zero_grad()
+    second = dp(x, "bc").sum()
+    with pytest.raises(RuntimeError, match=r"reached another forward after sums had started: .*overlap=False"):
+        (first + second).backward()
+    dp.zero_grad()
+    dp(x, "abc").sum().backward()
+    (single(x, "abc").sum() / 2).backward()
+    assert_gradients(dp, single)
 
 
 class Normed(nn.Sequential):
@@ -105,6 +166,78 @@ def test_containers_that_share_parameters(world: dl.Partition) -> None:
             loss(*dps, x[2 * world.rank :][:2]).backward()
             loss(*singles, x).backward()
             assert_gradients(whole, singles)
+
+
+def tied() -> nn.ModuleList:
+    """Two networks with a weight in common."""
+    first, second = mlp(3, 4, 3), mlp(3, 4, 3)
+    second[2].weight = first[2].weight
+    return nn.ModuleList([first, second])
+
+
+WAYS = [("a",), ("b",), ("a", "b"), ("ab",), ("ba",), ("a+b",), ("b+a",)]
+
+
+@pytest.mark.check("A16")
+@on_ranks(2, mpi=True)
+def test_shared_parameters_under_every_average(world: dl.Partition) -> None:
+    """Gradients add up over backwards of one container, of the other, and of both, without zero_grad between."""
+
+    def loss(models: tuple[nn.Module, ...], way: str, x: torch.Tensor) -> torch.Tensor:
+        a, b = models
+        y = {"a": lambda: a(x), "b": lambda: b(x), "ab": lambda: b(a(x)), "ba": lambda: a(b(x))}
+        return sum(y[part]().square().sum() for part in way.split("+"))
+
+    options = [{}, {"bucket_mb": 1e-4}, {"overlap": False}]
+    cases = list(itertools.product(options, ("samples", "sum", "ranks", "none"), WAYS, WAYS))
+    for given, average, first, second in random.Random(0).sample(cases, 150):
+        whole, single = tied(), tied()
+        dps = tuple(dl.DataParallel(part, world, average=average, **given) for part in whole)
+        for way in (*first, *second):
+            x = draw(4, 3, seed=len(way))
+            loss(dps, way, x[2 * world.rank :][:2]).backward()
+            share = {"samples": 1 / 2, "sum": 1 / 4, "ranks": 1 / 2, "none": 1}[average]
+            (share * loss(tuple(single), way, x)).backward()
+        assert_gradients(whole, single)
+
+
+@pytest.mark.check("A16")
+@on_ranks(2, mpi=True)
+def test_shared_parameters_that_weigh_differently(world: dl.Partition) -> None:
+    """Are exact where weights play no part, and else refused, on all ranks, where they are not of one sum."""
+    x = draw(8, 3)
+    parts = [x.split([1, 2, 2, 3]), x.split([1, 3, 3, 1])]
+    for average, way in itertools.product(("samples", "sum", "ranks", "none"), (0, 1)):
+        whole, single = tied(), tied()
+        dps = [dl.DataParallel(part, world, average=average) for part in whole]
+        mine = [parts[way][2 * world.rank + i] for i in range(2)]
+        loss = sum(dp(rows).square().sum() for dp, rows in zip(dps, mine, strict=True))
+        if average == "samples" or (average == "sum" and way == 0):
+            with pytest.raises(
+                RuntimeError, match=r"2\.weight is in two containers .* whose gradients weigh differently"
+            ):
+                loss.backward()
+            whole.zero_grad()
+            mine = [x[2 * world.rank :][:2]] * 2
+            sum(dp(rows).square().sum() for dp, rows in zip(dps, mine, strict=True)).backward()
+            share = {"samples": 1 / 2, "sum": 1 / 4}[average]
+            (share * sum(model(x[:4]).square().sum() for model in single)).backward()
+        else:
+            loss.backward()
+            share = {"sum": 1 / 4, "ranks": 1 / 2, "none": 1}[average]
+            for r, (i, model) in itertools.product(range(2), enumerate(single)):
+                (share * model(parts[way][2 * r + i]).square().sum()).backward()
+        assert_gradients(whole, single)
+
+
+@pytest.mark.check("A16")
+@on_ranks(2)
+def test_windows_see_the_sums_of_another_container(world: dl.Partition) -> None:
+    for average in ("sum", "none"):
+        first, second = (dl.DataParallel(part, average=average) for part in tied())
+        first(draw(2, 3)).sum().backward()
+        with second.no_sync(), pytest.raises(RuntimeError, match=r"2\.weight.grad holds a sum over ranks"):
+            second(draw(2, 3)).sum().backward()
 
 
 @pytest.mark.check("A25")

@@ -118,6 +118,23 @@ def test_attributes_are_the_modules(world: dl.Partition) -> None:
     assert not dp.module[1].training
 
 
+@pytest.mark.check("A24")
+@on_ranks(2)
+def test_a_bare_layers_weight_is_not_hidden(world: dl.Partition) -> None:
+    """A number that is set there is for the loss, so that it cannot take the place of a parameter unseen."""
+    dp, _ = twins(nn.Linear(3, 2))
+    assert dp.weight is dp.module.weight
+    assert dp.bias is dp.module.bias
+    dp.weight = 5
+    assert dp.loss_weight == 5
+    assert dp.weight is dp.module.weight
+    assert list(dp.state_dict()) == ["weight", "bias"]
+    with pytest.raises(TypeError, match=r"weight is the loss's, a number, not a tensor of shape \(2, 3\)"):
+        dp.weight = torch.zeros(2, 3)
+    with pytest.raises(AttributeError, match="has no attribute 'weight'"):
+        _ = dl.DataParallel(mlp(3, 2)).weight
+
+
 @pytest.mark.check("A25")
 @on_ranks(2, mpi=True)
 def test_copies_work_on_their_own(world: dl.Partition) -> None:
@@ -154,7 +171,7 @@ def test_copies_work_on_their_own(world: dl.Partition) -> None:
 @pytest.mark.check("A25")
 @on_ranks(2, mpi=True)
 def test_containers_come_and_go(world: dl.Partition) -> None:
-    """500 of one module and 50 of others; they share a communicator, and leave no hooks."""
+    """500 of one module and 500 of others; they share a communicator, and leave no hooks."""
     transport = world.world_transport
 
     def communicators() -> int:
@@ -176,8 +193,10 @@ def test_containers_come_and_go(world: dl.Partition) -> None:
     del dp
     gc.collect()
     assert not any(p._post_accumulate_grad_hooks for p in model.parameters())
-    for _ in range(50):
-        mean_square(dl.DataParallel(mlp(3, 4), world)(x)).backward()
+    for number in range(500):
+        dp = dl.DataParallel(mlp(3, 4), world)
+        if number % 10 == 0:
+            mean_square(dp(x)).backward()
     assert communicators() <= before + 2
     with count() as c:
         mean_square(model(x)).backward()

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import pytest
 import torch
-from copies import assert_gradients, assert_parameters, draw, mean_square, mlp, twins
+from copies import assert_gradients, assert_parameters, draw, mean_square, mlp, train, twins
 from ranks import on_ranks
 from torch import nn
 
@@ -108,6 +108,64 @@ def test_gradients_may_be_kept_as_zeros(world: dl.Partition) -> None:
         held = now
 
 
+@pytest.mark.check("A6")
+@on_ranks(2, mpi=True)
+def test_what_was_there_is_kept_where_nothing_weighs(world: dl.Partition) -> None:
+    """No rank has a row, or one has: gradients of before stay, as where zeros are added to them."""
+    empty, cases = draw(0, 3), [(0, 0), (0, 2), (3, 0)]
+    for options, rows, windows, by_hand, average in itertools.product(
+        OPTIONS, cases, (True, False), (True, False), ("samples", "sum")
+    ):
+        if average == "sum" and (windows or any(rows)):
+            continue  # what was there counts as a sum over rows, or is refused, as below
+        dp, single = twins(mlp(3, 4, 2), world, average=average, **options)
+        x = draw(4, 3)
+        if by_hand:
+            for model in (dp, single):
+                for p in model.parameters():
+                    p.grad = torch.ones_like(p)
+        else:
+            square_sum(dp(x[2 * world.rank :][:2])).backward()
+            ((1 / 4 if average == "sum" else 1 / 2) * square_sum(single(x))).backward()
+        if windows:
+            with dp.no_sync():
+                square_sum(dp(empty)).backward()
+        batches = [draw(n, 3, seed=n) for n in rows]
+        (mean_square if average == "samples" else square_sum)(dp(batches[world.rank])).backward()
+        if any(rows):
+            mean_square(single(torch.cat(batches))).backward()
+        assert_gradients(dp, single)
+
+
+@pytest.mark.check("A6")
+@on_ranks(2)
+def test_a_rank_that_weighs_something_after_all(world: dl.Partition) -> None:
+    """Its first forward has no row, the second has."""
+    dp, single = twins(mlp(3, 4, 2))
+    x = draw(4, 3)
+    for model in (dp, single):
+        for p in model.parameters():
+            p.grad = torch.ones_like(p)
+    mine = x[2 * world.rank :][:2]
+    for first, second in ((mine[:0], mine), (mine, mine[:0])):
+        loss = square_sum(dp(first)) + square_sum(dp(second))
+        loss.backward()
+        (square_sum(single(x)) / 2).backward()
+        assert_gradients(dp, single)
+
+
+@pytest.mark.check("A13")
+@on_ranks(2)
+def test_a_frozen_parameter_keeps_its_gradient(world: dl.Partition) -> None:
+    for options in OPTIONS:
+        dp, single = twins(mlp(3, 4, 2), **options)
+        for step in range(5):
+            for model, rows in ((dp, slice(2 * world.rank, 2 * world.rank + 2)), (single, slice(0, 4))):
+                model.get_parameter("module.0.weight" if model is dp else "0.weight").requires_grad_(step in (0, 4))
+                mean_square(model(draw(4, 3, seed=step)[rows])).backward()
+            assert_gradients(dp, single)
+
+
 @pytest.mark.check("A10")
 @on_ranks(2)
 def test_sums_that_cannot_be_told_apart_are_refused(world: dl.Partition) -> None:
@@ -169,6 +227,38 @@ def test_unequal_numbers_of_steps(world: dl.Partition) -> None:
 
 
 @pytest.mark.check("A7")
+@on_ranks(3, mpi=True)
+def test_optimizers_go_on_from_where_the_last_rank_was(world: dl.Partition) -> None:
+    """Also after a loop in which some rank has made no step at all, and with another learning rate at its end."""
+
+    def adam(model: nn.Module) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(model.parameters(), 0.01, amsgrad=True)
+
+    def momentum(model: nn.Module) -> torch.optim.Optimizer:
+        layers = list(model.children()) if isinstance(model, nn.Sequential) else list(model.module.children())
+        groups = [{"params": layers[0].parameters()}, {"params": layers[2].parameters(), "lr": 0.02}]
+        return torch.optim.SGD(groups, 0.1, momentum=0.9)
+
+    for make, given in itertools.product((adam, momentum), (True, False)):
+        dp, single = twins(mlp(3, 4, 2), world)
+        optimizers = [make(dp), make(single)]
+        if not given:
+            wrapped = dl.DataParallelOptimizer(optimizers[0], blocking=True)
+            dp = dl.DataParallel(dp.module, world, wrapped, blocking_parameter_updates=True)
+        for number, steps in enumerate([(0, 2, 1), (3, 1, 0), (1, 1, 2), (2, 2, 2)]):
+            data = [[draw(2, 3, seed=100 * number + 10 * r + s) for s in range(n)] for r, n in enumerate(steps)]
+            with dp.join(*optimizers[:1] * given):
+                for batch in data[world.rank]:
+                    train(dp, optimizers[0], [batch])
+                    optimizers[0].param_groups[-1]["lr"] *= 0.9
+            for step in range(max(steps)):
+                train(single, optimizers[1], [torch.cat([mine[step] for mine in data if step < len(mine)])])
+                optimizers[1].param_groups[-1]["lr"] *= 0.9
+            assert_parameters(dp, single, 1e-12)
+            dp.check_replicas()
+
+
+@pytest.mark.check("A7")
 @on_ranks(2)
 def test_join_sends_nothing_of_its_own(world: dl.Partition) -> None:
     dp, _ = twins(mlp(3, 4, 2))
@@ -177,6 +267,7 @@ def test_join_sends_nothing_of_its_own(world: dl.Partition) -> None:
         for step in range(steps):
             mean_square(dp(draw(2, 3, seed=step))).backward()
         assert c.collectives == steps
+    assert all(p.grad is not None for p in dp.parameters())
     # the steps of the longest, one in which all have ended, who is ahead, and the parameters
     assert c.collectives == 4 + 1 + 1 + 1
 
