@@ -321,7 +321,7 @@ class DataParallel(torch.nn.Module):
         if not self._syncs:
             if sync.is_open and self._deferral is None:
                 sync.abandon()
-            sync.keep_local()
+            sync.keep_local(backward)
             sync.count += rows
             return
         if not (sync.is_open and sync.backward == backward):
@@ -359,7 +359,7 @@ class DataParallel(torch.nn.Module):
         if sync is None:
             return
         if not self._syncs:
-            sync.keep_local()
+            sync.keep_local(running_backward())
             return
         if self._deferral is not None:
             self._deferral.came(number)

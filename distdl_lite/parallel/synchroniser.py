@@ -94,6 +94,7 @@ class Synchroniser:
         self.is_open = self.is_broken = False
         self.may_start = True  # before backward ends: the rows of all its forwards are known
         self.backward: int | None = None
+        self._local: int | None = None  # the latest backward that keeps its gradients to itself
         self._others = _synchronisers(transport)
         self._others.add(self)
         self.lane = f"copies {lane}"
@@ -234,11 +235,14 @@ class Synchroniser:
         grad = self.parameters[number].grad
         return grad is not None and getattr(grad, _SETTLED, None) == self.team
 
-    def keep_local(self) -> None:
+    def keep_local(self, backward: int) -> None:
         """Gradients come that are not to be summed yet: what was summed before counts as each rank's own from now on.
 
-        All of it, also where this rank gets no gradient, because others may.
+        All of it, also where this rank gets no gradient, because others may; once in each backward.
         """
+        if backward == self._local:
+            return
+        self._local = backward
         settled = [n for n in range(len(self.parameters)) if self._is_settled(n)]
         if settled and self.options.average in ("sum", "none"):
             raise RuntimeError(
