@@ -372,6 +372,15 @@ def check_axes(axes: Iterable[int], dim: int) -> tuple[int, ...]:
     return tuple(sorted(axes))
 
 
+def partition_of(P: Any) -> Partition:
+    """A Partition as it is, that of a communicator, or the ambient world for None."""
+    if isinstance(P, Partition):
+        return P
+    if P is not None and not hasattr(P, "Is_inter"):
+        raise TypeError(f"a Partition or an MPI communicator is needed, not {P!r}")
+    return Partition(P)
+
+
 def check_same_world(*partitions: Partition) -> None:
     """Raise ValueError unless all partitions were made from the same communicator."""
     if len({id(P.world_transport) for P in partitions}) > 1:

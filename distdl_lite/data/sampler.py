@@ -9,7 +9,7 @@ import torch
 from torch.utils._pytree import tree_map
 from torch.utils.data import Sampler, default_collate
 
-from distdl_lite.partition import Partition
+from distdl_lite.partition import partition_of
 
 
 def permutation(length: int, seed: int = 0, epoch: int = 0) -> torch.Tensor:
@@ -18,11 +18,6 @@ def permutation(length: int, seed: int = 0, epoch: int = 0) -> torch.Tensor:
     It is the one that ``torch.utils.data.DistributedSampler(seed=seed)`` draws in this epoch.
     """
     return torch.randperm(length, generator=torch.Generator().manual_seed(seed + epoch))
-
-
-def partition_of(P: Any) -> Partition:
-    """A partition, or the one over a communicator; None is the ambient world."""
-    return P if isinstance(P, Partition) else Partition(P)
 
 
 class ShardSampler(Sampler[int]):

@@ -10,7 +10,7 @@ from torch.nn.modules.lazy import LazyModuleMixin
 
 from distdl_lite.layout import Shape
 from distdl_lite.nn.norm import DistributedBatchNorm
-from distdl_lite.partition import Partition
+from distdl_lite.partition import Partition, partition_of
 
 
 class SyncBatchNorm(DistributedBatchNorm):
@@ -57,7 +57,7 @@ class SyncBatchNorm(DistributedBatchNorm):
         *,
         bias: bool = True,
     ) -> None:
-        P = P if isinstance(P, Partition) else Partition(P)
+        P = partition_of(P)
         P_x = _with_dims(P, 2)
         super().__init__(P_x, num_features, eps, momentum, affine, track_running_stats, device, dtype, bias=bias)
         self.P = P
@@ -95,7 +95,7 @@ class SyncBatchNorm(DistributedBatchNorm):
         ValueError
             If `P` cuts channels, or a lazy BatchNorm has not seen data.
         """
-        P = P if isinstance(P, Partition) else Partition(P)
+        P = partition_of(P)
         if P.dim > 1 and P.shape[1] > 1:
             raise ValueError(f"SyncBatchNorm.convert keeps whole weights, which P of shape {P.shape} cuts by channels")
         made: dict[torch.nn.Module, torch.nn.Module] = {}

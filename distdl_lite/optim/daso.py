@@ -9,9 +9,9 @@ import torch
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from distdl_lite.optim.flat import average
-from distdl_lite.optim.levels import partition_of
 from distdl_lite.optim.local_sgd import LocalSGD, is_averaged
 from distdl_lite.optim.schedule import DASOSchedule, Skips, check_int
+from distdl_lite.partition import partition_of
 from distdl_lite.transport import Transport
 
 _WIRES = torch.bfloat16, torch.half, torch.float

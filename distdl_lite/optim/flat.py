@@ -72,14 +72,6 @@ def average(transport: Transport, team: Team, tensors: Iterable[torch.Tensor]) -
             flat.write(transport.all_reduce(team, flat.read()) / len(team))
 
 
-def spread(transport: Transport, team: Team, tensors: Iterable[torch.Tensor]) -> None:
-    """Put the values of the team's first rank into the tensors of all."""
-    for flat in flats_of(tensors):
-        values = flat.read()
-        transport.broadcast(team, values, team[0])
-        flat.write(values)
-
-
 def _wide(dtype: torch.dtype) -> torch.dtype:
     real = dtype.to_real()
     return torch.float32 if real in _HALVES else real

@@ -54,15 +54,6 @@ class Levels:
         return self.crossings[turn % len(self.crossings)]
 
 
-def partition_of(P: Any) -> Partition:
-    """A Partition as it is, that of a communicator, or the ambient world for None."""
-    if isinstance(P, Partition):
-        return P
-    if P is not None and not hasattr(P, "Is_inter"):
-        raise TypeError(f"a Partition or an MPI communicator is needed, not {P!r}")
-    return Partition(P)
-
-
 def levels_of(P: Partition, groups: Any = "node", ranks_per_node: int | None = None) -> Levels:
     """The levels over the ranks of `P`, which call this together.
 

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 
 from distdl_lite.optim.flat import Flat, average, flats_of
-from distdl_lite.optim.levels import levels_of, partition_of
+from distdl_lite.optim.levels import levels_of
 from distdl_lite.optim.schedule import Periodic, Schedule, Skips, check_int
+from distdl_lite.partition import partition_of
 from distdl_lite.transport.sums import ENGINES, Pending
 
 _LANE = "averages by {}"  # Averages of several optimizers that different threads carry out must not meet.

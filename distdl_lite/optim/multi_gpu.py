@@ -7,8 +7,8 @@ from typing import Any
 import torch
 
 from distdl_lite.optim.daso import DASO
-from distdl_lite.optim.flat import spread
-from distdl_lite.optim.levels import partition_of
+from distdl_lite.parallel.copies import broadcast
+from distdl_lite.partition import partition_of
 
 
 class DataParallelMultiGPU(torch.nn.Module):
@@ -55,8 +55,7 @@ class DataParallelMultiGPU(torch.nn.Module):
             if other != told[0]:
                 differ = sorted({name for name, *_ in set(other) ^ set(told[0])})
                 raise ValueError(f"DataParallelMultiGPU: the modules of ranks {team[0]} and {rank} differ in {differ}")
-        with torch.no_grad():
-            spread(transport, team, [tensor for _, tensor in tensors])
+        broadcast(transport, team, [tensor for _, tensor in tensors])
         self.module = module
         self.optimizer = optimizer
         optimizer.set_model(module)

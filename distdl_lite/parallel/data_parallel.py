@@ -17,9 +17,10 @@ from distdl_lite.nn.parameter import Layer
 from distdl_lite.nn.sync_batch_norm import SyncBatchNorm
 from distdl_lite.parallel.arguments import SPARSE, check_alike, check_arguments, check_equal, listed, update_of
 from distdl_lite.parallel.buckets import Bucket
+from distdl_lite.parallel.copies import broadcast, broadcast_structure
 from distdl_lite.parallel.deferred import Deferral
-from distdl_lite.parallel.synchroniser import Options, Synchroniser, broadcast, broadcast_structure
-from distdl_lite.partition import Partition
+from distdl_lite.parallel.synchroniser import Options, Synchroniser
+from distdl_lite.partition import partition_of
 from distdl_lite.reducer import at_end_of_backward, running_backward, running_backward_accumulates
 
 
@@ -123,7 +124,7 @@ class DataParallel(torch.nn.Module):
             module, P, average, sync_buffers, engine, update, overlap, init, dim, bucket_mb, comm_hook, timeout
         )
         self.module = module
-        self.P = P if isinstance(P, Partition) else Partition(P)
+        self.P = partition_of(P)
         self.dim = dim
         self.optimizer = optimizer
         self._update = update_of(optimizer, blocking_parameter_updates, update)
@@ -217,7 +218,6 @@ class DataParallel(torch.nn.Module):
     def _agreed_options(self) -> dict[str, Any]:
         """What must be the same on all ranks."""
         o = self._options
-        bucket_mb = o.bucket_bytes / 2**20
         hook = o.comm_hook
         return {
             "average": o.average,
@@ -225,7 +225,7 @@ class DataParallel(torch.nn.Module):
             "engine": o.engine,
             "overlap": o.overlap,
             "init": self._init,
-            "bucket_mb": bucket_mb,
+            "bucket_mb": o.bucket_bytes / 2**20,
             "update": self._update,
             "comm_hook": hook and getattr(hook, "__qualname__", type(hook).__qualname__),
         }

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import _create_work_from_future
 from torch.futures import Future
 
-from distdl_lite.partition import Partition
+from distdl_lite.partition import Partition, partition_of
 from distdl_lite.transport import wire
 
 BACKEND = "distdl"
@@ -89,7 +89,7 @@ class MPIProcessGroup(dist.ProcessGroup):
         ValueError
             If the ranks are threads, the timeout is not positive, or torch has a default group already.
         """
-        P = P if isinstance(P, Partition) else Partition(P)
+        P = partition_of(P)
         if timeout is not None:
             timeout = timeout if isinstance(timeout, timedelta) else timedelta(seconds=timeout)
             if timeout <= timedelta(0):

@@ -23,7 +23,7 @@ from distdl_lite.parallel.local import Call, Leaf, Result, Run, apply, autocast_
 from distdl_lite.parallel.orders import Agreed, Order, Told, meet, unwrapped
 from distdl_lite.parallel.replica import Weights
 from distdl_lite.parallel.rows import Cuts, Output, Report, Team, cut_rows, dim_in, outputs_of, refusal, rows_in, runs
-from distdl_lite.partition import Partition
+from distdl_lite.partition import partition_of
 
 _NAME = "RootDataParallel"
 _KEPT_OPERATORS = 256
@@ -103,7 +103,7 @@ class RootDataParallel(torch.nn.Module):
         output_device: int | None = None,
     ) -> None:
         super().__init__()
-        self.P = P if isinstance(P, Partition) else Partition(P)
+        self.P = partition_of(P)
         self.dim = dim
         self.device_ids = list(range(self.P.size)) if device_ids is None else list(device_ids)
         self.output_device = next(iter(self.device_ids), 0) if output_device is None else output_device

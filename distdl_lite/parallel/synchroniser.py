@@ -8,13 +8,12 @@ import weakref
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
-from torch.utils._pytree import tree_leaves, tree_map_only
 
+from distdl_lite.optim.flat import average
 from distdl_lite.parallel.buckets import Bucket, filled
-from distdl_lite.reducer import flattened, unflattened
+from distdl_lite.parallel.copies import broadcast
 from distdl_lite.transport import Transport
 from distdl_lite.transport.abort import fail_at_exit
 from distdl_lite.transport.sums import Pending
@@ -22,9 +21,8 @@ from distdl_lite.transport.wire import wire_dtype
 
 Found = list[tuple[int, torch.Tensor | None]]  # parameters' numbers, and the sums of their gradients
 
-INLINE_BYTES = (
-    2 << 20
-)  # a model with fewer gradients has its sums made where they are started: a thread takes 60 us to wake
+# A model with fewer gradients has its sums made where they are started: a thread takes 60 us to wake.
+INLINE_BYTES = 2 << 20
 SECONDS = 1800.0  # to wait for other ranks
 _SETTLED = "_distdl_settled"  # says of a gradient over which ranks it has been summed
 _serials = itertools.count()
@@ -469,12 +467,8 @@ class Synchroniser:
         averaged = [b for b in buffers if means and (b.is_floating_point() or b.is_complex())]
         taken = [b for b in buffers if not any(b is other for other in averaged)]
         with torch.no_grad(), torch.autograd._unsafe_preserve_version_counter(tuple(buffers)):
-            for group in _alike(averaged):
-                flat = flattened(group)
-                self.transport.all_reduce(self.team, flat).div_(len(self.team))
-                torch._foreach_copy_(group, list(unflattened(flat, group)))
-            for group in _alike(taken):
-                broadcast(self.transport, self.team, group)
+            average(self.transport, self.team, averaged)
+            broadcast(self.transport, self.team, taken)
         self._known_buffers, self._versions = buffers, self._buffer_versions()
 
 
@@ -501,36 +495,3 @@ def lanes_in_use(transport: Transport, team: tuple[int, ...]) -> list[int]:
     alive = [(other.team, other.lane) for other in _synchronisers(transport)]
     used = [*alive, *transport.local.get("spoilt lanes", [])]
     return [int(lane.split()[-1]) for others, lane in used if others == team]
-
-
-def broadcast(
-    transport: Transport, team: tuple[int, ...], tensors: Sequence[torch.Tensor], root: int | None = None
-) -> None:
-    """Give all ranks of the team the values of its first rank, or another: one message for each dtype."""
-    with torch.no_grad():
-        for group in _alike([t.detach() for t in tensors]):
-            flat = flattened(group)
-            transport.broadcast(team, flat, team[0] if root is None else root)
-            torch._foreach_copy_(group, list(unflattened(flat, group)))
-
-
-def broadcast_structure(transport: Transport, team: tuple[int, ...], value: Any, root: int) -> Any:
-    """A rank's structure of tensors and other objects: the root's own there, a like one elsewhere."""
-    is_root = transport.rank == root
-    told = transport.gather_objects(team, _empty(value, "meta") if is_root else None)
-    if not is_root:
-        value = _empty(told[team.index(root)], "cpu")
-    broadcast(transport, team, [x for x in tree_leaves(value) if isinstance(x, torch.Tensor)], root)
-    return value
-
-
-def _empty(value: Any, device: str) -> Any:
-    return tree_map_only(torch.Tensor, lambda tensor: torch.empty_like(tensor, device=device), value)
-
-
-def _alike(tensors: Iterable[torch.Tensor]) -> list[list[torch.Tensor]]:
-    """The tensors by dtype and device."""
-    groups: dict[Any, list[torch.Tensor]] = {}
-    for tensor in tensors:
-        groups.setdefault((tensor.dtype, tensor.device), []).append(tensor)
-    return list(groups.values())

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from distdl_lite.parallel.synchroniser import broadcast
-from distdl_lite.partition import Partition
+from distdl_lite.parallel.copies import broadcast
+from distdl_lite.partition import Partition, partition_of
 from distdl_lite.tagi.protocol import arrays_of, deltas_of, described, missing_members
 from distdl_lite.tagi.sequential import Sequential
 from distdl_lite.tagi.sums import OthersDeltas, OwnDeltas
@@ -42,7 +42,7 @@ class DDPConfig:
         world_size: int | None = None,
         P: Any = None,
     ) -> None:
-        self.P = P if isinstance(P, Partition) else Partition(P)
+        self.P = partition_of(P)
         if not self.P.active:
             raise ValueError("DDPConfig: this rank is not in P")
         self.device_ids = None if device_ids is None else list(device_ids)

@@ -173,7 +173,7 @@ class MPITransport(Transport):
         fill: Callable[[], Any] | None = None,
     ) -> Pending:
         if engine in ("auto", "thread"):
-            engine = "thread" if MPI.Query_thread() == MPI.THREAD_MULTIPLE else "poll"
+            engine = "thread" if _threads_may_call() else "poll"
         if fill is not None and (engine != "thread" or len(team) == 1 or not tensor.is_cpu):
             fill()
             fill = None
@@ -207,7 +207,7 @@ class MPITransport(Transport):
         if "tallies" in self.local:
             record(self.local, 1, tensor.numel() * dtype.itemsize, 0.0, 1, "sums")
         # Never "poll": of two collectives MPI would not begin the second by itself.
-        if engine in ("auto", "thread") and MPI.Query_thread() == MPI.THREAD_MULTIPLE:
+        if engine in ("auto", "thread") and _threads_may_call():
             is_ready = _event_of(tensor)
             return worker.submit(
                 lambda: _rounded_sum(comm, tensor, left, dtype, is_ready),
@@ -243,6 +243,10 @@ class MPITransport(Transport):
         if team not in self._row_teams:  # of its own: an exchange is under way while the team's other calls come and go
             self._row_teams[team] = self.user_communicator(team)
         return _RowsMoving(self._row_teams[team], rows, sends, into, receives)
+
+
+def _threads_may_call() -> bool:
+    return bool(MPI.Query_thread() == MPI.THREAD_MULTIPLE)
 
 
 def _summed(comm: MPI.Comm, tensor: torch.Tensor, before: Callable[[], Any] | None = None) -> torch.Tensor:
