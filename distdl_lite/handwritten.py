@@ -156,14 +156,15 @@ class Repartition(HandWritten):
 
 
 class HaloExchange(HandWritten):
-    """One row from each neighbour along dim 2."""
+    """One row from each neighbour along dim 2, and if `pads` a row of zeros where there is none."""
 
-    def __init__(self, comm: Any, shape: Shape) -> None:
+    def __init__(self, comm: Any, shape: Shape, pads: bool = False) -> None:
         super().__init__(comm, shape)
         n, c, self.height, width = shape
         rank, last = comm.rank, comm.size - 1
-        self.top = int(rank > 0)
-        self.grown = n, c, self.height + self.top + int(rank < last), width
+        self.top = int(pads or rank > 0)
+        self.grown = n, c, self.height + self.top + int(pads or rank < last), width
+        self.zeros = [row for row, is_edge in ((0, rank == 0), (-1, rank == last)) if pads and is_edge]
         # Per neighbour: the row of the block it wants, and the row of the grown block that it gives.
         self.rows = {peer: row for peer, row in ((rank - 1, 0), (rank + 1, -1)) if 0 <= peer <= last}
         self.messages = _Messages(comm, list(self.rows), (n, c, width))
@@ -176,6 +177,8 @@ class HaloExchange(HandWritten):
             messages.sent[peer][...] = source[:, :, row]
             messages.send(peer)
         target[:, :, self.top : self.top + self.height] = source
+        for row in self.zeros:
+            target[:, :, row] = 0
         messages.wait()
         for peer, row in self.rows.items():
             target[:, :, row] = messages.received[peer]

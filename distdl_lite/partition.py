@@ -151,7 +151,7 @@ class Partition:
     def create_cartesian_topology_partition(
         self, shape: Iterable[int], periods: Sequence[bool] | None = None
     ) -> CartesianPartition:
-        """A row-major grid over this team.
+        """A row-major grid over this team; one that holds nobody over a team that does, as on ranks outside a grid's lines.
 
         Raises
         ------
@@ -159,7 +159,7 @@ class Partition:
             If the product of `shape` is not the number of ranks, or `periods` has another length.
         """
         shape = tuple(int(n) for n in shape)
-        if any(n < 1 for n in shape) or math.prod(shape) != self.size:
+        if any(n < 1 for n in shape) or (self.size and math.prod(shape) != self.size):
             raise ValueError(f"a grid of shape {shape} does not fit a partition of {self.size} ranks")
         if periods is not None and len(periods) != len(shape):
             raise ValueError(f"periods {tuple(periods)} do not fit a grid of shape {shape}")

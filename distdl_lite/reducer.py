@@ -356,7 +356,7 @@ class _Told:
 
 
 def buckets(group: Iterable[Entry], most: int) -> list[list[Entry]]:
-    """The entries in buckets of one dtype and device, of `most` bytes unless one is larger."""
+    """The entries in buckets of one dtype and device, of about `most` bytes unless one is larger."""
     return cut(group, lambda entry: (entry.dtype, entry.parameter.device), lambda entry: entry.nbytes, most)
 
 
@@ -367,13 +367,17 @@ def cut(
     most: int,
     first: int | None = None,
 ) -> list[list[Item]]:
-    """The items, in their order, in buckets of one kind, of `most` bytes, the first of `first`, unless an item has more."""
+    """The items, in their order, in buckets of one kind, of `most` bytes, the first of `first`.
+
+    A bucket has more where one item has. An eighth of it is little: what has so little takes the next item in any case, and
+    one that lacks so little is closed. A layer's bias is then summed with its weight, not with those of the next layer.
+    """
     made: list[list[Item]] = []
     latest: dict[Any, tuple[list[Item], int]] = {}
     for item in items:
         bucket, filled = latest.get(kind(item), ([], 0))
         limit = first if first is not None and bucket and bucket is made[0] else most
-        if not bucket or filled + nbytes(item) > limit:
+        if not bucket or filled > 7 * limit // 8 or (filled + nbytes(item) > limit and filled > limit // 8):
             bucket, filled = [], 0
             made.append(bucket)
         bucket.append(item)

@@ -86,6 +86,8 @@ def test_cartesian(world: Partition) -> None:
         assert outside.neighbor_ranks() is None
         assert outside.neighbor_ranks(0) == ((null, 1), (null, null))
         assert outside.create_cartesian_subtopology_partition([True, False]).active is False
+    grid = outside.create_cartesian_subtopology_partition([True, False]).create_cartesian_topology_partition((1, 2))
+    assert (grid.active, grid.shape, grid.size) == (world.rank < 2, (1, 2), 2 * (world.rank < 2))
 
 
 @on_ranks(4)

@@ -1,37 +1,67 @@
-"""Convolutions beside the same ones without any exchange."""
+"""Convolutions beside the same ones without any exchange, and beside what one would write by hand."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
 import torch
 
+from distdl_lite import handwritten
 from distdl_lite import nn as dnn
-from distdl_lite.bench.table import BOTH, Row, calls_of, interleaved
+from distdl_lite.bench.table import BOTH, Call, Row, calls_of, interleaved
 from distdl_lite.partition import Partition
 
 RANKS = 1, 2, 4, 8, 16  # that cut the tensors evenly
 
 
 def rows(P: Partition, seconds: float) -> list[Row]:
-    """Convolutions cut along the height beside the same ones on the local blocks without any exchange."""
+    """Convolutions cut along the height, beside the same ones on the local blocks without any exchange and by hand."""
     rows = []
     for count, channels, length, factor, more in ((8, 16, 256, 1.1, 0), (3, 16, 512, 1.1, 0), (1, 8, 64, 1, 300)):
         shape = 1, channels, length // P.size, length
-        calls = [calls_of(net, shape, BOTH) for net in (_network(P, count, channels), _network(None, count, channels))]
-        ours, floor = interleaved(P.comm, calls, 3 * seconds)
-        what = f"{count} x (conv 3x3 + ReLU), other is without exchange"
+        layers = _ours(P, channels), partial(torch.nn.Conv2d, channels, channels, 3, padding=1)
+        calls = [calls_of(_network(layer, count), shape, BOTH) for layer in layers]
+        ours, floor, hand = interleaved(P.comm, [*calls, _by_hand(P.comm, count, shape)], 4 * seconds)
+        what, size = f"{count} x (conv 3x3 + ReLU), other is", f"(1,{channels},{length},{length})"
         bar = f"+{more} us" if more else f"{factor} x"
-        size = f"(1,{channels},{length},{length})"
-        rows.append(Row(what, size, BOTH, ours, floor, bar=bar, holds=ours <= factor * floor + more))
+        holds = ours <= factor * floor + more
+        rows.append(Row(f"{what} without exchange", size, BOTH, ours, floor, bar=bar, holds=holds))
+        rows.append(Row(f"{what} by hand", size, BOTH, ours, hand))
     return rows
 
 
-def _network(P: Partition | None, count: int, channels: int) -> torch.nn.Module:
-    """Convolutions on blocks cut along the height, or plain ones where there is no partition."""
-    layers: list[torch.nn.Module] = []
-    for _ in range(count):
-        if P is None:
-            layers.append(torch.nn.Conv2d(channels, channels, 3, padding=1))
-        else:
-            layers.append(dnn.DistributedConv2d(P.grid((1, 1, P.size, 1)), channels, channels, 3, padding=1))
-        layers.append(torch.nn.ReLU())
-    return torch.nn.Sequential(*layers)
+def _ours(P: Partition, channels: int) -> Callable[[], torch.nn.Module]:
+    return partial(dnn.DistributedConv2d, P.grid((1, 1, P.size, 1)), channels, channels, 3, padding=1)
+
+
+def _network(layer: Callable[[], torch.nn.Module], count: int) -> torch.nn.Module:
+    return torch.nn.Sequential(*(made for _ in range(count) for made in (layer(), torch.nn.ReLU())))
+
+
+def _by_hand(comm: Any, count: int, shape: Sequence[int]) -> Call:
+    """Halos in buffers made beforehand, and one sum of all weights' gradients when backward has ended."""
+    network = _network(lambda: _HandWritten(comm, shape), count)
+    step, parameters = calls_of(network, shape, BOTH), list(network.parameters())
+
+    def call() -> None:
+        network.zero_grad()
+        step()
+        flat = torch.cat([parameter.grad.flatten() for parameter in parameters if parameter.grad is not None])
+        sums = torch.empty_like(flat)
+        comm.Allreduce(flat.numpy(), sums.numpy())
+        for parameter, total in zip(parameters, sums.split([p.numel() for p in parameters]), strict=True):
+            parameter.grad = total.view_as(parameter)
+
+    return call
+
+
+class _HandWritten(torch.nn.Module):
+    def __init__(self, comm: Any, shape: Sequence[int]) -> None:
+        super().__init__()
+        self.halo = handwritten.HaloExchange(comm, tuple(shape), pads=True)
+        self.conv = torch.nn.Conv2d(shape[1], shape[1], 3, padding=(0, 1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.conv(self.halo(x))

@@ -175,12 +175,17 @@ Entry = tuple[str, torch.Tensor, Place | None]
 
 
 def _entries(module: torch.nn.Module) -> Iterator[Entry]:
-    """The names and tensors of ``state_dict()`` with their places; the same names in the same order on all ranks."""
-    for prefix, inner in module.named_modules(remove_duplicate=False):
-        places = getattr(inner, "_distdl_places", {})
+    """The names and tensors of ``state_dict()`` with their places; the same names in the same order on all ranks.
+
+    It is asked itself, since containers leave their prefix out of it, and do first what they have deferred.
+    """
+    places: dict[int, Place | None] = {}
+    for inner in module.modules():
         for name, tensor in (*inner._parameters.items(), *inner._buffers.items()):
-            if tensor is not None and name not in inner._non_persistent_buffers_set:
-                yield f"{prefix}.{name}" if prefix else name, tensor, places.get(name)
+            places[id(tensor)] = getattr(inner, "_distdl_places", {}).get(name) or places.get(id(tensor))
+    for name, tensor in module.state_dict(keep_vars=True).items():
+        if id(tensor) in places:  # and not what a layer adds of its own
+            yield name, tensor, places[id(tensor)]
 
 
 def team_of(module: torch.nn.Module) -> tuple[Transport, tuple[int, ...]]:

@@ -15,7 +15,7 @@ FIRST_BYTES = 1 << 20  # the first bucket is soon full, and its sum soon on its 
 
 
 def filled(order: Sequence[int], nbytes: Sequence[int], kinds: Sequence[Any], most: int) -> list[tuple[int, ...]]:
-    """Cut parameters, in this order, into buckets of one kind, of `most` bytes unless one parameter has more.
+    """Cut parameters, in this order, into buckets of one kind, of about `most` bytes unless one parameter has more.
 
     Parameters
     ----------

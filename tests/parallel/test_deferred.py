@@ -250,6 +250,25 @@ def test_weights_used_without_their_layer(world: dl.Partition) -> None:
         train(world, dp, optimizer)
 
 
+@on_ranks(2)
+def test_a_serial_checkpoint_of_a_container(world: dl.Partition) -> None:
+    """It has the module's names, and what has been deferred; all of it goes back into a container."""
+    (now, at_once), (later, optimizer) = pair(world, OPTIMIZERS["AdamW"])
+    for model, its in ((now, at_once), (later, optimizer)):
+        model(batch(world, 0)).square().mean().backward()
+        its.step()
+    state = dl.serial_state_dict(later)
+    assert list(state) == (list(net().state_dict()) if world.rank == 0 else [])
+    for name, value in state.items():
+        torch.testing.assert_close(value, now.state_dict()[name], rtol=0, atol=0)
+    later(batch(world, 1)).square().mean().backward()
+    optimizer.step()
+    told = dl.serial_optimizer_state_dict(later, optimizer.torch_optimizer)
+    assert world.rank or told["state"][0]["step"] == 2
+    dl.load_serial_state_dict(later, state)
+    assert_same(now, later)
+
+
 @pytest.mark.check("A26")
 @on_ranks(2)
 def test_two_optimizers_and_a_failed_forward(world: dl.Partition) -> None:
