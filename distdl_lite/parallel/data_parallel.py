@@ -343,7 +343,8 @@ class DataParallel(torch.nn.Module):
 
     def _begin(self, backward: int, rows: int) -> None:
         assert self._sync is not None
-        self.synchronize()
+        if self._deferral is not None:
+            self._deferral.begin_backward()
         self._sync.begin(backward)
         self._sync.weight = self.loss_weight
         self._sync.count, self._unseen = self._sync.count + self._unseen, 0

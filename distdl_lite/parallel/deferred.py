@@ -9,6 +9,9 @@ from typing import Any
 import torch
 
 from distdl_lite.parallel.synchroniser import Found, Synchroniser
+from distdl_lite.reducer import running_backward
+
+_FAILED = "DataParallel: backward failed on some rank, so its update is left out on all of them"
 
 
 class DataParallelOptimizer(torch.optim.Optimizer):
@@ -65,7 +68,7 @@ class DataParallelOptimizer(torch.optim.Optimizer):
 
     def _pending(self) -> Deferral | None:
         deferral = None if self._deferral is None else self._deferral()
-        return deferral if deferral is not None and deferral.places else None
+        return deferral if deferral is not None and (deferral.places or deferral.is_interrupted) else None
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
         """As torch's, or in the next forward."""
@@ -115,6 +118,7 @@ class Deferral:
         self._eager: set[int] = set()  # parameters that are used without their module being called
         self._called: set[int] = set()
         self._after: set[int] = set()  # parameters whose step came after the last forward
+        self._is_confirmed = self._owes_error = False
         self._handles: list[Any] = []
         ref = weakref.ref(self)
         numbers = {id(p): n for n, p in enumerate(sync.parameters)}
@@ -138,6 +142,12 @@ class Deferral:
         self.places = list(range(len(self.sync.buckets)))
         self._local = {n: (p.grad, _version(p.grad)) for n, p in enumerate(self.sync.parameters)}
         self._steps.clear()
+        self._is_confirmed = False
+
+    @property
+    def is_interrupted(self) -> bool:
+        """Whether this rank's last backward has not come to its end."""
+        return self.sync.is_open and not self.places and running_backward() == -1
 
     def _is_untouched(self, number: int) -> bool:
         grad, version = self._local[number]
@@ -145,6 +155,8 @@ class Deferral:
 
     def step_later(self, optimizer: torch.optim.Optimizer) -> None:
         """Take a step when its gradients are there, with the hyperparameters of now."""
+        if self.is_interrupted:  # of which all ranks will be told
+            return
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}
         if any(optimizer is other for other, _ in self._steps):
             self.flush()
@@ -162,10 +174,10 @@ class Deferral:
     def call(self, numbers: Sequence[int]) -> None:
         """A layer is about to use these parameters."""
         self._called.update(numbers)
-        if self.places:
-            self._put_in({self.sync.places[n] for n in numbers if n in self.sync.places})
+        self._put_in({self.sync.places[n] for n in numbers if n in self.sync.places})
 
     def begin_forward(self) -> None:
+        self._confirm(self.is_interrupted, in_forward=True)
         self._after.clear()
         self._called.clear()
         self.call(list(self._eager))
@@ -190,7 +202,35 @@ class Deferral:
         """Wait for all sums and take the steps."""
         self._put_in(set(self.places))
 
+    def begin_backward(self) -> None:
+        """What is open now is not of this backward."""
+        self._confirm(failed=self.sync.is_open and not self.places)
+        self.flush()
+
+    def _confirm(self, failed: bool, in_forward: bool = False) -> None:
+        """Before any step is taken, raise on all ranks where backward has ended well on some of them only."""
+        if failed or (self.places and not self._is_confirmed):
+            ended_well = self.sync.abandon() if failed else self.sync.confirm()
+            self._is_confirmed = True
+            if ended_well < len(self.sync.team):
+                self.places.clear()
+                self._steps.clear()
+                if ended_well:
+                    self._tell(failed, in_forward)
+        if in_forward and self._owes_error:
+            self._owes_error = False
+            raise RuntimeError(_FAILED)
+
+    def _tell(self, failed: bool, in_forward: bool) -> None:
+        """Raise, but not in another kind of call than those ranks where backward has ended well: it may be another step's."""
+        told = any(self.sync.transport.gather_objects(self.sync.team, in_forward and not failed))
+        if failed and told is not in_forward:
+            self._owes_error = told
+            return
+        raise RuntimeError(_FAILED)
+
     def _put_in(self, places: set[int]) -> None:
+        self._confirm(self.is_interrupted)
         for place in sorted(places & set(self.places)):
             self.places.remove(place)
             self._apply(self.sync.complete(place))

@@ -261,7 +261,8 @@ class Synchroniser:
         place = self.places.get(number)
         if place is not None:
             self.buckets[place].missing -= 1
-            while self.options.overlap and self.may_start and len(self._pending) < len(self.buckets):
+            # The last one waits for the end, as it tells on how many ranks backward has ended well.
+            while self.options.overlap and self.may_start and len(self._pending) < len(self.buckets) - 1:
                 if self.buckets[len(self._pending)].missing or not self.buckets[len(self._pending)].numbers:
                     break
                 self._start()
@@ -336,28 +337,27 @@ class Synchroniser:
                 f"some rank did not take part"
             )
 
-    def abandon(self) -> None:
-        """Complete the sums of a backward that failed: other ranks may have started more of them."""
+    def abandon(self) -> int:
+        """Complete a backward that failed, as other ranks do; on how many of them it has ended well."""
         self._takes_part = False
-        while len(self._pending) < len(self.buckets):
-            self._start(mark=0.0)
-        for place in range(len(self.buckets)):
-            self._wait(place)
-        self.is_open = False
-        self.count, self.weight = 0.0, None
+        self.start_rest(mark=0.0)
+        ended_well, self.is_open = self.confirm(), False
+        return ended_well
 
     def finish(self) -> bool:
         """Complete a backward, and put the sums into ``.grad``. Whether any rank took part."""
         any_takes_part = self.start_rest()
+        if self.confirm() < len(self.team):
+            raise RuntimeError("DataParallel: backward failed on another rank, whose gradients are lacking")
         for place in range(len(self.buckets)):
             self.put(self.complete(place))
         self.close()
         return any_takes_part
 
-    def start_rest(self) -> bool:
+    def start_rest(self, mark: float = 1.0) -> bool:
         """Start all sums that have not, and do what other ranks must do too. Whether any rank took part."""
         while len(self._pending) < len(self.buckets):
-            self._start()
+            self._start(mark)
         self._results = {0: self._result(0)}
         active, leads, changed, *self._trained = self.buckets[0].header
         self.put(self._unplanned())
@@ -368,6 +368,18 @@ class Synchroniser:
             self.sync_buffers()  # else join makes all equal in the end
         return active > 0
 
+    def confirm(self) -> int:
+        """Wait until it is known on how many ranks backward has ended well; unless on all, its sums are of no use."""
+        last = len(self.buckets) - 1
+        if last not in self._results:
+            self._results[last] = self._result(last)
+        if self._marks < len(self.team):
+            for place in range(1, last):  # before they are filled anew
+                self._wait(place)
+            self.is_open = False
+            self.count, self.weight = 0.0, None
+        return self._marks
+
     def complete(self, place: int) -> Found:
         """The sums of a bucket, None for a parameter without gradient on any rank."""
         return self._results.pop(place) if place in self._results else self._result(place)
@@ -375,14 +387,9 @@ class Synchroniser:
     def _result(self, place: int) -> Found:
         self._wait(place)
         values, weight, marks = self.buckets[place].unpack(self._divides, self._scale)
+        self._marks = round(marks)
         if place == 0:
             self._total = weight
-        if round(marks) != len(self.team):
-            for later in range(place + 1, len(self.buckets)):  # before they are filled anew
-                self._wait(later)
-            self.is_open = False
-            self.count, self.weight = 0.0, None
-            raise RuntimeError("DataParallel: backward failed on another rank, whose gradients are lacking")
         return list(zip(self.buckets[place].numbers, values, strict=True))
 
     def close(self) -> None:

@@ -295,6 +295,80 @@ def test_two_optimizers_and_a_failed_forward(world: dl.Partition) -> None:
         assert torch.equal(states[0][name], states[1][name]), name
 
 
+class Breaks(torch.autograd.Function):
+    """The identity, until it is gone back through where told to."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, breaks: bool) -> torch.Tensor:
+        ctx.breaks = breaks
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> Any:
+        if ctx.breaks:
+            raise ArithmeticError("broke in backward")
+        return gradient, None
+
+
+class Fragile(torch.nn.Module):
+    """Breaks in backward after so many layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers, self.place = net(), -1
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for n, layer in enumerate(self.layers):
+            x = layer(Breaks.apply(x, n == self.place))
+        return x
+
+
+@pytest.mark.check("A26")
+@on_ranks(3, mpi=True)
+def test_backwards_that_fail_on_some_ranks(world: dl.Partition) -> None:
+    """All leave out the step, and raise in the same call, whatever the rank that failed had already sent."""
+
+    def steps(dp: Any, optimizer: Any, broken: Any, clips: bool = False) -> list[str]:
+        log = []
+        for step in range(6):
+            place = broken.get((step, world.rank), -1)
+            dp.module.place = place
+            try:
+                optimizer.zero_grad()
+                dp(batch(world, step).requires_grad_()).square().mean().backward()
+                if clips:
+                    dp.synchronize()
+                optimizer.step()
+                log.append("")
+            except (ArithmeticError, RuntimeError) as error:
+                log.append(str(error))
+        return log
+
+    at_once_told = "DataParallel: backward failed on another rank, whose gradients are lacking"
+    told = "DataParallel: backward failed on some rank, so its update is left out on all of them"
+    first, some, last, each = [0], [0, 1], [2], [0, 1, 2]
+    for place, failing, engine, clips in (
+        (0, last, "inline", False), (0, first, "thread", True), (2, some, "poll", False), (3, first, "thread", False),
+        (3, last, "inline", True), (3, each, "thread", False), (5, first, "inline", False), (5, some, "poll", True),
+    ):  # fmt: skip
+        broken = {(2, rank): place for rank in failing}
+        (now, at_once), (dp, optimizer) = pair(world, OPTIMIZERS["Adam"], Fragile, engine=engine)
+        log = steps(now, at_once, broken)
+        mine = "broke in backward" if world.rank in failing else at_once_told
+        assert log == ["", "", mine, "", "", ""], (place, failing, log)
+        now.check_replicas()
+        log = steps(dp, optimizer, broken, clips)
+        mine = "broke in backward" if world.rank in failing else told if clips else ""
+        after = told if len(failing) < 3 and not clips else ""
+        assert log == ["", "", mine, after, "", ""], (place, failing, log)
+        dp.check_replicas()
+    dp, optimizer = list(pair(world, OPTIMIZERS["Adam"], Fragile))[1]
+    steps(dp, optimizer, {(5, 1): 3})
+    with pytest.raises(RuntimeError, match="backward failed on some rank"):
+        dp.eval()
+    dp.check_replicas()
+
+
 def test_arguments() -> None:
     module = torch.nn.Linear(2, 2)
     inner = optim.SGD(module.parameters(), lr=0.1)
