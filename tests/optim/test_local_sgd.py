@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
+import sys
 import threading
 from collections.abc import Callable
 from itertools import cycle
@@ -720,3 +722,20 @@ def test_timeout(world: dl.Partition) -> None:
         if world.rank == 1:
             train(world, optimizer, steps)
         optimizer.drain()
+
+
+@on_ranks(2, mpi=True)
+def test_a_long_run_does_not_grow(world: dl.Partition) -> None:
+    """Of the objects that a step makes, none is left; some are kept for a while by torch."""
+    for options in ({}, {"delay": 1}, {"delay": 1, "wire": torch.bfloat16}, {"average_state": True}):
+        model = torch.nn.Linear(3, 2)
+        optimizer = dl.LocalSGD(torch.optim.SGD(model.parameters(), 0.01, momentum=0.9), 2, P=world, **options)
+        held = []
+        for step in range(500):
+            if step in (200, 499):
+                gc.collect()
+                held.append(sys.getallocatedblocks())
+            optimizer.zero_grad()
+            model(torch.ones(2, 3)).square().mean().backward()
+            optimizer.step()
+        assert held[1] - held[0] < 150  # one a step would be 300

@@ -53,7 +53,7 @@ def test_bad_arguments(arguments: dict[str, Any], error: type[Exception], text: 
 def refused(world: dl.Partition, make: Callable[[], Any], text: str, error: type[Exception] = ValueError) -> None:
     began = time.monotonic()
     assert_refused(world, world, make, text, error)
-    assert time.monotonic() - began < 2
+    assert time.monotonic() - began < 10  # on a busy machine; alone, below 0.1
 
 
 @pytest.mark.check("A36")

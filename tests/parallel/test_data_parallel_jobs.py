@@ -40,12 +40,15 @@ def now():
 def start(
     folder: Path, text: str, ranks: int = 2, options: tuple[str, ...] = (), **variables: str
 ) -> subprocess.CompletedProcess[str]:
-    """Run a script on several ranks."""
+    """Run a script on several ranks. All end by themselves, and say in what time where that matters: the limit is for none."""
     script = folder / "job.py"
     script.write_text(START + text)
     variables = {**os.environ, "PYTHONPATH": str(ROOT), "GLOO_SOCKET_IFNAME": "lo", **variables}
     command = [mpirun(), "-n", str(ranks), sys.executable, *options, str(script), str(folder)]
-    return subprocess.run(command, env=variables, capture_output=True, text=True, timeout=100, check=False)
+    return subprocess.run(command, env=variables, capture_output=True, text=True, timeout=300, check=False)
+
+
+LOADED = 20  # seconds that a busy machine may take to end what ends in one
 
 
 def seconds_since(folder: Path, ended: float) -> float:
@@ -111,13 +114,13 @@ def test_a_rank_that_skips_backward(tmp_path: Path, engine: str) -> None:
     done = start(tmp_path, SILENT, ENGINE=engine)
     ended = time.time()
     (line,) = [line for line in done.stdout.splitlines() if line.startswith("after")]
-    assert 2 <= float(line.split()[1]) < 3
+    assert 2 <= float(line.split()[1]) < 2 + LOADED
     text = "s: rank 0: bucket 0 (4.bias, 4.weight, 2.bias, ...) was not reduced after 2 s: some rank did not take part"
     assert line.endswith(text)
     assert "then: DataParallel: an earlier sum was not completed by all ranks; end the job" in done.stdout
     assert done.returncode != 0
     assert "rank 0 ends with an error: a sum was not completed by all ranks" in done.stderr
-    assert seconds_since(tmp_path, ended) < 10
+    assert seconds_since(tmp_path, ended) < LOADED
 
 
 STUCK = """
@@ -148,6 +151,8 @@ def test_a_rank_that_gets_stuck_before_what_is_newly_trained(tmp_path: Path, eng
 
 FAILS = """
 dl.abort_on_exception()
+with open(os.path.join(here, f"process {{world.rank}}"), "w") as file:
+    file.write(str(os.getpid()))
 dp = dl.DataParallel(net(), engine=os.environ["ENGINE"])
 for step in range(3):
     loss(dp, step).backward()
@@ -160,18 +165,27 @@ for step in range(10**6):
 
 
 @pytest.mark.check("A38")
+@pytest.mark.parametrize("engine", ["thread", "poll"])
 @pytest.mark.parametrize(
-    ("fails", "engine", "ranks"),
+    ("fails", "ranks"),
     [
-        ("raise ArithmeticError('one rank alone')", "thread", 2),
-        ("os.kill(os.getpid(), signal.SIGKILL)", "poll", 3),
+        ("raise ArithmeticError('one rank alone')", 2),
+        ("raise ArithmeticError('one rank alone')", 3),
+        ("os.kill(os.getpid(), signal.SIGKILL)", 2),
+        ("os.kill(os.getpid(), signal.SIGKILL)", 3),
     ],
 )
 def test_a_rank_that_fails_ends_the_job(tmp_path: Path, fails: str, engine: str, ranks: int) -> None:
     done = start(tmp_path, FAILS.format(fails=fails), ranks, ENGINE=engine)
-    assert seconds_since(tmp_path, time.time()) < 5
+    assert seconds_since(tmp_path, time.time()) < LOADED
     assert done.returncode != 0
     assert ("one rank alone" in done.stderr) == ("raise" in fails)
+    processes = [Path("/proc") / file.read_text() for file in tmp_path.glob("process *")]
+    assert len(processes) == ranks
+    end = time.monotonic() + LOADED
+    while any(process.exists() for process in processes) and time.monotonic() < end:
+        time.sleep(0.05)
+    assert not any(process.exists() for process in processes)
 
 
 LONG = """
@@ -226,7 +240,7 @@ for engine in ("auto", "thread", "poll", "inline"):
     dp.check_replicas()
 import pytest
 folder = os.path.join(os.environ["PYTHONPATH"], "tests", "parallel")
-options = ["--with-mpi", "--mpi-timeout", "30", "-m", "mpi", "-k", "not come_and_go", "--rootdir", os.environ["PYTHONPATH"]]
+options = ["--with-mpi", "--mpi-timeout", "120", "-m", "mpi", "-k", "not come_and_go", "--rootdir", os.environ["PYTHONPATH"]]
 sys.exit(pytest.main(["-q", *options, folder]))
 """
 
