@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch.optim import optimizer as of_torch
 
 from distdl_lite.parallel.synchroniser import Found, Synchroniser
 from distdl_lite.reducer import running_backward
@@ -168,8 +169,21 @@ class Deferral:
                     f"DataParallel: the gradient of {self.sync.names[number]} was changed between backward and step, when "
                     f"it was this rank's part; call synchronize() after backward"
                 )
+        if self._is_whole(optimizer):
+            self.flush()
+            optimizer.step()
+            return
         self._steps.append((optimizer, [_hyperparameters(group) for group in optimizer.param_groups]))
         optimizer._opt_called = True  # type: ignore[attr-defined]  # what learning-rate schedulers ask for
+
+    def _is_whole(self, optimizer: torch.optim.Optimizer) -> bool:
+        """Whether hooks belong to the step, or gradients that are in no bucket, such as of what is trained again."""
+        hooks = [optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks]
+        if any((*hooks, of_torch._global_optimizer_pre_hooks, of_torch._global_optimizer_post_hooks)):
+            return True
+        waited_for = {id(self.sync.parameters[n]) for n in self.sync.places}
+        held = (p for group in optimizer.param_groups for p in group["params"])
+        return any(p.grad is not None and id(p) not in waited_for for p in held)
 
     def call(self, numbers: Sequence[int]) -> None:
         """A layer is about to use these parameters."""

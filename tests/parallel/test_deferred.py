@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from ranks import on_ranks
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import distdl_lite as dl
 
@@ -248,6 +249,65 @@ def test_weights_used_without_their_layer(world: dl.Partition) -> None:
     dp, optimizer = list(pair(world, OPTIMIZERS["Adam"], lambda: build(2)))[1]
     with pytest.raises(RuntimeError, match=r"was used before its deferred update|modified by an inplace operation"):
         train(world, dp, optimizer)
+
+
+@pytest.mark.check("A26")
+@on_ranks(2)
+def test_steps_that_are_not_cut_into_parts(world: dl.Partition) -> None:
+    """Of what is trained again, or no more, or not the container's; and those with hooks, which see them whole."""
+
+    def train_again(dp: Any, optimizer: Any, step: int) -> None:
+        dp.module[0].weight.requires_grad_(step % 3 == 2)
+
+    def train_no_more(dp: Any, optimizer: Any, step: int) -> None:
+        dp.module[3].weight.requires_grad_(step == 0)
+
+    def train_others(dp: Any, optimizer: Any, step: int) -> None:
+        if not step:
+            dp.other = [torch.nn.Parameter(torch.ones(3, dtype=torch.float64))]
+            optimizer.add_param_group({"params": dp.other})
+        dp.other[0].grad = torch.full((3,), 1.0 + step, dtype=torch.float64)
+
+    def clip_before(dp: Any, optimizer: Any, step: int) -> None:
+        def hook(*args: Any) -> None:
+            torch.nn.utils.clip_grad_norm_(dp.module.parameters(), 1e-3)
+
+        if not step:
+            optimizer.register_step_pre_hook(hook)
+
+    def clamp_behind(dp: Any, optimizer: Any, step: int) -> None:
+        def hook(*args: Any) -> None:
+            dp.seen.append([p.detach().clone().clamp_(-0.1, 0.1) for p in dp.module.parameters()])
+            dp.module[0].weight.data.clamp_(-0.1, 0.1)
+
+        if not step:
+            dp.seen = []
+            optimizer.torch_optimizer.register_step_post_hook(hook)
+
+    def count_all(dp: Any, optimizer: Any, step: int) -> None:
+        if not step:
+            dp.seen = []
+            dp.hook = register_optimizer_step_post_hook(
+                lambda stepped, *args: dp.seen.append(1) if stepped is optimizer.torch_optimizer else None
+            )
+        elif step == 5:
+            dp.hook.remove()
+
+    for act in (train_again, train_no_more, train_others, clip_before, clamp_behind, count_all):
+        made = []
+        for dp, optimizer in pair(world, OPTIMIZERS["Adam"]):
+            for step in range(6):
+                if step % 2:
+                    optimizer.zero_grad()
+                act(dp, optimizer, step)
+                dp(batch(world, step)).square().mean().backward()
+                optimizer.step()
+            made.append(dp)
+        assert_same(*made, act.__name__)
+        for name in {"seen", "other"} & made[0].__dict__.keys():
+            first, second = (torch.utils._pytree.tree_leaves(dp.__dict__[name]) for dp in made)
+            assert len(first) == len(second), act.__name__
+            assert all(map(torch.equal, *(map(torch.as_tensor, told) for told in (first, second)))), act.__name__
 
 
 @on_ranks(2)
