@@ -127,10 +127,16 @@ class Deferral:
             if owner._parameters:  # it may use those of the layers inside it, too, without calling them
                 found = tuple(numbers[id(p)] for p in owner.parameters() if id(p) in numbers)
                 self._handles.append(owner.register_forward_pre_hook(_Call(ref, found)))
-        self._handles.append(module.register_state_dict_pre_hook(_Flush(ref)))
+            if owner._parameters or owner is module:
+                self._flush_before_states(owner)
         for optimizer in optimizers:
             optimizer._deferral = ref
-            self._handles.append(optimizer.torch_optimizer.register_state_dict_pre_hook(_Flush(ref)))
+            self._flush_before_states(optimizer.torch_optimizer)
+
+    def _flush_before_states(self, owner: torch.nn.Module | torch.optim.Optimizer) -> None:
+        flush = _Flush(weakref.ref(self))
+        self._handles.append(owner.register_state_dict_pre_hook(flush))
+        self._handles.append(owner.register_load_state_dict_pre_hook(flush))
 
     def remove(self) -> None:
         for handle in self._handles:

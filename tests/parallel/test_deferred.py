@@ -141,15 +141,30 @@ def test_whatever_is_done_between_the_steps(world: dl.Partition) -> None:
         dp(batch(world, 50)).square().mean().backward()
         optimizer.step()
 
+    def loads_optimizer_first(dp: Any, optimizer: Any) -> None:
+        optimizer.load_state_dict(optimizer.kept)
+        dp.load_state_dict(optimizer.module_kept)
+
+    def loads_module_first(dp: Any, optimizer: Any) -> None:
+        dp.module.load_state_dict(optimizer.module_kept)
+        optimizer.torch_optimizer.load_state_dict(optimizer.kept)
+
+    def loads_a_layer(dp: Any, optimizer: Any) -> None:
+        seen.extend(v.clone() for v in dp.module[3].state_dict().values())
+        dp.module[3].load_state_dict(net()[3].state_dict())
+
     def nothing(dp: Any, optimizer: Any) -> None:
         pass
 
     for between in (evaluates, evaluates_in_training_mode, saves, saves_optimizer, looks, zeros, forgets, copies, scales,
-                    accumulates, nothing):  # fmt: skip
+                    accumulates, loads_optimizer_first, loads_module_first, loads_a_layer, nothing):  # fmt: skip
         results = []
         for dp, optimizer in pair(world, OPTIMIZERS["Adam"]):
             seen: list[torch.Tensor] = []
+            train(world, dp, optimizer, steps=2)
+            optimizer.module_kept, optimizer.kept = copy.deepcopy((dp.state_dict(), optimizer.state_dict()))
             train(world, dp, optimizer, between=between)
+            train(world, dp, optimizer, steps=1)
             results.append((dp, seen))
         assert_same(results[0][0], results[1][0], between.__name__)
         assert len(results[0][1]) == len(results[1][1])
