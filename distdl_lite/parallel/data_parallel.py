@@ -76,7 +76,8 @@ class DataParallel(torch.nn.Module):
     Raises
     ------
     ValueError
-        On all ranks if they hold different modules; for arguments that are not among these.
+        On all ranks if they hold different modules, or layers that sum over the batch axis beside others whose gradients
+        get a mean; for arguments that are not among these.
     TypeError
         For a layer with sparse gradients, on all ranks.
 
@@ -164,8 +165,12 @@ class DataParallel(torch.nn.Module):
         late = [number for number, (_, p) in enumerate(named) if id(p) in elsewhere]
         buffers = dict(self.module.named_buffers())
         tensors = {**dict(named), **buffers}
+        # It mixes the gradients of the ranks' own losses, which must have their weights by then.
+        has_sync_norm = any(isinstance(layer, SyncBatchNorm) for layer in self.module.modules())
+        self._couples = len(team) > 1 and has_sync_norm and self._options.average != "none"
         if len(team) > 1:
-            lane = check_alike(transport, team, tensors, self._sparse_layers(), self._agreed_options())
+            mixed = self._of_two_scales(elsewhere)
+            lane = check_alike(transport, team, tensors, self._sparse_layers(), mixed, self._agreed_options())
             if self._init == "broadcast":
                 broadcast(transport, team, list(tensors.values()))
             elif self._init == "check":
@@ -176,9 +181,6 @@ class DataParallel(torch.nn.Module):
             handle.remove()
         self._handles.clear()
         names, parameters = [n for n, _ in named], [p for _, p in named]
-        # It mixes the gradients of the ranks' own losses, which must have their weights by then.
-        has_sync_norm = any(isinstance(layer, SyncBatchNorm) for layer in self.module.modules())
-        self._couples = len(team) > 1 and has_sync_norm and self._options.average != "none"
         self._sync = Synchroniser(
             names, parameters, late, self.module.buffers, transport, team, self._options, lane, self._couples
         )
@@ -213,6 +215,14 @@ class DataParallel(torch.nn.Module):
                 if layer._parameters.get(key) is not None:
                     found[id(layer._parameters[key])] = not team - replicas
         return found
+
+    def _of_two_scales(self, elsewhere: Mapping[int, bool]) -> list[str]:
+        """A parameter that its layer sums over the batch axis and one that gets the mean, if both are trained."""
+        if self._couples or self._options.average == "none":  # weighed before either is summed, or not at all
+            return []
+        trained = [(n, elsewhere.get(id(p), False)) for n, p in self.module.named_parameters() if p.requires_grad]
+        found = [next((n for n, covers in trained if covers is by_layer), None) for by_layer in (True, False)]
+        return [n for n in found if n is not None] if None not in found else []
 
     def _agreed_options(self) -> dict[str, Any]:
         """What must be the same on all ranks."""
