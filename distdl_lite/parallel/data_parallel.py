@@ -236,6 +236,8 @@ class DataParallel(torch.nn.Module):
             "overlap": o.overlap,
             "init": self._init,
             "bucket_mb": bucket_mb,
+            "dim": self.dim,
+            "timeout": o.timeout,
             "update": self._update,
             "comm_hook": hook and getattr(hook, "__qualname__", type(hook).__qualname__),
         }

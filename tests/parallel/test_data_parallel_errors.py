@@ -80,7 +80,7 @@ def test_different_models(ranks: int) -> None:
 @on_ranks(3, mpi=True)
 def test_different_options(world: dl.Partition) -> None:
     changes = {"average": "sum", "sync_buffers": "none", "engine": "inline", "overlap": False, "init": "check"}
-    for name, value in {**changes, "bucket_mb": 1.0}.items():
+    for name, value in {**changes, "bucket_mb": 1.0, "dim": -1, "timeout": 5}.items():
         options = {name: value} if world.rank == 1 else {}
         refused(
             world,
