@@ -18,7 +18,14 @@ from distdl_lite.nn.sync_batch_norm import SyncBatchNorm
 from distdl_lite.parallel.arguments import SPARSE, check_alike, check_arguments, check_equal, listed, update_of
 from distdl_lite.parallel.buckets import Bucket
 from distdl_lite.parallel.deferred import Deferral
-from distdl_lite.parallel.synchroniser import Options, Synchroniser, broadcast, broadcast_structure
+from distdl_lite.parallel.synchroniser import (
+    BAD_WEIGHT,
+    Options,
+    Synchroniser,
+    as_weight,
+    broadcast,
+    broadcast_structure,
+)
 from distdl_lite.partition import Partition
 from distdl_lite.reducer import at_end_of_backward, running_backward, running_backward_accumulates
 
@@ -349,8 +356,11 @@ class DataParallel(torch.nn.Module):
             return 1 / len(sync.team)
         if average == "sum" and not self._syncs:
             raise RuntimeError('DataParallel: with SyncBatchNorm inside, average="sum" allows no no_sync')
-        weight = float(rows if self.loss_weight is None else self.loss_weight)
+        weight = float(rows) if self.loss_weight is None else as_weight(self.loss_weight)
         total = self.P.world_transport.all_reduce(sync.team, torch.tensor([weight], dtype=torch.float64)).item()
+        if not math.isfinite(total):
+            self.loss_weight = None
+            raise ValueError(BAD_WEIGHT)
         return 0.0 if not (weight and total) else (weight if average == "samples" else 1.0) / total
 
     def _begin(self, backward: int, rows: int) -> None:
@@ -390,12 +400,12 @@ class DataParallel(torch.nn.Module):
             return
         sync = self._sync
         assert sync is not None
+        self.loss_weight = None  # the sums have it
         if self._deferral is None:
             sync.finish()
         else:
             sync.start_rest()
             self._deferral.after_backward()
-        self.loss_weight = None
 
     @contextlib.contextmanager
     def no_sync(self) -> Iterator[None]:

@@ -154,7 +154,8 @@ class Deferral:
     @property
     def is_interrupted(self) -> bool:
         """Whether this rank's last backward has not come to its end."""
-        return self.sync.is_open and not self.places and running_backward() == -1
+        is_left = self.sync.is_open and not self.sync.is_broken
+        return is_left and not self.places and running_backward() == -1
 
     def _is_untouched(self, number: int) -> bool:
         grad, version = self._local[number]
@@ -230,13 +231,12 @@ class Deferral:
     def _confirm(self, failed: bool, in_forward: bool = False) -> None:
         """Before any step is taken, raise on all ranks where backward has ended well on some of them only."""
         if failed or (self.places and not self._is_confirmed):
+            places, self.places = self.places, []
             ended_well = self.sync.abandon() if failed else self.sync.confirm()
-            self._is_confirmed = True
-            if ended_well < len(self.sync.team):
-                self.places.clear()
-                self._steps.clear()
-                if ended_well:
-                    self._tell(failed, in_forward)
+            if ended_well == len(self.sync.team):
+                self.places, self._is_confirmed = places, True
+            elif ended_well:
+                self._tell(failed, in_forward)
         if in_forward and self._owes_error:
             self._owes_error = False
             raise RuntimeError(_FAILED)

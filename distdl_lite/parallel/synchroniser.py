@@ -27,6 +27,7 @@ INLINE_BYTES = (
 )  # a model with fewer gradients has its sums made where they are started: a thread takes 60 us to wake
 SECONDS = 1800.0  # to wait for other ranks
 _SETTLED = "_distdl_settled"  # says of a gradient over which ranks it has been summed
+BAD_WEIGHT = "DataParallel: the loss_weight of some rank is negative or not finite"
 _serials = itertools.count()
 LANES = 8  # containers whose sums may be under way at once; communicators are few
 
@@ -42,6 +43,12 @@ class Options:
     bucket_bytes: int = 4 << 20
     comm_hook: Callable[[Bucket], None] | None = None
     timeout: float | None = None
+
+
+def as_weight(value: Any) -> float:
+    """A rank's weight in the mean; where it is none, what makes the sum of all ranks' tell them so."""
+    weight = float(value)
+    return weight if 0 <= weight < math.inf else math.nan
 
 
 class Synchroniser:
@@ -301,7 +308,7 @@ class Synchroniser:
             return 0.0, 0.0
         if not self._divides or self.options.average == "ranks":
             return self._scale, 1.0
-        weight = self.count if self.weight is None else float(self.weight)
+        weight = self.count if self.weight is None else as_weight(self.weight)
         return (weight if self.options.average == "samples" else 1.0) * self._scale, weight
 
     def _sum(self, flat: torch.Tensor, fill: Callable[[], None] | None = None) -> Pending:
@@ -374,11 +381,17 @@ class Synchroniser:
         if last not in self._results:
             self._results[last] = self._result(last)
         if self._marks < len(self.team):
-            for place in range(1, last):  # before they are filled anew
-                self._wait(place)
-            self.is_open = False
-            self.count, self.weight = 0.0, None
+            self._give_up()
+        elif not math.isfinite(self._total):
+            self._give_up()
+            raise ValueError(BAD_WEIGHT)
         return self._marks
+
+    def _give_up(self) -> None:
+        for place in range(1, len(self.buckets) - 1):  # before they are filled anew
+            self._wait(place)
+        self.is_open = False
+        self.count, self.weight = 0.0, None
 
     def complete(self, place: int) -> Found:
         """The sums of a bucket, None for a parameter without gradient on any rank."""

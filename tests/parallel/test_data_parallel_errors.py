@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
+import math
 import time
 from collections.abc import Callable
 from typing import Any
@@ -184,6 +186,41 @@ def test_rows_of_failed_backwards_do_not_count(world: dl.Partition) -> None:
         dp(parts[-1]).square().sum().backward()
         (single(x).square().sum() / 6).backward()
         assert_gradients(dp, single)
+
+
+@pytest.mark.check("A8")
+@on_ranks(3, mpi=True)
+def test_weights_that_are_none(world: dl.Partition) -> None:
+    """They travel with the gradients: all ranks raise, and go on from there."""
+    text = "DataParallel: the loss_weight of some rank is negative or not finite"
+    x = draw(6, 3)
+    mine = x[2 * world.rank :][:2]
+    cases: list[dict[str, Any]] = [{}, {"bucket_mb": 1e-5}, {"average": "sum", "engine": "poll"}, {"norm": True}]
+    for options, bad in itertools.product(cases, (math.nan, math.inf, -1.0)):
+        model = nn.Sequential(*mlp(3, 4, 2), *([dl.SyncBatchNorm(2).double()] if "norm" in options else []))
+        dp, single = twins(model, **{name: value for name, value in options.items() if name != "norm"})
+        loss = mean_square(dp(mine))
+        dp.weight = bad if world.rank == 1 else 2
+        refused(world, loss.backward, text)
+        for weighted in (dp, single):
+            weighted.zero_grad()
+        (dp(mine).square().sum() / (2 if dp._options.average == "sum" else 4)).backward()
+        if "norm" not in options:
+            mean_square(single(x)).backward()
+            assert_gradients(dp, single)
+    optimizer = dl.DataParallelOptimizer(torch.optim.SGD(single.parameters(), 0.1))
+    dp = dl.DataParallel(single[:3], world, optimizer, update="deferred", bucket_mb=1e-5)
+    before = copy.deepcopy(dp.state_dict())
+    for step in range(2):
+        dp.weight = math.nan if world.rank != 1 and not step else None
+        optimizer.zero_grad()
+        mean_square(dp(mine)).backward()
+        optimizer.step()
+        if not step:
+            refused(world, lambda: dp(mine), text)
+            assert all(map(torch.equal, before.values(), dp.state_dict().values()))
+    assert not torch.equal(dp.state_dict()["0.weight"], before["0.weight"])
+    dp.check_replicas()
 
 
 @pytest.mark.check("A12")
