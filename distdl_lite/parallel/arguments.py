@@ -101,7 +101,7 @@ def check_alike(
     options: Mapping[str, Any],
 ) -> int:
     """Raise on all of the team unless all hold the same tensors, none of them of a sparse layer; returns a free lane."""
-    mine = [(name, tuple(t.shape), str(t.dtype).removeprefix("torch.")) for name, t in tensors.items()]
+    mine = [(name, tuple(t.shape), str(t.dtype).removeprefix("torch."), *_elsewhere(t)) for name, t in tensors.items()]
     told = transport.gather_objects(team, (mine, sparse, lanes_in_use(transport, team), options, mixed))
     for rank, (_, _, _, theirs, _) in zip(team, told, strict=True):
         for name, a in told[0][3].items():
@@ -124,8 +124,17 @@ def check_alike(
             raise ValueError(
                 f"DataParallel: the ranks hold different modules: of ranks {team[0]} and {rank}, one lacks {name}"
             )
+    if empty := [name for name, t in tensors.items() if t.is_meta]:
+        raise ValueError(
+            f"DataParallel: {', '.join(empty)} of all ranks is on the device meta, without data; use to_empty"
+        )
     in_use = [lane for _, _, lanes, _, _ in told for lane in lanes]
     return min(range(LANES), key=in_use.count)
+
+
+def _elsewhere(tensor: torch.Tensor) -> list[str]:
+    """The kind of device, if it is not the usual one."""
+    return [] if tensor.device.type == "cpu" else [tensor.device.type]
 
 
 def check_equal(transport: Transport, team: Sequence[int], tensors: Mapping[str, torch.Tensor]) -> None:

@@ -70,9 +70,12 @@ def test_different_models(ranks: int) -> None:
             (mlp(3, 4, 2, 2), f"the ranks hold different modules: of ranks 0 and {ranks - 1}, one lacks 4.weight"),
             (nn.Sequential(*mlp(3, 4, 2), nn.BatchNorm1d(2)), "one lacks 3.weight"),
             (nn.Tanh(), "one lacks 0.weight"),
+            (mlp(3, 4, 2).to("meta"), f"rank {ranks - 1} has ('0.weight', (4, 3), 'float64', 'meta'), rank 0 ('0.weight',"),
         ]  # fmt: skip
         for module, text in other:
             refused(world, lambda m=module: dl.DataParallel(m if last else mlp(3, 4, 2)), text)
+        without_data = "0.weight, 0.bias of all ranks is on the device meta, without data"
+        refused(world, lambda: dl.DataParallel(mlp(3, 4).to("meta")), without_data)
         dl.DataParallel(mlp(3, 4, 2))(draw(2, 3)).sum().backward()  # all are still together
 
     spmd(ranks, body)
