@@ -41,7 +41,9 @@ class DataParallelOptimizer(torch.optim.Optimizer):
     -----
     A deferred step has the hyperparameters of the moment of ``step()``, and the result is bit by bit that of an immediate
     one. Until it is done, ``.grad`` holds this rank's part and the parameters are the old ones:
-    ``DataParallel.synchronize()`` does it at once, as do ``eval()``, ``state_dict()`` and ``parameters()`` of the container.
+    ``DataParallel.synchronize()`` does it at once, as do ``eval()``, ``state_dict()``, ``load_state_dict()`` and ``parameters()``
+    of the container. Code that touches the bare module's parameters must call it before. An optimizer with step hooks, or
+    with gradients that are in no bucket, takes its step in ``step()``.
     """
 
     def __init__(self, torch_optimizer: torch.optim.Optimizer, blocking: bool = False) -> None:
