@@ -85,6 +85,11 @@ def update_of(optimizer: Any, blocking: bool | None, update: str) -> str:
 
 
 SPARSE = "DataParallel: sparse gradients are not summed; build {} with sparse=False"
+_MIXED = (
+    "DataParallel: the gradient of {} is summed over the batch axis by its layer, that of {} by the container, whose "
+    'average="{}" has another scale: write average="none" and a loss over P, or build the distributed layers on the ranks that '
+    "share a place along the batch axis"
+)
 
 
 def check_alike(
@@ -92,18 +97,21 @@ def check_alike(
     team: tuple[int, ...],
     tensors: Mapping[str, torch.Tensor],
     sparse: list[str],
+    mixed: Sequence[str],
     options: Mapping[str, Any],
 ) -> int:
     """Raise on all of the team unless all hold the same tensors, none of them of a sparse layer; returns a free lane."""
-    mine = [(name, tuple(t.shape), str(t.dtype).removeprefix("torch.")) for name, t in tensors.items()]
-    told = transport.gather_objects(team, (mine, sparse, lanes_in_use(transport, team), options))
-    for rank, (_, _, _, theirs) in zip(team, told, strict=True):
+    mine = [(name, tuple(t.shape), str(t.dtype).removeprefix("torch."), *_elsewhere(t)) for name, t in tensors.items()]
+    told = transport.gather_objects(team, (mine, sparse, lanes_in_use(transport, team), options, mixed))
+    for rank, (_, _, _, theirs, _) in zip(team, told, strict=True):
         for name, a in told[0][3].items():
             if theirs[name] != a:
                 raise ValueError(f"DataParallel: rank {rank} has {name}={theirs[name]!r}, rank {team[0]} {a!r}")
-    for _, theirs, _, _ in told:
+    for _, theirs, _, _, both in told:
         if theirs:
             raise TypeError(SPARSE.format(theirs))
+        if both:
+            raise ValueError(_MIXED.format(*both, options["average"]))
     first = told[0][0]
     for rank, (other, *_) in zip(team, told, strict=True):
         for a, b in zip(first, other, strict=False):
@@ -116,8 +124,17 @@ def check_alike(
             raise ValueError(
                 f"DataParallel: the ranks hold different modules: of ranks {team[0]} and {rank}, one lacks {name}"
             )
-    in_use = [lane for _, _, lanes, _ in told for lane in lanes]
+    if empty := [name for name, t in tensors.items() if t.is_meta]:
+        raise ValueError(
+            f"DataParallel: {', '.join(empty)} of all ranks is on the device meta, without data; use to_empty"
+        )
+    in_use = [lane for _, _, lanes, _, _ in told for lane in lanes]
     return min(range(LANES), key=in_use.count)
+
+
+def _elsewhere(tensor: torch.Tensor) -> list[str]:
+    """The kind of device, if it is not the usual one."""
+    return [] if tensor.device.type == "cpu" else [tensor.device.type]
 
 
 def check_equal(transport: Transport, team: Sequence[int], tensors: Mapping[str, torch.Tensor]) -> None:

@@ -19,7 +19,7 @@ from distdl_lite.parallel.arguments import SPARSE, check_alike, check_arguments,
 from distdl_lite.parallel.buckets import Bucket
 from distdl_lite.parallel.copies import broadcast, broadcast_structure
 from distdl_lite.parallel.deferred import Deferral
-from distdl_lite.parallel.synchroniser import Options, Synchroniser
+from distdl_lite.parallel.synchroniser import BAD_WEIGHT, Options, Synchroniser, as_weight
 from distdl_lite.partition import partition_of
 from distdl_lite.reducer import at_end_of_backward, running_backward, running_backward_accumulates
 
@@ -77,7 +77,8 @@ class DataParallel(torch.nn.Module):
     Raises
     ------
     ValueError
-        On all ranks if they hold different modules; for arguments that are not among these.
+        On all ranks if they hold different modules, or layers that sum over the batch axis beside others whose gradients
+        get a mean; for arguments that are not among these.
     TypeError
         For a layer with sparse gradients, on all ranks.
 
@@ -165,8 +166,12 @@ class DataParallel(torch.nn.Module):
         late = [number for number, (_, p) in enumerate(named) if id(p) in elsewhere]
         buffers = dict(self.module.named_buffers())
         tensors = {**dict(named), **buffers}
+        # It mixes the gradients of the ranks' own losses, which must have their weights by then.
+        has_sync_norm = any(isinstance(layer, SyncBatchNorm) for layer in self.module.modules())
+        self._couples = len(team) > 1 and has_sync_norm and self._options.average != "none"
         if len(team) > 1:
-            lane = check_alike(transport, team, tensors, self._sparse_layers(), self._agreed_options())
+            mixed = self._of_two_scales(elsewhere)
+            lane = check_alike(transport, team, tensors, self._sparse_layers(), mixed, self._agreed_options())
             if self._init == "broadcast":
                 broadcast(transport, team, list(tensors.values()))
             elif self._init == "check":
@@ -177,9 +182,6 @@ class DataParallel(torch.nn.Module):
             handle.remove()
         self._handles.clear()
         names, parameters = [n for n, _ in named], [p for _, p in named]
-        # It mixes the gradients of the ranks' own losses, which must have their weights by then.
-        has_sync_norm = any(isinstance(layer, SyncBatchNorm) for layer in self.module.modules())
-        self._couples = len(team) > 1 and has_sync_norm and self._options.average != "none"
         self._sync = Synchroniser(
             names, parameters, late, self.module.buffers, transport, team, self._options, lane, self._couples
         )
@@ -215,6 +217,14 @@ class DataParallel(torch.nn.Module):
                     found[id(layer._parameters[key])] = not team - replicas
         return found
 
+    def _of_two_scales(self, elsewhere: Mapping[int, bool]) -> list[str]:
+        """A parameter that its layer sums over the batch axis and one that gets the mean, if both are trained."""
+        if self._couples or self._options.average == "none":  # weighed before either is summed, or not at all
+            return []
+        trained = [(n, elsewhere.get(id(p), False)) for n, p in self.module.named_parameters() if p.requires_grad]
+        found = [next((n for n, covers in trained if covers is by_layer), None) for by_layer in (True, False)]
+        return [n for n in found if n is not None] if None not in found else []
+
     def _agreed_options(self) -> dict[str, Any]:
         """What must be the same on all ranks."""
         o = self._options
@@ -226,6 +236,8 @@ class DataParallel(torch.nn.Module):
             "overlap": o.overlap,
             "init": self._init,
             "bucket_mb": o.bucket_bytes / 2**20,
+            "dim": self.dim,
+            "timeout": o.timeout,
             "update": self._update,
             "comm_hook": hook and getattr(hook, "__qualname__", type(hook).__qualname__),
         }
@@ -337,13 +349,17 @@ class DataParallel(torch.nn.Module):
             return 1 / len(sync.team)
         if average == "sum" and not self._syncs:
             raise RuntimeError('DataParallel: with SyncBatchNorm inside, average="sum" allows no no_sync')
-        weight = float(rows if self.loss_weight is None else self.loss_weight)
+        weight = float(rows) if self.loss_weight is None else as_weight(self.loss_weight)
         total = self.P.world_transport.all_reduce(sync.team, torch.tensor([weight], dtype=torch.float64)).item()
+        if not math.isfinite(total):
+            self.loss_weight = None
+            raise ValueError(BAD_WEIGHT)
         return 0.0 if not (weight and total) else (weight if average == "samples" else 1.0) / total
 
     def _begin(self, backward: int, rows: int) -> None:
         assert self._sync is not None
-        self.synchronize()
+        if self._deferral is not None:
+            self._deferral.begin_backward()
         self._sync.begin(backward)
         self._sync.weight = self.loss_weight
         self._sync.count, self._unseen = self._sync.count + self._unseen, 0
@@ -377,12 +393,12 @@ class DataParallel(torch.nn.Module):
             return
         sync = self._sync
         assert sync is not None
+        self.loss_weight = None  # the sums have it
         if self._deferral is None:
             sync.finish()
         else:
             sync.start_rest()
             self._deferral.after_backward()
-        self.loss_weight = None
 
     @contextlib.contextmanager
     def no_sync(self) -> Iterator[None]:

@@ -7,8 +7,12 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch.optim import optimizer as of_torch
 
 from distdl_lite.parallel.synchroniser import Found, Synchroniser
+from distdl_lite.reducer import running_backward
+
+_FAILED = "DataParallel: backward failed on some rank, so its update is left out on all of them"
 
 
 class DataParallelOptimizer(torch.optim.Optimizer):
@@ -37,7 +41,9 @@ class DataParallelOptimizer(torch.optim.Optimizer):
     -----
     A deferred step has the hyperparameters of the moment of ``step()``, and the result is bit by bit that of an immediate
     one. Until it is done, ``.grad`` holds this rank's part and the parameters are the old ones:
-    ``DataParallel.synchronize()`` does it at once, as do ``eval()``, ``state_dict()`` and ``parameters()`` of the container.
+    ``DataParallel.synchronize()`` does it at once, as do ``eval()``, ``state_dict()``, ``load_state_dict()`` and ``parameters()``
+    of the container. Code that touches the bare module's parameters must call it before. An optimizer with step hooks, or
+    with gradients that are in no bucket, takes its step in ``step()``.
     """
 
     def __init__(self, torch_optimizer: torch.optim.Optimizer, blocking: bool = False) -> None:
@@ -65,7 +71,7 @@ class DataParallelOptimizer(torch.optim.Optimizer):
 
     def _pending(self) -> Deferral | None:
         deferral = None if self._deferral is None else self._deferral()
-        return deferral if deferral is not None and deferral.places else None
+        return deferral if deferral is not None and (deferral.places or deferral.is_interrupted) else None
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
         """As torch's, or in the next forward."""
@@ -115,6 +121,7 @@ class Deferral:
         self._eager: set[int] = set()  # parameters that are used without their module being called
         self._called: set[int] = set()
         self._after: set[int] = set()  # parameters whose step came after the last forward
+        self._is_confirmed = self._owes_error = False
         self._handles: list[Any] = []
         ref = weakref.ref(self)
         numbers = {id(p): n for n, p in enumerate(sync.parameters)}
@@ -122,10 +129,16 @@ class Deferral:
             if owner._parameters:  # it may use those of the layers inside it, too, without calling them
                 found = tuple(numbers[id(p)] for p in owner.parameters() if id(p) in numbers)
                 self._handles.append(owner.register_forward_pre_hook(_Call(ref, found)))
-        self._handles.append(module.register_state_dict_pre_hook(_Flush(ref)))
+            if owner._parameters or owner is module:
+                self._flush_before_states(owner)
         for optimizer in optimizers:
             optimizer._deferral = ref
-            self._handles.append(optimizer.torch_optimizer.register_state_dict_pre_hook(_Flush(ref)))
+            self._flush_before_states(optimizer.torch_optimizer)
+
+    def _flush_before_states(self, owner: torch.nn.Module | torch.optim.Optimizer) -> None:
+        flush = _Flush(weakref.ref(self))
+        self._handles.append(owner.register_state_dict_pre_hook(flush))
+        self._handles.append(owner.register_load_state_dict_pre_hook(flush))
 
     def remove(self) -> None:
         for handle in self._handles:
@@ -138,6 +151,13 @@ class Deferral:
         self.places = list(range(len(self.sync.buckets)))
         self._local = {n: (p.grad, _version(p.grad)) for n, p in enumerate(self.sync.parameters)}
         self._steps.clear()
+        self._is_confirmed = False
+
+    @property
+    def is_interrupted(self) -> bool:
+        """Whether this rank's last backward has not come to its end."""
+        is_left = self.sync.is_open and not self.sync.is_broken
+        return is_left and not self.places and running_backward() == -1
 
     def _is_untouched(self, number: int) -> bool:
         grad, version = self._local[number]
@@ -145,6 +165,8 @@ class Deferral:
 
     def step_later(self, optimizer: torch.optim.Optimizer) -> None:
         """Take a step when its gradients are there, with the hyperparameters of now."""
+        if self.is_interrupted:  # of which all ranks will be told
+            return
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}
         if any(optimizer is other for other, _ in self._steps):
             self.flush()
@@ -156,16 +178,29 @@ class Deferral:
                     f"DataParallel: the gradient of {self.sync.names[number]} was changed between backward and step, when "
                     f"it was this rank's part; call synchronize() after backward"
                 )
+        if self._is_whole(optimizer):
+            self.flush()
+            optimizer.step()
+            return
         self._steps.append((optimizer, [_hyperparameters(group) for group in optimizer.param_groups]))
         optimizer._opt_called = True  # type: ignore[attr-defined]  # what learning-rate schedulers ask for
+
+    def _is_whole(self, optimizer: torch.optim.Optimizer) -> bool:
+        """Whether hooks belong to the step, or gradients that are in no bucket, such as of what is trained again."""
+        hooks = [optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks]
+        if any((*hooks, of_torch._global_optimizer_pre_hooks, of_torch._global_optimizer_post_hooks)):
+            return True
+        waited_for = {id(self.sync.parameters[n]) for n in self.sync.places}
+        held = (p for group in optimizer.param_groups for p in group["params"])
+        return any(p.grad is not None and id(p) not in waited_for for p in held)
 
     def call(self, numbers: Sequence[int]) -> None:
         """A layer is about to use these parameters."""
         self._called.update(numbers)
-        if self.places:
-            self._put_in({self.sync.places[n] for n in numbers if n in self.sync.places})
+        self._put_in({self.sync.places[n] for n in numbers if n in self.sync.places})
 
     def begin_forward(self) -> None:
+        self._confirm(self.is_interrupted, in_forward=True)
         self._after.clear()
         self._called.clear()
         self.call(list(self._eager))
@@ -190,7 +225,34 @@ class Deferral:
         """Wait for all sums and take the steps."""
         self._put_in(set(self.places))
 
+    def begin_backward(self) -> None:
+        """What is open now is not of this backward."""
+        self._confirm(failed=self.sync.is_open and not self.places)
+        self.flush()
+
+    def _confirm(self, failed: bool, in_forward: bool = False) -> None:
+        """Before any step is taken, raise on all ranks where backward has ended well on some of them only."""
+        if failed or (self.places and not self._is_confirmed):
+            places, self.places = self.places, []
+            ended_well = self.sync.abandon() if failed else self.sync.confirm()
+            if ended_well == len(self.sync.team):
+                self.places, self._is_confirmed = places, True
+            elif ended_well:
+                self._tell(failed, in_forward)
+        if in_forward and self._owes_error:
+            self._owes_error = False
+            raise RuntimeError(_FAILED)
+
+    def _tell(self, failed: bool, in_forward: bool) -> None:
+        """Raise, but not in another kind of call than those ranks where backward has ended well: it may be another step's."""
+        told = any(self.sync.transport.gather_objects(self.sync.team, in_forward and not failed))
+        if failed and told is not in_forward:
+            self._owes_error = told
+            return
+        raise RuntimeError(_FAILED)
+
     def _put_in(self, places: set[int]) -> None:
+        self._confirm(self.is_interrupted)
         for place in sorted(places & set(self.places)):
             self.places.remove(place)
             self._apply(self.sync.complete(place))

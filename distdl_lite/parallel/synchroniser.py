@@ -8,6 +8,7 @@ import weakref
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 
@@ -25,6 +26,7 @@ Found = list[tuple[int, torch.Tensor | None]]  # parameters' numbers, and the su
 INLINE_BYTES = 2 << 20
 SECONDS = 1800.0  # to wait for other ranks
 _SETTLED = "_distdl_settled"  # says of a gradient over which ranks it has been summed
+BAD_WEIGHT = "DataParallel: the loss_weight of some rank is negative or not finite"
 _serials = itertools.count()
 LANES = 8  # containers whose sums may be under way at once; communicators are few
 
@@ -40,6 +42,12 @@ class Options:
     bucket_bytes: int = 4 << 20
     comm_hook: Callable[[Bucket], None] | None = None
     timeout: float | None = None
+
+
+def as_weight(value: Any) -> float:
+    """A rank's weight in the mean; where it is none, what makes the sum of all ranks' tell them so."""
+    weight = float(value)
+    return weight if 0 <= weight < math.inf else math.nan
 
 
 class Synchroniser:
@@ -263,7 +271,8 @@ class Synchroniser:
         place = self.places.get(number)
         if place is not None:
             self.buckets[place].missing -= 1
-            while self.options.overlap and self.may_start and len(self._pending) < len(self.buckets):
+            # The last one waits for the end, as it tells on how many ranks backward has ended well.
+            while self.options.overlap and self.may_start and len(self._pending) < len(self.buckets) - 1:
                 if self.buckets[len(self._pending)].missing or not self.buckets[len(self._pending)].numbers:
                     break
                 self._start()
@@ -302,7 +311,7 @@ class Synchroniser:
             return 0.0, 0.0
         if not self._divides or self.options.average == "ranks":
             return self._scale, 1.0
-        weight = self.count if self.weight is None else float(self.weight)
+        weight = self.count if self.weight is None else as_weight(self.weight)
         return (weight if self.options.average == "samples" else 1.0) * self._scale, weight
 
     def _sum(self, flat: torch.Tensor, fill: Callable[[], None] | None = None) -> Pending:
@@ -338,28 +347,27 @@ class Synchroniser:
                 f"some rank did not take part"
             )
 
-    def abandon(self) -> None:
-        """Complete the sums of a backward that failed: other ranks may have started more of them."""
+    def abandon(self) -> int:
+        """Complete a backward that failed, as other ranks do; on how many of them it has ended well."""
         self._takes_part = False
-        while len(self._pending) < len(self.buckets):
-            self._start(mark=0.0)
-        for place in range(len(self.buckets)):
-            self._wait(place)
-        self.is_open = False
-        self.count, self.weight = 0.0, None
+        self.start_rest(mark=0.0)
+        ended_well, self.is_open = self.confirm(), False
+        return ended_well
 
     def finish(self) -> bool:
         """Complete a backward, and put the sums into ``.grad``. Whether any rank took part."""
         any_takes_part = self.start_rest()
+        if self.confirm() < len(self.team):
+            raise RuntimeError("DataParallel: backward failed on another rank, whose gradients are lacking")
         for place in range(len(self.buckets)):
             self.put(self.complete(place))
         self.close()
         return any_takes_part
 
-    def start_rest(self) -> bool:
+    def start_rest(self, mark: float = 1.0) -> bool:
         """Start all sums that have not, and do what other ranks must do too. Whether any rank took part."""
         while len(self._pending) < len(self.buckets):
-            self._start()
+            self._start(mark)
         self._results = {0: self._result(0)}
         active, leads, changed, *self._trained = self.buckets[0].header
         self.put(self._unplanned())
@@ -370,6 +378,24 @@ class Synchroniser:
             self.sync_buffers()  # else join makes all equal in the end
         return active > 0
 
+    def confirm(self) -> int:
+        """Wait until it is known on how many ranks backward has ended well; unless on all, its sums are of no use."""
+        last = len(self.buckets) - 1
+        if last not in self._results:
+            self._results[last] = self._result(last)
+        if self._marks < len(self.team):
+            self._give_up()
+        elif not math.isfinite(self._total):
+            self._give_up()
+            raise ValueError(BAD_WEIGHT)
+        return self._marks
+
+    def _give_up(self) -> None:
+        for place in range(1, len(self.buckets) - 1):  # before they are filled anew
+            self._wait(place)
+        self.is_open = False
+        self.count, self.weight = 0.0, None
+
     def complete(self, place: int) -> Found:
         """The sums of a bucket, None for a parameter without gradient on any rank."""
         return self._results.pop(place) if place in self._results else self._result(place)
@@ -377,14 +403,9 @@ class Synchroniser:
     def _result(self, place: int) -> Found:
         self._wait(place)
         values, weight, marks = self.buckets[place].unpack(self._divides, self._scale)
+        self._marks = round(marks)
         if place == 0:
             self._total = weight
-        if round(marks) != len(self.team):
-            for later in range(place + 1, len(self.buckets)):  # before they are filled anew
-                self._wait(later)
-            self.is_open = False
-            self.count, self.weight = 0.0, None
-            raise RuntimeError("DataParallel: backward failed on another rank, whose gradients are lacking")
         return list(zip(self.buckets[place].numbers, values, strict=True))
 
     def close(self) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
+import math
 import time
 from collections.abc import Callable
 from typing import Any
@@ -68,9 +70,12 @@ def test_different_models(ranks: int) -> None:
             (mlp(3, 4, 2, 2), f"the ranks hold different modules: of ranks 0 and {ranks - 1}, one lacks 4.weight"),
             (nn.Sequential(*mlp(3, 4, 2), nn.BatchNorm1d(2)), "one lacks 3.weight"),
             (nn.Tanh(), "one lacks 0.weight"),
+            (mlp(3, 4, 2).to("meta"), f"rank {ranks - 1} has ('0.weight', (4, 3), 'float64', 'meta'), rank 0 ('0.weight',"),
         ]  # fmt: skip
         for module, text in other:
             refused(world, lambda m=module: dl.DataParallel(m if last else mlp(3, 4, 2)), text)
+        without_data = "0.weight, 0.bias of all ranks is on the device meta, without data"
+        refused(world, lambda: dl.DataParallel(mlp(3, 4).to("meta")), without_data)
         dl.DataParallel(mlp(3, 4, 2))(draw(2, 3)).sum().backward()  # all are still together
 
     spmd(ranks, body)
@@ -80,7 +85,7 @@ def test_different_models(ranks: int) -> None:
 @on_ranks(3, mpi=True)
 def test_different_options(world: dl.Partition) -> None:
     changes = {"average": "sum", "sync_buffers": "none", "engine": "inline", "overlap": False, "init": "check"}
-    for name, value in {**changes, "bucket_mb": 1.0}.items():
+    for name, value in {**changes, "bucket_mb": 1.0, "dim": -1, "timeout": 5}.items():
         options = {name: value} if world.rank == 1 else {}
         refused(
             world,
@@ -184,6 +189,41 @@ def test_rows_of_failed_backwards_do_not_count(world: dl.Partition) -> None:
         dp(parts[-1]).square().sum().backward()
         (single(x).square().sum() / 6).backward()
         assert_gradients(dp, single)
+
+
+@pytest.mark.check("A8")
+@on_ranks(3, mpi=True)
+def test_weights_that_are_none(world: dl.Partition) -> None:
+    """They travel with the gradients: all ranks raise, and go on from there."""
+    text = "DataParallel: the loss_weight of some rank is negative or not finite"
+    x = draw(6, 3)
+    mine = x[2 * world.rank :][:2]
+    cases: list[dict[str, Any]] = [{}, {"bucket_mb": 1e-5}, {"average": "sum", "engine": "poll"}, {"norm": True}]
+    for options, bad in itertools.product(cases, (math.nan, math.inf, -1.0)):
+        model = nn.Sequential(*mlp(3, 4, 2), *([dl.SyncBatchNorm(2).double()] if "norm" in options else []))
+        dp, single = twins(model, **{name: value for name, value in options.items() if name != "norm"})
+        loss = mean_square(dp(mine))
+        dp.weight = bad if world.rank == 1 else 2
+        refused(world, loss.backward, text)
+        for weighted in (dp, single):
+            weighted.zero_grad()
+        (dp(mine).square().sum() / (2 if dp._options.average == "sum" else 4)).backward()
+        if "norm" not in options:
+            mean_square(single(x)).backward()
+            assert_gradients(dp, single)
+    optimizer = dl.DataParallelOptimizer(torch.optim.SGD(single.parameters(), 0.1))
+    dp = dl.DataParallel(single[:3], world, optimizer, update="deferred", bucket_mb=1e-5)
+    before = copy.deepcopy(dp.state_dict())
+    for step in range(2):
+        dp.weight = math.nan if world.rank != 1 and not step else None
+        optimizer.zero_grad()
+        mean_square(dp(mine)).backward()
+        optimizer.step()
+        if not step:
+            refused(world, lambda: dp(mine), text)
+            assert all(map(torch.equal, before.values(), dp.state_dict().values()))
+    assert not torch.equal(dp.state_dict()["0.weight"], before["0.weight"])
+    dp.check_replicas()
 
 
 @pytest.mark.check("A12")

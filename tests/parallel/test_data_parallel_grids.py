@@ -182,6 +182,46 @@ def test_replicas_on_some_ranks_of_the_batch_axis_are_refused(world: dl.Partitio
         dl.DataParallel(model, P)
 
 
+@pytest.mark.check("A42")
+@on_ranks(4, mpi=True)
+def test_layers_that_sum_beside_plain_ones_that_get_a_mean_are_refused(world: dl.Partition) -> None:
+    """Their gradients would have another scale; not so where only one kind is trained, or gradients are weighed before."""
+    P = world.grid((2, 1, 2, 1))
+
+    def both(P: dl.CartesianPartition = P) -> nn.Sequential:
+        conv = dnn.DistributedConv2d(P, 2, 3, 3, padding=1, dtype=torch.float64)
+        return nn.Sequential(conv, dnn.DistributedMean(P, (2, 3)), nn.Linear(3, 3).double())
+
+    for average in ("samples", "sum", "ranks"):
+        for frozen in (None, 1):
+            model = both()
+            if frozen == world.rank:  # what one rank trains is trained
+                model[2].requires_grad_(False)
+            text = (
+                r"the gradient of 0\.weight is summed over the batch axis by its layer, that of 2\.weight by the container, "
+                rf'whose average="{average}" has another scale: write average="none" and a loss over P, or build'
+            )
+            with pytest.raises(ValueError, match=text):
+                dl.DataParallel(model, P, average=average)
+    for of_layer in (0, 2):
+        model = both()
+        model[of_layer].requires_grad_(False)
+        dl.DataParallel(model, P)
+    dl.DataParallel(both(), P, average="none")
+    Q = world.grid((2, 1, 1, 1), [0, 1])
+    if Q.active:
+        torch.manual_seed(0)
+        dp = dl.DataParallel(
+            nn.Sequential(*both(Q), dl.SyncBatchNorm(3, P=Q.create_partition_inclusive([0, 1])).double()), Q
+        )
+        torch.manual_seed(0)
+        single = nn.Sequential(serial(Q, 2, 3), nn.Flatten(2), nn.Linear(3, 3).double(), nn.BatchNorm1d(3).double())
+        x = draw(5, 2, 4, 5)
+        mean_square(dp(x[Q.block(x.shape)])).backward()
+        mean_square(single[3](single[2](single[0](x).mean((2, 3))))).backward()
+        assert_gradients(dp, single)
+
+
 @pytest.mark.check("A2")
 @on_ranks(2)
 def test_containers_as_layers(world: dl.Partition) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from ranks import on_ranks
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import distdl_lite as dl
 
@@ -140,15 +141,30 @@ def test_whatever_is_done_between_the_steps(world: dl.Partition) -> None:
         dp(batch(world, 50)).square().mean().backward()
         optimizer.step()
 
+    def loads_optimizer_first(dp: Any, optimizer: Any) -> None:
+        optimizer.load_state_dict(optimizer.kept)
+        dp.load_state_dict(optimizer.module_kept)
+
+    def loads_module_first(dp: Any, optimizer: Any) -> None:
+        dp.module.load_state_dict(optimizer.module_kept)
+        optimizer.torch_optimizer.load_state_dict(optimizer.kept)
+
+    def loads_a_layer(dp: Any, optimizer: Any) -> None:
+        seen.extend(v.clone() for v in dp.module[3].state_dict().values())
+        dp.module[3].load_state_dict(net()[3].state_dict())
+
     def nothing(dp: Any, optimizer: Any) -> None:
         pass
 
     for between in (evaluates, evaluates_in_training_mode, saves, saves_optimizer, looks, zeros, forgets, copies, scales,
-                    accumulates, nothing):  # fmt: skip
+                    accumulates, loads_optimizer_first, loads_module_first, loads_a_layer, nothing):  # fmt: skip
         results = []
         for dp, optimizer in pair(world, OPTIMIZERS["Adam"]):
             seen: list[torch.Tensor] = []
+            train(world, dp, optimizer, steps=2)
+            optimizer.module_kept, optimizer.kept = copy.deepcopy((dp.state_dict(), optimizer.state_dict()))
             train(world, dp, optimizer, between=between)
+            train(world, dp, optimizer, steps=1)
             results.append((dp, seen))
         assert_same(results[0][0], results[1][0], between.__name__)
         assert len(results[0][1]) == len(results[1][1])
@@ -250,6 +266,65 @@ def test_weights_used_without_their_layer(world: dl.Partition) -> None:
         train(world, dp, optimizer)
 
 
+@pytest.mark.check("A26")
+@on_ranks(2)
+def test_steps_that_are_not_cut_into_parts(world: dl.Partition) -> None:
+    """Of what is trained again, or no more, or not the container's; and those with hooks, which see them whole."""
+
+    def train_again(dp: Any, optimizer: Any, step: int) -> None:
+        dp.module[0].weight.requires_grad_(step % 3 == 2)
+
+    def train_no_more(dp: Any, optimizer: Any, step: int) -> None:
+        dp.module[3].weight.requires_grad_(step == 0)
+
+    def train_others(dp: Any, optimizer: Any, step: int) -> None:
+        if not step:
+            dp.other = [torch.nn.Parameter(torch.ones(3, dtype=torch.float64))]
+            optimizer.add_param_group({"params": dp.other})
+        dp.other[0].grad = torch.full((3,), 1.0 + step, dtype=torch.float64)
+
+    def clip_before(dp: Any, optimizer: Any, step: int) -> None:
+        def hook(*args: Any) -> None:
+            torch.nn.utils.clip_grad_norm_(dp.module.parameters(), 1e-3)
+
+        if not step:
+            optimizer.register_step_pre_hook(hook)
+
+    def clamp_behind(dp: Any, optimizer: Any, step: int) -> None:
+        def hook(*args: Any) -> None:
+            dp.seen.append([p.detach().clone().clamp_(-0.1, 0.1) for p in dp.module.parameters()])
+            dp.module[0].weight.data.clamp_(-0.1, 0.1)
+
+        if not step:
+            dp.seen = []
+            optimizer.torch_optimizer.register_step_post_hook(hook)
+
+    def count_all(dp: Any, optimizer: Any, step: int) -> None:
+        if not step:
+            dp.seen = []
+            dp.hook = register_optimizer_step_post_hook(
+                lambda stepped, *args: dp.seen.append(1) if stepped is optimizer.torch_optimizer else None
+            )
+        elif step == 5:
+            dp.hook.remove()
+
+    for act in (train_again, train_no_more, train_others, clip_before, clamp_behind, count_all):
+        made = []
+        for dp, optimizer in pair(world, OPTIMIZERS["Adam"]):
+            for step in range(6):
+                if step % 2:
+                    optimizer.zero_grad()
+                act(dp, optimizer, step)
+                dp(batch(world, step)).square().mean().backward()
+                optimizer.step()
+            made.append(dp)
+        assert_same(*made, act.__name__)
+        for name in {"seen", "other"} & made[0].__dict__.keys():
+            first, second = (torch.utils._pytree.tree_leaves(dp.__dict__[name]) for dp in made)
+            assert len(first) == len(second), act.__name__
+            assert all(map(torch.equal, *(map(torch.as_tensor, told) for told in (first, second)))), act.__name__
+
+
 @on_ranks(2)
 def test_a_serial_checkpoint_of_a_container(world: dl.Partition) -> None:
     """It has the module's names, and what has been deferred; all of it goes back into a container."""
@@ -293,6 +368,80 @@ def test_two_optimizers_and_a_failed_forward(world: dl.Partition) -> None:
         states.append(dp.state_dict())
     for name in states[0]:
         assert torch.equal(states[0][name], states[1][name]), name
+
+
+class Breaks(torch.autograd.Function):
+    """The identity, until it is gone back through where told to."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, breaks: bool) -> torch.Tensor:
+        ctx.breaks = breaks
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> Any:
+        if ctx.breaks:
+            raise ArithmeticError("broke in backward")
+        return gradient, None
+
+
+class Fragile(torch.nn.Module):
+    """Breaks in backward after so many layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers, self.place = net(), -1
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for n, layer in enumerate(self.layers):
+            x = layer(Breaks.apply(x, n == self.place))
+        return x
+
+
+@pytest.mark.check("A26")
+@on_ranks(3, mpi=True)
+def test_backwards_that_fail_on_some_ranks(world: dl.Partition) -> None:
+    """All leave out the step, and raise in the same call, whatever the rank that failed had already sent."""
+
+    def steps(dp: Any, optimizer: Any, broken: Any, clips: bool = False) -> list[str]:
+        log = []
+        for step in range(6):
+            place = broken.get((step, world.rank), -1)
+            dp.module.place = place
+            try:
+                optimizer.zero_grad()
+                dp(batch(world, step).requires_grad_()).square().mean().backward()
+                if clips:
+                    dp.synchronize()
+                optimizer.step()
+                log.append("")
+            except (ArithmeticError, RuntimeError) as error:
+                log.append(str(error))
+        return log
+
+    at_once_told = "DataParallel: backward failed on another rank, whose gradients are lacking"
+    told = "DataParallel: backward failed on some rank, so its update is left out on all of them"
+    first, some, last, each = [0], [0, 1], [2], [0, 1, 2]
+    for place, failing, engine, clips in (
+        (0, last, "inline", False), (0, first, "thread", True), (2, some, "poll", False), (3, first, "thread", False),
+        (3, last, "inline", True), (3, each, "thread", False), (5, first, "inline", False), (5, some, "poll", True),
+    ):  # fmt: skip
+        broken = {(2, rank): place for rank in failing}
+        (now, at_once), (dp, optimizer) = pair(world, OPTIMIZERS["Adam"], Fragile, engine=engine)
+        log = steps(now, at_once, broken)
+        mine = "broke in backward" if world.rank in failing else at_once_told
+        assert log == ["", "", mine, "", "", ""], (place, failing, log)
+        now.check_replicas()
+        log = steps(dp, optimizer, broken, clips)
+        mine = "broke in backward" if world.rank in failing else told if clips else ""
+        after = told if len(failing) < 3 and not clips else ""
+        assert log == ["", "", mine, after, "", ""], (place, failing, log)
+        dp.check_replicas()
+    dp, optimizer = list(pair(world, OPTIMIZERS["Adam"], Fragile))[1]
+    steps(dp, optimizer, {(5, 1): 3})
+    with pytest.raises(RuntimeError, match="backward failed on some rank"):
+        dp.eval()
+    dp.check_replicas()
 
 
 def test_arguments() -> None:
