@@ -13,7 +13,6 @@ from typing import Any
 from weakref import WeakValueDictionary, finalize
 
 import torch
-from torch.autograd.function import once_differentiable
 from torch.utils import _pytree as pytree
 
 from distdl_lite.nn.module import Module, TensorStructure, check_alike
@@ -483,7 +482,6 @@ class _Returned(torch.autograd.Function):
         return tuple(returned)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *gradients: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
         container, run, told = ctx.container, ctx.run, None
         try:
@@ -491,10 +489,30 @@ class _Returned(torch.autograd.Function):
         except RuntimeError as error:  # a second backward through a graph that was not kept
             told = Told.of(error, _NAME)
         content = _keeps_graph(), [gradient is not None for gradient in gradients]
-        with unwrapped():
+        with unwrapped(), torch.no_grad():
             order = container._meet("backward", run.number, content, told)
             found = container._backward(run, order, gradients if ctx.empty is None else None)
-        return (None, None, None, None, *(found if ctx.empty is None else ctx.empty))
+        found = found if ctx.empty is None else ctx.empty
+        if torch.is_grad_enabled() and found:
+            found = _Once.apply(container, run.number, ANCHOR, *found)
+        return (None, None, None, None, *found)
+
+
+class _Once(torch.autograd.Function):
+    """The identity of gradients, through which no rank can go back: their own graph was on several ranks."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, container: RootDataParallel, number: int, anchor: torch.Tensor, *found: torch.Tensor | None
+    ) -> tuple[torch.Tensor | None, ...]:
+        ctx.container, ctx.number = container, number
+        return tuple(None if gradient is None else gradient.detach() for gradient in found)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor | None) -> Any:
+        error = RuntimeError("a gradient of a gradient is not supported: its graph is on several ranks")
+        with unwrapped():
+            ctx.container._meet("backward", ctx.number, error=Told.of(error, _NAME))
 
 
 def _keeps_graph() -> bool:

@@ -426,7 +426,7 @@ def test_unused(world: dl.Partition) -> None:
             y.sum().backward()
         y, _, other = dp(x.double())
         (g,) = torch.autograd.grad((y * y).sum(), net.c, create_graph=True)
-        with pytest.raises(RuntimeError, match="once_differentiable"):
+        with pytest.raises(RuntimeError, match="a gradient of a gradient is not supported"):
             g.backward()
     else:
         for _ in range(3):
@@ -436,7 +436,37 @@ def test_unused(world: dl.Partition) -> None:
         y.sum().backward()
         with pytest.raises(RuntimeError, match="Trying to backward through the graph a second time"):
             y.sum().backward()
-        dp().sum().backward()
+        y = dp()
+        y.sum().backward(retain_graph=True)
+        with pytest.raises(RuntimeError, match="a gradient of a gradient is not supported"):
+            y.sum().backward()
+
+
+@a27
+@on_ranks(2, mpi=True)
+def test_a_gradient_of_a_gradient_is_refused(world: dl.Partition) -> None:
+    """Also where what comes back from the loss requires no gradient, so that torch sees nothing to differentiate."""
+    dp, x = dl.RootDataParallel(build(mlp), world), real(5, 3)
+
+    def refused(y: torch.Tensor, of: torch.Tensor) -> tuple[type, str]:
+        (g,) = torch.autograd.grad(y.sum(), of, create_graph=True)
+        return told(world, (y.square().mean() + g.square().mean()).backward)
+
+    expected = (
+        RuntimeError,
+        "RootDataParallel: a gradient of a gradient is not supported: its graph is on several ranks",
+    )
+    of = x if world.rank == 0 else real(0)
+    assert refused(dp(of), of) == expected
+    with dp.serve() as at_root:
+        if at_root:
+            y = dp(x)
+            with pytest.raises(RuntimeError, match="a gradient of a gradient is not supported"):
+                torch.autograd.grad(y.sum(), x, create_graph=True)[0].sum().backward()
+            z = dp(x) * (scale := real())
+            (g,) = torch.autograd.grad(z.square().sum(), scale, create_graph=True)  # not through the container
+            (expected,) = torch.autograd.grad(4 * (dp(x) ** 2).sum() * scale.detach(), x)
+            assert_same(torch.autograd.grad(2 * g, x)[0], expected)
 
 
 @on_ranks(2)
