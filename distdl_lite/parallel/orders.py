@@ -43,16 +43,18 @@ class Told:
         return made
 
 
-class _Pickler(pickle.Pickler):
-    def persistent_id(self, value: Any) -> None:
+class Pickler(pickle.Pickler):
+    """Refuses what would lose its gradient."""
+
+    def persistent_id(self, value: Any) -> Any:
         if isinstance(value, torch.Tensor) and value.requires_grad:
             raise TypeError("a tensor that requires grad is inside an object that is no tuple, list or dict")
 
 
 def pickled(value: Any) -> bytes:
-    """The bytes of host data, which must not hold what would lose its gradient."""
+    """The bytes of host data."""
     file = io.BytesIO()
-    _Pickler(file).dump(value)
+    Pickler(file).dump(value)
     return file.getvalue()
 
 
