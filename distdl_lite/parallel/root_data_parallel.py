@@ -183,7 +183,7 @@ class RootDataParallel(torch.nn.Module):
             return self.module(*args, **kwargs)
         leaves, nesting = pytree.tree_flatten((args, kwargs))
         tensors = [value for value in leaves if isinstance(value, torch.Tensor)]
-        with unwrapped():
+        with self._together():
             if self._is_root:
                 return self._forward_on_root(leaves, nesting, tensors)
             return self._forward_elsewhere(tensors)
@@ -250,9 +250,9 @@ class RootDataParallel(torch.nn.Module):
                 aliases = {name: t for name, t in names if weights is not None and t.requires_grad}
                 result = apply(self.module, call, blocks, aliases if call.is_grad_enabled else {})
                 report = Report.of(result.nesting, result.items)
-        except Exception as error:
+        except BaseException as error:
             told = self._told(error)
-        outputs = self._outputs(self._gather(told, report))
+        outputs = self._outputs(self._gather("outputs", order.number, report, told))
         if self._is_root and self._blocks:
             self._settings.note(self.module)  # what forward has changed, it may have on any rank
         local = None if result is None else result.tensors
@@ -327,9 +327,9 @@ class RootDataParallel(torch.nn.Module):
         found: list[torch.Tensor | None] = [None] * len(run.leaves)
         try:
             found = local_gradients(run, received, keep)
-        except Exception as error:
+        except BaseException as error:
             told = self._told(error)
-        masks = self._gather(told, [gradient is not None for gradient in found]).values()
+        masks = self._gather("gradients", run.number, [gradient is not None for gradient in found], told).values()
         used = [any(flags) for flags in zip(*masks, strict=True)]
         return self._summed(run, found, used)
 
@@ -365,21 +365,22 @@ class RootDataParallel(torch.nn.Module):
         return self._team.place
 
     def _meet(self, kind: str, number: int = 0, content: Any = None, error: Told | None = None) -> Order:
-        team = self._team
         dropped = tuple(self._dropped)
         del self._dropped[: len(dropped)]
         mine = Order(kind, self._number, number, content, error, dropped)
-        return meet(_NAME, team.transport, team.ranks, team.root_rank, mine)[team.root_rank]
+        order = self._orders(mine)[self._team.root_rank]
+        self._team.transport.local[_IN_CALL] = order.kind != "leave"
+        return order
 
-    def _gather(self, told: Told | None, value: Any) -> dict[int, Any]:
-        """What ranks have, by position, without those that have None; the first error is raised on all."""
-        gathered = self._team.transport.gather_objects(self._team.ranks, (told, value))
-        for error, _ in gathered:
-            if error is not None:
-                raise Agreed(error)
-        return {place: found for place, (_, found) in enumerate(gathered) if found is not None}
+    def _gather(self, kind: str, number: int, value: Any, error: Told | None) -> dict[int, Any]:
+        """What ranks have, by position, without those that have None."""
+        orders = self._orders(Order(kind, self._number, number, value, error))
+        return {place: order.content for place, order in enumerate(orders.values()) if order.content is not None}
 
-    def _told(self, error: Exception) -> Told:
+    def _orders(self, mine: Order) -> dict[int, Order]:
+        return meet(_NAME, self._team.transport, self._team.ranks, self._team.root_rank, mine)
+
+    def _told(self, error: BaseException) -> Told:
         return Told.of(error, f"{_NAME}: replica {self._place}, on rank {self._team.transport.rank}", traced=True)
 
     def _weights_operator(self, size: int) -> Operator:
@@ -413,13 +414,25 @@ class RootDataParallel(torch.nn.Module):
             if not self._is_root:
                 self._answer_until_left()
         self._enter(1)
+        self._team.transport.local[_IN_CALL] = False
         try:
             yield self._is_root
         finally:
             self._enter(-1)
-            if self._is_root and len(self._team.ranks) > 1:
+            if self._is_root and len(self._team.ranks) > 1 and not self._team.transport.local.get(_IN_CALL):
                 with unwrapped():
                     self._meet("leave")
+
+    @contextmanager
+    def _together(self) -> Iterator[None]:
+        """A forward or backward; what the other ranks are not told of leaves them in it."""
+        with unwrapped():
+            try:
+                yield
+            except Agreed:
+                self._team.transport.local[_IN_CALL] = False
+                raise
+        self._team.transport.local[_IN_CALL] = False
 
     @property
     def _blocks(self) -> int:
@@ -439,8 +452,9 @@ class RootDataParallel(torch.nn.Module):
             try:
                 order = self._meet("serve", content={n: tuple(other._served) for n, other in containers.items()})
                 containers[order.container]._answer(order)
-            except Agreed:  # the root raises it
-                continue
+            except Agreed as agreed:  # the root raises it
+                if agreed.is_over:
+                    raise
         self._left = max(self._left - 1, 0)
         for other in containers.values():
             other._served.clear()
@@ -460,6 +474,7 @@ class RootDataParallel(torch.nn.Module):
 
 _NUMBER = "number of the latest RootDataParallel"
 _CONTAINERS = "RootDataParallel by number"
+_IN_CALL = "whether the ranks are inside a call of RootDataParallel"
 _BLOCKS = "blocks of RootDataParallel.serve"
 
 
@@ -521,7 +536,7 @@ class _Returned(torch.autograd.Function):
         except RuntimeError as error:  # a second backward through a graph that was not kept
             told = Told.of(error, _NAME)
         content = _keeps_graph(), [gradient is not None for gradient in gradients]
-        with unwrapped(), torch.no_grad():
+        with container._together(), torch.no_grad():
             order = container._meet("backward", run.number, content, told)
             found = container._backward(run, order, gradients if ctx.empty is None else None)
         found = found if ctx.empty is None else ctx.empty
@@ -543,7 +558,7 @@ class _Once(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor | None) -> Any:
         error = RuntimeError("a gradient of a gradient is not supported: its graph is on several ranks")
-        with unwrapped():
+        with ctx.container._together():
             ctx.container._meet("backward", ctx.number, error=Told.of(error, _NAME))
 
 

@@ -662,6 +662,71 @@ class Steep(nn.Module):
         return FailsBackward.apply(x)
 
 
+class Stops(nn.Module):
+    """Ends the program on one rank, in forward or backward."""
+
+    def __init__(self, rank: int) -> None:
+        super().__init__()
+        self.rank = rank
+
+    def forward(self, x: torch.Tensor, which: int, error: BaseException, phase: str) -> torch.Tensor:
+        return StopsBackward.apply(x, self.stop(which, error) if phase == "forward" else self.stop, which, error)
+
+    def stop(self, which: int, error: BaseException) -> None:
+        if self.rank == which:
+            raise error
+
+
+class StopsBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, stop: Any, *arguments: Any) -> torch.Tensor:
+        ctx.stop, ctx.arguments = stop, arguments
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, g: torch.Tensor) -> Any:
+        ctx.stop(*ctx.arguments)
+        return g, None, None, None
+
+
+@on_ranks(3, mpi=True)
+def test_ends_of_the_program_inside_a_call(world: dl.Partition) -> None:
+    """Stay what they are on the root, and are errors on the others; serve is left as by an error of the script."""
+    dp, x = dl.RootDataParallel(Stops(world.rank), world), real(5, 2)
+    for which in (0, 2):
+        for error in (SystemExit(3), KeyboardInterrupt()):
+            for phase in ("forward", "backward"):
+                kind = type(error) if which == world.rank == 0 else RuntimeError
+                text = f"RootDataParallel: replica {which}, on rank {which}: {type(error).__name__}: {error}"
+                text = str(error) if kind is not RuntimeError else text
+                with pytest.raises(kind) as raised:
+                    call(dp, world, x, which, error, phase).sum().backward()
+                assert str(raised.value) == text
+                if world.rank:
+                    with dp.serve() as at_root:
+                        assert not at_root
+                    continue
+                with pytest.raises(kind) as raised, dp.serve():
+                    dp(x, which, error, phase).sum().backward()
+                assert str(raised.value) == text
+
+
+@on_ranks(2, mpi=True)
+def test_a_call_that_the_root_alone_has_left(world: dl.Partition) -> None:
+    dp = dl.RootDataParallel(Where(world.rank), world)
+    with dp.serve() as at_root:
+        if at_root:
+            dp._block = None
+            with pytest.raises(TypeError, match="NoneType"):
+                dp(torch.ones(()))
+            del dp._block
+            with pytest.raises(
+                RuntimeError, match=r"rank 0, is at forward of container \d+, but rank 1 is at outputs of forward 1 of"
+            ):
+                dp(torch.ones(()))
+            assert dp(torch.ones(())).shape == (1,)
+
+
 class Answers(nn.Module):
     """Returns what it is told to, on the ranks after the first something else."""
 
