@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import pickle
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch._C._autograd import (
+    _pop_saved_tensors_default_hooks,
+    _push_saved_tensors_default_hooks,
+    _top_saved_tensors_default_hooks,
+)
 from torch.func import functional_call
 from torch.utils import _pytree as pytree
 
@@ -122,6 +127,7 @@ def apply(
     """
     arguments = pickle.loads(call.arguments)
     with ExitStack() as modes:
+        modes.enter_context(_no_hooks_from_outside())
         modes.enter_context(torch.set_grad_enabled(call.is_grad_enabled))
         for device, dtype in call.autocast.items():
             if dtype is not None or torch.is_autocast_enabled(device):
@@ -135,6 +141,23 @@ def apply(
             kind = type(item).__name__
             raise TypeError(f"the module returned a {kind} with tensors: register it with torch.utils._pytree")
     return Result(items, nesting, tensors)
+
+
+@contextmanager
+def _no_hooks_from_outside() -> Iterator[None]:
+    """Keep the hooks of saved tensors, such as a checkpoint's around the container, from a graph that is one rank's part.
+
+    A checkpoint would call the container again from the middle of one rank's backward.
+    """
+    hooks = []
+    while (top := _top_saved_tensors_default_hooks(False)) is not None:
+        hooks.append(top)
+        _pop_saved_tensors_default_hooks()
+    try:
+        yield
+    finally:
+        for pair in reversed(hooks):
+            _push_saved_tensors_default_hooks(*pair)
 
 
 def local_gradients(run: Run, received: Sequence[torch.Tensor | None], keep: bool) -> list[torch.Tensor | None]:

@@ -13,6 +13,7 @@ from typing import Any
 from weakref import WeakValueDictionary, finalize
 
 import torch
+from torch._C import _are_functorch_transforms_active, _current_graph_task_id
 from torch.utils import _pytree as pytree
 
 from distdl_lite.nn.module import Module, TensorStructure, check_alike
@@ -191,6 +192,7 @@ class RootDataParallel(torch.nn.Module):
     def _forward_on_root(self, leaves: list[Any], nesting: Any, tensors: list[torch.Tensor]) -> Any:
         call = weights = told = None
         try:
+            self._check_surroundings()
             call, weights = self._call(leaves, nesting, tensors)
         except Exception as error:
             told = Told.of(error, _NAME)
@@ -204,6 +206,15 @@ class RootDataParallel(torch.nn.Module):
         outputs = iter(self._returned(run, [tensor for tensor in (*weights, *tensors) if tensor.requires_grad]))
         items = [next(outputs) if isinstance(item, torch.Tensor) else item for item in result.items]
         return pytree.tree_unflatten(items, result.nesting)
+
+    def _check_surroundings(self) -> None:
+        if _are_functorch_transforms_active():
+            raise RuntimeError("torch.func's transforms (grad, vmap, ...) see the graph of one rank alone")
+        if self._blocks and _current_graph_task_id() != -1:
+            raise RuntimeError(
+                "called again in a backward, as by a checkpoint around it: the ranks in serve() would draw other random "
+                "numbers; put the checkpoint inside the module"
+            )
 
     def _forward_elsewhere(self, tensors: list[torch.Tensor]) -> torch.Tensor:
         told = None

@@ -558,12 +558,29 @@ def test_checkpoints(world: dl.Partition) -> None:
     net = build(partial(Checkpointed, False))
     plain = copy.deepcopy(net)
     dp = dl.RootDataParallel(net, world)
+    for rows in (5, 1):  # with one, the other rank has none to go through again
+        x = real(rows, 3)
+        y = checkpoint(dp, x if world.rank == 0 else real(0), use_reentrant=False)
+        (y.square() if world.rank == 0 else y).sum().backward()
+        if world.rank == 0:
+            plain(x).square().sum().backward()
+            assert_same([p.grad for p in net.parameters()], [p.grad for p in plain.parameters()])
     x = real(5, 3)
-    y = checkpoint(dp, x if world.rank == 0 else real(0), use_reentrant=False)
-    (y.square() if world.rank == 0 else y).sum().backward()
-    if world.rank == 0:
-        plain(x).square().sum().backward()
-        assert_same([p.grad for p in net.parameters()], [p.grad for p in plain.parameters()])
+    with dp.serve() as at_root:
+        if at_root:
+            for reentrant in (False, True):
+                y = checkpoint(dp, x, use_reentrant=reentrant)
+                with pytest.raises(
+                    RuntimeError, match="RootDataParallel: called again in a backward, as by a checkpoint"
+                ):
+                    y.square().sum().backward()
+            for transform in (torch.func.vmap(dp), torch.func.grad(lambda x: dp(x).sum())):
+                with pytest.raises(
+                    RuntimeError, match=r"RootDataParallel: torch.func's transforms \(grad, vmap, ...\) see"
+                ):
+                    transform(x)
+            with torch.autograd.graph.save_on_cpu():
+                assert_same(dp(x), plain(x))
     dp = dl.RootDataParallel(build(partial(Checkpointed, True)), world)
     y = call(dp, world, x)
     with pytest.raises(RuntimeError, match="replica 0, on rank 0: When use_reentrant=True"):
