@@ -14,6 +14,7 @@ from weakref import WeakValueDictionary, finalize
 
 import torch
 from torch._C import _are_functorch_transforms_active, _current_graph_task_id
+from torch._compile import _disable_dynamo
 from torch.utils import _pytree as pytree
 
 from distdl_lite.nn.module import Module, TensorStructure, check_alike
@@ -179,7 +180,12 @@ class RootDataParallel(torch.nn.Module):
     # ---- forward -----------------------------------------------------------------------------------------------------
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Apply the module; see the class."""
+        """Apply the module; see the class. torch.compile does not look inside."""
+        if torch.compiler.is_compiling():
+            return _forward_as_it_is(self, args, kwargs)
+        return self._forward(args, kwargs)
+
+    def _forward(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self._is_root and len(self._team.ranks) == 1:
             return self.module(*args, **kwargs)
         leaves, nesting = pytree.tree_flatten((args, kwargs))
@@ -481,6 +487,11 @@ class RootDataParallel(torch.nn.Module):
                 self._served[order.number] = run
         else:
             self._backward(self._served[order.number], order, None)
+
+
+@_disable_dynamo  # imports dynamo when it is called, not before
+def _forward_as_it_is(container: RootDataParallel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return container._forward(args, kwargs)
 
 
 _NUMBER = "number of the latest RootDataParallel"

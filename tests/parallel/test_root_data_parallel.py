@@ -587,6 +587,23 @@ def test_checkpoints(world: dl.Partition) -> None:
         y.sum().backward()
 
 
+@pytest.mark.filterwarnings("ignore")  # dynamo's own
+@on_ranks(2, mpi=True)
+def test_compiled(world: dl.Partition) -> None:
+    """What is around the container is compiled, and calls it as it is."""
+    dp, x = dl.RootDataParallel(build(mlp), world), real(5, 3)
+    with dp.serve() as at_root:
+        if at_root:
+            inside = torch.compile(lambda x: dp(x * 2).sin(), backend="eager")
+            for rows in range(4, 16):  # more than dynamo recompiles for
+                y = real(rows, 3)
+                assert_same(torch.compile(dp, backend="eager")(y), dp(y))
+                assert_same(inside(y), dp(y * 2).sin())
+            inside(x).sum().backward()
+            (expected,) = torch.autograd.grad(dp(2 * x).sin().sum(), x)
+            assert_same(x.grad, expected)
+
+
 # ---- errors ----------------------------------------------------------------------------------------------------------
 
 
