@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import pickle
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch._C._autograd import (
+    _pop_saved_tensors_default_hooks,
+    _push_saved_tensors_default_hooks,
+    _top_saved_tensors_default_hooks,
+)
 from torch.func import functional_call
 from torch.utils import _pytree as pytree
 
@@ -34,6 +39,8 @@ class Call:
         Of the rows over the ranks.
     news : News
         Of the weights.
+    changes : bytes or None
+        Of the module's settings.
     is_grad_enabled : bool
     autocast : dict from device type to dtype, None where it is off
     """
@@ -43,6 +50,7 @@ class Call:
     copied: dict[int, torch.Tensor]
     cuts: Cuts
     news: News
+    changes: bytes | None
     is_grad_enabled: bool
     autocast: dict[str, torch.dtype | None]
 
@@ -119,6 +127,7 @@ def apply(
     """
     arguments = pickle.loads(call.arguments)
     with ExitStack() as modes:
+        modes.enter_context(_no_hooks_from_outside())
         modes.enter_context(torch.set_grad_enabled(call.is_grad_enabled))
         for device, dtype in call.autocast.items():
             if dtype is not None or torch.is_autocast_enabled(device):
@@ -132,6 +141,23 @@ def apply(
             kind = type(item).__name__
             raise TypeError(f"the module returned a {kind} with tensors: register it with torch.utils._pytree")
     return Result(items, nesting, tensors)
+
+
+@contextmanager
+def _no_hooks_from_outside() -> Iterator[None]:
+    """Keep the hooks of saved tensors, such as a checkpoint's around the container, from a graph that is one rank's part.
+
+    A checkpoint would call the container again from the middle of one rank's backward.
+    """
+    hooks = []
+    while (top := _top_saved_tensors_default_hooks(False)) is not None:
+        hooks.append(top)
+        _pop_saved_tensors_default_hooks()
+    try:
+        yield
+    finally:
+        for pair in reversed(hooks):
+            _push_saved_tensors_default_hooks(*pair)
 
 
 def local_gradients(run: Run, received: Sequence[torch.Tensor | None], keep: bool) -> list[torch.Tensor | None]:

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Sequence
 from datetime import timedelta
+from hashlib import blake2b
 from typing import Any
 
 import numpy
@@ -24,6 +25,8 @@ BACKEND = "distdl"
 DEVICES = ["cpu", "cuda"]
 
 Tensors = Sequence[torch.Tensor]
+
+_UNFINISHED: list[Any] = []  # requests given up, into whose memory MPI may yet write
 
 _Kind = dist.ReduceOp.RedOpType
 _OF_BITS = {_Kind.BAND: "BAND", _Kind.BOR: "BOR", _Kind.BXOR: "BXOR"}
@@ -54,8 +57,8 @@ class MPIProcessGroup(dist.ProcessGroup):
     TimeoutError
         If there is a limit and the other ranks do not come; collectives are refused from then on.
     RuntimeError
-        After the group is destroyed; or where ranks make different calls, if ``TORCH_DISTRIBUTED_DEBUG`` is ``DETAIL``. Errors
-        of MPI itself are mpi4py's ``MPI.Exception``, a RuntimeError too.
+        After the group is destroyed; or where ranks make different calls, if there is a limit or ``TORCH_DISTRIBUTED_DEBUG`` is
+        ``DETAIL``. Errors of MPI itself are mpi4py's ``MPI.Exception``, a RuntimeError too.
     """
 
     _origin: Partition  # the ranks of the default group
@@ -74,8 +77,8 @@ class MPIProcessGroup(dist.ProcessGroup):
         P : Partition or mpi4py.MPI.Comm, optional
             Its ranks, in its order, are those of the group. None is all MPI ranks.
         timeout : float or datetime.timedelta, optional
-            Seconds that a rank waits in a call for the others, the same on all ranks. A call then takes some microseconds
-            more. None waits for ever.
+            Seconds that a rank waits in a call for the others, the same on all ranks. Before each call they then also find
+            out whether it is the same, in some microseconds. None waits for ever.
         store : torch.distributed.Store, optional
             For a program that reads the group's store itself. torch's own parallel modules do without.
 
@@ -156,25 +159,38 @@ class MPIProcessGroup(dist.ProcessGroup):
         """A call of all ranks; with a limit, once all of them have come."""
         if self._closed:
             raise RuntimeError(f"{name}: {self._closed}")
-        if self._is_checked:
+        if self._is_checked or self._limit is not None:
             self._compare(name, arguments)
-        if self._limit is not None:
-            try:
-                self._finish(self._comm.Ibarrier(), name, self._limit)
-            except TimeoutError as error:
-                self._closed = f"a call before has failed: {error}"
-                raise
         getattr(self._comm, name)(*arguments)
 
     def _compare(self, name: str, arguments: Sequence[Any]) -> None:
-        """Raise on all ranks unless they make the same call, for TORCH_DISTRIBUTED_DEBUG=DETAIL."""
+        """Raise on all ranks unless they come within the limit and make the same call.
+
+        One that makes another would not be waited for in vain here, where every rank comes before a call, but in it.
+        """
         arrays = [f" of {a.size} {a.dtype}" for a in arguments if isinstance(a, numpy.ndarray)]
         varies = name.endswith("v")  # how much, from rank to rank
         root = [f" with root {a}" for a in arguments if isinstance(a, int)]
-        calls = self._comm.allgather("".join([name, *([] if varies else arrays[:1]), *root]))
+        call = "".join([name, *([] if varies else arrays[:1]), *root])
+        if self._limit is not None and self._is_same(call, name, self._limit):
+            return
+        calls = self._comm.allgather(call)
         if len(set(calls)) > 1:
             told = ", ".join(f"rank {rank} {call}" for rank, call in enumerate(calls))
             raise RuntimeError(f"the ranks make different calls: {told}")
+
+    def _is_same(self, call: str, name: str, limit: float) -> bool:
+        """Whether all ranks name the same call, once they have come."""
+        number = int.from_bytes(blake2b(call.encode(), digest_size=7).digest(), "big")
+        largest = numpy.array([number, -number])  # of the numbers, and of their negatives
+        request = self._comm.Iallreduce(self._MPI.IN_PLACE, largest, self._MPI.MAX)
+        try:
+            self._finish(request, name, limit)
+        except TimeoutError as error:
+            self._closed = f"a call before has failed: {error}"
+            _UNFINISHED.append(request)
+            raise
+        return bool(largest[0] == -largest[1])
 
     def _finish(self, request: Any, name: str, limit: float | None, status: Any = None) -> None:
         if limit is None:

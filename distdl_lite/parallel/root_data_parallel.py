@@ -13,7 +13,8 @@ from typing import Any
 from weakref import WeakValueDictionary, finalize
 
 import torch
-from torch.autograd.function import once_differentiable
+from torch._C import _are_functorch_transforms_active, _current_graph_task_id
+from torch._compile import _disable_dynamo
 from torch.utils import _pytree as pytree
 
 from distdl_lite.nn.module import Module, TensorStructure, check_alike
@@ -21,7 +22,7 @@ from distdl_lite.nn.movement import zero_volume_tensor
 from distdl_lite.operator import ANCHOR, Operator
 from distdl_lite.parallel.local import Call, Leaf, Result, Run, apply, autocast_modes, local_gradients, slotted
 from distdl_lite.parallel.orders import Agreed, Order, Told, meet, unwrapped
-from distdl_lite.parallel.replica import Weights
+from distdl_lite.parallel.replica import Settings, Weights
 from distdl_lite.parallel.rows import Cuts, Output, Report, Team, cut_rows, dim_in, outputs_of, refusal, rows_in, runs
 from distdl_lite.partition import partition_of
 
@@ -68,13 +69,15 @@ class RootDataParallel(torch.nn.Module):
 
     *Other ranks* take part in each forward and backward. Either they say so: ``dp()`` for a forward, and
     ``dp().sum().backward()`` for one that has a backward, in the root's order. Or they are in `serve`, and the root's script
-    runs as if it were alone.
+    runs as if it were alone: what it changes about the module from the first block of `serve` on, such as attributes, hooks
+    and layers, is pickled and sent with the next forward, or refused on all ranks if it cannot be.
 
     *Weights* travel where the root's have changed, and at the first call: one broadcast per dtype for the parameters, one for
     the buffers. The root compares bits, and keeps a copy for it. Gradients are added up on the root by one reduction per
     dtype; an unused parameter gets none, as in the plain module. Training mode, grad mode and autocast are the root's.
-    Buffers and attributes that the module changes in forward stay changed on the root alone, which sees its own rows, as
-    device 0 does under torch. Dropout draws from each rank's own generator.
+    Buffers that the module changes in forward stay changed on the root alone, which sees its own rows, as device 0 does
+    under torch; attributes that it changes in forward are each rank's own, as are tensors that are no buffers. Dropout draws
+    from each rank's own generator.
 
     *Collectives*: a forward makes two gathers of host objects, a backward too; the rest are the broadcasts, the
     reductions, and one message per tensor and rank.
@@ -87,6 +90,8 @@ class RootDataParallel(torch.nn.Module):
 
     _team: Team
     _weights: Weights
+    _settings: Settings
+    _changes: list[bytes]  # of the root's settings, not yet made here
     _operators: OrderedDict[Any, Operator]
     _forwards: int  # counted by the root
     _served: dict[int, Run]  # by number, those that the root may yet go back through
@@ -175,12 +180,17 @@ class RootDataParallel(torch.nn.Module):
     # ---- forward -----------------------------------------------------------------------------------------------------
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Apply the module; see the class."""
+        """Apply the module; see the class. torch.compile does not look inside."""
+        if torch.compiler.is_compiling():
+            return _forward_as_it_is(self, args, kwargs)
+        return self._forward(args, kwargs)
+
+    def _forward(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self._is_root and len(self._team.ranks) == 1:
             return self.module(*args, **kwargs)
         leaves, nesting = pytree.tree_flatten((args, kwargs))
         tensors = [value for value in leaves if isinstance(value, torch.Tensor)]
-        with unwrapped():
+        with self._together():
             if self._is_root:
                 return self._forward_on_root(leaves, nesting, tensors)
             return self._forward_elsewhere(tensors)
@@ -188,16 +198,29 @@ class RootDataParallel(torch.nn.Module):
     def _forward_on_root(self, leaves: list[Any], nesting: Any, tensors: list[torch.Tensor]) -> Any:
         call = weights = told = None
         try:
+            self._check_surroundings()
             call, weights = self._call(leaves, nesting, tensors)
         except Exception as error:
             told = Told.of(error, _NAME)
         self._forwards += 1
-        run, result = self._run(self._meet("forward", self._forwards, call, told), tensors, weights)
+        order = self._meet("forward", self._forwards, call, told)
+        if order.content.changes is not None:
+            self._settings.note(self.module)
+        run, result = self._run(order, tensors, weights)
         assert weights is not None
         assert result is not None
         outputs = iter(self._returned(run, [tensor for tensor in (*weights, *tensors) if tensor.requires_grad]))
         items = [next(outputs) if isinstance(item, torch.Tensor) else item for item in result.items]
         return pytree.tree_unflatten(items, result.nesting)
+
+    def _check_surroundings(self) -> None:
+        if _are_functorch_transforms_active():
+            raise RuntimeError("torch.func's transforms (grad, vmap, ...) see the graph of one rank alone")
+        if self._blocks and _current_graph_task_id() != -1:
+            raise RuntimeError(
+                "called again in a backward, as by a checkpoint around it: the ranks in serve() would draw other random "
+                "numbers; put the checkpoint inside the module"
+            )
 
     def _forward_elsewhere(self, tensors: list[torch.Tensor]) -> torch.Tensor:
         told = None
@@ -223,7 +246,9 @@ class RootDataParallel(torch.nn.Module):
         copied = {i: tensor.detach().cpu().clone() for i, tensor in enumerate(tensors) if not tensor.dim()}
         arguments = slotted(leaves, nesting)
         news, weights = self._weights.news(self.module)
-        return Call(arguments, structures, copied, cuts, news, torch.is_grad_enabled(), autocast_modes()), weights
+        changes = self._settings.changes(self.module) if self._blocks else None
+        modes = torch.is_grad_enabled(), autocast_modes()
+        return Call(arguments, structures, copied, cuts, news, changes, *modes), weights
 
     def _run(
         self, order: Order, tensors: list[torch.Tensor] | None = None, weights: list[torch.Tensor] | None = None
@@ -242,9 +267,11 @@ class RootDataParallel(torch.nn.Module):
                 aliases = {name: t for name, t in names if weights is not None and t.requires_grad}
                 result = apply(self.module, call, blocks, aliases if call.is_grad_enabled else {})
                 report = Report.of(result.nesting, result.items)
-        except Exception as error:
+        except BaseException as error:
             told = self._told(error)
-        outputs = self._outputs(self._gather(told, report))
+        outputs = self._outputs(self._gather("outputs", order.number, report, told))
+        if self._is_root and self._blocks:
+            self._settings.note(self.module)  # what forward has changed, it may have on any rank
         local = None if result is None else result.tensors
         returned = [self._joined(*output, local and local[i]) for i, output in enumerate(outputs)]
         if not any(output.requires_grad for output, _ in outputs):
@@ -272,6 +299,10 @@ class RootDataParallel(torch.nn.Module):
     def _replica(self, call: Call, weights: list[torch.Tensor] | None) -> list[torch.Tensor]:
         """The module's weights for this forward: on the root aliases, so that hooks see the whole gradient alone."""
         if weights is None:
+            self._changes += [] if call.changes is None else [call.changes]
+            while self._changes:  # those too at which a forward before has failed
+                self.module = self._weights.adapt(self.module, self._changes[0])
+                del self._changes[0]
             return self._weights.install(self.module, call.news.training)
         return [w.detach().requires_grad_() if w.requires_grad and call.is_grad_enabled else w for w in weights]
 
@@ -313,9 +344,9 @@ class RootDataParallel(torch.nn.Module):
         found: list[torch.Tensor | None] = [None] * len(run.leaves)
         try:
             found = local_gradients(run, received, keep)
-        except Exception as error:
+        except BaseException as error:
             told = self._told(error)
-        masks = self._gather(told, [gradient is not None for gradient in found]).values()
+        masks = self._gather("gradients", run.number, [gradient is not None for gradient in found], told).values()
         used = [any(flags) for flags in zip(*masks, strict=True)]
         return self._summed(run, found, used)
 
@@ -351,21 +382,22 @@ class RootDataParallel(torch.nn.Module):
         return self._team.place
 
     def _meet(self, kind: str, number: int = 0, content: Any = None, error: Told | None = None) -> Order:
-        team = self._team
         dropped = tuple(self._dropped)
         del self._dropped[: len(dropped)]
         mine = Order(kind, self._number, number, content, error, dropped)
-        return meet(_NAME, team.transport, team.ranks, team.root_rank, mine)[team.root_rank]
+        order = self._orders(mine)[self._team.root_rank]
+        self._team.transport.local[_IN_CALL] = order.kind != "leave"
+        return order
 
-    def _gather(self, told: Told | None, value: Any) -> dict[int, Any]:
-        """What ranks have, by position, without those that have None; the first error is raised on all."""
-        gathered = self._team.transport.gather_objects(self._team.ranks, (told, value))
-        for error, _ in gathered:
-            if error is not None:
-                raise Agreed(error)
-        return {place: found for place, (_, found) in enumerate(gathered) if found is not None}
+    def _gather(self, kind: str, number: int, value: Any, error: Told | None) -> dict[int, Any]:
+        """What ranks have, by position, without those that have None."""
+        orders = self._orders(Order(kind, self._number, number, value, error))
+        return {place: order.content for place, order in enumerate(orders.values()) if order.content is not None}
 
-    def _told(self, error: Exception) -> Told:
+    def _orders(self, mine: Order) -> dict[int, Order]:
+        return meet(_NAME, self._team.transport, self._team.ranks, self._team.root_rank, mine)
+
+    def _told(self, error: BaseException) -> Told:
         return Told.of(error, f"{_NAME}: replica {self._place}, on rank {self._team.transport.rank}", traced=True)
 
     def _weights_operator(self, size: int) -> Operator:
@@ -398,12 +430,38 @@ class RootDataParallel(torch.nn.Module):
         with unwrapped():
             if not self._is_root:
                 self._answer_until_left()
+        self._enter(1)
+        self._team.transport.local[_IN_CALL] = False
         try:
             yield self._is_root
         finally:
-            if self._is_root and len(self._team.ranks) > 1:
+            self._enter(-1)
+            if self._is_root and len(self._team.ranks) > 1 and not self._team.transport.local.get(_IN_CALL):
                 with unwrapped():
                     self._meet("leave")
+
+    @contextmanager
+    def _together(self) -> Iterator[None]:
+        """A forward or backward; what the other ranks are not told of leaves them in it."""
+        with unwrapped():
+            try:
+                yield
+            except Agreed:
+                self._team.transport.local[_IN_CALL] = False
+                raise
+        self._team.transport.local[_IN_CALL] = False
+
+    @property
+    def _blocks(self) -> int:
+        """How many blocks of `serve` the script is in."""
+        return int(self._team.transport.local.get(_BLOCKS, 0))
+
+    def _enter(self, step: int) -> None:
+        local = self._team.transport.local
+        local[_BLOCKS] = self._blocks + step
+        for other in local[_CONTAINERS].values():
+            if other._is_root and not other._settings.is_known:
+                other._settings.note(other.module)
 
     def _answer_until_left(self) -> None:
         containers = self._team.transport.local[_CONTAINERS]
@@ -411,8 +469,9 @@ class RootDataParallel(torch.nn.Module):
             try:
                 order = self._meet("serve", content={n: tuple(other._served) for n, other in containers.items()})
                 containers[order.container]._answer(order)
-            except Agreed:  # the root raises it
-                continue
+            except Agreed as agreed:  # the root raises it
+                if agreed.is_over:
+                    raise
         self._left = max(self._left - 1, 0)
         for other in containers.values():
             other._served.clear()
@@ -430,8 +489,15 @@ class RootDataParallel(torch.nn.Module):
             self._backward(self._served[order.number], order, None)
 
 
+@_disable_dynamo  # imports dynamo when it is called, not before
+def _forward_as_it_is(container: RootDataParallel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return container._forward(args, kwargs)
+
+
 _NUMBER = "number of the latest RootDataParallel"
 _CONTAINERS = "RootDataParallel by number"
+_IN_CALL = "whether the ranks are inside a call of RootDataParallel"
+_BLOCKS = "blocks of RootDataParallel.serve"
 
 
 def _last_number(transport: Any) -> int:
@@ -443,6 +509,8 @@ def _unused() -> dict[str, Any]:
     return {
         "_team": None,
         "_weights": Weights(),
+        "_settings": Settings(),
+        "_changes": [],
         "_operators": OrderedDict(),
         "_forwards": 0,
         "_served": {},
@@ -483,7 +551,6 @@ class _Returned(torch.autograd.Function):
         return tuple(returned)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *gradients: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
         container, run, told = ctx.container, ctx.run, None
         try:
@@ -491,10 +558,30 @@ class _Returned(torch.autograd.Function):
         except RuntimeError as error:  # a second backward through a graph that was not kept
             told = Told.of(error, _NAME)
         content = _keeps_graph(), [gradient is not None for gradient in gradients]
-        with unwrapped():
+        with container._together(), torch.no_grad():
             order = container._meet("backward", run.number, content, told)
             found = container._backward(run, order, gradients if ctx.empty is None else None)
-        return (None, None, None, None, *(found if ctx.empty is None else ctx.empty))
+        found = found if ctx.empty is None else ctx.empty
+        if torch.is_grad_enabled() and found:
+            found = _Once.apply(container, run.number, ANCHOR, *found)
+        return (None, None, None, None, *found)
+
+
+class _Once(torch.autograd.Function):
+    """The identity of gradients, through which no rank can go back: their own graph was on several ranks."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, container: RootDataParallel, number: int, anchor: torch.Tensor, *found: torch.Tensor | None
+    ) -> tuple[torch.Tensor | None, ...]:
+        ctx.container, ctx.number = container, number
+        return tuple(None if gradient is None else gradient.detach() for gradient in found)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor | None) -> Any:
+        error = RuntimeError("a gradient of a gradient is not supported: its graph is on several ranks")
+        with ctx.container._together():
+            ctx.container._meet("backward", ctx.number, error=Told.of(error, _NAME))
 
 
 def _keeps_graph() -> bool:

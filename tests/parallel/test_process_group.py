@@ -337,6 +337,25 @@ def test_a_limit(group: MPIProcessGroup) -> None:
     dist.barrier()
 
 
+@on_group(3, timeout=60)
+def test_different_calls_are_told_under_a_limit(group: MPIProcessGroup) -> None:
+    """A rank that leaves a call out meets the others at its next."""
+    rank = group.rank()
+    everyones = [values(r, torch.float32) for r in range(3)]
+    check_copies(everyones[rank], everyones, rank)
+    with pytest.raises(
+        RuntimeError,
+        match=r"different calls: rank 0 Barrier, rank 1 Allreduce of 3 float32, rank 2 Allreduce of 3 float32",
+    ):
+        dist.all_reduce(torch.ones(3)) if rank else dist.barrier()
+    with pytest.raises(
+        RuntimeError, match=r"rank 1 Bcast of 8 uint8 with root 0, rank 2 Bcast of 12 uint8 with root 0"
+    ):
+        dist.broadcast(torch.ones(rank + 1), 0)
+    dist.all_reduce(y := torch.ones(3))
+    assert torch.equal(y, torch.full((3,), 3.0))
+
+
 @on_group(3)
 def test_different_calls_are_told_under_debug(group: MPIProcessGroup) -> None:
     before, rank = dist.get_debug_level(), group.rank()

@@ -426,7 +426,7 @@ def test_unused(world: dl.Partition) -> None:
             y.sum().backward()
         y, _, other = dp(x.double())
         (g,) = torch.autograd.grad((y * y).sum(), net.c, create_graph=True)
-        with pytest.raises(RuntimeError, match="once_differentiable"):
+        with pytest.raises(RuntimeError, match="a gradient of a gradient is not supported"):
             g.backward()
     else:
         for _ in range(3):
@@ -436,7 +436,37 @@ def test_unused(world: dl.Partition) -> None:
         y.sum().backward()
         with pytest.raises(RuntimeError, match="Trying to backward through the graph a second time"):
             y.sum().backward()
-        dp().sum().backward()
+        y = dp()
+        y.sum().backward(retain_graph=True)
+        with pytest.raises(RuntimeError, match="a gradient of a gradient is not supported"):
+            y.sum().backward()
+
+
+@a27
+@on_ranks(2, mpi=True)
+def test_a_gradient_of_a_gradient_is_refused(world: dl.Partition) -> None:
+    """Also where what comes back from the loss requires no gradient, so that torch sees nothing to differentiate."""
+    dp, x = dl.RootDataParallel(build(mlp), world), real(5, 3)
+
+    def refused(y: torch.Tensor, of: torch.Tensor) -> tuple[type, str]:
+        (g,) = torch.autograd.grad(y.sum(), of, create_graph=True)
+        return told(world, (y.square().mean() + g.square().mean()).backward)
+
+    expected = (
+        RuntimeError,
+        "RootDataParallel: a gradient of a gradient is not supported: its graph is on several ranks",
+    )
+    of = x if world.rank == 0 else real(0)
+    assert refused(dp(of), of) == expected
+    with dp.serve() as at_root:
+        if at_root:
+            y = dp(x)
+            with pytest.raises(RuntimeError, match="a gradient of a gradient is not supported"):
+                torch.autograd.grad(y.sum(), x, create_graph=True)[0].sum().backward()
+            z = dp(x) * (scale := real())
+            (g,) = torch.autograd.grad(z.square().sum(), scale, create_graph=True)  # not through the container
+            (expected,) = torch.autograd.grad(4 * (dp(x) ** 2).sum() * scale.detach(), x)
+            assert_same(torch.autograd.grad(2 * g, x)[0], expected)
 
 
 @on_ranks(2)
@@ -528,16 +558,50 @@ def test_checkpoints(world: dl.Partition) -> None:
     net = build(partial(Checkpointed, False))
     plain = copy.deepcopy(net)
     dp = dl.RootDataParallel(net, world)
+    for rows in (5, 1):  # with one, the other rank has none to go through again
+        x = real(rows, 3)
+        y = checkpoint(dp, x if world.rank == 0 else real(0), use_reentrant=False)
+        (y.square() if world.rank == 0 else y).sum().backward()
+        if world.rank == 0:
+            plain(x).square().sum().backward()
+            assert_same([p.grad for p in net.parameters()], [p.grad for p in plain.parameters()])
     x = real(5, 3)
-    y = checkpoint(dp, x if world.rank == 0 else real(0), use_reentrant=False)
-    (y.square() if world.rank == 0 else y).sum().backward()
-    if world.rank == 0:
-        plain(x).square().sum().backward()
-        assert_same([p.grad for p in net.parameters()], [p.grad for p in plain.parameters()])
+    with dp.serve() as at_root:
+        if at_root:
+            for reentrant in (False, True):
+                y = checkpoint(dp, x, use_reentrant=reentrant)
+                with pytest.raises(
+                    RuntimeError, match="RootDataParallel: called again in a backward, as by a checkpoint"
+                ):
+                    y.square().sum().backward()
+            for transform in (torch.func.vmap(dp), torch.func.grad(lambda x: dp(x).sum())):
+                with pytest.raises(
+                    RuntimeError, match=r"RootDataParallel: torch.func's transforms \(grad, vmap, ...\) see"
+                ):
+                    transform(x)
+            with torch.autograd.graph.save_on_cpu():
+                assert_same(dp(x), plain(x))
     dp = dl.RootDataParallel(build(partial(Checkpointed, True)), world)
     y = call(dp, world, x)
     with pytest.raises(RuntimeError, match="replica 0, on rank 0: When use_reentrant=True"):
         y.sum().backward()
+
+
+@pytest.mark.filterwarnings("ignore")  # dynamo's own
+@on_ranks(2, mpi=True)
+def test_compiled(world: dl.Partition) -> None:
+    """What is around the container is compiled, and calls it as it is."""
+    dp, x = dl.RootDataParallel(build(mlp), world), real(5, 3)
+    with dp.serve() as at_root:
+        if at_root:
+            inside = torch.compile(lambda x: dp(x * 2).sin(), backend="eager")
+            for rows in range(4, 16):  # more than dynamo recompiles for
+                y = real(rows, 3)
+                assert_same(torch.compile(dp, backend="eager")(y), dp(y))
+                assert_same(inside(y), dp(y * 2).sin())
+            inside(x).sum().backward()
+            (expected,) = torch.autograd.grad(dp(2 * x).sin().sum(), x)
+            assert_same(x.grad, expected)
 
 
 # ---- errors ----------------------------------------------------------------------------------------------------------
@@ -630,6 +694,71 @@ class FailsBackward(torch.autograd.Function):
 class Steep(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return FailsBackward.apply(x)
+
+
+class Stops(nn.Module):
+    """Ends the program on one rank, in forward or backward."""
+
+    def __init__(self, rank: int) -> None:
+        super().__init__()
+        self.rank = rank
+
+    def forward(self, x: torch.Tensor, which: int, error: BaseException, phase: str) -> torch.Tensor:
+        return StopsBackward.apply(x, self.stop(which, error) if phase == "forward" else self.stop, which, error)
+
+    def stop(self, which: int, error: BaseException) -> None:
+        if self.rank == which:
+            raise error
+
+
+class StopsBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, stop: Any, *arguments: Any) -> torch.Tensor:
+        ctx.stop, ctx.arguments = stop, arguments
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, g: torch.Tensor) -> Any:
+        ctx.stop(*ctx.arguments)
+        return g, None, None, None
+
+
+@on_ranks(3, mpi=True)
+def test_ends_of_the_program_inside_a_call(world: dl.Partition) -> None:
+    """Stay what they are on the root, and are errors on the others; serve is left as by an error of the script."""
+    dp, x = dl.RootDataParallel(Stops(world.rank), world), real(5, 2)
+    for which in (0, 2):
+        for error in (SystemExit(3), KeyboardInterrupt()):
+            for phase in ("forward", "backward"):
+                kind = type(error) if which == world.rank == 0 else RuntimeError
+                text = f"RootDataParallel: replica {which}, on rank {which}: {type(error).__name__}: {error}"
+                text = str(error) if kind is not RuntimeError else text
+                with pytest.raises(kind) as raised:
+                    call(dp, world, x, which, error, phase).sum().backward()
+                assert str(raised.value) == text
+                if world.rank:
+                    with dp.serve() as at_root:
+                        assert not at_root
+                    continue
+                with pytest.raises(kind) as raised, dp.serve():
+                    dp(x, which, error, phase).sum().backward()
+                assert str(raised.value) == text
+
+
+@on_ranks(2, mpi=True)
+def test_a_call_that_the_root_alone_has_left(world: dl.Partition) -> None:
+    dp = dl.RootDataParallel(Where(world.rank), world)
+    with dp.serve() as at_root:
+        if at_root:
+            dp._block = None
+            with pytest.raises(TypeError, match="NoneType"):
+                dp(torch.ones(()))
+            del dp._block
+            with pytest.raises(
+                RuntimeError, match=r"rank 0, is at forward of container \d+, but rank 1 is at outputs of forward 1 of"
+            ):
+                dp(torch.ones(()))
+            assert dp(torch.ones(())).shape == (1,)
 
 
 class Answers(nn.Module):
@@ -855,6 +984,146 @@ def test_serving(world: dl.Partition) -> None:
     else:
         with one.serve():
             pass
+
+
+def doubled(module: nn.Module, args: Any, y: torch.Tensor) -> torch.Tensor:
+    return 2 * y
+
+
+class Changing(nn.Module):
+    """Settings of every kind, and some that forward changes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.times, self.powers, self.calls = 1.0, [1, 2], 0
+        self.linear, self.slope, self.drop = nn.Linear(3, 3), nn.LeakyReLU(0.1), nn.Dropout(0.0)
+        self.more = nn.Sequential(nn.Linear(3, 3), nn.Tanh())
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        self.seen = [x.detach()]
+        self.function = lambda: self.calls  # which cannot be pickled, and need not be
+        y = self.drop(self.slope(self.linear(x))) * self.times
+        return self.more(sum(y**power for power in self.powers))
+
+    def halved(self, module: nn.Module, args: tuple[torch.Tensor]) -> torch.Tensor:
+        return args[0] / (2 * self.times)
+
+
+class Around(nn.Module):
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return -self.inner(x)
+
+
+class Elsewhere(nn.Tanh):
+    """Pickled here, refused by the ranks that get it, at first."""
+
+    refused = True
+
+    def __setstate__(self, state: Any) -> None:
+        if Elsewhere.refused:
+            raise Odd("no room")
+        super().__setstate__(state)
+
+
+def wrap(net: Any) -> None:
+    net.linear = Around(net.linear)
+    net.linear.inner.register_forward_hook(doubled)
+
+
+def recur(net: Any) -> None:
+    net.more = nn.LSTM(3, 2, batch_first=True)
+    net.more.register_forward_pre_hook(sequences)
+    net.more.register_forward_hook(first)
+
+
+def sequences(module: nn.Module, args: tuple[torch.Tensor]) -> torch.Tensor:
+    return args[0][:, None]
+
+
+CHANGES: list[Callable[[Any], Any]] = [
+    lambda net: setattr(net, "times", 3),
+    lambda net: setattr(net, "times", -0.5),
+    lambda net: setattr(net.slope, "negative_slope", 0.5),
+    lambda net: setattr(net.drop, "p", 1.0),
+    lambda net: setattr(net.drop, "p", 0.0),
+    lambda net: net.powers.append(3),
+    lambda net: net.linear.register_forward_hook(doubled),
+    lambda net: net.linear._forward_hooks.clear(),
+    lambda net: net.more.register_forward_pre_hook(net.halved),
+    lambda net: setattr(net, "slope", nn.Sigmoid()),
+    lambda net: setattr(net, "slope", net.more[1]),
+    lambda net: setattr(net.linear, "__class__", Bent),
+    wrap,
+    lambda net: setattr(net, "more", nn.Sequential(nn.Linear(3, 7), nn.BatchNorm1d(7), nn.Linear(7, 2))),
+    lambda net: net.more.append(Around(nn.Linear(2, 2))),
+    lambda net: net.more.__delitem__(1),
+    recur,
+    lambda net: setattr(net, "more", None) or setattr(net, "more", nn.Identity()),
+    lambda net: net.__dict__.pop("function"),
+]
+
+
+class Bent(nn.Linear):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x).abs()
+
+
+def first(module: nn.Module, args: Any, y: Any) -> Any:
+    return y[0]
+
+
+@a27
+@on_ranks(3, mpi=True)
+def test_what_a_script_changes_about_the_module(world: dl.Partition) -> None:
+    """Is what the other ranks compute with, in the block, in the next, and not sent where nothing has changed."""
+    net = build(Changing)
+    dp, x = dl.RootDataParallel(net, world), real(7, 3)
+    twin = copy.deepcopy(net)
+    for changes in (CHANGES[: len(CHANGES) // 2], CHANGES[len(CHANGES) // 2 :]):
+        if world.rank == 0:
+            net.times = twin.times = 2.0
+        with dp.serve() as at_root:
+            for change in changes if at_root else []:
+                for module in (net, twin):
+                    build(lambda: change(module))  # noqa: B023
+                (y, z), expected = (dp(x), dp(x)), twin(x)
+                assert_same((y, z), (expected, expected)) if not has_norm(net) else assert_same(y, z)
+                loss_of(y).backward()
+                x.grad = None
+                assert dp._settings.changes(net) is None
+    with dp.serve() as at_root:
+        if at_root:
+            dp.module = build(lambda: nn.Linear(3, 1))
+            assert_same(dp(x), dp.module(x))
+            handle = dp.module.register_forward_hook(lambda module, args, y: 2 * y)
+            with pytest.raises(
+                RuntimeError, match=r"the script has changed _forward_hooks, which .* it on all ranks before serve\(\)"
+            ):
+                dp(x)
+            handle.remove()
+            assert_same(dp(x), dp.module(x))
+            dp.module.register_state_dict_post_hook(lambda *args: None)  # which no forward runs
+            dp.module = build(lambda: nn.Sequential(nn.Linear(3, 1), Elsewhere()))
+            for _ in range(2):
+                with pytest.raises(Odd, match="replica 1, on rank 1: no room"):
+                    dp(x)
+            dp.module[1].kind = "room"
+            expected = dp.module(x)
+            with pytest.raises(Odd, match="replica 1, on rank 1: no room"):
+                dp(x)
+    Elsewhere.refused = False
+    with dp.serve() as at_root:
+        if at_root:
+            assert_same(dp(x), expected)
+
+
+def has_norm(net: nn.Module) -> bool:
+    return any(isinstance(module, nn.BatchNorm1d) for module in net.modules())
 
 
 @on_ranks(2)
