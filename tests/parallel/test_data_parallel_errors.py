@@ -40,6 +40,9 @@ ARGUMENTS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"timeout": float("inf")}, ValueError, "timeout must be positive and finite, not inf"),
     ({"comm_hook": "fp16"}, TypeError, "comm_hook must be callable, not 'fp16'"),
     ({"module": nn.LazyLinear(3)}, ValueError, "the module has lazy parameters; call its forward once before"),
+    ({"update": "later"}, ValueError, "update must be one of now, deferred, not 'later'"),
+    ({"update": "deferred"}, ValueError, 'update="deferred" needs the optimizer'),
+    ({"blocking_parameter_updates": 1}, TypeError, "blocking_parameter_updates must be a bool, not 1"),
     ({"buckets": 3}, TypeError, "unexpected keyword argument 'buckets'"),
 ]
 

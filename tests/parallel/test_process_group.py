@@ -18,7 +18,7 @@ import distdl_lite as dl
 from distdl_lite.parallel.process_group import MPIProcessGroup
 from distdl_lite.testing import spmd
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # torch's modules warn of each other
+pytestmark = [pytest.mark.check("A44"), pytest.mark.filterwarnings("ignore")]  # torch's modules warn of each other
 
 FLOATS = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 INTEGERS = [torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8]

@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 import distdl_lite as dl
 from distdl_lite.parallel.process_group import MPIProcessGroup
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # torch's modules warn of each other
+pytestmark = [pytest.mark.check("A44"), pytest.mark.filterwarnings("ignore")]  # torch's modules warn of each other
 
 
 class Net(nn.Module):

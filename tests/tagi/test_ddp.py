@@ -17,6 +17,8 @@ from ranks import on_ranks
 import distdl_lite as dl
 from distdl_lite.testing import count, spmd
 
+pytestmark = pytest.mark.check("A35")
+
 
 def ddp(world: dl.Partition, model: Any, average: bool = False) -> Any:
     return tagi.DDPSequential(model, tagi.DDPConfig(P=world), average)
