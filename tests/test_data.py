@@ -108,6 +108,8 @@ def test_collate() -> None:
     assert [len(part) for part in empty["pair"]] == [0, 0]
     assert Collate(samples)(samples)["name"] == ["a"]
     assert Collate(samples, lambda batch: torch.tensor(3.0))([]) == 3.0
+    with pytest.raises(ValueError, match="a dataset without samples"):
+        Collate([])([])
 
 
 def test_random_states_are_left_alone() -> None:

@@ -165,6 +165,11 @@ class Collate:
     collate_fn : callable
         Makes a batch of samples, by default torch's ``default_collate``. Tensors of the batch have the samples along their
         first dim; a list or tuple of strings has one for each sample.
+
+    Raises
+    ------
+    ValueError
+        When called for a batch of no samples of a dataset that has none.
     """
 
     def __init__(self, dataset: Any, collate_fn: Callable[[list[Any]], Any] = default_collate) -> None:
@@ -173,7 +178,11 @@ class Collate:
     def __call__(self, samples: list[Any]) -> Any:
         if samples:
             return self.collate_fn(samples)
-        return tree_map(_no_rows, self.collate_fn([self.dataset[0]]), is_leaf=_are_strings)
+        try:
+            sample = self.dataset[0]
+        except IndexError:
+            raise ValueError("Collate: a dataset without samples has none to make an empty batch of") from None
+        return tree_map(_no_rows, self.collate_fn([sample]), is_leaf=_are_strings)
 
 
 def _no_rows(value: Any) -> Any:
