@@ -203,8 +203,8 @@ def test_weights_that_are_none(world: dl.Partition) -> None:
     mine = x[2 * world.rank :][:2]
     cases: list[dict[str, Any]] = [{}, {"bucket_mb": 1e-5}, {"average": "sum", "engine": "poll"}, {"norm": True}]
     for options, bad in itertools.product(cases, (math.nan, math.inf, -1.0)):
-        model = nn.Sequential(*mlp(3, 4, 2), *([dl.SyncBatchNorm(2).double()] if "norm" in options else []))
-        dp, single = twins(model, **{name: value for name, value in options.items() if name != "norm"})
+        model = nn.Sequential(*mlp(3, 4, 2), *([dl.SyncBatchNorm(2, P=world).double()] if "norm" in options else []))
+        dp, single = twins(model, world, **{name: value for name, value in options.items() if name != "norm"})
         loss = mean_square(dp(mine))
         dp.weight = bad if world.rank == 1 else 2
         refused(world, loss.backward, text)
