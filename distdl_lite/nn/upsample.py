@@ -191,7 +191,8 @@ class DistributedUpsample(SpatialLayer):
         if all(view.is_whole for view in views):
             return self._whole
         if self.mode == "area":
-            return averaged(views)
+            average = averaged(views)
+            return lambda z: average(z).to(z.dtype)
         if all(view.is_whole or view.geometry.factor for view in views):
             return self._blockwise(views)
         dims = [_placed(view) for view in views]

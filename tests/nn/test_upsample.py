@@ -121,6 +121,16 @@ def test_twofold_is_exact(world: dl.Partition) -> None:
 
 
 @on_ranks(2)
+def test_area_keeps_half_precision(world: dl.Partition) -> None:
+    for factor in (1.0, 0.5, 2.0):
+        x = torch.ones(1, 1, 8, dtype=torch.bfloat16)
+        layer = DistributedUpsample(world.grid((1, 1, 2)), scale_factor=factor, mode="area")
+        y = layer(x[..., 4 * world.rank :][..., :4])
+        assert y.dtype is torch.bfloat16
+        assert (y == 1).all()
+
+
+@on_ranks(2)
 def test_torch_rounds_coordinates(world: dl.Partition) -> None:
     """Long float32 lines have torch's rounded coordinates, not the exact ones."""
     P = world.grid((1, 1, 2))
