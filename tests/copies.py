@@ -28,8 +28,10 @@ def mlp(*sizes: int, dtype: torch.dtype = torch.float64) -> nn.Sequential:
 
 
 def twins(module: nn.Module, P: Any = None, **options: Any) -> tuple[dl.DataParallel, nn.Module]:
-    """The module in a container, and a copy of it."""
+    """The module in a container, and a copy of it. Where buckets are small, their sums start while backward runs."""
     single = copy.deepcopy(module)
+    if "bucket_mb" in options:
+        options.setdefault("engine", "thread")
     return dl.DataParallel(module, P, **options), single
 
 

@@ -14,7 +14,9 @@ _LARGE = 4096  # numbers in a gradient from which one pass over it takes longer 
 FIRST_BYTES = 1 << 20  # the first bucket is soon full, and its sum soon on its way
 
 
-def filled(order: Sequence[int], nbytes: Sequence[int], kinds: Sequence[Any], most: int) -> list[tuple[int, ...]]:
+def filled(
+    order: Sequence[int], nbytes: Sequence[int], kinds: Sequence[Any], most: int, first: int
+) -> list[tuple[int, ...]]:
     """Cut parameters, in this order, into buckets of one kind, of about `most` bytes unless one parameter has more.
 
     Parameters
@@ -23,18 +25,18 @@ def filled(order: Sequence[int], nbytes: Sequence[int], kinds: Sequence[Any], mo
         The parameters' numbers.
     nbytes, kinds
         By number: what each needs, and what must be the same in a bucket.
-    most : int
-        The first bucket gets no more than `FIRST_BYTES`.
+    most, first : int
+        The first bucket's limit is the smaller of the two.
 
     Returns
     -------
     list of tuple of int
         The numbers, in the order in which the buckets are complete when the parameters come in theirs.
 
-    >>> filled([3, 2, 1, 0], [8, 8, 8, 8], ["a", "a", "b", "a"], 16)
+    >>> filled([3, 2, 1, 0], [8, 8, 8, 8], ["a", "a", "b", "a"], 16, 16)
     [(2,), (3, 1), (0,)]
     """
-    made = cut(order, kinds.__getitem__, nbytes.__getitem__, most, min(most, FIRST_BYTES))
+    made = cut(order, kinds.__getitem__, nbytes.__getitem__, most, min(most, first))
     last = {number: place for place, number in enumerate(order)}
     return sorted((tuple(bucket) for bucket in made), key=lambda bucket: last[bucket[-1]])
 

@@ -6,7 +6,8 @@ import contextlib
 import math
 import operator
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,6 +23,8 @@ from distdl_lite.parallel.deferred import Deferral
 from distdl_lite.parallel.synchroniser import BAD_WEIGHT, Options, Synchroniser, as_weight
 from distdl_lite.partition import partition_of
 from distdl_lite.reducer import at_end_of_backward, running_backward, running_backward_accumulates
+
+_KIND = operator.attrgetter("dtype", "device")
 
 
 class DataParallel(torch.nn.Module):
@@ -52,14 +55,14 @@ class DataParallel(torch.nn.Module):
         What happens to buffers, such as running statistics, when gradients have been summed: the values of the first rank,
         the mean over the ranks (integers of the first), or nothing.
     engine : {"auto", "inline", "thread", "poll"}
-        Who makes the sums: backward itself, a thread of the library's, or MPI when it can, which is also used in place
-        of a thread where MPI does not support several. "auto" is the thread for a
-        model with more than 2 MiB of gradients.
+        Who makes the sums: backward itself when it ends, a thread of the library's, or MPI when it can, which is also
+        used in place of a thread where MPI does not support several. "auto" is the thread for a model with more than
+        2 MiB of gradients.
     update : {"now", "deferred"}
         "deferred": backward does not wait for the sums, and an optimizer's step happens in the next forward, bucket by
         bucket, before a layer uses its parameters; the result is the same bit by bit. See `DataParallelOptimizer`.
     overlap : bool
-        Whether sums start while backward runs; without, when it ends.
+        Whether the sums of a thread or MPI start while backward runs; without, when it ends.
     init : {"broadcast", "check", "none"}
         Parameters and buffers at the start: those of the first rank; must be the same everywhere; are left as they are.
     dim : int
@@ -130,9 +133,9 @@ class DataParallel(torch.nn.Module):
         self.optimizer = optimizer
         self._update = update_of(optimizer, blocking_parameter_updates, update)
         given = {"bucket_bytes": bucket_mb and math.ceil(bucket_mb * 2**20), "timeout": timeout}
-        self._options = Options(
-            average, sync_buffers, engine, overlap, comm_hook=comm_hook, **{k: v for k, v in given.items() if v}
-        )
+        given = {name: value for name, value in given.items() if value}
+        waits = self._update == "now"
+        self._options = Options(average, sync_buffers, engine, overlap, comm_hook=comm_hook, waits=waits, **given)
         self._init = init
         self.__dict__.update(_unprepared())
         self.register_load_state_dict_pre_hook(DataParallel._rename_loaded)
@@ -182,11 +185,13 @@ class DataParallel(torch.nn.Module):
             handle.remove()
         self._handles.clear()
         names, parameters = [n for n, _ in named], [p for _, p in named]
+        modules = list(self.module.modules())
+        buffers_now = partial(_values, [module._buffers for module in modules])
         self._sync = Synchroniser(
-            names, parameters, late, self.module.buffers, transport, team, self._options, lane, self._couples
+            names, parameters, late, buffers_now, transport, team, self._options, lane, self._couples
         )
-        self._modules_within = list(self.module.modules())
-        self._tensors, self._kinds = list(self._held()), [(p.dtype, p.device) for p in parameters]
+        self._owners = [owned for module in modules for owned in (module._modules, module._parameters)]
+        self._held, self._kinds = _values(self._owners), list(map(_KIND, parameters))
         if self._deferral is not None:
             self._deferral.remove()
         wants = self._update == "deferred" and len(team) > 1
@@ -255,19 +260,14 @@ class DataParallel(torch.nn.Module):
             held = {**dict(zip(self._sync.names, self._sync.parameters, strict=True)), **buffers}
             check_equal(self.P.world_transport, self._sync.team, held)
 
-    def _held(self) -> Iterator[Any]:
-        """The layers and parameters of the module, one after another: all that may have been replaced."""
-        for module in self._modules_within:
-            yield from module._modules.values()
-            yield from module._parameters.values()
-        yield None  # so that one more of them is a difference
-
     def _refresh(self) -> None:
         """See what has changed in the module since the last forward."""
+        held = _values(self._owners)
         if (
             self._sync is None
-            or not all(map(operator.is_, self._held(), self._tensors))
-            or [(p.dtype, p.device) for p in self._sync.parameters] != self._kinds
+            or len(held) != len(self._held)
+            or not all(map(operator.is_, held, self._held))
+            or list(map(_KIND, self._sync.parameters)) != self._kinds
         ):
             self._prepare()
         sync = self._sync
@@ -276,10 +276,10 @@ class DataParallel(torch.nn.Module):
             raise RuntimeError("DataParallel: an earlier sum was not completed by all ranks; end the job")
         if len(sync.team) == 1 and self._options.average != "sum":
             return
-        for number, parameter in enumerate(sync.parameters):
-            if parameter.requires_grad and number not in self._handles and number not in sync.late:
-                hook = _ReadyHook(weakref.ref(self), number)
-                self._handles[number] = parameter.register_post_accumulate_grad_hook(hook)
+        trained = {n for n, p in enumerate(sync.parameters) if p.requires_grad}
+        for number in trained - sync.late - self._handles.keys():
+            hook = _ReadyHook(weakref.ref(self), number)
+            self._handles[number] = sync.parameters[number].register_post_accumulate_grad_hook(hook)
 
     # ---- forward and backward ----------------------------------------------------------------------------------------
 
@@ -334,6 +334,7 @@ class DataParallel(torch.nn.Module):
             if sync.is_open and self._deferral is None:
                 sync.abandon()
             sync.keep_local(backward)
+            self._told_at_end = backward
             sync.count += rows
             return
         if not (sync.is_open and sync.backward == backward):
@@ -365,6 +366,8 @@ class DataParallel(torch.nn.Module):
         self._sync.count, self._unseen = self._sync.count + self._unseen, 0
         if not (self._sync.count + rows if self.loss_weight is None else self.loss_weight):
             self._sync.keep_what_weighs_nothing()
+        if self._deferral is None and not self._sync.starts_early:
+            self._told_at_end = backward
         self._sync.may_start = not self._awaited
         self._waits_for_layers = bool(self._sync.late)
         at_end_of_backward(self._finish)
@@ -375,7 +378,8 @@ class DataParallel(torch.nn.Module):
         if sync is None:
             return
         if not self._syncs:
-            sync.keep_local(running_backward())
+            self._told_at_end = running_backward()
+            sync.keep_local(self._told_at_end)
             return
         if self._deferral is not None:
             self._deferral.came(number)
@@ -529,7 +533,7 @@ class _ReadyHook:
 
     def __call__(self, parameter: torch.Tensor) -> None:
         container = self._container()
-        if container is not None:
+        if container is not None and container._told_at_end != running_backward():
             container._came(self._number)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _ReadyHook:
@@ -547,6 +551,10 @@ def _tensors(value: Any, seen: tuple[Any, ...] = ()) -> Iterator[torch.Tensor]:
                 yield from _tensors(part, (*seen, leaf))
 
 
+def _values(owners: Iterable[Mapping[str, Any]]) -> list[Any]:
+    return [value for owned in owners for value in owned.values()]
+
+
 def _unprepared() -> dict[str, Any]:
     """The state of a container that is new, copied or loaded."""
     return {
@@ -555,12 +563,13 @@ def _unprepared() -> dict[str, Any]:
         "_deferral": None,
         "_couples": False,
         "_handles": {},
-        "_tensors": [],
-        "_modules_within": [],
+        "_owners": [],  # of the layers and parameters within the module, which may be replaced
+        "_held": [],  # those
         "_kinds": [],
         "_syncs": True,
         "_unseen": 0,
         "_awaited": weakref.WeakSet(),  # outputs that backward may yet come to
         "_latest": 0,
         "_waits_for_layers": False,
+        "_told_at_end": -1,  # of the gradients of this backward
     }

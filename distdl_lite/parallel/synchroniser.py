@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from distdl_lite.optim.flat import average
-from distdl_lite.parallel.buckets import Bucket, filled
+from distdl_lite.parallel.buckets import FIRST_BYTES, Bucket, filled
 from distdl_lite.parallel.copies import broadcast
 from distdl_lite.transport import Transport
 from distdl_lite.transport.abort import fail_at_exit
@@ -42,6 +42,7 @@ class Options:
     bucket_bytes: int = 4 << 20
     comm_hook: Callable[[Bucket], None] | None = None
     timeout: float | None = None
+    waits: bool = True  # for the sums, when backward ends: until then the gradients stay as they are
 
 
 def as_weight(value: Any) -> float:
@@ -81,7 +82,7 @@ class Synchroniser:
         names: Sequence[str],
         parameters: Sequence[torch.Tensor],
         late: Iterable[int],
-        buffers: Callable[[], Iterable[torch.Tensor]],
+        buffers: Callable[[], Iterable[torch.Tensor | None]],
         transport: Transport,
         team: tuple[int, ...],
         options: Options,
@@ -122,17 +123,22 @@ class Synchroniser:
         order = [n for n in order if n not in self.late] + [n for n in order if n in self.late]
         kinds = [(wire_dtype(p.dtype), p.device, n in self.late) for n, p in enumerate(self.parameters)]
         nbytes = [p.numel() * wire_dtype(p.dtype).itemsize for p in self.parameters]
-        groups = filled(order, nbytes, kinds, self.options.bucket_bytes) or [()]
+        engine, most = self.options.engine, self.options.bucket_bytes
+        if engine == "auto" and sum(nbytes[n] for n in order) < INLINE_BYTES:
+            engine = "inline"
+        self.engine = engine
+        groups = filled(order, nbytes, kinds, most, FIRST_BYTES if self.starts_early else most) or [()]
         headers = [3 + len(self.parameters)] + [0] * (len(groups) - 1)
         self.buckets = [
             Bucket(group, [self.parameters[n] for n in group], header)
             for group, header in zip(groups, headers, strict=True)
         ]
         self.places = {n: place for place, group in enumerate(groups) for n in group}
-        engine = self.options.engine
-        if engine == "auto" and sum(bucket.nbytes for bucket in self.buckets) < INLINE_BYTES:
-            engine = "inline"
-        self.engine = engine
+
+    @property
+    def starts_early(self) -> bool:
+        """Whether sums start while backward runs, so that each gradient is to be told of by `ready`."""
+        return self.options.overlap and self.engine != "inline"
 
     # ---- one backward ------------------------------------------------------------------------------------------------
 
@@ -153,9 +159,9 @@ class Synchroniser:
         if not takes_part:
             return
         for number, parameter in enumerate(self.parameters):
-            if self._is_settled(number):
-                self._aside[number] = parameter.grad  # type: ignore[assignment]
-                parameter.grad = None
+            grad = parameter.grad
+            if grad is not None and self._is_settled(grad):
+                self._aside[number], parameter.grad = grad, None
         self._meet()
 
     def keep_what_weighs_nothing(self) -> None:
@@ -236,10 +242,9 @@ class Synchroniser:
         weight = self._weighed[1] if self.options.average == "samples" else 1.0
         return weight / self._total if self._total else 0.0
 
-    def _is_settled(self, number: int) -> bool:
-        """Whether the gradient is the same on all ranks, and has not changed since, as far as the containers know."""
-        grad = self.parameters[number].grad
-        return grad is not None and getattr(grad, _SETTLED, None) == self.team
+    def _is_settled(self, grad: torch.Tensor) -> bool:
+        """Whether a gradient is the same on all ranks, and has not changed since, as far as the containers know."""
+        return getattr(grad, _SETTLED, None) == self.team
 
     def keep_local(self, backward: int) -> None:
         """Gradients come that are not to be summed yet: what was summed before counts as each rank's own from now on.
@@ -249,7 +254,8 @@ class Synchroniser:
         if backward == self._local:
             return
         self._local = backward
-        settled = [n for n in range(len(self.parameters)) if self._is_settled(n)]
+        grads = ((n, p.grad) for n, p in enumerate(self.parameters))
+        settled = [n for n, grad in grads if grad is not None and self._is_settled(grad)]
         if settled and self.options.average in ("sum", "none"):
             raise RuntimeError(
                 f"DataParallel: {self.names[settled[0]]}.grad holds a sum over ranks, to which a backward inside no_sync "
@@ -260,19 +266,19 @@ class Synchroniser:
 
     def ready(self, number: int) -> None:
         """A gradient is there."""
-        if number in self._seen:
-            if self.options.overlap:
-                raise RuntimeError(
-                    f"DataParallel: the gradient of {self.names[number]} came twice in one backward, as under reentrant "
-                    f"checkpoints: use checkpoint(..., use_reentrant=False), or DataParallel(..., overlap=False)"
-                )
+        if not self.starts_early:
             return
+        if number in self._seen:
+            raise RuntimeError(
+                f"DataParallel: the gradient of {self.names[number]} came twice in one backward, as under reentrant "
+                f"checkpoints: use checkpoint(..., use_reentrant=False), or DataParallel(..., overlap=False)"
+            )
         self._seen[number] = None
         place = self.places.get(number)
         if place is not None:
             self.buckets[place].missing -= 1
             # The last one waits for the end, as it tells on how many ranks backward has ended well.
-            while self.options.overlap and self.may_start and len(self._pending) < len(self.buckets) - 1:
+            while self.may_start and len(self._pending) < len(self.buckets) - 1:
                 if self.buckets[len(self._pending)].missing or not self.buckets[len(self._pending)].numbers:
                     break
                 self._start()
@@ -293,12 +299,13 @@ class Synchroniser:
         left = self._left
         gradients = [self.parameters[n].grad if self._takes_part and n not in left else None for n in bucket.numbers]
         fill, flat = partial(bucket.pack, gradients, *self._weighed, mark), bucket.free()
-        if self.options.comm_hook is None:
+        if self.options.comm_hook is None and self.options.waits:
             self._pending.append(self._sum(flat, fill))
         else:
             fill()
             bucket.sent_as = None
-            self.options.comm_hook(bucket)
+            if self.options.comm_hook is not None:
+                self.options.comm_hook(bucket)
             self._pending.append(
                 self._sum_as_halves(bucket) if bucket.sent_as and self._knows_scale else self._sum(flat)
             )
@@ -448,23 +455,22 @@ class Synchroniser:
 
     def added_up(self, number: int, value: torch.Tensor | None) -> torch.Tensor | None:
         """The sum of a gradient, added to what was in ``.grad`` before backward."""
-        before, kept = self._aside.pop(number, None), self._kept.pop(number, None)
-        if before is None and (value is None or not self._total):
-            before = kept
-        if before is not None and value is not None:
-            before.add_(value)
-        if before is not None or value is None:
-            return before
+        if self._aside or self._kept:
+            before, kept = self._aside.pop(number, None), self._kept.pop(number, None)
+            if before is None and (value is None or not self._total):
+                before = kept
+            if before is not None:
+                return before if value is None else before.add_(value)
         parameter = self.parameters[number]
-        if parameter.is_contiguous():
-            return value.to(parameter.dtype)
+        if value is None or (value.dtype is parameter.dtype and parameter.is_contiguous()):
+            return value
         return torch.empty_like(parameter).copy_(value)
 
     def _plan_anew(self, trained: Sequence[float]) -> None:
         """Follow what is trained now, and, once, the order in which the root's gradients came."""
         wanted = [n for n, ranks in enumerate(trained) if ranks]
         self._finished += 1
-        if self._finished == 1 and len(self.buckets) > 1:
+        if self._finished == 1 and len(self.buckets) > 1 and self.starts_early:
             came = [n for n in self._seen if n in wanted]
             order = torch.tensor([*came, *(n for n in wanted[::-1] if n not in came)])
             self.transport.broadcast(self.team, order, self.team[0])
@@ -476,7 +482,7 @@ class Synchroniser:
 
     @property
     def buffers(self) -> list[torch.Tensor]:
-        return list(self._find_buffers())
+        return list({id(b): b for b in self._find_buffers() if b is not None}.values())
 
     def _buffer_versions(self) -> list[tuple[int, int]]:
         return [(id(b), b._version) for b in self.buffers] if self.options.sync_buffers != "none" else []

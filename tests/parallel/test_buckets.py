@@ -14,7 +14,7 @@ def test_buckets_hold_every_parameter_once(kinds: list[tuple[int, str]], most: i
     order = list(range(len(kinds)))
     draw.shuffle(order)
     sizes, names = [size for size, _ in kinds], [name for _, name in kinds]
-    made = filled(order, sizes, names, most)
+    made = filled(order, sizes, names, most, most)
     assert sorted(n for bucket in made for n in bucket) == sorted(order)
     place = {n: at for at, n in enumerate(order)}
     assert [max(place[n] for n in bucket) for bucket in made] == sorted(max(place[n] for n in b) for b in made)
@@ -26,13 +26,13 @@ def test_buckets_hold_every_parameter_once(kinds: list[tuple[int, str]], most: i
 
 
 def test_the_first_bucket_is_small() -> None:
-    made = filled(range(8), [FIRST_BYTES // 2] * 8, "a" * 8, 4 * FIRST_BYTES)
+    made = filled(range(8), [FIRST_BYTES // 2] * 8, "a" * 8, 4 * FIRST_BYTES, FIRST_BYTES)
     assert [len(bucket) for bucket in made] == [2, 6]
 
 
 def test_a_bias_travels_with_its_weight() -> None:
-    assert filled(range(6), [1, 90, 1, 90, 1, 90], "a" * 6, 100) == [(0, 1), (2, 3), (4, 5)]
-    assert filled(range(6), [9, 900, 9, 900, 9, 900], "a" * 6, 100) == [(0, 1), (2, 3), (4, 5)]
+    assert filled(range(6), [1, 90, 1, 90, 1, 90], "a" * 6, 100, 100) == [(0, 1), (2, 3), (4, 5)]
+    assert filled(range(6), [9, 900, 9, 900, 9, 900], "a" * 6, 100, 100) == [(0, 1), (2, 3), (4, 5)]
 
 
 def summed(

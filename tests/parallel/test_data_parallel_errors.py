@@ -144,7 +144,7 @@ def test_failed_backwards(world: dl.Partition) -> None:
     """Also of one rank alone: at its next backward all others know."""
     for options in (
         {},
-        {"bucket_mb": 1e-5},
+        {"engine": "thread", "bucket_mb": 1e-5},
         {"overlap": False},
         {"engine": "thread"},
         {"engine": "poll", "bucket_mb": 1e-5},
@@ -201,7 +201,12 @@ def test_weights_that_are_none(world: dl.Partition) -> None:
     text = "DataParallel: the loss_weight of some rank is negative or not finite"
     x = draw(6, 3)
     mine = x[2 * world.rank :][:2]
-    cases: list[dict[str, Any]] = [{}, {"bucket_mb": 1e-5}, {"average": "sum", "engine": "poll"}, {"norm": True}]
+    cases: list[dict[str, Any]] = [
+        {},
+        {"engine": "thread", "bucket_mb": 1e-5},
+        {"average": "sum", "engine": "poll"},
+        {"norm": True},
+    ]
     for options, bad in itertools.product(cases, (math.nan, math.inf, -1.0)):
         model = nn.Sequential(*mlp(3, 4, 2), *([dl.SyncBatchNorm(2, P=world).double()] if "norm" in options else []))
         dp, single = twins(model, world, **{name: value for name, value in options.items() if name != "norm"})

@@ -86,7 +86,7 @@ def test_states_are_the_modules(world: dl.Partition) -> None:
 @on_ranks(2, mpi=True)
 def test_a_run_that_is_resumed_is_the_same_run(world: dl.Partition) -> None:
     def new() -> tuple[dl.DataParallel, torch.optim.Optimizer]:
-        dp = dl.DataParallel(net(), world, bucket_mb=1e-4)
+        dp = dl.DataParallel(net(), world, engine="thread", bucket_mb=1e-4)
         return dp, torch.optim.AdamW(dp.parameters(), 0.01)
 
     data = [draw(3 + world.rank, 3, seed=step) for step in range(8)]

@@ -70,7 +70,8 @@ def test_an_empty_batch(ranks: int) -> None:
 def test_large_gradients_go_to_the_thread(world: dl.Partition) -> None:
     """Of several MiB, in buckets of which some are larger than the limit."""
     torch.manual_seed(0)
-    dp, single = twins(nn.Sequential(nn.Linear(700, 700), nn.Linear(700, 900), nn.Linear(900, 400)), world, bucket_mb=1)
+    model = nn.Sequential(nn.Linear(700, 700), nn.Linear(700, 900), nn.Linear(900, 400))
+    dp, single = twins(model, world, engine="auto", bucket_mb=1)
     for step in range(3):
         x = draw(4, 700, seed=step, dtype=torch.float32)
         dp.zero_grad()

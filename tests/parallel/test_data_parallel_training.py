@@ -53,7 +53,7 @@ def test_replicas_stay_the_same_bit_by_bit(ranks: int) -> None:
     def body(world: dl.Partition) -> None:
         torch.manual_seed(world.rank)
         model = nn.Sequential(nn.Linear(3, 7), nn.BatchNorm1d(7), nn.ReLU(), nn.Linear(7, 2))
-        dp = dl.DataParallel(model, bucket_mb=1e-4)
+        dp = dl.DataParallel(model, engine="thread", bucket_mb=1e-4)
         data = [draw(2 + world.rank, 3, seed=10 * s + world.rank, dtype=torch.float32) for s in range(50)]
         train(dp, torch.optim.SGD(dp.parameters(), 0.1, momentum=0.9), data)
         dp.check_replicas()

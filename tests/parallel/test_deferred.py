@@ -58,7 +58,7 @@ def pair(
         module = build()
         given = list(module.parameters()) if not options.get("grouped") else groups(module)
         optimizer = dl.DataParallelOptimizer(make(given))
-        more = {key: value for key, value in options.items() if key != "grouped"}
+        more = {"engine": "thread", **{key: value for key, value in options.items() if key != "grouped"}}
         yield dl.DataParallel(module, world, optimizer, update=update, bucket_mb=BUCKET, **more), optimizer
 
 
