@@ -5,10 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from functools import reduce
+from weakref import WeakKeyDictionary
 
 import torch
 
-from distdl_lite.nn.parameter import team_of
+from distdl_lite.layout import Layout
+from distdl_lite.nn.parameter import Place, team_of
+from distdl_lite.transport import Transport
 
 # Their update of an element depends on that element alone, so it is the same on a block as on the whole weight.
 _ELEMENTWISE = {
@@ -16,21 +19,40 @@ _ELEMENTWISE = {
 }  # fmt: skip
 
 
-def _counted_once(module: torch.nn.Module, rank: int, first: int) -> Iterator[torch.Tensor]:
-    """This rank's gradients of which it is the first holder; a plain torch parameter counts on the first rank.
+def _counted_once(module: torch.nn.Module, transport: Transport, team: tuple[int, ...]) -> Iterator[torch.Tensor]:
+    """This rank's gradients of which it is the first holder, as the ranks tell each other once for a module.
 
-    A tied weight, which several layers have, counts once.
+    A tied weight, which several layers have, counts once, and a plain torch parameter on the first rank that has it. So do
+    lines, where each has a layer of its own.
     """
-    seen: set[int] = set()
-    for inner in module.modules():
+    held = {id(p): (f"{path}.{name}", place, p) for path, name, place, p in reversed(list(_held(module)))}
+    mine = [(name, place) for name, place, _ in held.values()]
+    known = transport.local.setdefault("counted once", WeakKeyDictionary())
+    places, counted = known.get(module, ([], set()))
+    if places != mine:
+        told = transport.gather_objects(team, [(name, place and place.layout) for name, place in mine])
+        first: dict[str, tuple[int, Layout | None]] = {}
+        for rank, names in zip(team, told, strict=True):
+            for name, layout in names:
+                first.setdefault(name, (rank, layout))
+        counted = {
+            name
+            for name, place in mine
+            if transport.rank == (first[name][0] if place is None else min(place.replicas.team, default=-1))
+            and first[name][1] == (place and place.layout)
+        }
+        known[module] = mine, counted
+    for name, _, parameter in held.values():
+        if name in counted and parameter.grad is not None and parameter.numel():
+            yield parameter.grad
+
+
+def _held(module: torch.nn.Module) -> Iterator[tuple[str, str, Place | None, torch.Tensor]]:
+    for path, inner in module.named_modules():
         places = getattr(inner, "_distdl_places", {})
         for name, parameter in inner._parameters.items():
-            if parameter is None or id(parameter) in seen or parameter.grad is None or not parameter.numel():
-                continue
-            seen.add(id(parameter))
-            place = places.get(name)
-            if (first if place is None else min(place.replicas.team)) == rank:
-                yield parameter.grad
+            if parameter is not None:
+                yield path, name, places.get(name), parameter
 
 
 def grad_norm(module: torch.nn.Module, norm_type: float = 2.0) -> torch.Tensor:
@@ -54,7 +76,7 @@ def grad_norm(module: torch.nn.Module, norm_type: float = 2.0) -> torch.Tensor:
     if transport.rank not in team:
         return total.to(_dtype_of(module))
     is_largest = math.isinf(norm_type)
-    for gradient in _counted_once(module, transport.rank, team[0]):
+    for gradient in _counted_once(module, transport, team):
         norm = torch.linalg.vector_norm(gradient.detach(), norm_type, dtype=_wide(gradient.dtype)).to("cpu")
         total = torch.maximum(total, norm) if is_largest else total + norm.double() ** norm_type
     transport.all_reduce(team, total, "max" if is_largest else "sum")

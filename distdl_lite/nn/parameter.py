@@ -222,7 +222,7 @@ def load_serial_state_dict(module: torch.nn.Module, state: Mapping[str, torch.Te
     if transport.rank not in team:
         return
     at_root = transport.rank == root
-    raise_together(transport, team, _mismatch(entries, state or {}) if at_root else None)
+    raise_together(transport, team, _mismatch(entries, state) if at_root else None)
     for name, tensor, _, layouts in entries:
         source = state[name].detach() if at_root and state is not None else None
         with torch.no_grad():
@@ -232,17 +232,20 @@ def load_serial_state_dict(module: torch.nn.Module, state: Mapping[str, torch.Te
 Spread = tuple[str, torch.Tensor, Place | None, tuple[Layout, ...]]  # an entry and its layouts, the root's line's first
 
 
-def callers(module: torch.nn.Module, root: int) -> tuple[Transport, tuple[int, ...], list[Spread]]:
+def callers(
+    module: torch.nn.Module, root: int, of_all_lines: bool = True
+) -> tuple[Transport, tuple[int, ...], list[Spread]]:
     """Who calls what works between a root and a module: its ranks and the root, of all lines that name this root.
 
-    Where each line of a grid has layers of its own, all lines must call.
+    Where each line of a grid has layers of its own, all lines must call, unless only the root's count. Beside layers over
+    all ranks, lines made from lists of ranks may have layers of their own, too.
     """
     transport, team = team_of(module)
     entries = list(_entries(module))
     others = {rank for _, _, place in entries if place and place.line for rank in place.line.everywhere}
-    team = tuple(sorted({*team, *others, root}))
-    if not others or transport.rank not in team:
-        return transport, team, [(*entry, () if entry[2] is None else (entry[2].layout,)) for entry in entries]
+    team = tuple(sorted({*team, root, *(others if of_all_lines else ())}))
+    if transport.rank not in team:
+        return transport, team, []
     mine = root, [(name, place.layout if place else tuple(tensor.shape)) for name, tensor, place in entries]
     passed = dict(zip(team, transport.gather_objects(team, mine), strict=True))
     team = tuple(rank for rank in team if passed[rank][0] == root)
@@ -272,9 +275,12 @@ def _over_lines(entry: Entry, held: Mapping[int, Any], root: int) -> tuple[Layou
     return layouts
 
 
-def _mismatch(entries: Sequence[Spread], state: Mapping[str, torch.Tensor]) -> Any:
+def _mismatch(entries: Sequence[Spread], state: Any) -> Exception | None:
+    if not isinstance(state, Mapping):
+        return ValueError(f"the serial model's state_dict() is needed on the root, not {type(state).__name__}")
     wanted = {name: tuple(place.global_shape if place else tensor.shape) for name, tensor, place, _ in entries}
-    given = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    given = {name: getattr(value, "shape", type(value).__name__) for name, value in state.items()}
+    given = {name: tuple(shape) if isinstance(shape, torch.Size) else shape for name, shape in given.items()}
     if wanted == given:
         return None
     names = sorted(name for name in {*wanted, *given} if wanted.get(name) != given.get(name))
@@ -329,34 +335,34 @@ def serial_state_dict(module: torch.nn.Module, root: int = 0) -> dict[str, torch
     ValueError
         On all ranks, if each line of a grid has layers of its own and the root is in none.
     """
-    transport, team = team_of(module)
-    if transport.rank not in {*team, root}:
+    if _is_of_other_lines(root, module):
         return {}
-    entries = list(_entries(module))
-    _check_root(root, entries)
+    transport, team, entries = callers(module, root, of_all_lines=False)
+    if transport.rank not in team:
+        return {}
     state = {}
-    for name, tensor, place in entries:
-        if place is not None and place.line is not None and root not in place.line.ranks:
-            continue
-        value = (
-            tensor.detach().clone() if place is None else gathered_from(transport, root, tensor.detach(), place.layout)
-        )
-        if transport.rank == root:
-            state[name] = value
-    return state
+    for name, tensor, _, layouts in entries:
+        held = tensor.detach()
+        state[name] = gathered_from(transport, root, held, layouts[0]) if layouts else held.clone()
+    return state if transport.rank == root else {}
 
 
-def _check_root(root: int, entries: Sequence[Entry]) -> None:
-    for name, _, place in entries:
-        if place is not None and place.line is not None and root not in place.line.everywhere:
+def _is_of_other_lines(root: int, module: torch.nn.Module) -> bool:
+    """Whether the module is on lines of a grid alone, and the root on none of this rank's. Raises if it is on no line."""
+    lines = [(name, place.line) for name, _, place in _entries(module) if place is not None and place.line is not None]
+    for name, line in lines:
+        if root not in line.everywhere:
             raise ValueError(
-                f"each line of a grid over ranks {list(place.line.everywhere)} has a {name} of its own: root {root} must be "
+                f"each line of a grid over ranks {list(line.everywhere)} has a {name} of its own: root {root} must be "
                 f"one of these ranks, to tell whose is meant"
             )
+    return bool(lines) and root not in team_of(module)[1]
 
 
 def gathered_from(transport: Transport, root: int, block: torch.Tensor, layout: Layout) -> torch.Tensor:
-    """The whole tensor whose boxes the ranks hold, on the root; 0 elements elsewhere."""
+    """The whole tensor whose boxes the ranks hold, on the root; of no use elsewhere."""
+    if transport.rank not in {root, *layout.grid.ranks}:
+        return block
     alone = whole(Grid((1,), (root,)), global_shape_of(layout))
     move = plan(layout.first_holders(), alone, transport.rank)
     return Operator(move, transport, "serial_state_dict").apply(block)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import pickle
 import re
 from collections.abc import Iterator
@@ -165,7 +166,8 @@ def test_a_state_that_does_not_fit(world: Partition) -> None:
         ({**state, "more": torch.ones(2)}, r"more: module has none, state \(2,\)"),
         ({k: v for k, v in state.items() if k != "0.bias"}, r"0.bias: module \(3,\), state has none"),
         ({**state, "3.weight": torch.ones(4, 3)}, r"3.weight: module \(4, 6\), state \(4, 3\)"),
-        (None, "state has none"),
+        (None, r"state_dict\(\) is needed on the root, not NoneType"),
+        ({"model": state}, r"model: module has none, state OrderedDict"),
     ):
         with pytest.raises(ValueError, match=text) as found:
             dl.load_serial_state_dict(ours, wrong if world.rank == 0 else None)
@@ -243,6 +245,42 @@ def test_lines_of_a_grid_hold_different_models(world: Partition) -> None:
             ValueError, match=r"each line of a grid over ranks \[0, 1\] has a weight of its own: root 3 must"
         ):
             dl.serial_state_dict(layer, 3)
+
+
+@on_ranks(4, mpi=True)
+def test_layers_on_lists_of_ranks_beside_layers_on_all(world: Partition) -> None:
+    """A norm on the ranks at the same place of their lines: states go in and out, and norms count it once."""
+    kind = {"dtype": torch.float64}
+    for b, p in ((1, 4), (2, 2), (4, 1)):
+        P = world.grid((b, 1, p))
+        same = [world.grid((b, 1, 1), ranks=range(i, b * p, p)) for i in range(p)][world.rank % p]
+        serial = torch.nn.Sequential(torch.nn.LayerNorm(8), torch.nn.Linear(8, 16)).double()
+        ours = torch.nn.Sequential(
+            dnn.DistributedLayerNorm(same, 8, **kind), dnn.DistributedColumnParallelLinear(P, 8, 16, **kind)
+        )
+        for root in (0, 3):
+            state = {name: torch.randn_like(value) for name, value in serial.state_dict().items()}
+            dl.load_serial_state_dict(ours, state if world.rank == root else None, root)
+            back = dl.serial_state_dict(ours, root)
+            assert all(torch.equal(value, state[name]) for name, value in back.items())
+            assert list(back) == (list(state) if world.rank == root else [])
+        states = world.allgather_data(state)
+        assert states is not None
+        serial.load_state_dict(states[root])
+        optimizers = [torch.optim.Adam(model.parameters()) for model in (serial, ours)]
+        x = torch.randn(4, 3, 8, generator=torch.Generator().manual_seed(1), **kind)
+        ours(x.chunk(b)[world.rank // p]).square().sum().backward()
+        serial(x).square().sum().backward()
+        for order in (2.0, math.inf):
+            wanted = torch.nn.utils.get_total_norm([q.grad for q in serial.parameters()], order)
+            torch.testing.assert_close(dl.grad_norm(ours, order), wanted)
+        for optimizer in optimizers:
+            optimizer.step()
+        told = dl.serial_optimizer_state_dict(ours, optimizers[1], root)
+        for number, states in optimizers[0].state_dict()["state"].items() if world.rank == root else ():
+            for name, value in states.items():
+                torch.testing.assert_close(told["state"][number][name], value)
+        dl.load_serial_optimizer_state_dict(ours, optimizers[1], optimizers[0].state_dict(), root)
 
 
 @on_ranks(4)
