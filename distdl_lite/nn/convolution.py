@@ -237,6 +237,7 @@ class Convolution(Layer):
         parts += self._own_repr()
         parts += [f"dilation={self.dilation}"] if max(self.dilation) > 1 else []
         parts += [f"groups={self.groups}"] if self.groups > 1 else []
+        parts += ["bias=False"] if self.bias is None else []
         parts += [f"P_x={self.P_x.shape}"]
         parts += [f"P_y={self.P_y.shape}"] if self.P_y is not self.P_x else []
         parts += [f"P_w={self.P_w.shape}"] if self.P_w is not None else []

@@ -145,6 +145,7 @@ class DistributedLinear(Layer):
 
     def extra_repr(self) -> str:
         parts = [f"in_features={self.in_features}", f"out_features={self.out_features}", f"P_x={self.P_x.shape}"]
+        parts += ["bias=False"] if self.bias is None else []
         parts += [f"P_y={self.P_y.shape}"] if self.P_y is not self.P_x else []
         parts += [f"P_w={self.P_w.shape}"] if self.P_w is not None else []
         return ", ".join(parts)

@@ -19,6 +19,7 @@ from distdl_lite.transport import Transport, current
 
 _MASK = (1 << 64) - 1
 _CACHED_STRUCTURES = 64
+CALL = "call of layer"
 
 
 @dataclass(frozen=True)
@@ -296,22 +297,31 @@ class Module(torch.nn.Module):
 
     def _distdl_exchange_and_set_up(self, input: tuple[Any, ...], kwargs: Mapping[str, Any] | None) -> None:
         team, transport = self._distdl_team, self._distdl_transport
-        who = f"{self._distdl_label} number {self._distdl_number}"
-        mine = who, tuple(TensorStructure.of(value) for value in input), self._distdl_mode(), list(kwargs or ())
+        mine = {
+            "tensors": tuple(TensorStructure.of(value) for value in input),
+            CALL: f"{self._distdl_label} number {self._distdl_number}",
+            "options": self._distdl_options(),
+            "mode": self._distdl_mode(),
+            "number of arguments": len(input),
+            "keywords": list(kwargs or ()),
+        }
         passed = dict(zip(team, transport.gather_objects(team, mine), strict=True))
-        self._distdl_structure = {rank: tensors for rank, (_, tensors, _, _) in passed.items()}
+        self._distdl_structure = {rank: told.get("tensors", ()) for rank, told in passed.items()}
         error = None
         try:
-            check_alike("call of layer", {rank: who for rank, (who, _, _, _) in passed.items()})
-            check_alike("mode", {rank: mode for rank, (_, _, mode, _) in passed.items()})
-            check_alike("number of arguments", {rank: len(tensors) for rank, (_, tensors, _, _) in passed.items()})
-            check_alike("keywords", {rank: names for rank, (_, _, _, names) in passed.items()})
+            for what in [*mine][1:]:
+                check_alike(what, {rank: told.get(what) for rank, told in passed.items()})
             # Tensors made in inference mode could not be used outside it.
             with torch.inference_mode(False), torch.set_grad_enabled(torch.is_grad_enabled()):
                 self._distdl_plan = self._distdl_module_setup(input)
         except Exception as raised:
             error = raised
         raise_together(transport, team, error, self._distdl_label)
+
+    def _distdl_options(self) -> str:
+        """What the ranks gave the constructor, of the library's own layers; a user's may print what differs."""
+        is_own = _owner(self, "extra_repr").__module__.startswith("distdl_lite.")
+        return self.extra_repr() if is_own else ""
 
     def _distdl_mode(self) -> str:
         """What else must be the same on all ranks, in words."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 
 from distdl_lite.grid import Grid
 from distdl_lite.layout import Layout, Shape, global_shape_of, shape_of, whole
-from distdl_lite.nn.module import Module, check_alike, raise_together
+from distdl_lite.nn.module import CALL, Module, check_alike, raise_together
 from distdl_lite.operator import Operator
 from distdl_lite.partition import Line, Partition, line_of
 from distdl_lite.plan import plan
@@ -129,6 +130,9 @@ class Layer(Module):
         replicas = Replicas(team, orders[team], f"{type(self).__name__}.{name}")
         self._distdl_places[name] = Place(layout, replicas, line_of(*self._distdl_partitions))
         if len(team) > 1:
+            _check_placed_alike(
+                transport, team, f"{replicas.name} of shape {global_shape_of(layout)}, {dtype}", type(self).__name__
+            )
             transport.broadcast(team, block, min(team))
         if buffer:
             self.register_buffer(name, block)
@@ -148,6 +152,19 @@ class Layer(Module):
             if name in tensors:
                 return tensors[name]
         return getattr(self, name)
+
+
+def _check_placed_alike(transport: Transport, team: tuple[int, ...], told: str, label: str) -> None:
+    """Raise unless all ranks are about to place the same; others may be at a layer's call, and are told as there."""
+    mine, error = zlib.crc32(told.encode()), None
+    if transport.agree(team, mine) == mine * len(team):
+        return
+    passed = transport.gather_objects(team, {CALL: told})
+    try:
+        check_alike(CALL, {rank: other.get(CALL) for rank, other in zip(team, passed, strict=True)})
+    except ValueError as raised:
+        error = raised
+    raise_together(transport, team, error, label)
 
 
 def _drawn(global_shape: Shape, box: Any, draw: Draw, dtype: torch.dtype) -> torch.Tensor:

@@ -250,6 +250,11 @@ class _DistributedAvgPool(_Pool):
             raise self._refuse(f"divisor_override={divisor_override} is refused, as by torch")
         self.count_include_pad, self.divisor_override = count_include_pad, divisor_override
 
+    def extra_repr(self) -> str:
+        parts = [] if self.count_include_pad else ["count_include_pad=False"]
+        parts += [] if self.divisor_override is None else [f"divisor_override={self.divisor_override}"]
+        return ", ".join([super().extra_repr(), *parts])
+
     def check_dtype(self, inputs: Inputs) -> None:
         super().check_dtype(inputs)
         check_taken(self, inputs, self.dims + 2, lambda x: _AVG_POOLS[self.dims](x, 1))

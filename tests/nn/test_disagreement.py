@@ -1,0 +1,51 @@
+"""Layers that are made otherwise on one rank: an error with the same text on all ranks of the layer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from ranks import on_ranks
+
+import distdl_lite.nn as dnn
+from distdl_lite.partition import Partition
+
+CONV = (4, 4, 3)
+# What is named of a layer, its arguments, and what one rank has in their place.
+MADE: list[tuple[str, str, tuple[Any, ...], dict[str, Any]]] = [
+    ("eps=0.1", "GroupNorm", (2, 4), {"eps": 0.1}),
+    ("BatchNorm.running_mean", "BatchNorm", (4,), {"affine": False}),
+    ("momentum=0.5", "BatchNorm", (4,), {"momentum": 0.5}),
+    ("p=0.1", "Dropout", (), {"p": 0.1}),
+    ("stride=(1, 1)", "MaxPool2d", (2,), {"stride": 1}),
+    ("count_include_pad=False", "AvgPool2d", (3, 1, 1), {"count_include_pad": False}),
+    ("divisor_override=2", "AvgPool2d", (3,), {"divisor_override": 2}),
+    ("mode='bilinear'", "Upsample", (8,), {"mode": "bilinear"}),
+    ("padding=1", "Conv2d", CONV, {"padding": 1}),
+    ("dilation=(2, 2)", "Conv2d", CONV, {"dilation": 2}),
+    ("padding_mode=circular", "Conv2d", (*CONV, 1, 1), {"padding_mode": "circular"}),
+    ("Conv2d.weight of shape (4, 2, 3, 3)", "Conv2d", CONV, {"groups": 2}),
+    ("Conv2d.weight of shape (4, 4, 3, 3), torch.float64", "Conv2d", CONV, {"dtype": torch.float64}),
+    ("call of layer DistributedConv2d", "Conv2d", CONV, {"bias": False}),
+]
+
+
+def check(text: str, world: Partition, make: Callable[..., torch.nn.Module], *usual: Any, **odd: Any) -> None:
+    with pytest.raises(ValueError, match="the ranks disagree: rank 2: ") as found:
+        make(*usual, **(odd if world.rank == 2 else {}))(torch.ones(1, 4, 4, 4))
+    told = world.allgather_data(str(found.value))
+    assert told is not None
+    assert len(set(told)) == 1
+    assert text in told[0]
+
+
+@on_ranks(3, mpi=True)
+def test_what_differs_is_named_on_all_ranks(world: Partition) -> None:
+    rows, columns = world.grid((1, 1, 3, 1)), world.grid((1, 1, 1, 3))
+    for text, kind, arguments, other in MADE:
+        check(text, world, getattr(dnn, f"Distributed{kind}"), rows, *arguments, **other)
+    check("P_x=(1, 1, 1, 3)", world, lambda P_x=rows: dnn.DistributedMaxPool2d(P_x, 2), P_x=columns)
+    kinds = dnn.DistributedMaxPool2d, dnn.DistributedAvgPool2d
+    check("DistributedMaxPool2d number", world, lambda kind=kinds[1]: kind(rows, 2), kind=kinds[0])
