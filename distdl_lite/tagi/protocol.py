@@ -25,7 +25,13 @@ def arrays_of(model: Any, prefix: str = "") -> Iterator[tuple[str, torch.Tensor]
 
 def deltas_of(model: Any) -> list[torch.Tensor]:
     """Their deltas."""
-    return [_tensor(layer, f"delta_{kind}", f"the delta of {name}") for name, layer, kind in _found(model, "")]
+    deltas = []
+    for name, layer, kind in _found(model, ""):
+        delta, shape = _tensor(layer, f"delta_{kind}", f"the delta of {name}"), tuple(getattr(layer, kind).shape)
+        if tuple(delta.shape) != shape:
+            raise ValueError(f"the delta of {name} is of shape {tuple(delta.shape)}, not {shape}")
+        deltas.append(delta)
+    return deltas
 
 
 def _found(model: Any, prefix: str) -> Iterator[tuple[str, Any, str]]:
@@ -45,7 +51,7 @@ def _tensor(layer: Any, kind: str, name: str) -> torch.Tensor:
     if isinstance(value, numpy.ndarray):
         return torch.from_numpy(value)
     if not isinstance(value, torch.Tensor):
-        raise TypeError(f"DDPSequential: {name} must be an array of NumPy or a tensor, not {type(value).__name__}")
+        raise TypeError(f"{name} must be an array of NumPy or a tensor, not {type(value).__name__}")
     return value.detach()
 
 
