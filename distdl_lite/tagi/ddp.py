@@ -108,7 +108,7 @@ class DDPSequential(torch.nn.Module):
     ValueError
         On all ranks if they hold different models, or are given different ``average``.
     TypeError
-        On all ranks if one's model lacks what is asked of it.
+        On all ranks if one's model lacks what is asked of it, or its `config` is something else.
 
     Examples
     --------

@@ -3,8 +3,8 @@
 A model has ``layers``, which may have ``layers`` again, ``forward(mu_x, var_x)``, ``backward()`` and ``step()``. The Gaussians
 of a layer are arrays ``mu_*`` and ``var_*``, for which there are ``delta_mu_*`` and ``delta_var_*`` of the same shapes; None and
 empty ones are passed over. Arrays are NumPy's or torch's. They are written in place; backward may put other deltas in
-place of the last. If the model has an attribute ``batch_size``, it is set before each step to the number of
-rows that the step's cap is to follow; else the cap follows what the model knows itself.
+place of the last. The number of rows is the length of ``mu_x``. If the model has an attribute ``batch_size``, it is set
+before each step to the number of rows that the step's cap is to follow; else the cap follows what the model knows itself.
 """
 
 from __future__ import annotations

@@ -40,9 +40,12 @@ class OwnDeltas:
     def find(self, factor: float, rows: int | None) -> int:
         """This rank's deltas times a factor; returns a number that ranks of like models have in common."""
         self._model.find_deltas(factor)  # which are linear in those of the output, the few that are multiplied
-        self.rows, flat = self._model.batch_size, self._model.flat
-        assert flat is not None
-        self._is_new = flat is not self._flat  # after a cast
+        self.rows, own, flat = self._model.batch_size, self._flat, self._model.flat_deltas()
+        like = flat.dtype, flat.device, flat.numel() + len(self._team)
+        if flat is not own and like == (own.dtype, own.device, own.numel()):
+            self._model.place_deltas(own)  # a slice, or a container around the model, had taken its layers' deltas
+            flat = own
+        self._is_new = flat is not own  # after a cast
         self._tell()
         return hash((flat.dtype.itemsize, flat.numel(), self._is_new)) % 2**64  # integers, the same in every process
 

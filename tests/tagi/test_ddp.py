@@ -149,6 +149,22 @@ def test_one_message_a_backward(world: dl.Partition) -> None:
 
 
 @on_ranks(2, mpi=True)
+def test_one_rank_may_use_parts_of_its_model(world: dl.Partition) -> None:
+    """Slices and containers around the model take its layers' deltas into a tensor of their own."""
+    serial, net = network(3, 8, 2), ddp(world, network(3, 8, 2))
+    x, y = data(6)
+    mine = slice(3 * world.rank, 3 * world.rank + 3)
+    for step in range(4):
+        teach(serial, x, y)
+        teach(net, x[mine], y[mine])
+        if world.rank == step % 2:
+            net.model[:2](x)
+            tagi.Sequential(net.model, tagi.Linear(2, 5))(x)
+    assert difference(weights(net), weights(serial)) <= 1e-5
+    assert same_everywhere(world, net)
+
+
+@on_ranks(2, mpi=True)
 def test_the_members_of_pytagi(world: dl.Partition) -> None:
     config = tagi.DDPConfig([0, 1], "mpi", world.rank, world.size, P=world)
     assert (config.device_ids, config.backend) == ([0, 1], "mpi")
