@@ -302,16 +302,22 @@ def test_different_models_are_refused_on_all_ranks(world: dl.Partition) -> None:
     assert "Tensor has no layers, forward, step" in refusals(
         world, TypeError, lambda: ddp(world, torch.ones(2) if odd else model)
     )
-    for wrong in ({"rank": 0}, False, world):  # also where the others have made one, or make one now
-        for right in (None, tagi.DDPConfig(P=world)):
-            if right is None and world.size < dl.Partition().size:
-                continue
-            text = f"DDPSequential: config must be a DDPConfig, not {str(wrong)[:9]}"
-            made = lambda wrong=wrong, right=right: tagi.DDPSequential(model, wrong if odd else right)  # noqa: E731
-            assert text in refusals(world, TypeError, made)
     assert "'int' object is not iterable" in refusals(
         world, TypeError, lambda: tagi.DDPConfig(device_ids=0 if odd else None, P=world)
     )
+
+
+def test_a_config_of_another_type_is_refused_on_all_ranks() -> None:
+    """Also where the others have made theirs before, or make it now."""
+
+    def body(world: dl.Partition) -> None:
+        for wrong in ({"rank": 0}, False, world):
+            for right in (None, tagi.DDPConfig()):
+                config = wrong if world.rank == 1 else right
+                text = refusals(world, TypeError, lambda config=config: tagi.DDPSequential(network(3, 4, 2), config))
+                assert text.startswith(f"DDPSequential: config must be a DDPConfig, not {str(wrong)[:5]}")
+
+    spmd(3, body)
 
 
 def test_different_devices_are_refused_on_all_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
