@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import itertools
+import time
 from pathlib import Path
 from typing import Any
 
 import numpy
+import pytest
 import torch
 
 import distdl_lite as dl
@@ -54,3 +56,14 @@ def difference(found: Any, reference: Any) -> float:
         if b.numel():
             worst = max(worst, float((a - b).abs().max() / b.abs().max().clamp_min(1e-300)))
     return worst
+
+
+def refusals(world: dl.Partition, kind: type[Exception], make: Any) -> str:
+    """The text with which all ranks are refused, within a second."""
+    began = time.perf_counter()
+    with pytest.raises(kind) as caught:
+        make()
+    assert time.perf_counter() - began < 2
+    told = world.allgather_data(str(caught.value))
+    assert len(set(told)) == 1, told
+    return told[0]

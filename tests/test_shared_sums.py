@@ -68,4 +68,6 @@ def test_where_no_memory_can_be_shared(monkeypatch: pytest.MonkeyPatch, tmp_path
         patch.setattr(os, "posix_fallocate", full)
         assert spmd(2, none) == [True, True]
     assert shared._opened(str(tmp_path / "is not there"), 8) is None
+    with pytest.raises(RuntimeError, match="deadlock"):  # a rank that never comes
+        spmd(2, lambda world: world.rank or none(world))
     assert not files()

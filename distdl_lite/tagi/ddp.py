@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from collections.abc import Sequence as Items
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 
+from distdl_lite.nn.module import check_alike, raise_together
 from distdl_lite.parallel.copies import broadcast
 from distdl_lite.partition import Partition, partition_of
 from distdl_lite.tagi.protocol import arrays_of, deltas_of, described, missing_members
@@ -45,26 +48,27 @@ class DDPConfig:
         self.P = partition_of(P)
         if not self.P.active:
             raise ValueError("DDPConfig: this rank is not in P")
-        self.device_ids = None if device_ids is None else list(device_ids)
         self.backend = backend
         self.rank = self.P.rank if rank is None else rank
         self.world_size = self.P.size if world_size is None else world_size
-        agree(self.P, self._error())
+        with _together(self.P, "DDPConfig"):
+            self.device_ids = None if device_ids is None else list(device_ids)
+            self._check()
 
-    def _error(self) -> str | None:
-        """What is wrong on this rank."""
+    def _check(self) -> None:
         P, gpus = self.P, torch.cuda.device_count()
         me = f"DDPConfig: rank {P.rank} of {P.size} was given"
         if self.backend != "mpi":
-            return f'{me} backend={self.backend!r}; write backend="mpi", which serves CPUs and GPUs'
+            raise ValueError(f'{me} backend={self.backend!r}; write backend="mpi", which serves CPUs and GPUs')
         if self.rank != P.rank:
-            return f"{me} rank={self.rank!r}; leave it out, or write {P.rank} there"
+            raise ValueError(f"{me} rank={self.rank!r}; leave it out, or write {P.rank} there")
         if self.world_size != P.size:
-            return f"{me} world_size={self.world_size!r}; leave it out, or start {self.world_size!r} ranks"
+            raise ValueError(f"{me} world_size={self.world_size!r}; leave it out, or start {self.world_size!r} ranks")
         for device in self.device_ids or ():
             if not isinstance(device, int) or device < 0 or 0 < gpus <= device:
-                return f"{me} device_ids={self.device_ids}; {device!r} is none of the {gpus} GPUs that it sees"
-        return None
+                raise ValueError(
+                    f"{me} device_ids={self.device_ids}; {device!r} is none of the {gpus} GPUs that it sees"
+                )
 
     @property
     def device(self) -> torch.device | None:
@@ -104,7 +108,7 @@ class DDPSequential(torch.nn.Module):
     ValueError
         On all ranks if they hold different models, or are given different ``average``.
     TypeError
-        On all ranks if one's model lacks what is asked of it.
+        On all ranks if one's model lacks what is asked of it, or its `config` is something else.
 
     Examples
     --------
@@ -126,33 +130,36 @@ class DDPSequential(torch.nn.Module):
     def __init__(self, model: Any, config: DDPConfig | None = None, average: bool = True) -> None:
         super().__init__()
         self.config = DDPConfig() if config is None else config
-        if not isinstance(self.config, DDPConfig):
-            raise TypeError(f"DDPSequential: config must be a DDPConfig, not {config!r}")
         self.model, self.average = model, average
+        with _together(_told_of(self.config), "DDPSequential"):
+            arrays = self._arrays()
+        P = self.config.P
+        kind = "ours" if isinstance(model, Sequential) else "of another library"
+        told = P.allgather_data({"average": average, "model": kind, **described(arrays)})
+        assert told is not None
+        for name in dict.fromkeys(name for one in told for name in one):
+            check_alike(f"DDPSequential's {name}", {rank: one.get(name, "missing") for rank, one in enumerate(told)})
+        if P.size > 1:
+            broadcast(P.world_transport, self._team, list(arrays.values()), P.ranks[0])
+        self._rows: int | None = None  # of the last forward
         self._outputs: tuple[Any, Any] | None = None
         self._is_fresh = False
-        arrays, error = self._arrays()
-        agree(self.config.P, error, {"average": repr(average), **described(arrays)}, TypeError)
-        if self.config.device is not None and isinstance(model, torch.nn.Module):
-            model.to(self.config.device)
-            arrays, _ = self._arrays()
-        if self.config.world_size > 1:
-            broadcast(self.config.P.world_transport, self._team, list(arrays.values()))
         self._deltas: OwnDeltas | OthersDeltas | None = None
         self._prepare()
 
-    def _arrays(self) -> tuple[dict[str, torch.Tensor], str | None]:
-        """The model's means and variances, or why they cannot be had."""
-        lacks = missing_members(self.model)
-        if lacks:
-            return {}, f"DDPSequential: {type(self.model).__name__} has no {', '.join(lacks)}"
+    def _arrays(self) -> dict[str, torch.Tensor]:
+        """The model's means and variances, where they are to stay; raises for what cannot be used."""
+        if not isinstance(self.config, DDPConfig):
+            raise TypeError(f"config must be a DDPConfig, not {self.config!r}")
+        if lacks := missing_members(self.model):
+            raise TypeError(f"{type(self.model).__name__} has no {', '.join(lacks)}")
         if not isinstance(self.average, bool):
-            return {}, f"DDPSequential: average must be a bool, not {self.average!r}"
-        try:
-            deltas_of(self.model)
-            return dict(arrays_of(self.model)), None
-        except TypeError as error:
-            return {}, str(error)
+            raise TypeError(f"average must be a bool, not {self.average!r}")
+        if self.config.device is not None and isinstance(self.model, torch.nn.Module):
+            self.model.to(self.config.device)
+        arrays = dict(arrays_of(self.model))
+        deltas_of(self.model)
+        return arrays
 
     @property
     def _team(self) -> tuple[int, ...]:
@@ -179,10 +186,9 @@ class DDPSequential(torch.nn.Module):
 
     def forward(self, mu_x: Any, var_x: Any = None) -> tuple[Any, Any]:
         """The model's, of this rank's rows."""
-        self._outputs = None
+        self._outputs = self._rows = None
         self._outputs = self.model.forward(mu_x, var_x)
-        if isinstance(self._deltas, OthersDeltas):
-            self._deltas.rows = len(mu_x)
+        self._rows = len(mu_x)
         return self._outputs
 
     def backward(self) -> None:
@@ -191,21 +197,21 @@ class DDPSequential(torch.nn.Module):
         Raises
         ------
         RuntimeError
-            On all ranks if on one of them backward failed, for example for want of a forward and an update.
+            On all ranks, with the same text, if on one of them backward failed, for example for want of a forward and an
+            update; other kinds of errors are raised as they are.
         """
-        deltas, ranks, rows = self._prepare(), self.config.world_size, -1
+        P, deltas, number = self.config.P, self._prepare(), 0
         error: Exception | None = None
         self._is_fresh = False
         try:
-            rows = deltas.find(1 / ranks if self.average else 1.0)
+            number = deltas.find(1 / P.size if self.average else 1.0, self._rows)
         except Exception as found:
             error = found
-        sizes = deltas.sum(rows) if ranks > 1 else [rows]
-        if error is not None:
-            raise error
-        failed = [rank for rank, size in zip(self._team, sizes, strict=True) if size < 0]
-        if failed:
-            raise RuntimeError(f"DDPSequential: backward failed on ranks {failed}, whose deltas are lacking")
+        agreed = P.world_transport.agree(self._team, number)
+        if error is not None or agreed != number * P.size % 2**64:
+            raise_together(P.world_transport, P.ranks, error, f"DDPSequential: rank {P.rank}")
+            raise RuntimeError("DDPSequential: the ranks hold different models")
+        sizes = deltas.sum() if P.size > 1 else [deltas.rows]
         if hasattr(self.model, "batch_size"):
             self.model.batch_size = max(sizes) if self.average else sum(sizes)
         self._is_fresh = True
@@ -275,20 +281,20 @@ class DDPSequential(torch.nn.Module):
         return self.model.load_state_dict(*args, **kwargs)
 
 
-def agree(
-    P: Partition, error: str | None, alike: dict[str, str] | None = None, kind: type[Exception] = ValueError
-) -> None:
-    """Raise on all ranks of P what is wrong on the first of them that has an error, or where they differ."""
-    told = P.allgather_data((error, alike or {}))
-    assert told is not None
-    for text, _ in told:
-        if text is not None:
-            raise kind(text)
-    first = told[0][1]
-    for rank, (_, other) in enumerate(told):
-        for name in [*first, *other]:
-            if first.get(name) != other.get(name):
-                raise ValueError(
-                    f"DDPSequential: the ranks hold different models: rank {rank} has {name} {other.get(name, 'not')}, "
-                    f"rank 0 {first.get(name, 'not')}"
-                )
+@contextmanager
+def _together(P: Partition, name: str) -> Iterator[None]:
+    """Raise on all ranks of P what is raised inside on one of them."""
+    error: Exception | None = None
+    try:
+        yield
+    except Exception as found:
+        error = found
+    raise_together(P.world_transport, P.ranks, error, name)
+
+
+def _told_of(config: Any) -> Partition:
+    """Whom an error concerns: the ranks of a config, or of what stands in its place, else all."""
+    try:
+        return partition_of(getattr(config, "P", config))
+    except TypeError:
+        return Partition.world()

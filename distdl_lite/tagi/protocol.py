@@ -3,8 +3,8 @@
 A model has ``layers``, which may have ``layers`` again, ``forward(mu_x, var_x)``, ``backward()`` and ``step()``. The Gaussians
 of a layer are arrays ``mu_*`` and ``var_*``, for which there are ``delta_mu_*`` and ``delta_var_*`` of the same shapes; None and
 empty ones are passed over. Arrays are NumPy's or torch's. They are written in place; backward may put other deltas in
-place of the last. If the model has an attribute ``batch_size``, it is set before each step to the number of
-rows that the step's cap is to follow; else the cap follows what the model knows itself.
+place of the last. The number of rows is the length of ``mu_x``. If the model has an attribute ``batch_size``, it is set
+before each step to the number of rows that the step's cap is to follow; else the cap follows what the model knows itself.
 """
 
 from __future__ import annotations
@@ -25,7 +25,13 @@ def arrays_of(model: Any, prefix: str = "") -> Iterator[tuple[str, torch.Tensor]
 
 def deltas_of(model: Any) -> list[torch.Tensor]:
     """Their deltas."""
-    return [_tensor(layer, f"delta_{kind}", f"the delta of {name}") for name, layer, kind in _found(model, "")]
+    deltas = []
+    for name, layer, kind in _found(model, ""):
+        delta, shape = _tensor(layer, f"delta_{kind}", f"the delta of {name}"), tuple(getattr(layer, kind).shape)
+        if tuple(delta.shape) != shape:
+            raise ValueError(f"the delta of {name} is of shape {tuple(delta.shape)}, not {shape}")
+        deltas.append(delta)
+    return deltas
 
 
 def _found(model: Any, prefix: str) -> Iterator[tuple[str, Any, str]]:
@@ -45,7 +51,7 @@ def _tensor(layer: Any, kind: str, name: str) -> torch.Tensor:
     if isinstance(value, numpy.ndarray):
         return torch.from_numpy(value)
     if not isinstance(value, torch.Tensor):
-        raise TypeError(f"DDPSequential: {name} must be an array of NumPy or a tensor, not {type(value).__name__}")
+        raise TypeError(f"{name} must be an array of NumPy or a tensor, not {type(value).__name__}")
     return value.detach()
 
 

@@ -6,6 +6,7 @@ exactly: 2^24 in float32, and still 256 in bfloat16, from which on it is the sam
 
 from __future__ import annotations
 
+import zlib
 from typing import Any
 
 import torch
@@ -36,24 +37,23 @@ class OwnDeltas:
         self._model.place_deltas(self._flat)
         self._slots, self._most = self._flat[-ranks:], _largest_exact(like.dtype)
 
-    def find(self, factor: float) -> int:
-        """This rank's deltas times a factor; returns the number of its rows."""
+    def find(self, factor: float, rows: int | None) -> int:
+        """This rank's deltas times a factor; returns a number that ranks of like models have in common."""
         self._model.find_deltas(factor)  # which are linear in those of the output, the few that are multiplied
-        return self._model.batch_size
+        self.rows, own, flat = self._model.batch_size, self._flat, self._model.flat_deltas()
+        like = flat.dtype, flat.device, flat.numel() + len(self._team)
+        if flat is not own and like == (own.dtype, own.device, own.numel()):
+            self._model.place_deltas(own)  # a slice, or a container around the model, had taken its layers' deltas
+            flat = own
+        self._is_new = flat is not own  # after a cast
+        self._tell()
+        return hash((flat.dtype.itemsize, flat.numel(), self._is_new)) % 2**64  # integers, the same in every process
 
-    def sum(self, rows: int) -> list[int]:
-        """Sum them over the team; returns the ranks' numbers of rows."""
-        flat = self._model.flat
-        assert flat is not None
-        is_new = flat is not self._flat  # after a cast
-        if not is_new:
-            self._tell(rows)
-        numbers = hash((flat.dtype.itemsize, flat.numel(), is_new)) % 2**64  # integers, the same in every process
-        if self._transport.agree(self._team, numbers) != numbers * len(self._team) % 2**64:
-            raise RuntimeError("DDPSequential: the ranks hold different models")
-        if is_new:
+    def sum(self) -> list[int]:
+        """Sum them over the team, all of which have found theirs; returns the ranks' numbers of rows."""
+        if self._is_new:
             self._allot()
-            self._tell(rows)
+            self._tell()
             self._transport.agree(self._team, 0)
         if self._shared is None:
             self._transport.all_reduce(self._team, self._flat)
@@ -61,8 +61,8 @@ class OwnDeltas:
             self._shared.add_up()
         return list(map(int, self._slots.tolist()))
 
-    def _tell(self, rows: int) -> None:
-        self._slots.zero_()[self._place] = min(rows, self._most)
+    def _tell(self) -> None:
+        self._slots.zero_()[self._place] = min(self.rows, self._most)
 
 
 class OthersDeltas:
@@ -70,20 +70,20 @@ class OthersDeltas:
 
     def __init__(self, model: Any, transport: Transport, team: tuple[int, ...]) -> None:
         self._model, self._transport, self._team = model, transport, team
-        self.rows = -1  # of the last forward
 
-    def find(self, factor: float) -> int:
-        if self.rows < 0:
-            raise RuntimeError("DDPSequential: backward needs a forward before it")
+    def find(self, factor: float, rows: int | None) -> int:
+        if rows is None:
+            raise RuntimeError("backward needs a forward before it")
         self._model.backward()
-        for delta in deltas_of(self._model):
+        self._found, self.rows = deltas_of(self._model), rows
+        for delta in self._found:
             delta.mul_(factor)
-        return self.rows
+        return zlib.crc32(repr([(delta.shape, delta.dtype) for delta in self._found]).encode())
 
-    def sum(self, rows: int) -> list[int]:
-        deltas = deltas_of(self._model)
+    def sum(self) -> list[int]:
+        deltas = self._found
         slots = (deltas[0] if deltas else torch.empty(0)).new_zeros(len(self._team))
-        slots[self._team.index(self._transport.rank)] = min(rows, _largest_exact(slots.dtype))
+        slots[self._team.index(self._transport.rank)] = min(self.rows, _largest_exact(slots.dtype))
         for flat in flats_of([*deltas, slots]):
             flat.write(self._transport.all_reduce(self._team, flat.read()))
         return list(map(int, slots.tolist()))

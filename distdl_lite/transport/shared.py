@@ -61,11 +61,14 @@ def shared_sums(
         return None
     stride = -(-size // 16) * 16  # rows begin with cache lines
     nbytes = len(team) * stride * dtype.itemsize
-    path = transport.gather_objects(team, _made(nbytes) if transport.rank == team[0] else None)[0]
-    memory = _opened(path, nbytes)
-    are_there = transport.gather_objects(team, memory is not None)
-    if path and transport.rank == team[0]:
-        os.unlink(path)  # the memory stays while a rank has it
+    made = _made(nbytes) if transport.rank == team[0] else None
+    try:
+        path = transport.gather_objects(team, made)[0]
+        memory = _opened(path, nbytes)
+        are_there = transport.gather_objects(team, memory is not None)
+    finally:
+        if made is not None:
+            os.unlink(made)  # the memory stays while a rank has it
     if memory is None or not all(are_there):
         return None
     rows = torch.frombuffer(memory, dtype=dtype).view(len(team), stride)

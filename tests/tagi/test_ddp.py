@@ -5,13 +5,12 @@ from __future__ import annotations
 import copy
 import itertools
 import pickle
-import time
 from typing import Any
 
 import numpy
 import pytest
 import torch
-from gaussians import difference, network, tagi, teach, weights
+from gaussians import difference, network, refusals, tagi, teach, weights
 from ranks import on_ranks
 
 import distdl_lite as dl
@@ -150,6 +149,22 @@ def test_one_message_a_backward(world: dl.Partition) -> None:
 
 
 @on_ranks(2, mpi=True)
+def test_one_rank_may_use_parts_of_its_model(world: dl.Partition) -> None:
+    """Slices and containers around the model take its layers' deltas into a tensor of their own."""
+    serial, net = network(3, 8, 2), ddp(world, network(3, 8, 2))
+    x, y = data(6)
+    mine = slice(3 * world.rank, 3 * world.rank + 3)
+    for step in range(4):
+        teach(serial, x, y)
+        teach(net, x[mine], y[mine])
+        if world.rank == step % 2:
+            net.model[:2](x)
+            tagi.Sequential(net.model, tagi.Linear(2, 5))(x)
+    assert difference(weights(net), weights(serial)) <= 1e-5
+    assert same_everywhere(world, net)
+
+
+@on_ranks(2, mpi=True)
 def test_the_members_of_pytagi(world: dl.Partition) -> None:
     config = tagi.DDPConfig([0, 1], "mpi", world.rank, world.size, P=world)
     assert (config.device_ids, config.backend) == ([0, 1], "mpi")
@@ -205,12 +220,25 @@ def test_the_order_of_calls(world: dl.Partition) -> None:
     net(x)
     if world.rank == 0:  # the other has no deltas of the output, and both must learn of it
         tagi.OutputUpdater().update(net.output_z_buffer, y, 0.1, net.input_delta_z_buffer)
-    with pytest.raises(RuntimeError, match=r"failed on ranks \[1\]" if world.rank == 0 else "backward needs a forward"):
-        net.backward()
+    assert "DDPSequential: rank 1: tagi: backward needs a forward and then" in refusals(
+        world, RuntimeError, net.backward
+    )
     with pytest.raises(RuntimeError, match="step needs a backward before it"):
         net.step()
-    teach(net, x, y)
+    net.train(world.rank == 0)
+    text = refusals(world, RuntimeError, lambda: teach(net, x, y))
+    assert "DDPSequential: rank 1: tagi: backward needs a forward in training mode" in text
+    teach(net.train(), x, y)
     assert same_everywhere(world, net)
+
+
+@on_ranks(3, mpi=True)
+def test_the_first_rank_of_a_partition_gives_the_weights(world: dl.Partition) -> None:
+    P = world.create_partition_inclusive([2, 0, 1])
+    net = ddp(P, network(3, 4, 2, seed=world.rank))
+    assert all(map(torch.equal, weights(net), weights(network(3, 4, 2, seed=2))))
+    net(torch.ones(2, 3))
+    assert "DDPSequential: rank 0: tagi: backward needs" in refusals(world, RuntimeError, net.backward)
 
 
 @on_ranks(3, mpi=True)
@@ -227,17 +255,6 @@ def test_missing_observations_on_some_ranks(world: dl.Partition) -> None:
 
 
 # ---- refusals --------------------------------------------------------------------------------------------------------
-
-
-def refusals(world: dl.Partition, kind: type[Exception], make: Any) -> str:
-    """The text with which all ranks are refused, within a second."""
-    began = time.perf_counter()
-    with pytest.raises(kind) as caught:
-        make()
-    assert time.perf_counter() - began < 2
-    told = world.allgather_data(str(caught.value))
-    assert len(set(told)) == 1, told
-    return told[0]
 
 
 @on_ranks(3, mpi=True)
@@ -262,19 +279,21 @@ def test_wrong_configurations_are_refused_on_all_ranks(world: dl.Partition) -> N
 def test_different_models_are_refused_on_all_ranks(world: dl.Partition) -> None:
     odd = world.rank == 2
     for mine, theirs, text in [
-        ((3, 4, 2), (3, 5, 2), "rank 2 has 0.mu_b (5,) of float32 on cpu, rank 0 (4,) of float32 on cpu"),
-        ((3, 4, 2), (3, 4), "rank 2 has 2.mu_b not, rank 0 (2,) of float32 on cpu"),
-        ((3, 4), (3, 4, 2), "rank 2 has 2.mu_b (2,) of float32 on cpu, rank 0 not"),
+        ((3, 4, 2), (3, 5, 2), "rank 2: DDPSequential's 0.mu_b (5,) of float32 on cpu, others (4,) of float32 on cpu"),
+        ((3, 4, 2), (3, 4), "rank 2: DDPSequential's 2.mu_b missing, others (2,) of float32 on cpu"),
+        ((3, 4), (3, 4, 2), "rank 2: DDPSequential's 2.mu_b (2,) of float32 on cpu, others missing"),
     ]:
         model = network(*(theirs if odd else mine))
         assert text in refusals(world, ValueError, lambda model=model: ddp(world, model))
     model = network(3, 4, 2)
-    assert "rank 2 has 0.mu_b (4,) of float64" in refusals(
+    assert "rank 2: DDPSequential's 0.mu_b (4,) of float64" in refusals(
         world, ValueError, lambda: ddp(world, copy.deepcopy(model).double() if odd else model)
     )
     other = copy.deepcopy(model).to("meta") if odd else model
-    assert "rank 2 has 0.mu_b (4,) of float32 on meta" in refusals(world, ValueError, lambda: ddp(world, other))
-    assert "rank 2 has average True, rank 0 False" in refusals(
+    assert "rank 2: DDPSequential's 0.mu_b (4,) of float32 on meta" in refusals(
+        world, ValueError, lambda: ddp(world, other)
+    )
+    assert "rank 2: DDPSequential's average True, others False" in refusals(
         world, ValueError, lambda: ddp(world, model, average=odd)
     )
     assert "average must be a bool, not 'sum'" in refusals(
@@ -283,8 +302,36 @@ def test_different_models_are_refused_on_all_ranks(world: dl.Partition) -> None:
     assert "Tensor has no layers, forward, step" in refusals(
         world, TypeError, lambda: ddp(world, torch.ones(2) if odd else model)
     )
-    with pytest.raises(TypeError, match="config must be a DDPConfig"):
-        tagi.DDPSequential(model, {"rank": 0})
+    assert "'int' object is not iterable" in refusals(
+        world, TypeError, lambda: tagi.DDPConfig(device_ids=0 if odd else None, P=world)
+    )
+
+
+def test_a_config_of_another_type_is_refused_on_all_ranks() -> None:
+    """Also where the others have made theirs before, or make it now."""
+
+    def body(world: dl.Partition) -> None:
+        for wrong in ({"rank": 0}, False, world):
+            for right in (None, tagi.DDPConfig()):
+                config = wrong if world.rank == 1 else right
+                text = refusals(world, TypeError, lambda config=config: tagi.DDPSequential(network(3, 4, 2), config))
+                assert text.startswith(f"DDPSequential: config must be a DDPConfig, not {str(wrong)[:5]}")
+
+    spmd(3, body)
+
+
+def test_different_devices_are_refused_on_all_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where some host has no GPU, or one that does not work."""
+
+    def body(world: dl.Partition, device: str, kind: type[Exception], text: str) -> None:
+        config = tagi.DDPConfig()
+        monkeypatch.setattr(
+            tagi.DDPConfig, "device", property(lambda self: torch.device(device) if self.rank else None)
+        )
+        assert text in refusals(world, kind, lambda: tagi.DDPSequential(network(3, 4, 2), config))
+
+    spmd(2, lambda world: body(world, "meta", ValueError, "rank 1: DDPSequential's 0.mu_b (4,) of float32 on meta"))
+    spmd(2, lambda world: body(world, "cuda:99", RuntimeError, "DDPSequential: "))
 
 
 def test_gpus_that_are_not_there(monkeypatch: pytest.MonkeyPatch) -> None:

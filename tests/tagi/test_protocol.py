@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy
 import pytest
-from gaussians import difference, linears, network, tagi
+from gaussians import difference, linears, network, refusals, tagi
 from ranks import on_ranks
 
 import distdl_lite as dl
@@ -117,6 +117,42 @@ def test_a_model_of_numpy_trains_as_ours(world: dl.Partition) -> None:
 
 
 @on_ranks(2, mpi=True)
+def test_copies_train_on(world: dl.Partition) -> None:
+    net = tagi.DDPSequential(Foreign(network(3, 6, 2)), tagi.DDPConfig(P=world), average=False)
+    other = copy.deepcopy(net)
+    for each in (net, other):
+        each(numpy.ones((2, 3), "f4"))
+        each.model.update(numpy.ones((2, 2), "f4"), 0.1)
+        each.backward()
+        assert each.model.batch_size == 4
+        each.step()
+    assert difference(net.model.arrays(), other.model.arrays()) == 0
+
+
+@on_ranks(3, mpi=True)
+def test_what_one_model_alone_does_is_refused_on_all_ranks(world: dl.Partition) -> None:
+    config, model, odd = tagi.DDPConfig(P=world), Foreign(network(3, 6, 2)), world.rank == 1
+    text = refusals(world, ValueError, lambda: tagi.DDPSequential(network(3, 6, 2) if odd else model, config))
+    assert "rank 1: DDPSequential's model ours, others of another library" in text
+    model.stages[1].mu_w = model.stages[1].mu_w[:: -1 if odd else 1]
+    assert "stride" in refusals(world, ValueError, lambda: tagi.DDPSequential(model, config))
+    for change, kind, text in [
+        (
+            lambda layer: setattr(layer, "delta_mu_b", layer.delta_mu_b[:1]),
+            ValueError,
+            "1.1.mu_b is of shape (1,), not",
+        ),
+        (lambda layer: setattr(layer, "delta_mu_b", layer.delta_mu_b.astype("f8")), RuntimeError, "different models"),
+        (lambda layer: delattr(layer, "delta_mu_b"), RuntimeError, "different models"),
+        (lambda layer: layer.lacks, AttributeError, "DDPSequential: rank 1: 'Stage' object has no attribute 'lacks'"),
+    ]:
+        net = tagi.DDPSequential(Foreign(network(3, 6, 2)), config)
+        net.model.backward = lambda net=net, change=change: change(net.model.stages[1]) if odd else None
+        net(numpy.ones((2, 3), "f4"))
+        assert text in refusals(world, kind, net.backward)
+
+
+@on_ranks(2, mpi=True)
 def test_what_the_protocol_asks_for(world: dl.Partition) -> None:
     config, model = tagi.DDPConfig(P=world), Foreign(network(3, 6, 2), has_size=False)
     net = tagi.DDPSequential(copy.deepcopy(model), config)
@@ -130,6 +166,10 @@ def test_what_the_protocol_asks_for(world: dl.Partition) -> None:
     net.backward()
     net.step()
     assert not hasattr(net.model, "batch_size")
+    short = copy.deepcopy(model)
+    short.stages[0].delta_mu_w = numpy.zeros(3)
+    with pytest.raises(ValueError, match=r"the delta of 0\.mu_w is of shape \(3,\), not \(6, 3\)"):
+        tagi.DDPSequential(short, config)
     if world.rank == 1:
         model.stages[1].mu_w = model.stages[1].mu_w.tolist()
     with pytest.raises(TypeError, match=r"1\.1\.mu_w must be an array of NumPy or a tensor, not list"):
