@@ -20,6 +20,13 @@ def _compact(ranks: Iterable[int]) -> Sequence[int]:
     return ranks
 
 
+def _integers(name: str, values: Iterable[int]) -> list[int]:
+    """Raises a TypeError that names the argument if it is no sequence, such as one number."""
+    if not isinstance(values, Iterable):
+        raise TypeError(f"{name}={values!r} is no sequence of integers")
+    return [int(value) for value in values]
+
+
 class Line(NamedTuple):
     """One of the lines or planes that a grid was cut into: each rank sees its own, and knows of the others."""
 
@@ -126,7 +133,7 @@ class Partition:
         return self._derive(self._chosen(ranks))
 
     def _chosen(self, ranks: Iterable[int]) -> list[int]:
-        chosen = [int(rank) for rank in ranks]
+        chosen = _integers("ranks", ranks)
         outside = sorted({rank for rank in chosen if not 0 <= rank < self.size})
         if outside:
             raise ValueError(f"ranks {outside} are not in a partition of {self.size} ranks")
@@ -158,7 +165,7 @@ class Partition:
         ValueError
             If the product of `shape` is not the number of ranks, or `periods` has another length.
         """
-        shape = tuple(int(n) for n in shape)
+        shape = tuple(_integers("shape", shape))
         if any(n < 1 for n in shape) or (self.size and math.prod(shape) != self.size):
             raise ValueError(f"a grid of shape {shape} does not fit a partition of {self.size} ranks")
         if periods is not None and len(periods) != len(shape):
@@ -174,10 +181,12 @@ class Partition:
 
         Raises
         ------
+        TypeError
+            If `shape` or `ranks` is one number.
         ValueError
             If there are too few ranks, or `ranks` does not fill the shape.
         """
-        shape = tuple(int(n) for n in shape)
+        shape = tuple(_integers("shape", shape))
         needed = math.prod(shape)
         if ranks is None and needed > self.size:
             hint = f": start it with mpirun -n {needed}" if self.size == self.world_transport.size else ""
@@ -363,7 +372,7 @@ def check_axes(axes: Iterable[int], dim: int) -> tuple[int, ...]:
     ValueError
         If an axis is not in ``range(-dim, dim)`` or named twice.
     """
-    axes = [int(axis) for axis in axes]
+    axes = _integers("axes", axes)
     if any(not -dim <= axis < dim for axis in axes):
         raise ValueError(f"axes {axes} are not all axes of a partition of {dim} axes")
     axes = [axis % dim for axis in axes]

@@ -307,8 +307,9 @@ def test_errors_have_the_same_text_on_all_ranks(world: Partition) -> None:
         "rank 3: number of dims 1, others 2": lambda: dnn.Repartition(P, P)(x[0] if rank == 3 else x),
         "cannot add shape": lambda: dnn.AllSumReduce(P, [0])(x[:1] if rank == 2 else x),
         "has 1 dims, its partition of shape (2, 2) has 2 axes": lambda: dnn.Repartition(P, P)(x[0]),
-        "rank 3 passed a tensor of shape (2,), but is outside": lambda: dnn.Repartition(small, line)(
-            x[0] if rank in (0, 1, 3) else NOTHING
+        "rank 3 passed a tensor of shape (1, 2), but is outside the partition of shape (2,) over ranks [0, 1], where "
+        "P.block(shape) is None": lambda: dnn.Repartition(small, line)(
+            x[0][small.block((2,))] if rank in (0, 1, 3) else NOTHING
         ),
         "bool tensors can be moved but not added": lambda: dnn.AllSumReduce(P, [0])(x > 0),
         "circular boundary of 5 needs more than the 4 points": lambda: dnn.HaloExchange(P, [5, 0], "circular")(x),
@@ -323,6 +324,7 @@ def test_errors_have_the_same_text_on_all_ranks(world: Partition) -> None:
         "HaloExchange.__init__() missing 1 required positional argument: 'halo'": lambda: dnn.HaloExchange(P),
         "cannot match a partition of shape (4,) to (2, 2): axes [1] differ": lambda: dnn.Broadcast(line, P),
         "does not fit a partition of shape (2, 2)": lambda: dnn.HaloExchange(P, [1]),
+        "HaloExchange: halo=1 is no sequence, a number or a pair": lambda: dnn.HaloExchange(P, 1),
         "boundary 'mirror' is none of": lambda: dnn.HaloExchange(P, [1, 1], "mirror"),
         "lengths [2, 3] along dim 0 differ": lambda: dnn.ReduceScatter(P, [0])(integers((2 + P.index[0], 2))),
     }

@@ -6,6 +6,7 @@ import copy
 import pickle
 from collections.abc import Callable
 from itertools import pairwise
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -115,6 +116,15 @@ REFUSALS: dict[str, Callable[[Partition], object]] = {
 }
 
 
+NO_SEQUENCES: dict[str, Callable[[Any], object]] = {
+    "shape=4": lambda P: P.grid(4),
+    "shape=2": lambda P: P.create_cartesian_topology_partition(2),
+    "ranks=1": lambda P: P.grid((1,), ranks=1),
+    "ranks=3": lambda P: P.create_partition_inclusive(3),
+    "axes=0": lambda P: P.grid((2, 2)).create_allreduction_partition(0),
+}
+
+
 @on_ranks(4)
 def test_refusals(world: Partition) -> None:
     for text, call in REFUSALS.items():
@@ -123,6 +133,9 @@ def test_refusals(world: Partition) -> None:
         assert text in str(raised.value)
     with pytest.raises(TypeError, match=r"is made by Partition.grid"):
         dl.CartesianPartition()
+    for text, call in NO_SEQUENCES.items():
+        with pytest.raises(TypeError, match=f"^{text} is no sequence of integers$"):
+            call(world)
 
 
 @on_ranks(4, mpi=True)

@@ -68,7 +68,8 @@ def agreed_inputs(name: str, structure: Structure, P_x: Partition, position: int
     for rank, tensor in passed.items():
         if rank not in inside and tensor.size and tensor.shape:
             raise ValueError(
-                f"{name}: rank {rank} passed a tensor of shape {tensor.shape}, but is outside {_plain(P_x)}"
+                f"{name}: rank {rank} passed a tensor of shape {tensor.shape}, but is outside {_plain(P_x)}, where "
+                f"P.block(shape) is None and dl.zero_volume_tensor() is passed"
             )
     check_alike("dtype", {rank: tensor.dtype for rank, tensor in inside.items()})
     check_alike("device", {rank: tensor.device for rank, tensor in inside.items()})

@@ -295,12 +295,16 @@ class HaloExchange(Movement):
 
     Raises
     ------
+    TypeError
+        If the halo is one number.
     ValueError
         If the halo does not fit the grid, is negative, the boundary is unknown, or it needs more points than there are.
     """
 
     def __init__(self, P_x: Partition, halo: Sequence[int | tuple[int, int]], boundary: str = "none") -> None:
         super().__init__(P_x, P_x)
+        if not isinstance(halo, Iterable):
+            raise TypeError(f"HaloExchange: halo={halo!r} is no sequence, a number or a pair for each dim is needed")
         pairs = [tuple(h) if isinstance(h, Sequence) else (h, h) for h in halo]
         fits = all(len(pair) == 2 and all(isinstance(h, int) and h >= 0 for h in pair) for pair in pairs)
         if len(pairs) != P_x.dim or not fits:
