@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 import distdl_lite as dl
 import distdl_lite.nn as dnn
+from distdl_lite.nn.parameter import Layer
 from distdl_lite.partition import Partition
 
 
@@ -520,3 +521,23 @@ def test_buffers_made_in_inference_mode_serve_outside(world: Partition) -> None:
         assert torch.equal(y, z)
         z.sum().backward()
         assert x.grad is not None
+
+
+@on_ranks(3)
+def test_data_outside_the_partition_is_refused(world: Partition) -> None:
+    P = world.grid((1, 1, 2), range(2))
+    layer, x = dnn.DistributedAvgPool1d(P, 2), torch.ones(1, 1, 4)
+    if P.active:
+        layer(x)
+    else:
+        with pytest.raises(ValueError, match=r"rank 2 passed .* but is outside .* dl\.zero_volume_tensor") as told:
+            layer(x[P.block((1, 1, 8))])
+        assert str(told.value).count("CartesianPartition") == 1
+
+
+def test_a_layer_without_a_partition_is_refused() -> None:
+    class Scale(Layer):
+        pass
+
+    with pytest.raises(TypeError, match=r"Scale: a Layer needs a Partition: super\(\).__init__\(P_x\)"):
+        Scale()

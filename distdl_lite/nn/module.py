@@ -341,7 +341,8 @@ class Module(torch.nn.Module):
             if isinstance(value, torch.Tensor) and value.numel() and value.dim():
                 raise ValueError(
                     f"{type(self).__name__}: rank {self._distdl_transport.rank} passed a tensor of shape "
-                    f"{tuple(value.shape)}, but is outside {', '.join(map(repr, self._distdl_partitions))}"
+                    f"{tuple(value.shape)}, but is outside {', '.join(dict.fromkeys(map(repr, self._distdl_partitions)))}, "
+                    f"where P.block(shape) is None and dl.zero_volume_tensor() is passed"
                 )
 
     def _distdl_begin_ride(self) -> None:

@@ -99,6 +99,8 @@ class Layer(Module):
 
     def __init__(self, *partitions: Partition | None) -> None:
         super().__init__(*partitions)
+        if not self._distdl_partitions:
+            raise self._refuse("a Layer needs a Partition: super().__init__(P_x)", TypeError)
         self._distdl_places: dict[str, Place] = {}
 
     def place(
