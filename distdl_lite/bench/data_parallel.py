@@ -101,22 +101,34 @@ def _sleeping(sizes: tuple[int, ...]) -> torch.nn.Module:
 
 
 def _overlap(P: Partition, seconds: float) -> list[Row]:
-    """Step minus step without sums, beside the sums alone, for each engine, on idle and on busy cores."""
+    """Step minus step without sums, beside the sums alone, for each engine and DDP, on idle and on busy cores."""
     made = []
     for core, build, batch in (("idle core", _sleeping, 2), ("busy core", _network, 64)):
         x = torch.rand(batch, _LARGE[0])
-        containers = [DataParallel(build(_LARGE), P, engine=e, bucket_mb=2.1) for e in ("inline", "thread", "poll")]
-        calls = [*(_of(dp, x) for dp in containers), _of(build(_LARGE), x), _sums_alone(containers[0])]
-        *steps, plain, sums = interleaved(P.comm, calls, seconds)
-        for engine, step in zip(("inline", "thread", "poll"), steps, strict=True):
+        engines = "inline", "thread", "poll"
+        models = {engine: DataParallel(build(_LARGE), P, engine=engine, bucket_mb=2.1) for engine in engines}
+        inline, thread = interleaved(P.comm, [_of(models["inline"], x), _of(models["thread"], x)], seconds)
+        sums = _sums_alone(models["thread"])
+        for engine, model in {**models, "DDP on gloo": _ddp(build(_LARGE), bucket_cap_mb=2.1)}.items():
+            step, alone, local = interleaved(P.comm, [_of(model, x), sums, _without_sums(model, x)], seconds)
             has_bar = engine == "thread" and core == "idle core"
-            bar = ("0.4 x", step - plain <= 0.4 * sums) if has_bar else ("", None)
+            bar = ("0.4 x", step - local <= 0.4 * alone) if has_bar else ("", None)
             what = f"exposed: {engine}, {core}; other is sums alone"
-            made.append(Row(what, "8 x 2 MiB", BOTH, step - plain, sums, bar=bar[0], holds=bar[1]))
+            made.append(Row(what, "8 x 2 MiB", BOTH, step - local, alone, bar=bar[0], holds=bar[1]))
         what = f"step: thread, {core}; other is inline"
-        bar = ("1.05 x", steps[1] <= 1.05 * steps[0]) if core == "busy core" else ("", None)
-        made.append(Row(what, "8 x 2 MiB", BOTH, steps[1], steps[0], bar=bar[0], holds=bar[1]))
+        bar = ("1.05 x", thread <= 1.05 * inline) if core == "busy core" else ("", None)
+        made.append(Row(what, "8 x 2 MiB", BOTH, thread, inline, bar=bar[0], holds=bar[1]))
     return made
+
+
+def _without_sums(model: Any, x: torch.Tensor) -> Call:
+    step = _of(model, x)
+
+    def local() -> None:
+        with model.no_sync():
+            step()
+
+    return local
 
 
 def _sums_alone(dp: DataParallel) -> Call:
@@ -138,14 +150,8 @@ def _overhead(P: Partition, seconds: float) -> list[Row]:
     one = DataParallel(_network(sizes), alone)
     held = DataParallel(_network(sizes), P)
 
-    def accumulates() -> None:
-        with held.no_sync():
-            steps[1]()
-
-    steps = [_of(one, x), _of(held, x)]
-    with held.no_sync():
-        steps[1]()
-    ours, inside, plain = interleaved(P.comm, [steps[0], accumulates, _of(_network(sizes), x)], seconds)
+    calls = [_of(one, x), _without_sums(held, x), _of(_network(sizes), x)]
+    ours, inside, plain = interleaved(P.comm, calls, seconds)
     n = len(sizes) * 2 - 2
     return [
         Row(

@@ -364,6 +364,8 @@ class Synchroniser:
     def finish(self) -> bool:
         """Complete a backward, and put the sums into ``.grad``. Whether any rank took part."""
         any_takes_part = self.start_rest()
+        for place in range(1, len(self.buckets) - 1):  # while the last sum is under way
+            self._results[place] = self._result(place)
         if self.confirm() < len(self.team):
             raise RuntimeError("DataParallel: backward failed on another rank, whose gradients are lacking")
         for place in range(len(self.buckets)):
@@ -400,6 +402,7 @@ class Synchroniser:
     def _give_up(self) -> None:
         for place in range(1, len(self.buckets) - 1):  # before they are filled anew
             self._wait(place)
+        self._results.clear()
         self.is_open = False
         self.count, self.weight = 0.0, None
 
