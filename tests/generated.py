@@ -268,7 +268,10 @@ class _How:
         self.wants = [self._requiring(d, x) for x in twins.inputs]
         self.upstream = d.choice(["integers", "integers", "one number", "transposed"])
         self.d, self.dtype_outside = d, d.choice([None, twins.inputs[0].dtype])
-        self.checkpointed = random.Random(twins.text).random() < 0.2
+        # Statistics are updated again where a backward of the layer, too, recomputes.
+        team = {rank for P in twins.team for rank in P.ranks}
+        goes_back = all(wants & team for wants in self.wants if wants)
+        self.checkpointed = goes_back and random.Random(twins.text).random() < 0.2
 
     @staticmethod
     def _requiring(d: Draw, x: torch.Tensor) -> set[int]:
