@@ -16,7 +16,7 @@ from distdl_lite.transport import Channel, Transport
 from distdl_lite.transport.counts import record
 from distdl_lite.transport.wire import wire_dtype
 
-_NOTHING = torch.empty(0)
+NOTHING = torch.empty(0)  # to be saved by a Function that communicates
 ANCHOR = torch.empty(0, requires_grad=True)  # gives a graph node to a rank whose input needs none
 
 
@@ -153,7 +153,7 @@ class _Move(Node):
             ctx.shape = x.shape
         # Reading a saved tensor before communicating makes non-reentrant checkpointing recompute at the same place on
         # all ranks.
-        ctx.save_for_backward(_NOTHING)
+        ctx.save_for_backward(NOTHING)
         return operator.apply(x)
 
     @staticmethod

@@ -17,6 +17,7 @@ from time import perf_counter
 from typing import Any
 
 import torch
+from torch.utils.checkpoint import checkpoint
 from twins import uneven
 
 import distdl_lite as dl
@@ -211,9 +212,9 @@ def _attempt(function: Callable[..., Any], *arguments: Any) -> tuple[Any, str]:
         return None, f"{type(error).__name__}: {error}"
 
 
-def _called(module: torch.nn.Module, inputs: Sequence[torch.Tensor], seed: int) -> Any:
+def _called(module: torch.nn.Module, inputs: Sequence[torch.Tensor], seed: int, checkpointed: bool) -> Any:
     torch.default_generator.manual_seed(seed)  # manual_seed asks for a GPU, which takes a millisecond
-    return module(*inputs)
+    return checkpoint(module, *inputs, use_reentrant=False) if checkpointed else module(*inputs)
 
 
 def _compared(d: Draw, twins: Twins) -> Found:
@@ -232,8 +233,9 @@ def _compared(d: Draw, twins: Twins) -> Found:
     for mode in twins.modes:
         how = _How(d, twins)
         whole, mine = how.whole(), how.mine(rank)
-        y, error_serial = (None, refusal) if serial is None else _attempt(_called, serial.train(mode), whole, seed)
-        z, error = _attempt(_called, layer.train(mode), mine, seed)
+        calls = seed, how.checkpointed
+        y, error_serial = (None, refusal) if serial is None else _attempt(_called, serial.train(mode), whole, *calls)
+        z, error = _attempt(_called, layer.train(mode), mine, *calls)
         if error or error_serial:
             return error_serial, error, "; ".join(wrong), False
         wrong += _differences(how, twins, layer, serial, (whole, y), (mine, z), rank)
@@ -258,7 +260,7 @@ def _share_weights(d: Draw, layer: torch.nn.Module, serial: torch.nn.Module, tol
 
 
 class _How:
-    """How a layer is called: the memory of its inputs, which of them require grad on which ranks, the gradient."""
+    """How a layer is called: the memory of its inputs, which of them require grad on which ranks, a checkpoint, the gradient."""
 
     def __init__(self, d: Draw, twins: Twins) -> None:
         self.twins = twins
@@ -266,6 +268,10 @@ class _How:
         self.wants = [self._requiring(d, x) for x in twins.inputs]
         self.upstream = d.choice(["integers", "integers", "one number", "transposed"])
         self.d, self.dtype_outside = d, d.choice([None, twins.inputs[0].dtype])
+        # Statistics are updated again where a backward of the layer, too, recomputes.
+        team = {rank for P in twins.team for rank in P.ranks}
+        goes_back = all(wants & team for wants in self.wants if wants)
+        self.checkpointed = goes_back and random.Random(twins.text).random() < 0.2
 
     @staticmethod
     def _requiring(d: Draw, x: torch.Tensor) -> set[int]:

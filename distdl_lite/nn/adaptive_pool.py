@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -167,6 +168,9 @@ class _DistributedAdaptiveMaxPool(_DistributedAdaptivePool):
     def check_dtype(self, inputs: Inputs) -> None:
         check_taken(self, inputs, self.dims + 2, lambda x: _MAX_POOLS[self.dims](x, 1))
 
+    def is_linear(self, views: Sequence[View]) -> bool:
+        return not all(view.is_whole for view in views)
+
     def local(self, views: Sequence[View]) -> Local:
         if all(view.is_whole for view in views):
             return applied(_MAX_POOLS[self.dims], _sizes(views), self.return_indices)
@@ -207,7 +211,8 @@ class _DistributedAdaptiveAvgPool(_DistributedAdaptivePool):
         deliver = operator_between(parts, Y, self, inputs.requires_grad)
         shape, dtype = lay.shape_of(box), inputs.dtype if all(is_whole) else wide(inputs.dtype)
         if 0 in shape:
-            return _Shares(lambda x: connected_zeros(shape, x).to(dtype), deliver, dtype, inputs.requires_grad)
+            nothing = partial(connected_zeros, shape, linear=is_mean(views))
+            return _Shares(lambda x: nothing(x).to(dtype), deliver, dtype, inputs.requires_grad)
         local = applied(_AVG_POOLS[self.dims], _sizes(views)) if all(is_whole) else averaged(views)
         return _Shares(local, deliver, dtype, inputs.requires_grad)
 
@@ -220,6 +225,11 @@ class _DistributedAdaptiveAvgPool(_DistributedAdaptivePool):
         built: _Shares = self._distdl_plan
         shares = built.local(anchored(x, built.graph))
         return shares.to(x.dtype) if built.deliver is None else built.deliver(shares).to(x.dtype)
+
+
+def is_mean(views: Sequence[View]) -> bool:
+    """Whether averages are found by weighing points or, as torch does it, one average of all, with a linear backward."""
+    return not all(view.is_whole for view in views) or all(view.geometry.outputs == 1 for view in views)
 
 
 def _sizes(views: Sequence[View]) -> int | tuple[int, ...]:

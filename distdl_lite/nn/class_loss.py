@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,13 +11,18 @@ import torch.nn.functional as F
 
 from distdl_lite import layout as lay
 from distdl_lite.layout import Shape
-from distdl_lite.nn.kernel import connected_zeros, wide
+from distdl_lite.nn.kernel import wide
 from distdl_lite.nn.loss import _Built, _DistributedLoss
 from distdl_lite.nn.module import raise_together
 from distdl_lite.nn.options import integers, numbers
 from distdl_lite.nn.softmax import CutDim, cut_dim, log_softmax
 from distdl_lite.partition import Partition
 from distdl_lite.shown import shown
+
+
+def _readable(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """torch's function of an input laid out as its backward needs it in four dims."""
+    return lambda input, target, **options: function(input.contiguous(), target, **options)
 
 
 @dataclass(frozen=True)
@@ -55,7 +61,7 @@ class DistributedNLLLoss(_DistributedLoss):
     "none" and cut classes the terms are summed in one all-reduce among the ranks that hold classes of the same points.
     """
 
-    function = F.nll_loss
+    function = _readable(F.nll_loss)
 
     def __init__(
         self,
@@ -93,7 +99,7 @@ class DistributedNLLLoss(_DistributedLoss):
 
     def _terms(self, input: torch.Tensor, target: torch.Tensor, built: _BuiltOverClasses) -> torch.Tensor:
         if built.over_classes is None:
-            return super()._terms(input.contiguous(), target, built)  # torch's backward takes no other in four dims
+            return super()._terms(input, target, built)
         find = self._shown if self.reduction == "none" else self._partial
         terms = find(self._log_probabilities(input, built), target, built)
         return terms if torch.is_autocast_enabled(input.device.type) else terms.to(input.dtype)
@@ -124,7 +130,7 @@ class DistributedNLLLoss(_DistributedLoss):
         if wrong.numel():
             raise IndexError(f"Target {wrong[0].item()} is out of bounds.")
         if start == stop:
-            return connected_zeros(target.shape, log_p)
+            return self._weighted(log_p, built).sum(self._axis)
         is_mine = is_counted & (target >= start) & (target < stop)
         index = torch.where(is_mine, target - start, 0)
         picked = self._weighted(log_p, built).gather(self._axis, index.unsqueeze(self._axis)).squeeze(self._axis)
@@ -165,7 +171,7 @@ class DistributedCrossEntropyLoss(DistributedNLLLoss):
         As in `DistributedNLLLoss`; also in the constructor if `label_smoothing` is not in [0, 1].
     """
 
-    function = F.cross_entropy
+    function = _readable(F.cross_entropy)
 
     def __init__(
         self,

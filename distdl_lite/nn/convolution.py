@@ -212,7 +212,7 @@ class Convolution(Layer):
         z = x if built.fetch is None else into(built.fetch, x, built.dtype)
         bias = self.use("bias") if self.P_y.active else None
         if built.deliver is None:
-            return self._convolve(z, bias, built) if built.shape is not None else z
+            return self._convolve(z, bias, built) if built.shape is not None else self.given(z)
         y = into(built.deliver, z if built.shape is None else self._convolve(z, None, built), built.out_dtype)
         return self.with_bias(y, bias)
 
@@ -221,7 +221,7 @@ class Convolution(Layer):
         assert built.shape is not None
         assert weight is not None
         if built.convolve is None:  # torch refuses to convolve nothing
-            return self.with_bias(connected_zeros(built.shape, z, weight, bias).to(built.out_dtype), bias)
+            return self.with_bias(connected_zeros(built.shape, z, weight, added=bias).to(built.out_dtype), bias)
         return built.convolve(z, weight, bias)
 
     def with_bias(self, y: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:

@@ -44,6 +44,8 @@ class DistributedGroupNorm(Norm):
     each parameter, which it moves to the input's blocks. The statistics are found as in `DistributedBatchNorm`.
     """
 
+    reaches_bias = True
+
     def __init__(
         self,
         P_x: Partition,

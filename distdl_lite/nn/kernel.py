@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -33,10 +35,20 @@ def anchored(x: torch.Tensor, graph: bool) -> torch.Tensor:
     return x.detach().requires_grad_() if needs_node else x
 
 
-def connected_zeros(shape: Shape, *used: torch.Tensor | None) -> torch.Tensor:
-    """Zeros that give a zero gradient, not None, to the tensors that an empty block would have been computed from."""
+def connected_zeros(
+    shape: Shape, *used: torch.Tensor | None, added: torch.Tensor | None = None, linear: bool = False
+) -> torch.Tensor:
+    """Zeros that give a zero gradient, not None, to the tensors that an empty block would have been computed from.
+
+    They stand beside torch's function of the others' blocks: in double backward each gradient depends on all tensors, but for
+    one that is `added` and unless the function is `linear`, and in the first one a tensor is saved. So the graph leads to the
+    same places on all ranks, and a checkpoint recomputes on all of them.
+    """
     tensors = [tensor for tensor in used if tensor is not None]
-    nothing = sum(tensor.reshape(-1)[:0].sum() for tensor in tensors)
+    parts = [tensor.reshape(-1)[:0] for tensor in tensors]
+    nothing = sum(part.sum() for part in parts) if linear else math.prod(part * part for part in parts).sum()
+    if added is not None:
+        nothing = nothing + (added.reshape(-1)[:0] * added.new_empty(0)).sum()
     return torch.zeros(shape, dtype=tensors[0].dtype, device=tensors[0].device) + nothing
 
 
@@ -124,6 +136,10 @@ class SpatialLayer(Module):
         """What this rank computes from the inputs it holds."""
         raise NotImplementedError
 
+    def is_linear(self, views: Sequence[View]) -> bool:
+        """Whether the backward of `local` does without the input; the same on all ranks."""
+        return False
+
     def check_dtype(self, inputs: Inputs) -> None:
         """Raise TypeError if torch's layer does not take the input's dtype."""
         check_floating(self, inputs)
@@ -151,7 +167,7 @@ class SpatialLayer(Module):
         whole = [n == 1 for n in grid.shape[2:]]
         views = [View(*view) for view in zip(geometries, space, box[2:], held[2:], whole, strict=True)]
         shape = lay.shape_of(box)
-        local = (lambda z: connected_zeros(shape, z)) if 0 in shape else self.local(views)
+        local = self.local(views) if 0 not in shape else partial(connected_zeros, shape, linear=self.is_linear(views))
         fetch = operator_between(X, Z, self, inputs.requires_grad)
         return _Built(fetch, inputs.dtype, shape, local, inputs.requires_grad)
 

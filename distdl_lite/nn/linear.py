@@ -139,7 +139,7 @@ class DistributedLinear(Layer):
         z = x if built.fetch is None else into(built.fetch, x, built.dtype)
         bias = self.use("bias") if self.P_y.active else None
         if built.deliver is None:
-            return F.linear(z, self.use("weight"), bias) if built.works else z
+            return F.linear(z, self.use("weight"), bias) if built.works else self.given(z)
         y = into(built.deliver, F.linear(z, self.use("weight")) if built.works else z, built.out_dtype)
         return y if bias is None else y + bias.to(y.dtype)
 

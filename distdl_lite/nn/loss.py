@@ -128,7 +128,7 @@ class _DistributedLoss(Module):
     def _outside(self, input: torch.Tensor) -> torch.Tensor:
         if self.reduction == "none":
             return input
-        zero = connected_zeros((), input)
+        zero = connected_zeros((), input, linear=True)
         return zero if zero.requires_grad else zero.requires_grad_(torch.is_grad_enabled())
 
     def _reduced(self, input: torch.Tensor, target: torch.Tensor, built: _Built) -> torch.Tensor:

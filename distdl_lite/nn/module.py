@@ -14,6 +14,7 @@ from torch._C import _is_any_autocast_enabled
 from torch._C._autograd import _top_saved_tensors_default_hooks  # type: ignore[attr-defined]
 from torch.nn.modules.module import _has_any_global_hook as _any_global_hook
 
+from distdl_lite.operator import ANCHOR, NOTHING, Node
 from distdl_lite.partition import Partition, check_same_world, union_of_ranks
 from distdl_lite.transport import Transport, current
 
@@ -148,7 +149,7 @@ class Module(torch.nn.Module):
                 return self.forward(*args)
             if self._distdl_goes_ahead():
                 return self._distdl_early_forward(args)
-        self._distdl_forward_pre_hook(args, kwargs)
+        args, kwargs = self._distdl_forward_pre_hook(args, kwargs)
         return self.forward(*args, **kwargs)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -224,19 +225,33 @@ class Module(torch.nn.Module):
 
     # ---- the hook ----------------------------------------------------------------------------------------------------
 
-    def _distdl_forward_pre_hook(self, input: tuple[Any, ...], kwargs: Mapping[str, Any] | None = None) -> None:
-        """Agree on the structure of this call, and set up for it unless that was done before."""
+    def _distdl_forward_pre_hook(self, input: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, Any]:
+        """Agree on the structure of this call, and set up for it unless that was done before; returns forward's arguments."""
         if kwargs:
             input, kwargs = self._distdl_positional(input, kwargs)
         if self._distdl_team is None:
             self._distdl_resolve()
         if not self._distdl_is_inside:
             self._distdl_refuse_data(input)
-            return
+            return input, kwargs
         if self._distdl_input_changed(input, kwargs):
             self._distdl_adopt(input, kwargs)
         if self._modules and not self._distdl_agrees_each:
             self._distdl_begin_ride()
+        if is_grad_enabled() and _top_saved_tensors_default_hooks(False) is not None:
+            input = self._distdl_recomputed(input)
+        return input, kwargs
+
+    def _distdl_recomputed(self, input: tuple[Any, ...]) -> tuple[Any, ...]:
+        """The arguments, so that a checkpoint around the layer runs it again, and lets it agree, on all ranks or on none.
+
+        By itself a rank does so only where its block's function saves a tensor: none of an empty block, or of one without
+        gradient, need do so although the others' do.
+        """
+        wanted = any(tensor.requires_grad for tensors in self._distdl_structure.values() for tensor in tensors)
+        if not (wanted and self._distdl_partitions and len(self._distdl_team) > 1 and _has_gradients(input[0])):
+            return input
+        return _Saved.apply(input[0], None if input[0].requires_grad else ANCHOR), *input[1:]
 
     def _distdl_adopt(self, input: tuple[Any, ...], kwargs: Mapping[str, Any] | None) -> None:
         """Set up for the structure agreed on, or take what was kept of it."""
@@ -405,6 +420,24 @@ class Module(torch.nn.Module):
             for p in self.parameters() if self._modules else self._parameters.values():
                 parts += (None,) if p is None else (p.requires_grad, p.dtype)
         return parts
+
+
+class _Saved(Node):
+    """The identity with a saved tensor; its output may be overwritten like its input."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, anchor: Tensor | None) -> Tensor:
+        ctx.save_for_backward(NOTHING)
+        return x.detach()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, None]:
+        _ = ctx.saved_tensors
+        return gradient if ctx.needs_input_grad[0] else None, None
+
+
+def _has_gradients(value: Any) -> bool:
+    return isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex())
 
 
 def _end_ride(module: Module, args: tuple[Any, ...], output: Any) -> None:

@@ -88,18 +88,23 @@ def _plain(P: Partition) -> str:
 
 
 def computing_dtype(name: str, inputs: Inputs, weight: torch.dtype) -> torch.dtype:
-    """The dtype of what a layer computes: autocast's, else that of input and weight, which must be one.
+    """The dtype of what a layer computes: that of input and weight, which must be one, as autocast leaves them.
 
     Raises
     ------
     TypeError
-        If they differ and there is no autocast.
+        If they differ.
     """
-    if torch.is_autocast_enabled(inputs.device):
-        return torch.get_autocast_dtype(inputs.device)
-    if weight is not inputs.dtype:
+    mine, held = (_autocast(dtype, inputs.device) for dtype in (inputs.dtype, weight))
+    if mine is not held:
         raise TypeError(f"{name}: the input has dtype {inputs.dtype}, the weight {weight}")
-    return weight
+    return held
+
+
+def _autocast(dtype: torch.dtype, device: str) -> torch.dtype:
+    """What autocast makes of a dtype: it leaves float64 and complex numbers alone."""
+    casts = torch.is_autocast_enabled(device) and dtype.is_floating_point and dtype is not torch.float64
+    return torch.get_autocast_dtype(device) if casts else dtype
 
 
 def into(operator: Operator, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -67,7 +67,7 @@ class _RunningNorm(Norm):
         return (mean, var) if built.fit is None else (built.fit.apply(mean), built.fit.apply(var))
 
     @torch.no_grad()
-    def track(self, mean: torch.Tensor, var: torch.Tensor, built: Built) -> None:
+    def track(self, built: Built, mean: torch.Tensor, var: torch.Tensor) -> None:
         assert built.rows is not None
         count, factor = built.rows.count, self.factor()
         latest = self.per_feature(mean, var * (count / (count - 1)), built)
@@ -212,6 +212,7 @@ class DistributedInstanceNorm(_RunningNorm):
     """
 
     least_dims, form = 3, "(N, C, *space) has three"
+    tracks_early = False  # as torch's
 
     def __init__(
         self,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -45,7 +46,11 @@ class Norm(Layer):
     """
 
     numbers = 2  # per row: sums of values and of squares
+    reaches_bias = False  # whether the graph of torch's second gradient leads to the bias, though with zeros
     weights_are_per_row = False  # then their gradients are among the sums
+    tracks_early = (
+        True  # also where a checkpoint ends with the layer, and its recomputation with the layer's saved tensors
+    )
 
     def __init__(self, P_x: Partition, eps: float) -> None:
         super().__init__(P_x)
@@ -117,7 +122,7 @@ class Norm(Layer):
         """Near the mean of each row, and the same on all ranks of it; in float64."""
         return torch.zeros((), dtype=torch.float64, device=x.device)
 
-    def track(self, mean: torch.Tensor, var: torch.Tensor, built: Built) -> None:
+    def track(self, built: Built, mean: torch.Tensor, var: torch.Tensor) -> None:
         """Update running statistics by those of the rows."""
 
     # ---- set-up ------------------------------------------------------------------------------------------------------
@@ -186,16 +191,22 @@ class Norm(Layer):
         # The gradients of both are summed over the replicas, here or with the statistics'.
         weight, bias = self._fitted(self.held if len(rows.team) > 1 else self.use, built)
         weight, bias = (None if t is None else self.per_channel(t, x) for t in (weight, bias))
-        y, mean, var = normalised(self.as_channels(x), weight, bias, self.pivot(x, built), self.epsilon(x), rows)
-        if self.tracks:
-            self.track(mean, var, built)
+        latest: list[tuple[torch.Tensor, torch.Tensor]] = []
+        track = partial(self.track, built) if self.tracks else None
+        seen = track if self.tracks_early else lambda *statistics: latest.append(statistics)
+        y = normalised(self.as_channels(x), weight, bias, self.pivot(x, built), self.epsilon(x), rows, seen)
+        if track is not None and latest:
+            track(*latest[0])
         return y.view(x.shape)
 
     def _without_others(self, x: torch.Tensor, built: Built) -> torch.Tensor:
         """torch's own function of the block."""
         weight, bias = self._fitted(self.use, built)
         running = self.running(built)  # also on a rank with an empty block: this may communicate
-        return self.alone(x, weight, bias, *running) if x.numel() else connected_zeros(x.shape, x, weight, bias)
+        if x.numel():
+            return self.alone(x, weight, bias, *running)
+        used, added = ((weight, bias), None) if self.reaches_bias else ((weight,), bias)
+        return connected_zeros(x.shape, x, *used, added=added)
 
     def _fitted(self, read: Callable[[str], torch.Tensor | None], built: Built) -> tuple[torch.Tensor | None, ...]:
         """Weight and bias as the input is cut."""

@@ -20,6 +20,9 @@ _AT_ONCE = 2**18  # elements of a block in wide temporaries: 2 MiB of float64 st
 _AT_ONCE_ON_DEVICES = 2**24  # where a launch costs more than a cache would give
 
 
+Track = Callable[[torch.Tensor, torch.Tensor], None]
+
+
 @dataclass(frozen=True)
 class Rows:
     """Which values share a mean and a variance, and how the ranks that hold them add up; for one structure.
@@ -87,13 +90,15 @@ def normalised(
     pivot: torch.Tensor,
     eps: float,
     rows: Rows,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The normalised block, and mean and biased variance of each row over all ranks in float64.
+    track: Track | None = None,
+) -> torch.Tensor:
+    """The normalised block.
 
-    Weight and bias have one number per channel, or one per element of the channels of ``(B, K, S)`` as ``(1, 1, S)``.
+    Weight and bias have one number per channel, or one per element of the channels of ``(B, K, S)`` as ``(1, 1, S)``. `track` is
+    given mean and biased variance of each row over all ranks, in float64; before a checkpoint that recomputes may stop.
     """
     anchor = ANCHOR if rows.graph else None
-    return _Normalise.apply(x, weight, bias, anchor, pivot, eps, rows)
+    return _Normalise.apply(x, weight, bias, anchor, pivot, eps, rows, track)
 
 
 # ---- statistics ------------------------------------------------------------------------------------------------------
@@ -187,33 +192,39 @@ class _Normalise(Node):
         pivot: torch.Tensor,
         eps: float,
         rows: Rows,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        track: Track | None,
+    ) -> torch.Tensor:
         mean, var = _statistics(x, pivot, rows)
+        if track is not None:
+            track(mean, var)
         ctx.rows, ctx.eps = rows, eps
         ctx.save_for_backward(x, weight, bias, mean, var)
-        ctx.mark_non_differentiable(mean, var)
         if not x.numel():
-            return torch.empty_like(x), mean, var
-        kind, by_element = wide(x.dtype), weight is not None and weight.dim() > 1
-        weight, bias, m, v = _to(kind, weight, bias, rows.spread(mean), rows.spread(var))
-        if not by_element:
-            return F.batch_norm(x, m, v, weight, bias, False, 0.0, eps), mean, var
-        y = torch.empty_like(x)
+            return torch.empty_like(x)
+        kind, mean = wide(x.dtype), rows.spread(mean)
+        weight, bias, m, v = _to(kind, weight, bias, mean, rows.spread(var))
+        if weight is not None and weight.dim() == 1:
+            return F.batch_norm(x, m, v, weight, bias, False, 0.0, eps)
+        # As in torch's layer norm, where all values of a row are equal what is left of them is nothing, not rounding errors.
+        (low,), y = _to(kind, mean - m), torch.empty_like(x)
         for part in _parts(x):
-            _, at, inner = part
-            z = F.batch_norm(x[part].to(kind), m[at], v[at], None, None, False, 0.0, eps).mul_(weight[..., inner])
-            y[part] = z if bias is None else z.add_(bias[..., inner])
-        return y, mean, var
+            _, at, *inner = part
+            z = x[part] - m[at].view(-1, *(1,) * len(inner))
+            z = F.batch_norm(z, low[at], v[at], None, None, False, 0.0, eps)
+            if weight is not None:
+                z.mul_(weight[..., inner[0]])
+            y[part] = z if bias is None else z.add_(bias[..., inner[0]])
+        return y
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor, *_: Any) -> tuple[Any, ...]:
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[Any, ...]:
         x, weight, bias, mean, var = ctx.saved_tensors
         if torch.is_grad_enabled():
             found = _differentiable_backward(gradient, x, weight, bias, mean, ctx.eps, ctx.rows)
         else:
             found = _backward(gradient, x, weight, mean, var, ctx.eps, ctx.rows)
         wanted = (g if needed else None for g, needed in zip(found, ctx.needs_input_grad, strict=False))
-        return (*wanted, None, None, None, None)
+        return (*wanted, None, None, None, None, None)
 
 
 def _to(kind: torch.dtype, *tensors: torch.Tensor | None) -> list[torch.Tensor | None]:
@@ -244,7 +255,9 @@ def _backward(
         of_weights = of_elements if by_element else sums
         sums = rows.spread(rows.summed(rows.fold(sums * factor)[-rows.numbers :]))
     *offset, slope = sums / rows.count * scale
-    numbers = torch.stack([mean, slope * scale, scale * factor, *offset]).to(kind)
+    slope = slope * scale
+    offset = [number - (mean - mean.to(kind)) * slope for number in offset]
+    numbers = torch.stack([mean, slope, scale * factor, *offset]).to(kind)
     numbers = numbers.view(len(numbers), 1, x.shape[1], *(1,) * (x.dim() - 2))
     gx = torch.empty_like(x)
     for part in _parts(x):

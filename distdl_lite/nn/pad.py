@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from distdl_lite import layout as lay
 from distdl_lite.layout import Dim, Layout, Shape
 from distdl_lite.nn.kernel import Local, check_taken, connected_zeros, edge_pad
 from distdl_lite.nn.module import Module
-from distdl_lite.nn.movement import agreed_inputs, into, rehearsal
+from distdl_lite.nn.movement import agreed_inputs, rehearsal
 from distdl_lite.nn.options import numbers, per_dim
 from distdl_lite.operator import Operator
 from distdl_lite.partition import Partition
@@ -78,8 +79,11 @@ class _DistributedPad(Module):
         grid, rank, first = self.P_x.grid_of_ranks, self._distdl_transport.rank, self.P_x.dim - self.dims
         X = lay.blocks(grid, lay.cuts_from_shapes(grid, inputs.shapes))
         n = lay.global_shape_of(X)
+        dtype = inputs.dtype
         if self.mode != "constant":
-            check_taken(self, inputs, self.P_x.dim, lambda x: F.pad(x, (0,) * len(self.padding), self.mode))
+            nothing = partial(F.pad, pad=(0,) * len(self.padding), mode=self.mode)
+            check_taken(self, inputs, self.P_x.dim, nothing)
+            dtype = nothing(torch.empty((1,) * self.P_x.dim, dtype=dtype, device=inputs.device)).dtype  # autocast's
         Y = lay.balanced_blocks(grid, self._padded_shape(n, inputs.dtype))
         lefts = (0,) * first + self.padding[::2][::-1]
         moved = [tuple((a - left, b - left) for a, b in dim.ranges) for dim, left in zip(Y.dims, lefts, strict=True)]
@@ -89,10 +93,10 @@ class _DistributedPad(Module):
         assert index is not None
         mine, left, box, held = (layout.box_at(index) for layout in (X, kept, wanted, Z))
         if max(grid.shape[first:]) == 1 and X.dims[:first] == Y.dims[:first]:
-            return _Built(None, None, inputs.dtype, self._whole(lay.shape_of(box)))
+            return _Built(None, None, dtype, self._whole(lay.shape_of(box)))
         crop = tuple(slice(c - a, d - a) for (a, _), (c, d) in zip(mine, left, strict=True))
         operator = Operator(plan(kept, Z, rank), self._distdl_transport, type(self).__name__, inputs.requires_grad)
-        return _Built(None if kept == X else crop, operator, inputs.dtype, self._edge(box, held, n))
+        return _Built(None if kept == X else crop, operator, dtype, self._edge(box, held, n))
 
     def _padded_shape(self, shape: Shape, dtype: torch.dtype) -> Shape:
         """The shape of the padded tensor. Raises ValueError if torch refuses to pad."""
@@ -159,9 +163,10 @@ class _DistributedPad(Module):
         if not self._distdl_is_inside:
             return x
         built: _Built = self._distdl_plan
+        x = x.to(built.dtype)
         if built.crop is not None:
             x = x[built.crop]
-        y = x if built.fetch is None else into(built.fetch, x, built.dtype)
+        y = x if built.fetch is None else built.fetch(x)
         return y if built.local is None else built.local(y)
 
     def extra_repr(self) -> str:

@@ -12,6 +12,7 @@ import torch
 
 from distdl_lite.grid import Grid
 from distdl_lite.layout import Layout, Shape, global_shape_of, shape_of, whole
+from distdl_lite.nn.kernel import connected_zeros
 from distdl_lite.nn.module import CALL, Module, check_alike, raise_together
 from distdl_lite.operator import Operator
 from distdl_lite.partition import Line, Partition, line_of
@@ -147,6 +148,10 @@ class Layer(Module):
         if parameter is None:
             return None
         return replicated(parameter, self._distdl_places[name].replicas, self._distdl_transport)
+
+    def given(self, nothing: torch.Tensor) -> torch.Tensor:
+        """What a rank returns that only gives input away: with a graph if others have one, to give again in a checkpoint."""
+        return connected_zeros(nothing.shape, nothing, self.held("weight"), added=self.held("bias"))
 
     def held(self, name: str) -> torch.Tensor | None:
         """A parameter or buffer, or what was put in its place, without torch's way to it of 5 us where the caches are cold."""

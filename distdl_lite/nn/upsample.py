@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 
 from distdl_lite.layout import Range
-from distdl_lite.nn.adaptive_pool import Adaptive, averaged
+from distdl_lite.nn.adaptive_pool import Adaptive, averaged, is_mean
 from distdl_lite.nn.kernel import Geometry, Local, SpatialLayer, View, wide, windows
 from distdl_lite.nn.movement import Inputs
 from distdl_lite.partition import Partition
@@ -186,6 +186,9 @@ class DistributedUpsample(SpatialLayer):
         scale = None if factor is None else (*(1.0 for _ in ones), factor)
         batch = lines.view(1, lines.shape[0], *ones, lines.shape[1])
         return F.interpolate(batch, size, scale, self.mode, self.align_corners).view(-1, outputs)
+
+    def is_linear(self, views: Sequence[View]) -> bool:
+        return self.mode != "area" or is_mean(views)
 
     def local(self, views: Sequence[View]) -> Local:
         if all(view.is_whole for view in views):

@@ -16,6 +16,7 @@ from ranks import on_ranks
 from torch.utils.checkpoint import checkpoint
 
 import distdl_lite as dl
+import distdl_lite.nn as dnn
 from distdl_lite.nn import class_loss, loss
 from distdl_lite.partition import Partition
 
@@ -246,3 +247,19 @@ def test_copies_and_repr(world: Partition) -> None:
         "DistributedCrossEntropyLoss(P_x=(2, 1), reduction='mean', ignore_index=-100, label_smoothing=0.1)"
     )
     assert dl.serial_state_dict(module).keys() == ({"weight"} if world.rank == 0 else set())
+
+
+@on_ranks(1)
+def test_transposed_input_on_one_rank(world: Partition) -> None:
+    """In four dims, of which torch's backward takes contiguous memory alone."""
+    x, target = torch.rand(2, 3, 5, 4, dtype=torch.float64).log_softmax(1), torch.arange(40).view(2, 5, 4) % 3
+    for name in ("NLL", "CrossEntropy"):
+        found = []
+        for layer, memory in (
+            (getattr(dnn, f"Distributed{name}Loss")(world.grid((1, 1, 1, 1))), x.mT.contiguous().mT),
+            (getattr(torch.nn, f"{name}Loss")(), x),
+        ):
+            leaf = memory.detach().requires_grad_()
+            layer(leaf, target).backward()
+            found.append(leaf.grad)
+        torch.testing.assert_close(*found, rtol=1e-12, atol=0)

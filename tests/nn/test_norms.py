@@ -432,3 +432,12 @@ def test_inputs_refused(world: Partition) -> None:
         assert_refused(world, P, lambda dtype=dtype: layer(torch.ones(1, 3, 4, dtype=dtype)), text, TypeError)
     layer = dnn.DistributedInstanceNorm(P, 6)  # holds nothing that other channels would not fit
     assert layer(torch.rand(1, 2, 4)).shape == (1, 2, 4)
+
+
+@on_ranks(2)
+def test_equal_values_leave_nothing(world: Partition) -> None:
+    """As with torch's layer norm, not the rounding error of 50 times 316."""
+    P = world.grid((1, 2))
+    for affine in (False, True):
+        layer = dnn.DistributedLayerNorm(P, 4, elementwise_affine=affine)
+        assert not layer(torch.full((3, 2), 50.3)).any()
