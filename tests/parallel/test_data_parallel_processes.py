@@ -83,6 +83,26 @@ def test_large_gradients_go_to_the_thread(world: dl.Partition) -> None:
     assert len(dp._sync.buckets) >= 3
 
 
+@on_ranks(2, mpi=True)
+def test_small_gradients_travel_together_when_backward_ends(world: dl.Partition) -> None:
+    """Of 1.4 MiB: what the hooks of others make of them is summed, too."""
+    dp, single = twins(nn.Sequential(nn.Linear(500, 500), nn.Linear(500, 200)), world)
+    dp(draw(2, 500, dtype=torch.float32))  # whose own hooks come first
+    for model in (dp, single):
+        for parameter in model.parameters():
+            parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", 3 * p.grad))
+    for step in range(2):
+        x = draw(4, 500, seed=step, dtype=torch.float32)
+        dp.zero_grad()
+        single.zero_grad()
+        with dl.testing.count() as counted:
+            mean_square(dp(x[2 * world.rank :][:2])).backward()
+        mean_square(single(x)).backward()
+        assert_gradients(dp, single)
+        assert counted.by_label["sums"].messages == 1
+    assert dp._sync.engine == "inline"
+
+
 class Sleeps(torch.autograd.Function):
     """The identity; backward rests there."""
 
