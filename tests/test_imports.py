@@ -30,6 +30,7 @@ LEVELS = [
     "nn",
     "parallel/orders",
     "parallel/rows",
+    "parallel/settings",
     "parallel/replica",
     "parallel/local",
 ]

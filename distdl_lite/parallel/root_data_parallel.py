@@ -22,8 +22,9 @@ from distdl_lite.nn.movement import zero_volume_tensor
 from distdl_lite.operator import ANCHOR, Operator
 from distdl_lite.parallel.local import Call, Leaf, Result, Run, apply, autocast_modes, local_gradients, slotted
 from distdl_lite.parallel.orders import Agreed, Order, Told, meet, unwrapped
-from distdl_lite.parallel.replica import Settings, Weights
+from distdl_lite.parallel.replica import Weights
 from distdl_lite.parallel.rows import Cuts, Output, Report, Team, cut_rows, dim_in, outputs_of, refusal, rows_in, runs
+from distdl_lite.parallel.settings import Settings
 from distdl_lite.partition import partition_of
 
 _NAME = "RootDataParallel"
