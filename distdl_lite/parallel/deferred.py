@@ -118,6 +118,7 @@ class Deferral:
         self.places: list[int] = []  # of the buckets that are still to be put in
         self._steps: list[tuple[torch.optim.Optimizer, list[dict[str, Any]]]] = []
         self._local: dict[int, tuple[torch.Tensor | None, int]] = {}
+        self._stand_ins: set[int] = set()  # parameters of which other ranks alone may have gradients
         self._eager: set[int] = set()  # parameters that are used without their module being called
         self._called: set[int] = set()
         self._after: set[int] = set()  # parameters whose step came after the last forward
@@ -149,6 +150,9 @@ class Deferral:
     def after_backward(self) -> None:
         """All sums are under way."""
         self.places = list(range(len(self.sync.buckets)))
+        self._stand_ins = {n for n in self.sync.places if self.sync.parameters[n].grad is None}
+        for number in self._stand_ins:  # zeros, on which zero_grad leaves a trace
+            self.sync.parameters[number].grad = torch.zeros_like(self.sync.parameters[number])
         self._local = {n: (p.grad, _version(p.grad)) for n, p in enumerate(self.sync.parameters)}
         self._steps.clear()
         self._is_confirmed = False
@@ -237,11 +241,22 @@ class Deferral:
             ended_well = self.sync.abandon() if failed else self.sync.confirm()
             if ended_well == len(self.sync.team):
                 self.places, self._is_confirmed = places, True
-            elif ended_well:
-                self._tell(failed, in_forward)
+            else:
+                for number in list(self._stand_ins):
+                    self._withdraw(number)
+                if ended_well:
+                    self._tell(failed, in_forward)
         if in_forward and self._owes_error:
             self._owes_error = False
             raise RuntimeError(_FAILED)
+
+    def _withdraw(self, number: int) -> bool:
+        """Take back what stands for a gradient, unless it, or the gradient, is no longer as backward left it."""
+        is_untouched = self._is_untouched(number)
+        if is_untouched and number in self._stand_ins:
+            self.sync.parameters[number].grad = None
+        self._stand_ins.discard(number)
+        return is_untouched
 
     def _tell(self, failed: bool, in_forward: bool) -> None:
         """Raise, but not in another kind of call than those ranks where backward has ended well: it may be another step's."""
@@ -265,7 +280,7 @@ class Deferral:
         later: dict[int, torch.Tensor | None] = {}
         for number, value in found:
             parameter = self.sync.parameters[number]
-            if self._is_untouched(number):
+            if self._withdraw(number):
                 self.sync.put([(number, value)])
             else:  # such as by zero_grad, which was meant for the next backward
                 later[number] = parameter.grad

@@ -256,9 +256,11 @@ class Synchroniser:
         self._local = backward
         grads = ((n, p.grad) for n, p in enumerate(self.parameters))
         settled = [n for n, grad in grads if grad is not None and self._is_settled(grad)]
-        if settled and self.options.average in ("sum", "none"):
+        doubled = [] if self.options.average in ("samples", "ranks") else settled
+        name = next((self.names[n] for n in doubled if self.parameters[n].grad.any()), None)  # type: ignore[union-attr]
+        if name is not None:
             raise RuntimeError(
-                f"DataParallel: {self.names[settled[0]]}.grad holds a sum over ranks, to which a backward inside no_sync "
+                f"DataParallel: {name}.grad holds a sum over ranks, to which a backward inside no_sync "
                 f'adds; with average="{self.options.average}" call zero_grad() before it'
             )
         for number in settled:

@@ -181,13 +181,14 @@ def test_sums_that_cannot_be_told_apart_are_refused(world: dl.Partition) -> None
         for _ in range(2):
             (factor * square_sum(single(x))).backward()
         assert_gradients(dp, single)
-        dp.zero_grad()
-        single.zero_grad()
-        with dp.no_sync():
+        for set_to_none in (True, False):
+            dp.zero_grad(set_to_none)
+            single.zero_grad()
+            with dp.no_sync():
+                square_sum(dp(x)).backward()
             square_sum(dp(x)).backward()
-        square_sum(dp(x)).backward()
-        ({"sum": 1 / 2, "none": 4.0}[average] * square_sum(single(x))).backward()
-        assert_gradients(dp, single)
+            ({"sum": 1 / 2, "none": 4.0}[average] * square_sum(single(x))).backward()
+            assert_gradients(dp, single)
 
 
 # ---- join ------------------------------------------------------------------------------------------------------------

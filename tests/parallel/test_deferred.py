@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import io
+import itertools
+import random
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -383,6 +385,49 @@ class Breaks(torch.autograd.Function):
         if ctx.breaks:
             raise ArithmeticError("broke in backward")
         return gradient, None
+
+
+class Choosing(torch.nn.Module):
+    """Layers of which a forward leaves out some."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(3)
+        self.layers = torch.nn.ModuleList(torch.nn.Linear(4, 4) for _ in range(4)).double()
+
+    def forward(self, x: torch.Tensor, left_out: tuple[int, ...]) -> torch.Tensor:
+        for number, layer in enumerate(self.layers):
+            x = x if number in left_out else layer(x).tanh()
+        return x
+
+
+@pytest.mark.check("A26")
+@on_ranks(3, mpi=True)
+def test_layers_that_some_ranks_leave_out(world: dl.Partition) -> None:
+    """A rank without a gradient that others have is told of it, and forgets it, as they do."""
+    forget: dict[str, Callable[[Any], None]] = {
+        "set to None": lambda dp: dp.module.zero_grad(),
+        "set to 0": lambda dp: dp.module.zero_grad(set_to_none=False),
+        "kept": lambda dp: None,
+    }
+    for name, early, momentum in itertools.product(forget, (True, False), (0.0, 0.9)):
+        made = list(pair(world, lambda p, m=momentum: optim.SGD(p, 0.1, m), Choosing))
+        for dp, optimizer in made:
+            for step in range(6):
+                rng = random.Random(7 * step + world.rank)
+                left_out = tuple(rng.sample(range(4), 2 if step % 3 else 4))
+                if early:
+                    forget[name](dp)
+                dp(batch(world, step).requires_grad_(), left_out).square().mean().backward()
+                optimizer.step()
+                if not early:
+                    forget[name](dp)
+            dp.synchronize()
+            dp.check_replicas()
+        assert_same(made[0][0], made[1][0], name)
+        for a, b in zip(*(dp.module.parameters() for dp, _ in made), strict=True):
+            assert (a.grad is None) == (b.grad is None)
+            assert a.grad is None or torch.equal(a.grad, b.grad)
 
 
 class Fragile(torch.nn.Module):
