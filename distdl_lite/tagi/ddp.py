@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from collections.abc import Sequence as Items
 from contextlib import contextmanager
 from typing import Any
@@ -24,7 +24,8 @@ class DDPConfig:
     Parameters
     ----------
     device_ids : sequence of int, optional
-        GPUs, one for each rank of a host in turn. Without effect on a machine that has none.
+        GPUs, one for each rank of a host in turn; one that stands there twice serves two ranks. Without effect on a machine
+        that has none.
     backend : str
         "mpi".
     rank, world_size : int, optional
@@ -34,7 +35,7 @@ class DDPConfig:
 
     Raises
     ------
-    ValueError
+    ValueError, TypeError
         On all ranks, with the same text, if one of them was given another backend, rank or size, or a GPU that it lacks.
     """
 
@@ -53,6 +54,8 @@ class DDPConfig:
         self.rank = self.P.rank if rank is None else rank
         self.world_size = self.P.size if world_size is None else world_size
         with _together(self.P, "DDPConfig"):
+            if not isinstance(device_ids, Iterable | None):
+                raise TypeError(f"DDPConfig: device_ids must be a list of integers, such as [0, 1], not {device_ids!r}")
             self.device_ids = None if device_ids is None else list(device_ids)
             self._check()
 

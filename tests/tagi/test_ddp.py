@@ -228,7 +228,9 @@ def test_the_order_of_calls(world: dl.Partition) -> None:
     net.train(world.rank == 0)
     text = refusals(world, RuntimeError, lambda: teach(net, x, y))
     assert "DDPSequential: rank 1: tagi: backward needs a forward in training mode" in text
-    teach(net.train(), x, y)
+    text = refusals(world, ValueError, lambda: teach(net.train(), x if world.rank else x / 0, y))
+    assert "DDPSequential: rank 0: tagi: the output or its deltas are not finite" in text
+    teach(net, x, y)
     assert same_everywhere(world, net)
 
 
@@ -305,7 +307,7 @@ def test_different_models_are_refused_on_all_ranks(world: dl.Partition) -> None:
     assert "Tensor has no layers, forward, step" in refusals(
         world, TypeError, lambda: ddp(world, torch.ones(2) if odd else model)
     )
-    assert "'int' object is not iterable" in refusals(
+    assert "DDPConfig: device_ids must be a list of integers, such as [0, 1], not 0" in refusals(
         world, TypeError, lambda: tagi.DDPConfig(device_ids=0 if odd else None, P=world)
     )
 
