@@ -137,9 +137,10 @@ class DDPSequential(torch.nn.Module):
         self.model, self.average = model, average
         with _together(_told_of(self.config), "DDPSequential"):
             arrays = self._arrays()
+            kinds = kinds_of(model)
         P = self.config.P
         kind = "ours" if isinstance(model, Sequential) else "of another library"
-        _check_alike(P, {"average": average, "model": kind, **kinds_of(model), **described(arrays)})
+        _check_alike(P, {"average": average, "model": kind, **kinds, **described(arrays)})
         if P.size > 1:
             broadcast(P.world_transport, self._team, list(arrays.values()), P.ranks[0])
         self._rows: int | None = None  # of the last forward
