@@ -33,6 +33,8 @@ def check_arguments(
     """Raise TypeError or ValueError for what `DataParallel` does not take."""
     if not isinstance(module, torch.nn.Module):
         raise TypeError(f"DataParallel: a torch.nn.Module is needed, not {module!r}")
+    if hasattr(module, "input_delta_z_buffer"):
+        raise TypeError("DataParallel: a model of dl.tagi has no gradients to sum; use dl.tagi.DDPSequential")
     _check_choice("average", average, ("samples", "sum", "ranks", "none"))
     _check_choice("sync_buffers", sync_buffers, ("root", "mean", "none"))
     _check_choice("engine", engine, ("auto", *ENGINES))

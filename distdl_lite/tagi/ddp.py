@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import zlib
+from collections.abc import Iterable, Iterator, Mapping
 from collections.abc import Sequence as Items
 from contextlib import contextmanager
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 from distdl_lite.nn.module import check_alike, raise_together
 from distdl_lite.parallel.copies import broadcast
 from distdl_lite.partition import Partition, partition_of
-from distdl_lite.tagi.protocol import arrays_of, deltas_of, described, missing_members
+from distdl_lite.tagi.protocol import arrays_of, checksums, deltas_of, described, kinds_of, missing_members
 from distdl_lite.tagi.sequential import Sequential
 from distdl_lite.tagi.sums import OthersDeltas, OwnDeltas
 
@@ -23,7 +24,8 @@ class DDPConfig:
     Parameters
     ----------
     device_ids : sequence of int, optional
-        GPUs, one for each rank of a host in turn. Without effect on a machine that has none.
+        GPUs, one for each rank of a host in turn; one that stands there twice serves two ranks. Without effect on a machine
+        that has none.
     backend : str
         "mpi".
     rank, world_size : int, optional
@@ -33,7 +35,7 @@ class DDPConfig:
 
     Raises
     ------
-    ValueError
+    ValueError, TypeError
         On all ranks, with the same text, if one of them was given another backend, rank or size, or a GPU that it lacks.
     """
 
@@ -52,6 +54,8 @@ class DDPConfig:
         self.rank = self.P.rank if rank is None else rank
         self.world_size = self.P.size if world_size is None else world_size
         with _together(self.P, "DDPConfig"):
+            if not isinstance(device_ids, Iterable | None):
+                raise TypeError(f"DDPConfig: device_ids must be a list of integers, such as [0, 1], not {device_ids!r}")
             self.device_ids = None if device_ids is None else list(device_ids)
             self._check()
 
@@ -133,17 +137,16 @@ class DDPSequential(torch.nn.Module):
         self.model, self.average = model, average
         with _together(_told_of(self.config), "DDPSequential"):
             arrays = self._arrays()
+            kinds = kinds_of(model)
         P = self.config.P
         kind = "ours" if isinstance(model, Sequential) else "of another library"
-        told = P.allgather_data({"average": average, "model": kind, **described(arrays)})
-        assert told is not None
-        for name in dict.fromkeys(name for one in told for name in one):
-            check_alike(f"DDPSequential's {name}", {rank: one.get(name, "missing") for rank, one in enumerate(told)})
+        _check_alike(P, {"average": average, "model": kind, **kinds, **described(arrays)})
         if P.size > 1:
             broadcast(P.world_transport, self._team, list(arrays.values()), P.ranks[0])
         self._rows: int | None = None  # of the last forward
         self._outputs: tuple[Any, Any] | None = None
         self._is_fresh = False
+        self._steps, self._is_loaded = 0, False  # the latter since the last backward
         self._deltas: OwnDeltas | OthersDeltas | None = None
         self._prepare()
 
@@ -194,23 +197,31 @@ class DDPSequential(torch.nn.Module):
     def backward(self) -> None:
         """The model's, and the sum, or mean, of all ranks' deltas, in one message; all ranks call it.
 
+        Deltas that no `step` has used are dropped. After `load_state_dict` it is `check_replicas` too, once.
+
         Raises
         ------
         RuntimeError
             On all ranks, with the same text, if on one of them backward failed, for example for want of a forward and an
-            update; other kinds of errors are raised as they are.
+            update; other kinds of errors are raised as they are. Also if they have taken different numbers of steps, hold
+            models of different sizes or dtypes, or one has loaded what others have not.
         """
-        P, deltas, number = self.config.P, self._prepare(), 0
+        P, deltas, vote = self.config.P, self._prepare(), 0
+        told = {"number of steps": str(self._steps)}
         error: Exception | None = None
         self._is_fresh = False
         try:
-            number = deltas.find(1 / P.size if self.average else 1.0, self._rows)
+            told |= deltas.find(1 / P.size if self.average else 1.0, self._rows)
+            vote = zlib.crc32(repr((told, self._is_loaded)).encode())
         except Exception as found:
             error = found
-        agreed = P.world_transport.agree(self._team, number)
-        if error is not None or agreed != number * P.size % 2**64:
+        is_agreed = P.world_transport.agree(self._team, vote) == vote * P.size and error is None
+        if not is_agreed:
             raise_together(P.world_transport, P.ranks, error, f"DDPSequential: rank {P.rank}")
-            raise RuntimeError("DDPSequential: the ranks hold different models")
+            _check_alike(P, told, RuntimeError)
+        if self._is_loaded or not is_agreed:
+            self.check_replicas()
+            self._is_loaded = False
         sizes = deltas.sum() if P.size > 1 else [deltas.rows]
         if hasattr(self.model, "batch_size"):
             self.model.batch_size = max(sizes) if self.average else sum(sizes)
@@ -228,6 +239,7 @@ class DDPSequential(torch.nn.Module):
             raise RuntimeError("DDPSequential: step needs a backward before it; the deltas of the last have been used")
         self._is_fresh = False
         self.model.step()
+        self._steps += 1
 
     def train(self, mode: bool = True) -> DDPSequential:
         """Training mode."""
@@ -277,8 +289,13 @@ class DDPSequential(torch.nn.Module):
         return self.model.state_dict(*args, **kwargs)
 
     def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """The model's; all ranks load the same."""
+        """The model's; all ranks load the same, which the next `backward` checks."""
+        self._is_loaded = True
         return self.model.load_state_dict(*args, **kwargs)
+
+    def check_replicas(self) -> None:
+        """Raise RuntimeError, on all ranks, unless they hold the same means and variances, bit by bit; all ranks call it."""
+        _check_alike(self.config.P, checksums(dict(arrays_of(self.model))), RuntimeError)
 
 
 @contextmanager
@@ -290,6 +307,18 @@ def _together(P: Partition, name: str) -> Iterator[None]:
     except Exception as found:
         error = found
     raise_together(P.world_transport, P.ranks, error, name)
+
+
+def _check_alike(P: Partition, told: Mapping[str, Any], kind: type[Exception] = ValueError) -> None:
+    """Raise on all ranks of P unless all tell the same; what differs first is named."""
+    everyones = P.allgather_data(told)
+    assert everyones is not None
+    for name in dict.fromkeys(name for one in everyones for name in one):
+        values = {rank: one.get(name, "missing") for rank, one in enumerate(everyones)}
+        try:
+            check_alike(f"DDPSequential's {name}", values)
+        except ValueError as found:
+            raise kind(str(found)) from None
 
 
 def _told_of(config: Any) -> Partition:

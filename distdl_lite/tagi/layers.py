@@ -178,7 +178,7 @@ def _affine(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) ->
     return torch.mm(x, weight.t(), out=into) if bias is None else torch.addmm(bias, x, weight.t(), out=into)
 
 
-class _Activation(Layer):
+class Activation(Layer):
     """What is done elementwise."""
 
     def forward(self, states: HiddenStates) -> HiddenStates:
@@ -193,7 +193,7 @@ class _Activation(Layer):
         raise NotImplementedError
 
 
-class _Linearised(_Activation):
+class _Linearised(Activation):
     """An activation that is replaced by its tangent at the mean."""
 
     def moments(
@@ -230,7 +230,7 @@ class Sigmoid(_Linearised):
         return value, value * (1 - value)
 
 
-class MixtureReLU(_Activation):
+class MixtureReLU(Activation):
     """max(0, z) with its exact mean and variance for a Gaussian z, both at least 1e-6; ``J = Phi(mu_z / s)``.
 
     With a = mu_z / s the variance is written as var_z (P + a^2 P (1 - P) + a phi (1 - 2 P) - phi^2), which is the same as the

@@ -9,11 +9,14 @@ before each step to the number of rows that the step's cap is to follow; else th
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy
 import torch
+
+from distdl_lite.tagi.layers import Layer
 
 MEMBERS = "layers", "forward", "backward", "step"
 
@@ -21,6 +24,17 @@ MEMBERS = "layers", "forward", "backward", "step"
 def arrays_of(model: Any, prefix: str = "") -> Iterator[tuple[str, torch.Tensor]]:
     """The names and values of all means and variances, as tensors over the same memory."""
     return ((name, _tensor(layer, kind, name)) for name, layer, kind in _found(model, prefix))
+
+
+def kinds_of(model: Any, prefix: str = "") -> dict[str, str]:
+    """The layers, of another library their types alone."""
+    kinds = {}
+    for number, layer in enumerate(model.layers):
+        inner = f"{prefix}{number}"
+        kinds[f"layer {inner}"] = repr(layer) if isinstance(layer, Layer) else type(layer).__name__
+        if hasattr(layer, "layers"):
+            kinds.update(kinds_of(layer, f"{inner}."))
+    return kinds
 
 
 def deltas_of(model: Any) -> list[torch.Tensor]:
@@ -65,3 +79,9 @@ def described(tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:
         name: f"{tuple(t.shape)} of {str(t.dtype).removeprefix('torch.')} on {t.device.type}"
         for name, t in tensors.items()
     }
+
+
+def checksums(tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:
+    """Of the bits of each tensor, in words."""
+    bits = {name: t.cpu().contiguous().view(-1).view(torch.uint8).numpy() for name, t in tensors.items()}
+    return {name: f"of checksum {zlib.crc32(b):08x}" for name, b in bits.items()}

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from distdl_lite.tagi.layers import Layer, Linear
+from distdl_lite.tagi.layers import Activation, Layer, Linear
 from distdl_lite.tagi.states import DeltaStates, HiddenStates, array_of, tensor_of
 
 
@@ -43,7 +43,7 @@ class Sequential(torch.nn.Sequential):
     TypeError
         For a layer of another kind.
     ValueError
-        For a layer that stands in two places.
+        For a layer that stands in two places, or a `Linear` that takes another number of features than the one before gives.
 
     Examples
     --------
@@ -57,6 +57,8 @@ class Sequential(torch.nn.Sequential):
     """
 
     def __init__(self, *layers: Any) -> None:
+        if layers and isinstance(layers[0], list | tuple):
+            raise TypeError("tagi.Sequential: each layer is an argument; unpack the list: Sequential(*layers)")
         super().__init__(*layers)
         for layer in self:
             if not isinstance(layer, Layer | Sequential):
@@ -64,6 +66,7 @@ class Sequential(torch.nn.Sequential):
         leaves = list(self.leaves())
         if len(set(leaves)) < len(leaves):
             raise ValueError("tagi.Sequential: a layer stands in two places, whose deltas would be one another's")
+        _check_features(leaves)
         self.output_z_buffer, self.input_delta_z_buffer = HiddenStates(), DeltaStates()
         self.batch_size = 0
         self._is_fresh = False  # whether a backward came after the last step
@@ -87,7 +90,10 @@ class Sequential(torch.nn.Sequential):
                 yield layer
 
     def parameters(self, recurse: bool = True) -> list[tuple[torch.Tensor | None, ...]]:
-        """``(mu_w, var_w, mu_b, var_b)`` of each `Linear`, as pytagi has them: the tensors themselves."""
+        """``(mu_w, var_w, mu_b, var_b)`` of each `Linear`, as pytagi has them: the tensors themselves.
+
+        They are buffers, without gradients, of which an optimizer of torch can make nothing.
+        """
         linears = [layer for layer in self.leaves() if isinstance(layer, Linear)]
         return [tuple(getattr(layer, name) for name in Linear.NAMES) for layer in linears]
 
@@ -208,6 +214,8 @@ class Sequential(torch.nn.Sequential):
         ------
         RuntimeError
             Unless a forward in training mode and an update of the output came before.
+        ValueError
+            If the output's mean or its deltas are not finite; on CPUs alone, as a GPU's host would have to wait for it.
         """
         self.find_deltas()
 
@@ -220,6 +228,11 @@ class Sequential(torch.nn.Sequential):
         linears = [n for n, layer in enumerate(leaves) if isinstance(layer, Linear)]
         if any(leaves[n]._saved is None for n in linears):
             raise RuntimeError("tagi: backward needs a forward in training mode before it; call train()")
+        told = given.delta_mu, given.delta_var, self.output_z_buffer.mu_a
+        if given.delta_mu.device.type == "cpu" and not all(bool(t.isfinite().all()) for t in told if t is not None):
+            raise ValueError(
+                "tagi: the output or its deltas are not finite: x or y has infinities, or x or var_obs NaN"
+            )
         self.batch_size = given.delta_mu.shape[0]
         deltas = DeltaStates(given.delta_mu * factor, given.delta_var * factor)
         given.delta_mu = given.delta_var = None
@@ -246,6 +259,20 @@ class Sequential(torch.nn.Sequential):
             scratch = self._scratch = like.new_empty(size)
         for layer in linears:
             layer.step(cap, scratch)
+
+
+def _check_features(layers: list[Layer]) -> None:
+    before: Linear | None = None
+    for number, layer in enumerate(layers):
+        if isinstance(layer, Linear):
+            if before is not None and layer.in_features != before.out_features:
+                raise ValueError(
+                    f"tagi.Sequential: layer {number}, {layer}, takes {layer.in_features} features, and {before} before it gives "
+                    f"{before.out_features}"
+                )
+            before = layer
+        elif not isinstance(layer, Activation):
+            before = None  # one of the user's
 
 
 _DELTAS = [f"delta_{name}" for name in Linear.NAMES]

@@ -6,13 +6,12 @@ exactly: 2^24 in float32, and still 256 in bfloat16, from which on it is the sam
 
 from __future__ import annotations
 
-import zlib
 from typing import Any
 
 import torch
 
 from distdl_lite.optim.flat import flats_of
-from distdl_lite.tagi.protocol import deltas_of
+from distdl_lite.tagi.protocol import deltas_of, described
 from distdl_lite.tagi.sequential import Sequential
 from distdl_lite.transport import Transport
 from distdl_lite.transport.shared import shared_sums
@@ -37,8 +36,8 @@ class OwnDeltas:
         self._model.place_deltas(self._flat)
         self._slots, self._most = self._flat[-ranks:], _largest_exact(like.dtype)
 
-    def find(self, factor: float, rows: int | None) -> int:
-        """This rank's deltas times a factor; returns a number that ranks of like models have in common."""
+    def find(self, factor: float, rows: int | None) -> dict[str, str]:
+        """This rank's deltas times a factor; returns in words what ranks of like models have in common."""
         self._model.find_deltas(factor)  # which are linear in those of the output, the few that are multiplied
         self.rows, own, flat = self._model.batch_size, self._flat, self._model.flat_deltas()
         like = flat.dtype, flat.device, flat.numel() + len(self._team)
@@ -47,7 +46,8 @@ class OwnDeltas:
             flat = own
         self._is_new = flat is not own  # after a cast
         self._tell()
-        return hash((flat.dtype.itemsize, flat.numel(), self._is_new)) % 2**64  # integers, the same in every process
+        size = flat.numel() - (0 if self._is_new else len(self._slots))
+        return {"deltas": f"{size} of {flat.dtype} on {flat.device.type}{', moved' * self._is_new}"}
 
     def sum(self) -> list[int]:
         """Sum them over the team, all of which have found theirs; returns the ranks' numbers of rows."""
@@ -71,14 +71,14 @@ class OthersDeltas:
     def __init__(self, model: Any, transport: Transport, team: tuple[int, ...]) -> None:
         self._model, self._transport, self._team = model, transport, team
 
-    def find(self, factor: float, rows: int | None) -> int:
+    def find(self, factor: float, rows: int | None) -> dict[str, str]:
         if rows is None:
             raise RuntimeError("backward needs a forward before it")
         self._model.backward()
         self._found, self.rows = deltas_of(self._model), rows
         for delta in self._found:
             delta.mul_(factor)
-        return zlib.crc32(repr([(delta.shape, delta.dtype) for delta in self._found]).encode())
+        return described({f"delta {number}": delta for number, delta in enumerate(self._found)})
 
     def sum(self) -> list[int]:
         deltas = self._found

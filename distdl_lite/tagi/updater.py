@@ -20,14 +20,14 @@ class OutputUpdater:
     Raises
     ------
     ValueError
-        If torch knows no such device.
+        If torch has no such device here.
     """
 
     def __init__(self, device: Any = None) -> None:
         try:
-            self.device = None if device is None else torch.device(device)
-        except RuntimeError:
-            raise ValueError(f"OutputUpdater: device must be a device of torch, not {device!r}") from None
+            self.device = None if device is None else torch.empty(0, device=device).device
+        except (RuntimeError, AssertionError):  # the latter of a torch without CUDA
+            raise ValueError(f"OutputUpdater: device must be a device that torch has here, not {device!r}") from None
 
     @torch.no_grad()
     def update(self, output_states: HiddenStates, mu_obs: Any, var_obs: Any, delta_states: DeltaStates) -> None:
@@ -40,7 +40,8 @@ class OutputUpdater:
         mu_obs : array
             Observations of shape (B, features), or flat. NaN is none, which changes nothing.
         var_obs : array or float
-            Variances of the observations, not standard deviations; as many, or what can be broadcast to (B, features).
+            Variances of the observations, not standard deviations; as many, or what can be broadcast to (B, features): of
+            shape (features,) one for each column, also where B is the same; of shape (B, 1) one for each row.
         delta_states : DeltaStates
             The model's ``input_delta_z_buffer``.
 
@@ -49,8 +50,12 @@ class OutputUpdater:
         RuntimeError
             Before a forward.
         ValueError
-            If the shapes do not fit, or the states are on another device.
+            If the shapes do not fit, the states are on another device, or, on CPUs, a variance is negative.
+        TypeError
+            If the states are in each other's place.
         """
+        if isinstance(output_states, DeltaStates) or isinstance(delta_states, HiddenStates):
+            raise TypeError("OutputUpdater: output_states and delta_states are in each other's place")
         mu, var, jcb = output_states.mu_a, output_states.var_a, output_states.jcb
         if mu is None or var is None:
             raise RuntimeError("tagi: an update of the output needs a forward before it")
@@ -69,6 +74,8 @@ class OutputUpdater:
             raise ValueError(
                 f"OutputUpdater: var_obs of shape {tuple(noise.shape)} does not fit an output of {tuple(mu.shape)}"
             ) from None
+        if noise.device.type == "cpu" and (noise < 0).any():
+            raise ValueError(f"OutputUpdater: var_obs must not be negative, but has {noise.min().item():.3g}")
         y = y.view(mu.shape)
         missing = y.isnan()
         delta_mu, delta_var = (y - mu).div_(total), total.reciprocal().neg_()

@@ -21,6 +21,7 @@ from distdl_lite.testing import spmd
 
 ARGUMENTS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"module": torch.tanh}, TypeError, "DataParallel: a torch.nn.Module is needed, not <built-in method tanh"),
+    ({"module": dl.tagi.Sequential()}, TypeError, "no gradients to sum; use dl.tagi.DDPSequential"),
     ({"P": 3}, TypeError, "P must be a Partition or an mpi4py communicator, not 3"),
     ({"P": "world"}, TypeError, "P must be a Partition or an mpi4py communicator, not 'world'"),
     ({"average": "mean"}, ValueError, "average must be one of samples, sum, ranks, none, not 'mean'"),

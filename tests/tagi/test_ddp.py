@@ -228,7 +228,9 @@ def test_the_order_of_calls(world: dl.Partition) -> None:
     net.train(world.rank == 0)
     text = refusals(world, RuntimeError, lambda: teach(net, x, y))
     assert "DDPSequential: rank 1: tagi: backward needs a forward in training mode" in text
-    teach(net.train(), x, y)
+    text = refusals(world, ValueError, lambda: teach(net.train(), x if world.rank else x / 0, y))
+    assert "DDPSequential: rank 0: tagi: the output or its deltas are not finite" in text
+    teach(net, x, y)
     assert same_everywhere(world, net)
 
 
@@ -279,12 +281,15 @@ def test_wrong_configurations_are_refused_on_all_ranks(world: dl.Partition) -> N
 def test_different_models_are_refused_on_all_ranks(world: dl.Partition) -> None:
     odd = world.rank == 2
     for mine, theirs, text in [
-        ((3, 4, 2), (3, 5, 2), "rank 2: DDPSequential's 0.mu_b (5,) of float32 on cpu, others (4,) of float32 on cpu"),
-        ((3, 4, 2), (3, 4), "rank 2: DDPSequential's 2.mu_b missing, others (2,) of float32 on cpu"),
-        ((3, 4), (3, 4, 2), "rank 2: DDPSequential's 2.mu_b (2,) of float32 on cpu, others missing"),
+        (network(3, 4, 2), network(3, 5, 2), "layer 0 Linear(3, 5, bias=True), others Linear(3, 4, bias=True)"),
+        (network(3, 4, 2), network(3, 4), "layer 1 missing, others ReLU()"),
+        (network(3, 4), network(3, 4, 2), "layer 1 ReLU(), others missing"),
+        (network(3, 4, 2), network(3, 4, 2, activation="Tanh"), "layer 1 Tanh(), others ReLU()"),
+        (network(3, 4), network(3, 4).append(tagi.ReLU()), "layer 1 ReLU(), others missing"),
+        (network(3, 4), tagi.Sequential(network(3, 4)), "layer 0 Sequential, others Linear(3, 4, bias=True)"),
     ]:
-        model = network(*(theirs if odd else mine))
-        assert text in refusals(world, ValueError, lambda model=model: ddp(world, model))
+        model = theirs if odd else mine
+        assert f"rank 2: DDPSequential's {text}" in refusals(world, ValueError, lambda model=model: ddp(world, model))
     model = network(3, 4, 2)
     assert "rank 2: DDPSequential's 0.mu_b (4,) of float64" in refusals(
         world, ValueError, lambda: ddp(world, copy.deepcopy(model).double() if odd else model)
@@ -302,9 +307,52 @@ def test_different_models_are_refused_on_all_ranks(world: dl.Partition) -> None:
     assert "Tensor has no layers, forward, step" in refusals(
         world, TypeError, lambda: ddp(world, torch.ones(2) if odd else model)
     )
-    assert "'int' object is not iterable" in refusals(
+    assert "DDPConfig: device_ids must be a list of integers, such as [0, 1], not 0" in refusals(
         world, TypeError, lambda: tagi.DDPConfig(device_ids=0 if odd else None, P=world)
     )
+
+
+@on_ranks(3, mpi=True)
+def test_replicas_that_have_come_apart_are_refused_on_all_ranks(world: dl.Partition) -> None:
+    odd, (x, y) = world.rank == 1, data(6)
+    start, other = network(3, 4, 2).state_dict(), network(3, 4, 2, seed=1).state_dict()
+    net = ddp(world, network(3, 4, 2))
+    teach(net, x, y)
+    net.check_replicas()
+    if odd:
+        net.load_state_dict(start)
+    for check in (net.check_replicas, lambda: teach(net, x, y), lambda: teach(net, x, y)):
+        text = refusals(world, RuntimeError, check)
+        assert text.startswith("the ranks disagree: rank 1: DDPSequential's 0.mu_b of checksum ")
+    net.load_state_dict(other if odd else start)
+    assert "rank 1: DDPSequential's 0.mu_b of" in refusals(world, RuntimeError, lambda: teach(net, x, y))
+    net.load_state_dict(start)
+    if odd:  # with what all have, in the end
+        net.load_state_dict(other)
+        net.load_state_dict(start)
+    teach(net, x, y)
+    with count() as counted:
+        teach(net, x, y)
+    assert counted.messages == 1
+    teach(net, x, y, steps=False)  # whose deltas are dropped
+    teach(net, x, y)
+    teach(net, x, y, steps=False)
+    if odd:
+        net.step()
+    assert "rank 1: DDPSequential's number of steps 5, others 4" in refusals(
+        world, RuntimeError, lambda: teach(net, x, y)
+    )
+
+
+@on_ranks(3, mpi=True)
+def test_a_cast_of_one_rank_is_refused_on_all_ranks(world: dl.Partition) -> None:
+    net, (x, y) = ddp(world, network(3, 4, 2)), data(6)
+    if world.rank == 2:
+        net.double()
+    text = refusals(world, RuntimeError, lambda: teach(net, x, y))
+    assert "rank 2: DDPSequential's deltas 52 of torch.float64 on cpu, moved, others 52 of torch.float32 on cpu" in text
+    teach(net.double(), x, y)
+    assert same_everywhere(world, net)
 
 
 def test_a_config_of_another_type_is_refused_on_all_ranks() -> None:

@@ -354,6 +354,17 @@ def test_what_is_refused() -> None:
         tagi.Linear(0, 4)
     with pytest.raises(TypeError, match=r"layers of dl\.tagi are needed, not ReLU\(\)"):
         tagi.Sequential(torch.nn.ReLU())
+    for wrong, text in [
+        (
+            [tagi.Linear(3, 4), tagi.Linear(5, 1)],
+            r"layer 1, Linear\(5, 1, bias=True\), takes 5 features, and .* gives 4",
+        ),
+        ([network(3, 4), tagi.ReLU(), network(5, 1)], r"layer 2, .* takes 5 features, and Linear\(3, 4, .* gives 4"),
+    ]:
+        with pytest.raises(ValueError, match=text):
+            tagi.Sequential(*wrong)
+        with pytest.raises(TypeError, match=r"unpack the list: Sequential\(\*layers\)"):
+            tagi.Sequential(wrong)
     shared = tagi.Linear(3, 3)
     with pytest.raises(ValueError, match="stands in two places"):
         tagi.Sequential(shared, tagi.ReLU(), tagi.Sequential(shared))
@@ -367,10 +378,35 @@ def test_what_is_refused() -> None:
         teach(net, x, y[:1])
     with pytest.raises(ValueError, match=r"var_obs of shape \(5, 2\) does not fit an output of \(6, 2\)"):
         teach(net, x, y, y[:5])
-    with pytest.raises(ValueError, match="must be a device of torch, not 'abacus'"):
-        tagi.OutputUpdater("abacus")
-    with pytest.raises(ValueError, match="the output is on cpu, the updater on cuda"):
-        tagi.OutputUpdater("cuda").update(net.output_z_buffer, y, 0.1, net.input_delta_z_buffer)
+    for device in ("abacus", "cuda:99"):
+        with pytest.raises(ValueError, match=f"must be a device that torch has here, not '{device}'"):
+            tagi.OutputUpdater(device)
+    output, deltas = net.output_z_buffer, net.input_delta_z_buffer
+    with pytest.raises(ValueError, match="the output is on cpu, the updater on meta"):
+        tagi.OutputUpdater("meta").update(output, y, 0.1, deltas)
+    with pytest.raises(TypeError, match="output_states and delta_states are in each other's place"):
+        tagi.OutputUpdater().update(output_states=deltas, mu_obs=y, var_obs=0.1, delta_states=output)
+    with pytest.raises(ValueError, match=r"var_obs must not be negative, but has -0\.1"):
+        teach(net, x, y, -0.1)
+
+
+def test_numbers_that_are_not_finite_are_refused() -> None:
+    net, x, y = network(3, 4, 2), torch.randn(6, 3), torch.randn(6, 2)
+    before, inf, nan = weights(net), float("inf"), float("nan")
+    for wrong_x, wrong_y, var_obs in [
+        (inf, 0.0, 0.1),
+        (nan, 0.0, 0.1),
+        (nan, nan, 0.1),
+        (0.0, -inf, 0.1),
+        (0.0, 0.0, nan),
+    ]:
+        for rows in (slice(6), slice(1)):
+            bad_x, bad_y = x.clone(), y.clone()
+            bad_x[rows], bad_y[rows] = wrong_x, wrong_y
+            with pytest.raises(ValueError, match="the output or its deltas are not finite"):
+                teach(net, bad_x, bad_y, var_obs)
+    teach(net, x, y, inf)  # which says nothing
+    assert all(map(torch.equal, weights(net), before))
 
 
 def test_how_weights_start() -> None:

@@ -134,6 +134,11 @@ def test_what_one_model_alone_does_is_refused_on_all_ranks(world: dl.Partition) 
     config, model, odd = tagi.DDPConfig(P=world), Foreign(network(3, 6, 2)), world.rank == 1
     text = refusals(world, ValueError, lambda: tagi.DDPSequential(network(3, 6, 2) if odd else model, config))
     assert "rank 1: DDPSequential's model ours, others of another library" in text
+    other = copy.deepcopy(model)
+    other.layers[1].layers[0] = "no layer" if odd else object()
+    assert "rank 1: DDPSequential's layer 1.0 str, others object" in refusals(
+        world, ValueError, lambda: tagi.DDPSequential(other, config)
+    )
     model.stages[1].mu_w = model.stages[1].mu_w[:: -1 if odd else 1]
     assert "stride" in refusals(world, ValueError, lambda: tagi.DDPSequential(model, config))
     for change, kind, text in [
@@ -142,8 +147,12 @@ def test_what_one_model_alone_does_is_refused_on_all_ranks(world: dl.Partition) 
             ValueError,
             "1.1.mu_b is of shape (1,), not",
         ),
-        (lambda layer: setattr(layer, "delta_mu_b", layer.delta_mu_b.astype("f8")), RuntimeError, "different models"),
-        (lambda layer: delattr(layer, "delta_mu_b"), RuntimeError, "different models"),
+        (
+            lambda layer: setattr(layer, "delta_mu_b", layer.delta_mu_b.astype("f8")),
+            RuntimeError,
+            "rank 1: DDPSequential's delta 4 (2,) of float64 on cpu, others (2,) of float32 on cpu",
+        ),
+        (lambda layer: delattr(layer, "delta_mu_b"), RuntimeError, "rank 1: DDPSequential's delta 4 (2, 6) of float32"),
         (lambda layer: layer.lacks, AttributeError, "DDPSequential: rank 1: 'Stage' object has no attribute 'lacks'"),
     ]:
         net = tagi.DDPSequential(Foreign(network(3, 6, 2)), config)
