@@ -53,7 +53,7 @@ class DataParallelOptimizer(torch.optim.Optimizer):
             raise TypeError(f"DataParallelOptimizer: blocking must be a bool, not {blocking!r}")
         self.torch_optimizer = torch_optimizer
         self.blocking_parameter_updates = blocking
-        self._deferral: weakref.ref[Deferral] | None = None
+        self._deferrals: weakref.WeakSet[Deferral] = weakref.WeakSet()  # of the containers that it was given to
 
     def __getattr__(self, name: str) -> Any:
         if name == "torch_optimizer":  # while it is copied
@@ -61,27 +61,31 @@ class DataParallelOptimizer(torch.optim.Optimizer):
         return getattr(self.torch_optimizer, name)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_deferral": None}
+        return {name: value for name, value in self.__dict__.items() if name != "_deferrals"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
+        self.__dict__.update(state, _deferrals=weakref.WeakSet())
 
     def __repr__(self) -> str:
         return f"DataParallelOptimizer({self.torch_optimizer!r})"
 
-    def _pending(self) -> Deferral | None:
-        deferral = None if self._deferral is None else self._deferral()
-        return deferral if deferral is not None and (deferral.places or deferral.is_interrupted) else None
+    def _pending(self) -> list[Deferral]:
+        """Those that have something left to do with its parameters, in one order on all ranks."""
+        alive = {other for deferral in self._deferrals for other in deferral.others}
+        held = {id(p) for group in self.param_groups for p in group["params"]} if alive else set()
+        return sorted((d for d in alive if d.waits_for(held)), key=lambda d: d.sync.serial)
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
         """As torch's, or in the next forward."""
-        deferral = self._pending()
-        if deferral is None:
-            return self.torch_optimizer.step() if closure is None else self.torch_optimizer.step(closure)
-        if closure is not None:
+        pending = self._pending()
+        if pending and closure is not None:
             raise ValueError('DataParallelOptimizer: a step with a closure cannot be deferred; use update="now"')
-        deferral.step_later(self.torch_optimizer)
-        return None
+        if len(pending) == 1 and pending[0] in self._deferrals:
+            pending[0].step_later(self.torch_optimizer)
+            return None
+        for deferral in pending:  # its parameters are in several containers
+            deferral.flush()
+        return self.torch_optimizer.step() if closure is None else self.torch_optimizer.step(closure)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As torch's; sums that are under way are not lost."""
@@ -124,6 +128,8 @@ class Deferral:
         self._after: set[int] = set()  # parameters whose step came after the last forward
         self._is_confirmed = self._owes_error = False
         self._handles: list[Any] = []
+        self.others: weakref.WeakSet[Deferral] = sync.transport.local.setdefault("deferrals", weakref.WeakSet())
+        self.others.add(self)
         ref = weakref.ref(self)
         numbers = {id(p): n for n, p in enumerate(sync.parameters)}
         for owner in module.modules():
@@ -133,7 +139,7 @@ class Deferral:
             if owner._parameters or owner is module:
                 self._flush_before_states(owner)
         for optimizer in optimizers:
-            optimizer._deferral = ref
+            optimizer._deferrals.add(self)
             self._flush_before_states(optimizer.torch_optimizer)
 
     def _flush_before_states(self, owner: torch.nn.Module | torch.optim.Optimizer) -> None:
@@ -142,10 +148,11 @@ class Deferral:
         self._handles.append(owner.register_load_state_dict_pre_hook(flush))
 
     def remove(self) -> None:
+        self.others.discard(self)
         for handle in self._handles:
             handle.remove()
         for optimizer in self.optimizers:
-            optimizer._deferral = None
+            optimizer._deferrals.discard(self)
 
     def after_backward(self) -> None:
         """All sums are under way."""
@@ -156,6 +163,11 @@ class Deferral:
         self._local = {n: (p.grad, _version(p.grad)) for n, p in enumerate(self.sync.parameters)}
         self._steps.clear()
         self._is_confirmed = False
+
+    def waits_for(self, parameters: set[int]) -> bool:
+        """Whether sums of any of these are still to be put in, or are left by a backward that failed; by their ids."""
+        is_busy = bool(self.places) or self.is_interrupted
+        return is_busy and any(id(p) in parameters for p in self.sync.parameters)
 
     @property
     def is_interrupted(self) -> bool:

@@ -108,7 +108,7 @@ class Synchroniser:
         if len(team) > 1:
             transport.open_sums(team, self.lane)
         self._numbers = {id(p): n for n, p in enumerate(parameters)}
-        self._serial = next(_serials)  # the same order on all ranks
+        self.serial = next(_serials)  # the same order on all ranks
         self._beside: list[Synchroniser] = []  # others of this backward that have a parameter in common
         self._known_buffers = self.buffers  # kept, lest others get their ids
         self._versions = self._buffer_versions()
@@ -197,7 +197,7 @@ class Synchroniser:
     def _meet(self) -> None:
         """Leave what this and others of the backward have in common to the oldest of them."""
         at_it = [other for other in self._others if other.is_open and other.backward == self.backward]
-        together = sorted((other for other in at_it if other.team == self.team), key=lambda other: other._serial)
+        together = sorted((other for other in at_it if other.team == self.team), key=lambda other: other.serial)
         for other in together if len(together) > 1 else ():
             common = self._numbers.keys() & other._numbers.keys()
             if other is self or not common:
