@@ -19,7 +19,9 @@ from torch.utils.checkpoint import checkpoint
 
 import distdl_lite as dl
 import distdl_lite.nn as dnn
-from distdl_lite.nn.parameter import Layer
+from distdl_lite.grid import Grid
+from distdl_lite.layout import whole
+from distdl_lite.nn.parameter import Layer, constant
 from distdl_lite.partition import Partition
 
 
@@ -537,7 +539,9 @@ def test_data_outside_the_partition_is_refused(world: Partition) -> None:
 
 def test_a_layer_without_a_partition_is_refused() -> None:
     class Scale(Layer):
-        pass
+        def __init__(self) -> None:
+            super().__init__()
+            self.place("weight", whole(Grid((1,), (0,)), (2,)), constant(1.0))
 
     with pytest.raises(TypeError, match=r"Scale: a Layer needs a Partition: super\(\).__init__\(P_x\)"):
         Scale()

@@ -100,8 +100,6 @@ class Layer(Module):
 
     def __init__(self, *partitions: Partition | None) -> None:
         super().__init__(*partitions)
-        if not self._distdl_partitions:
-            raise self._refuse("a Layer needs a Partition: super().__init__(P_x)", TypeError)
         self._distdl_places: dict[str, Place] = {}
 
     def place(
@@ -118,6 +116,8 @@ class Layer(Module):
         Every rank draws all of it, so that its generator moves on as the serial constructor's; then replicas take the
         values of the first of their team, so that ranks with different seeds agree too. The layer's ranks call together.
         """
+        if not self._distdl_partitions:
+            raise self._refuse("a Layer needs a Partition: super().__init__(P_x)", TypeError)
         if layout is None:
             (self.register_buffer if buffer else self.register_parameter)(name, None)
             return

@@ -66,6 +66,9 @@ class SyncBatchNorm(DistributedBatchNorm):
         self.P_x = _with_dims(self.P, input[0].dim()) if isinstance(input[0], torch.Tensor) else self.P
         return super()._distdl_module_setup(input)
 
+    def _distdl_options(self) -> str:
+        return super()._distdl_options().rpartition(", P_x=")[0]  # which follows the input
+
     def check_shape(self, shape: Shape) -> None:
         if len(shape) < 2:
             raise ValueError(f"expected at least 2D input (got {len(shape)}D input)")
