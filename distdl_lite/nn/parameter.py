@@ -128,14 +128,14 @@ class Layer(Module):
             raise self._refuse(f"dtype={dtype!r} is neither a floating nor a complex one of torch", TypeError)
         block = _drawn(global_shape_of(layout), box, draw, dtype).to(device=device)
         team = layout.replicas(transport.rank)
+        label = type(self).__name__
+        if len(team) > 1:  # before it is numbered, lest ranks that go on after an error number otherwise
+            _check_placed_alike(transport, team, f"{label}.{name} of shape {global_shape_of(layout)}, {dtype}", label)
         orders = transport.local.setdefault("orders", {})
         orders[team] = orders.get(team, 0) + 1
-        replicas = Replicas(team, orders[team], f"{type(self).__name__}.{name}")
+        replicas = Replicas(team, orders[team], f"{label}.{name}")
         self._distdl_places[name] = Place(layout, replicas, line_of(*self._distdl_partitions))
         if len(team) > 1:
-            _check_placed_alike(
-                transport, team, f"{replicas.name} of shape {global_shape_of(layout)}, {dtype}", type(self).__name__
-            )
             transport.broadcast(team, block, min(team))
         if buffer:
             self.register_buffer(name, block)

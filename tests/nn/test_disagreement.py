@@ -47,5 +47,8 @@ def test_what_differs_is_named_on_all_ranks(world: Partition) -> None:
     for text, kind, arguments, other in MADE:
         check(text, world, getattr(dnn, f"Distributed{kind}"), rows, *arguments, **other)
     check("P_x=(1, 1, 1, 3)", world, lambda P_x=rows: dnn.DistributedMaxPool2d(P_x, 2), P_x=columns)
+    conv = dnn.DistributedConv2d(rows, *CONV)  # what is made afterwards is the same on all ranks again
+    conv(torch.ones(1, 4, 4, 4)).sum().backward()
+    assert conv.weight.grad is not None
     kinds = dnn.DistributedMaxPool2d, dnn.DistributedAvgPool2d
     check("DistributedMaxPool2d number", world, lambda kind=kinds[1]: kind(rows, 2), kind=kinds[0])
