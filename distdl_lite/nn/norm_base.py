@@ -48,9 +48,9 @@ class Norm(Layer):
     numbers = 2  # per row: sums of values and of squares
     reaches_bias = False  # whether the graph of torch's second gradient leads to the bias, though with zeros
     weights_are_per_row = False  # then their gradients are among the sums
-    tracks_early = (
-        True  # also where a checkpoint ends with the layer, and its recomputation with the layer's saved tensors
-    )
+    # Whether statistics are tracked before the output is there: also in a checkpoint that ends with the layer, and whose
+    # recomputation ends with the layer's saved tensors.
+    tracks_early = True
 
     def __init__(self, P_x: Partition, eps: float) -> None:
         super().__init__(P_x)
@@ -191,12 +191,12 @@ class Norm(Layer):
         # The gradients of both are summed over the replicas, here or with the statistics'.
         weight, bias = self._fitted(self.held if len(rows.team) > 1 else self.use, built)
         weight, bias = (None if t is None else self.per_channel(t, x) for t in (weight, bias))
-        latest: list[tuple[torch.Tensor, torch.Tensor]] = []
-        track = partial(self.track, built) if self.tracks else None
-        seen = track if self.tracks_early else lambda *statistics: latest.append(statistics)
+        late: list[tuple[torch.Tensor, torch.Tensor]] = []
+        track = partial(self.track, built) if self.tracks_early else lambda *statistics: late.append(statistics)
+        seen = track if self.tracks else None
         y = normalised(self.as_channels(x), weight, bias, self.pivot(x, built), self.epsilon(x), rows, seen)
-        if track is not None and latest:
-            track(*latest[0])
+        for statistics in late:
+            self.track(built, *statistics)
         return y.view(x.shape)
 
     def _without_others(self, x: torch.Tensor, built: Built) -> torch.Tensor:
