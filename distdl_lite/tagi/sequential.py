@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from operator import is_
 from typing import Any
 
 import torch
@@ -111,13 +112,21 @@ class Sequential(torch.nn.Sequential):
         """
         self._leaves = list(self.leaves())
         self._linears = [layer for layer in self._leaves if isinstance(layer, Linear)]
-        held = [layer._buffers[name] for layer in self._linears for name in _DELTAS]
-        like = self._linears[0].mu_w if held else torch.empty(0)
-        is_known = len(held) == len(self._views) and all(a is b for a, b in zip(held, self._views, strict=True))
-        if not is_known or self.flat is None or self.flat.dtype is not like.dtype:
-            self.place_deltas(like.new_zeros(sum(delta.numel() for delta in held if delta is not None)))
+        if not self.is_flat():
+            like = self._linears[0].mu_w if self._linears else torch.empty(0)
+            self.place_deltas(like.new_zeros(sum(delta.numel() for delta in self._held() if delta is not None)))
         assert self.flat is not None
         return self.flat
+
+    def is_flat(self) -> bool:
+        """Whether the deltas of the layers, which the last `flat_deltas` looked up, are views of `flat`."""
+        if self.flat is None or (self._linears and self.flat.dtype is not self._linears[0].mu_w.dtype):
+            return False
+        held = self._held()
+        return len(held) == len(self._views) and all(map(is_, held, self._views))
+
+    def _held(self) -> list[torch.Tensor | None]:
+        return [layer._buffers[name] for layer in self._linears for name in _DELTAS]
 
     def place_deltas(self, flat: torch.Tensor) -> None:
         """Let the deltas, with the numbers that they have, be views of this tensor, which may have more elements.

@@ -25,7 +25,6 @@ class OwnDeltas:
 
     def __init__(self, model: Sequential, transport: Transport, team: tuple[int, ...]) -> None:
         self._model, self._transport, self._team = model, transport, team
-        self._place = team.index(transport.rank)
         self._allot()
 
     def _allot(self) -> None:
@@ -35,19 +34,22 @@ class OwnDeltas:
         self._flat = like.new_zeros(size) if self._shared is None else self._shared.mine
         self._model.place_deltas(self._flat)
         self._slots, self._most = self._flat[-ranks:], _largest_exact(like.dtype)
+        self._mine = torch.eye(ranks, dtype=like.dtype, device=like.device)[self._team.index(self._transport.rank)]
+        self._told = {"deltas": f"{size - ranks} of {like.dtype} on {like.device.type}"}
 
     def find(self, factor: float, rows: int | None) -> dict[str, str]:
         """This rank's deltas times a factor; returns in words what ranks of like models have in common."""
         self._model.find_deltas(factor)  # which are linear in those of the output, the few that are multiplied
-        self.rows, own, flat = self._model.batch_size, self._flat, self._model.flat_deltas()
-        like = flat.dtype, flat.device, flat.numel() + len(self._team)
-        if flat is not own and like == (own.dtype, own.device, own.numel()):
-            self._model.place_deltas(own)  # a slice, or a container around the model, had taken its layers' deltas
-            flat = own
-        self._is_new = flat is not own  # after a cast
+        self.rows, own = self._model.batch_size, self._flat
+        if self._model.flat is not own or not self._model.is_flat():
+            flat = self._model.flat_deltas()
+            if (flat.dtype, flat.device, flat.numel() + len(self._team)) == (own.dtype, own.device, own.numel()):
+                self._model.place_deltas(own)  # a slice, or a container around the model, had taken its layers' deltas
+        self._is_new = self._model.flat is not own  # after a cast
+        if self._is_new:
+            return {"deltas": f"{flat.numel()} of {flat.dtype} on {flat.device.type}, moved"}
         self._tell()
-        size = flat.numel() - (0 if self._is_new else len(self._slots))
-        return {"deltas": f"{size} of {flat.dtype} on {flat.device.type}{', moved' * self._is_new}"}
+        return self._told
 
     def sum(self) -> list[int]:
         """Sum them over the team, all of which have found theirs; returns the ranks' numbers of rows."""
@@ -62,7 +64,7 @@ class OwnDeltas:
         return list(map(int, self._slots.tolist()))
 
     def _tell(self) -> None:
-        self._slots.zero_()[self._place] = min(self.rows, self._most)
+        torch.mul(self._mine, min(self.rows, self._most), out=self._slots)
 
 
 class OthersDeltas:
