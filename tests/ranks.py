@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import pytest
 
 import distdl_lite as dl
 from distdl_lite.testing import spmd
+from distdl_lite.transport import Transport, enter, of_communicator
 
 
 def on_ranks(size: int, mpi: bool = False) -> Callable[[Callable[[dl.Partition], Any]], Callable[..., None]]:
@@ -19,9 +21,14 @@ def on_ranks(size: int, mpi: bool = False) -> Callable[[Callable[[dl.Partition],
             if transport == "threads":
                 spmd(size, body)
                 return
-            world = dl.Partition().create_partition_inclusive(range(size))
-            if world.active:
-                body(world)
+            first = _first(size)
+            if first is None:
+                return
+            enter(first)
+            try:
+                body(dl.Partition.world())
+            finally:
+                enter(None)
 
         test.__doc__, test.__name__ = body.__doc__, body.__name__
         kinds = ["threads"]
@@ -30,3 +37,10 @@ def on_ranks(size: int, mpi: bool = False) -> Callable[[Callable[[dl.Partition],
         return pytest.mark.parametrize("transport", kinds)(test)
 
     return decorate
+
+
+@cache
+def _first(size: int) -> Transport | None:
+    """The transport of a world of so many processes, None on the others; all make it together."""
+    ranks = dl.Partition().create_partition_inclusive(range(size))
+    return of_communicator(ranks.comm) if ranks.active else None

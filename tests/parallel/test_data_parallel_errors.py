@@ -107,7 +107,7 @@ def test_models_that_differ_later(world: dl.Partition) -> None:
 
 
 @pytest.mark.check("A20")
-@on_ranks(2)
+@on_ranks(2, mpi=True)
 def test_sparse_gradients(world: dl.Partition) -> None:
     class Words(nn.Module):
         def __init__(self, sparse: bool) -> None:

@@ -52,7 +52,7 @@ def test_every_engine(world: dl.Partition) -> None:
 
 
 @pytest.mark.check("A5")
-@on_ranks(3)
+@on_ranks(3, mpi=True)
 def test_uneven_batches(world: dl.Partition) -> None:
     compare(world, (5, 2, 1))
     rng = random.Random(0)
@@ -167,7 +167,7 @@ def test_parameters_that_some_ranks_leave_out(ranks: int) -> None:
 
 
 @pytest.mark.check("A11")
-@on_ranks(2)
+@on_ranks(2, mpi=True)
 def test_a_rank_whose_backward_reaches_no_parameter(world: dl.Partition) -> None:
     """Its output needs the gradient of the input alone."""
     for bucket in BUCKETS:
@@ -181,7 +181,7 @@ def test_a_rank_whose_backward_reaches_no_parameter(world: dl.Partition) -> None
 
 
 @pytest.mark.check("A40")
-@on_ranks(2)
+@on_ranks(2, mpi=True)
 def test_what_is_not_a_number_passes(world: dl.Partition) -> None:
     for engine, value in itertools.product(ENGINES, (float("nan"), float("inf"), -float("inf"))):
         dp, single = twins(nn.Linear(4, 4, dtype=torch.float64), engine=engine)

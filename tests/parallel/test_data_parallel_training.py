@@ -143,7 +143,7 @@ def loop(world: dl.Partition, make: Callable[[nn.Module], Callable[[torch.Tensor
 
 
 @pytest.mark.check("A15")
-@on_ranks(2)
+@on_ranks(2, mpi=True)
 def test_optimizers_of_any_parameters(world: dl.Partition) -> None:
     def make(which: str) -> Callable[[nn.Module], Callable[[torch.Tensor], None]]:
         def maker(model: nn.Module) -> Callable[[torch.Tensor], None]:
@@ -171,7 +171,7 @@ def test_optimizers_of_any_parameters(world: dl.Partition) -> None:
 
 
 @pytest.mark.check("A15")
-@on_ranks(2)
+@on_ranks(2, mpi=True)
 def test_a_closure(world: dl.Partition) -> None:
     """LBFGS makes several backwards a step, as many on all ranks."""
 
@@ -193,7 +193,7 @@ def test_a_closure(world: dl.Partition) -> None:
 
 @pytest.mark.filterwarnings("ignore:Detected call of .lr_scheduler.step:UserWarning")
 @pytest.mark.check("A23")
-@on_ranks(2)
+@on_ranks(2, mpi=True)
 def test_schedules_clipping_and_scaling(world: dl.Partition) -> None:
     schedules: dict[str, Callable[[torch.optim.Optimizer], Any]] = {
         "step": lambda o: StepLR(o, 3, 0.5),
@@ -232,7 +232,7 @@ def test_schedules_clipping_and_scaling(world: dl.Partition) -> None:
 
 
 @pytest.mark.check("A23")
-@on_ranks(2)
+@on_ranks(2, mpi=True)
 def test_averaged_weights(world: dl.Partition) -> None:
     """Stochastic weight averaging and a moving average, of the container and of the module inside."""
     for inside, average in ((False, None), (True, None), (False, get_ema_multi_avg_fn(0.9))):

@@ -45,7 +45,7 @@ def test_a_window_of_uneven_micro_batches_is_one_batch(world: dl.Partition) -> N
 
 
 @pytest.mark.check("A10")
-@on_ranks(2)
+@on_ranks(2, mpi=True)
 def test_forward_may_be_outside(world: dl.Partition) -> None:
     for options, forward_inside in itertools.product(OPTIONS, (False, True)):
         dp, single = twins(mlp(3, 5, 2), average="sum", **options)
@@ -75,7 +75,7 @@ class Branch(nn.Module):
 
 
 @pytest.mark.check("A10")
-@on_ranks(2)
+@on_ranks(2, mpi=True)
 def test_gradients_add_up_without_zero_grad(world: dl.Partition) -> None:
     """Windows and synchronised backwards in any order, with a branch that ranks take at different times."""
     plan = [(True, "ff"), (False, "tf"), (True, "ft"), (True, "tt"), (False, "ff"), (False, "ft"), (True, "tf")]
@@ -92,7 +92,7 @@ def test_gradients_add_up_without_zero_grad(world: dl.Partition) -> None:
 
 
 @pytest.mark.check("A10")
-@on_ranks(2)
+@on_ranks(2, mpi=True)
 def test_gradients_may_be_kept_as_zeros(world: dl.Partition) -> None:
     dp, single = twins(mlp(3, 4, 2))
     held = None
@@ -167,7 +167,7 @@ def test_a_frozen_parameter_keeps_its_gradient(world: dl.Partition) -> None:
 
 
 @pytest.mark.check("A10")
-@on_ranks(2)
+@on_ranks(2, mpi=True)
 def test_sums_that_cannot_be_told_apart_are_refused(world: dl.Partition) -> None:
     for average in ("sum", "none"):
         dp, single = twins(mlp(3, 2), average=average)
