@@ -1,0 +1,199 @@
+"""The ranks of a communicator, and the one transport over each."""
+
+from __future__ import annotations
+
+import atexit
+import sys
+from collections.abc import Callable, Sequence
+from time import perf_counter
+from typing import Any
+
+import torch
+
+from distdl_lite.plan import Plan
+from distdl_lite.transport import Team, Transport, wire
+from distdl_lite.transport.counts import counted, record
+from distdl_lite.transport.mpi.buffers import MPI, as_bytes, as_numbers, on_wire
+from distdl_lite.transport.mpi.channel import MPIChannel
+from distdl_lite.transport.mpi.rows import RowsMoving
+from distdl_lite.transport.mpi.sums import (
+    Posted,
+    Vote,
+    event_of,
+    rounded_sum,
+    summed,
+    take_both_home,
+    take_home,
+    threads_may_call,
+)
+from distdl_lite.transport.sums import Done, Pending, Worker
+
+_OPS = {"sum": MPI.SUM, "max": MPI.MAX, "min": MPI.MIN}
+_SECONDS_AT_END = 5.0  # for sums that were started and never waited for
+
+_transports: list[tuple[MPI.Comm, MPITransport]] = []
+
+
+def transport_over(comm: MPI.Comm | None) -> Transport:
+    """The one transport over a communicator; the first call duplicates it, together on all of its ranks."""
+    comm = MPI.COMM_WORLD if comm is None else comm
+    if comm == MPI.COMM_NULL or comm.Is_inter():
+        raise ValueError("a partition needs an intracommunicator that this rank belongs to")
+    for known, transport in _transports:
+        if comm == known or comm == transport.comm:
+            return transport
+    _transports.append((comm, MPITransport(comm)))
+    return _transports[-1][1]
+
+
+class MPITransport(Transport):
+    """The ranks of one communicator."""
+
+    def __init__(self, comm: MPI.Comm) -> None:
+        wire.keep_freed_memory()
+        self.comm = comm.Dup()
+        self.rank, self.size = self.comm.rank, self.comm.size
+        self.proc_null: int = MPI.PROC_NULL
+        self.local: dict[str, Any] = {}
+        self._teams: dict[tuple[int, ...], MPI.Comm] = {tuple(range(self.size)): self.comm}
+        self._votes: dict[tuple[int, ...], Vote] = {}
+        self._sums: dict[tuple[tuple[int, ...], str], tuple[MPI.Comm, Worker]] = {}
+        atexit.register(self._end)  # before MPI's own end, which was registered earlier
+        self._row_teams: dict[tuple[int, ...], MPI.Comm] = {}
+
+    def communicator(self, team: Team) -> MPI.Comm:
+        """The team's communicator; the team makes it together at first use, its ranks in sorted order."""
+        known = self._teams.get(team) if isinstance(team, tuple) else None
+        if known is not None:
+            return known
+        team = tuple(sorted(team))
+        if team not in self._teams:
+            group = self.comm.Get_group()
+            subgroup = group.Incl(team)
+            self._teams[team] = self.comm.Create_group(subgroup, tag=hash(team) % 32749)
+            subgroup.Free()
+            group.Free()
+        return self._teams[team]
+
+    def user_communicator(self, team: Team) -> MPI.Comm:
+        group = self.comm.Get_group()
+        subgroup = group.Incl(list(team))
+        made = self.comm.Create_group(subgroup, tag=hash(tuple(team)) % 32749)
+        subgroup.Free()
+        group.Free()
+        return made
+
+    def bind(self, plan: Plan, dtype: torch.dtype, device: torch.device) -> MPIChannel:
+        return MPIChannel(self.comm, self.communicator, plan, dtype, device)
+
+    def start_agreeing(self, team: tuple[int, ...], value: int) -> None:
+        vote = self._votes.get(team)
+        if vote is None:
+            vote = self._votes[team] = Vote(self.communicator(team))
+        vote.start(value)
+
+    def agreed(self, team: tuple[int, ...]) -> int:
+        began = perf_counter() if "tallies" in self.local else 0.0
+        value = self._votes[team].finish()
+        if began:
+            record(self.local, 0, 0, perf_counter() - began, 0, None)
+        return value
+
+    @counted()
+    def gather_objects(self, team: Team, value: Any) -> list[Any]:
+        ordered = sorted(team)
+        values = self.communicator(ordered).allgather(value)
+        return [values[ordered.index(rank)] for rank in team] if ordered != list(team) else values
+
+    @counted("sums")
+    def all_reduce(self, team: Team, tensor: torch.Tensor, op: str = "sum") -> torch.Tensor:
+        if len(team) > 1 and tensor.numel():
+            sent = on_wire(tensor)
+            self.communicator(team).Allreduce(MPI.IN_PLACE, as_numbers(sent), op=_OPS[op])
+            if sent is not tensor:
+                tensor.copy_(sent)
+        return tensor
+
+    def open_sums(self, team: tuple[int, ...], lane: str = "") -> None:
+        if (team, lane) not in self._sums:
+            self._sums[team, lane] = self.communicator(team).Dup(), Worker()
+
+    def start_sum(
+        self,
+        team: tuple[int, ...],
+        tensor: torch.Tensor,
+        engine: str = "auto",
+        lane: str = "",
+        fill: Callable[[], Any] | None = None,
+    ) -> Pending:
+        if engine in ("auto", "thread"):
+            engine = "thread" if threads_may_call() else "poll"
+        if fill is not None and (engine != "thread" or len(team) == 1 or not tensor.is_cpu):
+            fill()
+            fill = None
+        if len(team) == 1 or not tensor.numel():
+            return Done()
+        comm, worker = self._sums[team, lane]
+        if "tallies" in self.local:
+            record(self.local, 1, tensor.nbytes, 0.0, 1, "sums")
+        if engine == "poll":
+            sent = on_wire(tensor)
+            return Posted(comm.Iallreduce(MPI.IN_PLACE, as_numbers(sent), MPI.SUM), tensor, sent)
+        if engine == "inline":
+            take_home(tensor, summed(comm, tensor))
+            return Done()
+        before = event_of(tensor) if fill is None else fill
+        return worker.submit(lambda: summed(comm, tensor, before), lambda total: take_home(tensor, total))
+
+    def start_rounded_sum(
+        self,
+        team: tuple[int, ...],
+        tensor: torch.Tensor,
+        left: torch.Tensor,
+        dtype: torch.dtype,
+        engine: str = "auto",
+        lane: str = "",
+    ) -> Pending:
+        if len(team) == 1 or not tensor.numel():
+            left.zero_()
+            return Done()
+        comm, worker = self._sums[team, lane]
+        if "tallies" in self.local:
+            record(self.local, 1, tensor.numel() * dtype.itemsize, 0.0, 1, "sums")
+        # Never "poll": of two collectives MPI would not begin the second by itself.
+        if engine in ("auto", "thread") and threads_may_call():
+            is_ready = event_of(tensor)
+            return worker.submit(
+                lambda: rounded_sum(comm, tensor, left, dtype, is_ready),
+                lambda both: take_both_home(tensor, left, both),
+            )
+        take_both_home(tensor, left, rounded_sum(comm, tensor, left, dtype))
+        return Done()
+
+    def _end(self) -> None:
+        """Let MPI end although some rank took no part in a sum: the job would wait for it for ever."""
+        end = perf_counter() + _SECONDS_AT_END
+        stopped = [worker.stop(end - perf_counter()) for _, worker in self._sums.values()]
+        if not all(stopped):
+            print(
+                f"rank {self.rank} ends while a sum that it started waits for other ranks", file=sys.stderr, flush=True
+            )
+            self.comm.Abort(1)
+
+    @counted("copies")
+    def broadcast(self, team: Team, tensor: torch.Tensor, root: int) -> None:
+        if len(team) > 1:
+            ordered = sorted(team)
+            sent = tensor.to("cpu").contiguous()
+            self.communicator(ordered).Bcast(as_bytes(sent), ordered.index(root))
+            if sent is not tensor:
+                tensor.copy_(sent)
+
+    @counted("rows")
+    def exchange_rows(
+        self, team: Team, rows: torch.Tensor, sends: Sequence[int], into: torch.Tensor, receives: Sequence[int]
+    ) -> RowsMoving:
+        team = tuple(team)
+        if team not in self._row_teams:  # of its own: an exchange is under way while the team's other calls come and go
+            self._row_teams[team] = self.user_communicator(team)
+        return RowsMoving(self._row_teams[team], rows, sends, into, receives)
