@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+from functools import partial
+
 import pytest
 import torch
 from cases import SIZE, Case, applied, cases, even, integers, line, random_blocks
@@ -15,6 +18,7 @@ from distdl_lite.nn.module import raise_together
 from distdl_lite.plan import plan
 from distdl_lite.testing import count
 from distdl_lite.transport import Transport
+from distdl_lite.transport.sums import ENGINES
 
 FLOATS = [torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64, torch.complex128]
 INTEGERS = [torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8]
@@ -197,3 +201,22 @@ def test_large_message(world: dl.Partition) -> None:
     x = torch.arange(2**18, dtype=torch.float32) + world.rank
     assert torch.equal(op.apply(x), x - world.rank + (3 - world.rank))
     assert op.plan.shape_out == shape_of(Y.box(world.rank))
+
+
+@on_ranks(SIZE, mpi=True)
+def test_what_is_done_before_and_after_a_sum_is_done_once(world: dl.Partition) -> None:
+    transport, everybody = world.world_transport, tuple(range(SIZE))
+    transport.open_sums(everybody, "before and after")
+    for engine, team, dtype in itertools.product(
+        (*ENGINES, "auto"), (everybody, (world.rank,)), (torch.float32, torch.bfloat16)
+    ):
+        x, y = torch.zeros(3, dtype=dtype), torch.zeros(2)
+        sums = [
+            transport.start_sum(team, t, engine, "before and after", partial(t.fill_, n), partial(t.mul_, 2))
+            for n, t in ((1, x), (2, y))
+        ]
+        for pending in (*sums, *sums):
+            assert pending.wait()
+            assert pending.is_done()
+        assert x.tolist() == [2 * len(team)] * 3
+        assert y.tolist() == [4 * len(team)] * 2

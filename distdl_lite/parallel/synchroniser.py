@@ -149,6 +149,7 @@ class Synchroniser:
         self.is_open, self.backward, self._takes_part = True, backward, takes_part
         self._seen: dict[int, None] = {}
         self._pending: list[Pending] = []
+        self._unpacked: dict[int, tuple[list[torch.Tensor | None], float, float]] = {}
         self._weighed: tuple[float, float] | None = None
         for bucket in self.buckets:
             bucket.missing = len(bucket.numbers)
@@ -302,14 +303,16 @@ class Synchroniser:
         gradients = [self.parameters[n].grad if self._takes_part and n not in left else None for n in bucket.numbers]
         fill, flat = partial(bucket.pack, gradients, *self._weighed, mark), bucket.free()
         if self.options.comm_hook is None and self.options.waits:
-            self._pending.append(self._sum(flat, fill))
+            self._pending.append(self._sum(flat, fill, partial(self._unpack, place)))
         else:
             fill()
             bucket.sent_as = None
             if self.options.comm_hook is not None:
                 self.options.comm_hook(bucket)
             self._pending.append(
-                self._sum_as_halves(bucket) if bucket.sent_as and self._knows_scale else self._sum(flat)
+                self._sum_as_halves(bucket)
+                if bucket.sent_as and self._knows_scale
+                else self._sum(flat, then=partial(self._unpack, place))
             )
         if self.engine == "inline":
             self._wait(place)
@@ -323,8 +326,10 @@ class Synchroniser:
         weight = self.count if self.weight is None else as_weight(self.weight)
         return (weight if self.options.average == "samples" else 1.0) * self._scale, weight
 
-    def _sum(self, flat: torch.Tensor, fill: Callable[[], None] | None = None) -> Pending:
-        return self.transport.start_sum(self.team, flat, self._sum_engine(), self.lane, fill)
+    def _sum(
+        self, flat: torch.Tensor, fill: Callable[[], None] | None = None, then: Callable[[], None] | None = None
+    ) -> Pending:
+        return self.transport.start_sum(self.team, flat, self._sum_engine(), self.lane, fill, then)
 
     def _sum_as_halves(self, bucket: Bucket) -> Pending:
         assert bucket.sent_as is not None
@@ -412,9 +417,14 @@ class Synchroniser:
         """The sums of a bucket, None for a parameter without gradient on any rank."""
         return self._results.pop(place) if place in self._results else self._result(place)
 
+    def _unpack(self, place: int) -> None:
+        self._unpacked[place] = self.buckets[place].unpack(self._divides, self._scale)
+
     def _result(self, place: int) -> Found:
         self._wait(place)
-        values, weight, marks = self.buckets[place].unpack(self._divides, self._scale)
+        if place not in self._unpacked:
+            self._unpack(place)
+        values, weight, marks = self._unpacked.pop(place)
         self._marks = round(marks)
         if place == 0:
             self._total = weight

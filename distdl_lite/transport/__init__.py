@@ -79,9 +79,11 @@ class Transport(Protocol):
         engine: str = "auto",
         lane: str = "",
         fill: Callable[[], Any] | None = None,
+        then: Callable[[], Any] | None = None,
     ) -> Pending:
         """Begin a sum over the team into the contiguous tensor itself, which `fill` fills before, where the sum is made.
 
+        `then` is called once when the sum is there, in whichever thread, before `wait` has returned true.
         The team's ranks start those of one lane in the same order, wherever each of them stands, and with the same engine,
         one of `ENGINES` or "auto".
         """

@@ -28,6 +28,10 @@ class Pending(Protocol):
 class Done:
     """What needs no waiting."""
 
+    def __init__(self, then: Callable[[], Any] | None = None) -> None:
+        if then is not None:
+            then()
+
     def is_done(self) -> bool:
         return True
 
@@ -36,9 +40,9 @@ class Done:
 
 
 class Job:
-    """A call that the worker makes; then, by `wait`, the caller takes what it returned home."""
+    """A call that the worker makes; then, by the first `wait`, the caller takes what it returned home."""
 
-    def __init__(self, call: Callable[[], Any], home: Callable[[Any], None]) -> None:
+    def __init__(self, call: Callable[[], Any], home: Callable[[Any], None] | None) -> None:
         self.call, self._home = call, home
         self._open = threading.Lock()
         self._open.acquire()
@@ -61,7 +65,9 @@ class Job:
         self._open.release()
         if self._error is not None:
             raise self._error
-        self._home(self._result)
+        home, self._home = self._home, None
+        if home is not None:
+            home(self._result)
         return True
 
 
@@ -72,7 +78,7 @@ class Worker:
         self._jobs: SimpleQueue[Job | None] = SimpleQueue()
         self._thread: threading.Thread | None = None
 
-    def submit(self, call: Callable[[], Any], home: Callable[[Any], None]) -> Job:
+    def submit(self, call: Callable[[], Any], home: Callable[[Any], None] | None = None) -> Job:
         if self._thread is None:
             self._thread = threading.Thread(target=self._work, name="distdl_lite sums", daemon=True)
             self._thread.start()

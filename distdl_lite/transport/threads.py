@@ -224,12 +224,13 @@ class ThreadTransport(Transport):
         engine: str = "auto",
         lane: str = "",
         fill: Callable[[], Any] | None = None,
+        then: Callable[[], Any] | None = None,
     ) -> Pending:
         if fill is not None:
             fill()
         if "tallies" in self.local:
             record(self.local, 1, tensor.nbytes, 0.0, 1, "sums")
-        return _Sum(self, team, tensor, lane)
+        return _Sum(self, team, tensor, lane, then)
 
     def start_rounded_sum(
         self,
@@ -286,8 +287,15 @@ class RowsMovingHere:
 class _Sum:
     """A sum that was started; there is no time in which to wait for it: that nobody comes is found out at once."""
 
-    def __init__(self, transport: ThreadTransport, team: tuple[int, ...], tensor: torch.Tensor, lane: str) -> None:
-        self._transport, self._tensor, self._team = transport, tensor, team
+    def __init__(
+        self,
+        transport: ThreadTransport,
+        team: tuple[int, ...],
+        tensor: torch.Tensor,
+        lane: str,
+        then: Callable[[], Any] | None = None,
+    ) -> None:
+        self._transport, self._tensor, self._team, self._then = transport, tensor, team, then
         self._what = f"sum of {tensor.numel()} {tensor.dtype}"
         sent = tensor.to(wire.wire_dtype(tensor.dtype), copy=True)
         self._meeting: _Meeting | None = transport._arrive(team, sent, self._what, f"sums{lane}")
@@ -299,6 +307,8 @@ class _Sum:
         if self._meeting is not None:
             self._tensor.copy_(reduce(torch.add, self._transport._met_all(self._meeting, self._what)))
             self._meeting = None
+            if self._then is not None:
+                self._then()
         return True
 
 

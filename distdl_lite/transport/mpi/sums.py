@@ -17,12 +17,19 @@ def threads_may_call() -> bool:
     return bool(MPI.Query_thread() == MPI.THREAD_MULTIPLE)
 
 
-def summed(comm: MPI.Comm, tensor: torch.Tensor, before: Callable[[], Any] | None = None) -> torch.Tensor:
+def summed(
+    comm: MPI.Comm,
+    tensor: torch.Tensor,
+    before: Callable[[], Any] | None = None,
+    then: Callable[[], Any] | None = None,
+) -> torch.Tensor:
     """The sum in host memory, that of the tensor itself where it can be."""
     if before is not None:
         before()
     sent = on_wire(tensor)
     comm.Allreduce(MPI.IN_PLACE, as_numbers(sent), MPI.SUM)
+    if then is not None:
+        then()
     return sent
 
 
@@ -70,9 +77,11 @@ def _gathered(comm: MPI.Comm, piece: torch.Tensor) -> torch.Tensor:
     return rows
 
 
-def take_home(tensor: torch.Tensor, total: torch.Tensor) -> None:
+def take_home(tensor: torch.Tensor, total: torch.Tensor, then: Callable[[], Any] | None = None) -> None:
     if total is not tensor:
         tensor.copy_(total)
+    if then is not None:
+        then()
 
 
 def take_both_home(tensor: torch.Tensor, left: torch.Tensor, both: tuple[torch.Tensor, torch.Tensor]) -> None:
@@ -88,8 +97,11 @@ def event_of(tensor: torch.Tensor) -> Callable[[], Any] | None:
 class Posted:
     """A non-blocking sum."""
 
-    def __init__(self, request: MPI.Request, tensor: torch.Tensor, sent: torch.Tensor) -> None:
-        self._request, self._tensor, self._sent = request, tensor, sent
+    def __init__(
+        self, request: MPI.Request, tensor: torch.Tensor, sent: torch.Tensor, then: Callable[[], Any] | None
+    ) -> None:
+        self._request = request
+        self._home: Callable[[], None] | None = lambda: take_home(tensor, sent, then)
 
     def is_done(self) -> bool:
         return bool(self._request.Test())
@@ -102,7 +114,9 @@ class Posted:
             if perf_counter() > end:
                 return False
             sleep(0)
-        take_home(self._tensor, self._sent)
+        home, self._home = self._home, None
+        if home is not None:
+            home()
         return True
 
 

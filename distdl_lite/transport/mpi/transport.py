@@ -125,6 +125,7 @@ class MPITransport(Transport):
         engine: str = "auto",
         lane: str = "",
         fill: Callable[[], Any] | None = None,
+        then: Callable[[], Any] | None = None,
     ) -> Pending:
         if engine in ("auto", "thread"):
             engine = "thread" if threads_may_call() else "poll"
@@ -132,18 +133,20 @@ class MPITransport(Transport):
             fill()
             fill = None
         if len(team) == 1 or not tensor.numel():
-            return Done()
+            return Done(then)
         comm, worker = self._sums[team, lane]
         if "tallies" in self.local:
             record(self.local, 1, tensor.nbytes, 0.0, 1, "sums")
         if engine == "poll":
             sent = on_wire(tensor)
-            return Posted(comm.Iallreduce(MPI.IN_PLACE, as_numbers(sent), MPI.SUM), tensor, sent)
+            return Posted(comm.Iallreduce(MPI.IN_PLACE, as_numbers(sent), MPI.SUM), tensor, sent, then)
         if engine == "inline":
             take_home(tensor, summed(comm, tensor))
-            return Done()
+            return Done(then)
         before = event_of(tensor) if fill is None else fill
-        return worker.submit(lambda: summed(comm, tensor, before), lambda total: take_home(tensor, total))
+        if tensor.is_cpu and tensor.dtype is wire.wire_dtype(tensor.dtype):
+            return worker.submit(lambda: summed(comm, tensor, before, then))
+        return worker.submit(lambda: summed(comm, tensor, before), lambda total: take_home(tensor, total, then))
 
     def start_rounded_sum(
         self,
