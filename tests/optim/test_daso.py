@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from optim.replicas import Replicas, adam, assert_near, give_gradients, momentum_sgd, start_of
+from optim.replicas import Replicas, adam, assert_near, momentum_sgd, start_of, train
 from ranks import on_ranks
 
 import distdl_lite as dl
@@ -25,30 +25,23 @@ def daso(world: dl.Partition, optimizer: torch.optim.Optimizer, epochs: int = 5,
 def check_by_hand(world: dl.Partition, epochs: int, batches: int, make: Any = momentum_sgd, **options: Any) -> None:
     """Train nodes of one rank as section by section of the paper says, with a constant loss."""
     optimizer = daso(world, make(start_of(world.rank)), epochs, steps_per_epoch=batches, **options)
-    by_hand, P = Replicas(world.size, make), world.size
+    by_hand = Replicas(world.size, make)
     schedule_options = {k: v for k, v in options.items() if "epochs" in k or "max" in k}
     schedule = dl.DASOSchedule(epochs, **schedule_options)
-    step = 0
     for epoch in range(epochs):
         every, _, wait = schedule(epoch, 0, [1.0] * epoch)
         assert (optimizer.epoch, optimizer.global_skip, optimizer.batches_to_wait) == (epoch, every, wait)
         sent, begun = [], 0
-        for batch in range(batches):
-            give_gradients(optimizer.param_groups[0]["params"], world.rank, step)
-            optimizer.step()
-            by_hand.step(step)
+        steps = range(epoch * batches, (epoch + 1) * batches)
+        for batch, _ in enumerate(by_hand.beside(world, optimizer, steps)):
             is_last = batch == batches - 1
             if sent and (batch - begun == wait or is_last or batch % every == 0):
-                b = batch - begun
-                for rank, now in enumerate(by_hand.values()):
-                    by_hand.set(rank, [(2 * b * w + P * m) / (2 * b + P) for w, m in zip(now, sent, strict=True)])
+                by_hand.merge("daso", by_hand.values(), sent, batch - begun, world.size)
                 sent = []
             if every == 0 or is_last:
                 by_hand.put(by_hand.mean())
             elif batch % every == 0:
                 begun, sent = batch, by_hand.mean()
-            assert_near(optimizer.param_groups[0]["params"], by_hand.parameters[world.rank])
-            step += 1
         optimizer.epoch_loss_logic(1.0)
     assert optimizer.losses == (1.0,) * epochs
 
@@ -102,15 +95,10 @@ def test_nodes_of_two(world: dl.Partition) -> None:
         by_hand, sent, begun = Replicas(4, momentum_sgd), [], 0
         every, local, wait = optimizer.global_skip, optimizer.local_skip, optimizer.batches_to_wait
         assert (every, local, wait) == ((8, 2, 2) if reduced else (4, 1, 1))
-        for batch in range(6):
-            give_gradients(optimizer.param_groups[0]["params"], world.rank, batch)
-            optimizer.step()
-            by_hand.step(batch)
+        for batch in by_hand.beside(world, optimizer, range(6)):
             is_last, is_due = batch == 5, batch % every == 0
             if sent and (batch - begun == wait or is_last or is_due):
-                b = batch - begun
-                for rank, now in enumerate(by_hand.values()):
-                    by_hand.set(rank, [(2 * b * w + 2 * m) / (2 * b + 2) for w, m in zip(now, sent, strict=True)])
+                by_hand.merge("daso", by_hand.values(), sent, batch - begun, 2)
                 sent = []
             if batch % local == 0 or is_last or is_due:
                 for node in ((0, 1), (2, 3)):
@@ -119,7 +107,6 @@ def test_nodes_of_two(world: dl.Partition) -> None:
                 by_hand.put(by_hand.mean())
             elif is_due:
                 begun, sent = batch, by_hand.mean()
-            assert_near(optimizer.param_groups[0]["params"], by_hand.parameters[world.rank])
 
 
 @on_ranks(2, mpi=True)
@@ -136,16 +123,13 @@ def test_losses(world: dl.Partition) -> None:
 
 @on_ranks(2)
 def test_attributes_and_reset(world: dl.Partition) -> None:
-    parameters = start_of(0)
-    optimizer = daso(world, momentum_sgd(parameters), 9, **CYCLING)
+    optimizer = daso(world, momentum_sgd(start_of(0)), 9, **CYCLING)
     with pytest.raises(
         ValueError, match=r"set last_batch, the number of an epoch's last batch counted from 0, or give"
     ):
         optimizer.step()
     optimizer.last_batch = 3
-    for step in range(5):
-        give_gradients(parameters, world.rank, step)
-        optimizer.step()
+    parameters = train(world, optimizer, range(5))
     assert (optimizer.epoch, optimizer.batch, optimizer.steps) == (1, 1, 5)
     optimizer.epoch_loss_logic(2.0)
     assert optimizer._flight is not None
@@ -197,21 +181,20 @@ def test_state_dict(world: dl.Partition) -> None:
     parameters = start_of(world.rank)
     optimizer = dl.DASO(adam(parameters), 9, world, **options)
 
-    def train(optimizer: dl.DASO, steps: range) -> None:
+    def go_on(optimizer: dl.DASO, steps: range) -> None:
         for step in steps:
-            give_gradients(optimizer.param_groups[0]["params"], world.rank, step)
-            optimizer.step()
+            train(world, optimizer, [step])
             if optimizer.batch == 0:
                 optimizer.epoch_loss_logic(1.0)
 
-    train(optimizer, range(5))
+    go_on(optimizer, range(5))
     assert optimizer._flight is not None
     saved = pickle.loads(pickle.dumps(optimizer.state_dict()))
     resumed = [torch.nn.Parameter(p.detach().clone()) for p in parameters]
-    train(optimizer, range(5, 15))
+    go_on(optimizer, range(5, 15))
     other = dl.DASO(adam(resumed), 9, world, **options)
     other.load_state_dict(saved)
-    train(other, range(5, 15))
+    go_on(other, range(5, 15))
     assert_near(resumed, parameters, atol=0)
     assert (other.epoch, other.batch, other.losses) == (3, 3, (1.0,) * 3)
 
@@ -309,16 +292,16 @@ def test_container_copies(world: dl.Partition) -> None:
     model = model_of(0)
     net = dl.DataParallelMultiGPU(model, daso(world, adam(model.parameters()), ranks_per_node=2, steps_per_epoch=3))
 
-    def train(net: dl.DataParallelMultiGPU) -> list[torch.Tensor]:
+    def trained(net: dl.DataParallelMultiGPU) -> list[torch.Tensor]:
         for step in range(4):
             net.optimizer.zero_grad()
             net(batch_of(world.rank, step)).square().mean().backward()
             net.optimizer.step()
         return list(net.parameters())
 
-    assert_near(train(copy.deepcopy(net)), train(pickle.loads(pickle.dumps(net))), 0)
+    assert_near(trained(copy.deepcopy(net)), trained(pickle.loads(pickle.dumps(net))), 0)
     assert_near(model.parameters(), model_of(0).parameters(), 0)
-    assert_near(train(copy.deepcopy(net)), train(net), 0)
+    assert_near(trained(copy.deepcopy(net)), trained(net), 0)
 
 
 def make(**options: Any) -> dl.DASO:
