@@ -209,6 +209,30 @@ def test_layers_inside_ride_on_one_agreement(world: Partition) -> None:
         assert calls["start_agreeing"] == 4 + 4  # eval is new: each layer's call agrees once
 
 
+class Around(dnn.Module):
+    """A module that calls one layer."""
+
+    def __init__(self, layer: torch.nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layer(x)
+
+
+@on_ranks(2)
+def test_modes_of_layers_inside_are_part_of_the_structure(world: Partition) -> None:
+    P = world.create_cartesian_topology_partition((2, 1))
+    net, serial = Around(dnn.DistributedBatchNorm(P, 3)), torch.nn.BatchNorm1d(3)
+    x = integers((6, 3)).float()
+    for training, keeps_statistics in ((True, True), (False, True), (True, True), (False, False)):
+        for norm in (net.layer, serial):
+            norm.train(training)
+            if not keeps_statistics:
+                norm.running_mean = norm.running_var = None
+        torch.testing.assert_close(net(x[P.block(x.shape)]), serial(x)[P.block(x.shape)])
+
+
 @on_ranks(4)
 def test_a_ride_ends_with_its_forward(world: Partition) -> None:
     P, x = world.grid((4,)), integers((3,))

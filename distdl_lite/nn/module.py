@@ -87,8 +87,8 @@ class Module(torch.nn.Module):
     all of them.
 
     The layers inside a module's forward ride on its one agreement: their structure must follow from its tensor
-    arguments, its numbers and strings, and its parameters' ``requires_grad``. Where it depends on data, call
-    `agree_each_layer`.
+    arguments, its numbers and strings, its parameters' ``requires_grad`` and the modes of the modules inside. Where it
+    depends on data, call `agree_each_layer`.
     """
 
     _distdl_plan: Any
@@ -405,7 +405,6 @@ class Module(torch.nn.Module):
         parts: list[Any] = [
             self._distdl_transport.rank,
             self._distdl_number,
-            self.training,
             is_grad_enabled(),
             autocast,
         ]
@@ -416,9 +415,12 @@ class Module(torch.nn.Module):
                 parts.append(_hashable(value))
         if kwargs:
             parts.append(_hashable(kwargs))
-        if self._modules or self._parameters:
-            for p in self.parameters() if self._modules else self._parameters.values():
+        for module in self.modules() if self._modules else (self,):
+            parts.append(module.training)
+            for p in module._parameters.values():
                 parts += (None,) if p is None else (p.requires_grad, p.dtype)
+            for b in module._buffers.values():
+                parts.append(None if b is None else b.dtype)
         return parts
 
 
