@@ -212,12 +212,12 @@ def test_layers_inside_ride_on_one_agreement(world: Partition) -> None:
 class Around(dnn.Module):
     """A module that calls one layer."""
 
-    def __init__(self, layer: torch.nn.Module) -> None:
+    def __init__(self, layer: torch.nn.Module, doubles: bool = False) -> None:
         super().__init__()
-        self.layer = layer
+        self.layer, self.doubles = layer, doubles
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.layer(x)
+        return self.layer(torch.cat([x, x], 1) if self.doubles else x)
 
 
 @on_ranks(2)
@@ -231,6 +231,17 @@ def test_modes_of_layers_inside_are_part_of_the_structure(world: Partition) -> N
             if not keeps_statistics:
                 norm.running_mean = norm.running_var = None
         torch.testing.assert_close(net(x[P.block(x.shape)]), serial(x)[P.block(x.shape)])
+
+
+@on_ranks(2)
+def test_alike_modules_share_a_layer(world: Partition) -> None:
+    P = world.create_cartesian_topology_partition((1, 2))
+    layer = dnn.HaloExchange(P, (0, 1))
+    plain, doubled = Around(layer), Around(layer, doubles=True)
+    block = torch.zeros(1, 2)
+    for _ in range(2):
+        assert plain(block).shape == (1, 3)
+        assert doubled(block).shape == (1, 5)
 
 
 @on_ranks(4)

@@ -7,6 +7,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+from weakref import ref
 
 import torch
 from torch import Tensor, is_grad_enabled, strided
@@ -373,7 +374,7 @@ class Module(torch.nn.Module):
     def _distdl_agreed_key(self, input: tuple[Any, ...], kwargs: Mapping[str, Any] | None) -> int:
         transport, ride = self._distdl_transport, self._distdl_ride()
         if ride is not None:
-            known: Any = (ride.key, ride.number(self))
+            known: Any = (ride.key, ref(ride.owner), ride.number(self))  # alike modules may share a layer
         elif self._distdl_is_static:
             known = self._distdl_local_key(input, kwargs)
         else:
