@@ -53,7 +53,11 @@ class _RunningNorm(Norm):
 
     @property
     def tracks(self) -> bool:
-        return self.training and self.track_running_stats
+        return self.track_running_stats and self.may_track
+
+    @property
+    def may_track(self) -> bool:
+        return self.training and self.held("running_mean") is not None
 
     def factor(self) -> float:
         """The weight of the newest statistics among the running ones."""
@@ -171,8 +175,8 @@ class DistributedBatchNorm(_RunningNorm):
         return 1.0 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if self._distdl_is_inside and self.tracks:
-            self.held("num_batches_tracked").add_(1)
+        if self._distdl_is_inside and self.tracks and self.num_batches_tracked is not None:
+            self.num_batches_tracked.add_(1)
         return super().forward(x)
 
     def alone(self, x: torch.Tensor, *held: torch.Tensor | None) -> torch.Tensor:

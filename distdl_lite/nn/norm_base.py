@@ -87,6 +87,11 @@ class Norm(Layer):
         """Whether running statistics are updated."""
         return False
 
+    @property
+    def may_track(self) -> bool:
+        """Whether they may be in this mode, as `track_running_stats` can be switched."""
+        return False
+
     def check_shape(self, shape: Shape) -> None:
         """Raise what torch would for an input of this global shape."""
 
@@ -140,7 +145,7 @@ class Norm(Layer):
         dims, count = self.rows(X)
         R = Layout(grid, (Dim(((0, self.numbers),)), *dims), tuple(a for d in dims for a in d.axes if not d.overlaps))
         is_empty = 0 in lay.global_shape_of(X)  # where the running statistics become nan, as torch's
-        needed = R.free_axes or (self.tracks and (fit is not None or len(team) > 1 or is_empty))
+        needed = R.free_axes or (self.may_track and (fit is not None or len(team) > 1 or is_empty))
         if not (self.uses_batch and count and needed):
             return Built(None, fit, team)
         sizes = [grid.shape[a] for a in R.free_axes]
