@@ -349,6 +349,19 @@ def test_hooks_of_torch_are_called(world: Partition) -> None:
     assert calls == {"gather_objects": 2, "bind": 2}
 
 
+@on_ranks(2)
+def test_hooks_that_change_the_input(world: Partition) -> None:
+    P = world.create_cartesian_topology_partition((1, 2))
+    layer, x = dnn.HaloExchange(P, (0, 1)), torch.ones(1, 3)
+    for change in (lambda x: x[:, :2], lambda x: x.repeat(1, 2), torch.Tensor.double):
+        expected = torch.ones(1, change(x).shape[1] + 1, dtype=change(x).dtype)
+        handle = layer.register_forward_pre_hook(lambda _, args: (change(*args),))  # noqa: B023
+        torch.testing.assert_close(layer(x), expected, rtol=0, atol=0)
+        torch.testing.assert_close(copy.deepcopy(layer)(x), expected, rtol=0, atol=0)
+        handle.remove()
+        assert layer(x).shape == (1, 4)
+
+
 @on_ranks(1)
 def test_partitions_of_different_worlds_are_refused(world: Partition) -> None:
     other = copy.copy(world._derive([0]))

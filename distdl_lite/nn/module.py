@@ -14,6 +14,7 @@ from torch import Tensor, is_grad_enabled, strided
 from torch._C import _is_any_autocast_enabled
 from torch._C._autograd import _top_saved_tensors_default_hooks  # type: ignore[attr-defined]
 from torch.nn.modules.module import _has_any_global_hook as _any_global_hook
+from torch.utils.hooks import RemovableHandle
 
 from distdl_lite.operator import ANCHOR, NOTHING, Node
 from distdl_lite.partition import Partition, check_same_world, union_of_ranks
@@ -104,6 +105,7 @@ class Module(torch.nn.Module):
     _distdl_team: tuple[int, ...]
     _distdl_transport: Transport
     _distdl_is_inside: bool
+    _distdl_hook: int | None  # the number of our hook
 
     def __init__(self, *partitions: Partition | None) -> None:
         super().__init__()
@@ -119,7 +121,8 @@ class Module(torch.nn.Module):
         self._distdl_is_static = False
         self._distdl_ends_rides = False
         self.__dict__.update(_unbuilt())
-        self.register_forward_pre_hook(type(self)._distdl_forward_pre_hook, with_kwargs=True)
+        self._distdl_hook = None
+        self._distdl_hook = self.register_forward_pre_hook(type(self)._distdl_forward_pre_hook, with_kwargs=True).id
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Let Python's errors about a constructor's arguments name no private base."""
@@ -152,6 +155,13 @@ class Module(torch.nn.Module):
                 return self._distdl_early_forward(args)
         args, kwargs = self._distdl_forward_pre_hook(args, kwargs)
         return self.forward(*args, **kwargs)
+
+    def register_forward_pre_hook(self, *args: Any, **kwargs: Any) -> RemovableHandle:
+        """As torch's; ours stays the last, as it is about what forward gets."""
+        handle = super().register_forward_pre_hook(*args, **kwargs)
+        if self._distdl_hook is not None:
+            self._forward_pre_hooks.move_to_end(self._distdl_hook)
+        return handle
 
     def __getstate__(self) -> dict[str, Any]:
         """Plans, requests and buffers are neither pickled nor copied."""
