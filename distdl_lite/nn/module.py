@@ -6,6 +6,7 @@ import inspect
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 from weakref import ref
 
@@ -93,6 +94,7 @@ class Module(torch.nn.Module):
     depends on data, call `agree_each_layer`.
     """
 
+    _distdl_free = frozenset[str]()  # options that only forward reads, which may be changed
     _distdl_plan: Any
     _distdl_key: int | None
     _distdl_next_key: int
@@ -162,6 +164,14 @@ class Module(torch.nn.Module):
         if self._distdl_hook is not None:
             self._forward_pre_hooks.move_to_end(self._distdl_hook)
         return handle
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """As torch's, but for options that plans and weights follow from: another value would not count, or count in part."""
+        if name in self.__dict__ and name in _fixed_options(type(self)) and not _is_same(value, self.__dict__[name]):
+            raise self._refuse(
+                f"{name} is fixed by the constructor; make a new layer with {name}={value!r}", AttributeError
+            )
+        super().__setattr__(name, value)
 
     def __getstate__(self) -> dict[str, Any]:
         """Plans, requests and buffers are neither pickled nor copied."""
@@ -494,6 +504,18 @@ def _number(partitions: Sequence[Partition]) -> int:
 def _owner(module: Module, name: str) -> type:
     """The class that a method comes from."""
     return next(kind for kind in type(module).__mro__ if name in kind.__dict__)
+
+
+@cache
+def _fixed_options(kind: type) -> frozenset[str]:
+    """The arguments of the constructors of the library's own layers that this is one of, but for the free ones."""
+    own = [base for base in kind.__mro__ if base.__module__.startswith("distdl_lite.nn.") and "__init__" in vars(base)]
+    given = [parameter for base in own for parameter in inspect.signature(base).parameters.values()]
+    return frozenset(p.name for p in given if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)) - kind._distdl_free
+
+
+def _is_same(one: Any, other: Any) -> bool:
+    return one is other or (type(one) is type(other) and bool(one == other))
 
 
 def _autocast() -> tuple[Any, ...]:

@@ -18,6 +18,7 @@ from distdl_lite.partition import Partition
 class _RunningNorm(Norm):
     """Base of both: weights and running statistics per channel."""
 
+    _distdl_free = frozenset({"eps", "momentum"})
     least_dims: int
     form: str
 
@@ -122,6 +123,7 @@ class DistributedBatchNorm(_RunningNorm):
     not in balanced blocks costs one more exchange for each parameter and buffer, which it moves to the input's blocks.
     """
 
+    _distdl_free = frozenset({"eps", "momentum", "track_running_stats"})
     weights_are_per_row = True
     least_dims, form = 2, "(N, C, *space) has two"
 

@@ -45,6 +45,7 @@ class Norm(Layer):
         Of the input and the output, one axis per dim.
     """
 
+    _distdl_free = frozenset({"eps"})
     numbers = 2  # per row: sums of values and of squares
     reaches_bias = False  # whether the graph of torch's second gradient leads to the bias, though with zeros
     weights_are_per_row = False  # then their gradients are among the sums
