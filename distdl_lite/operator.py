@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch._C import _are_functorch_transforms_active
+from torch.autograd import forward_ad
 
 from distdl_lite.plan import Plan
 from distdl_lite.transport import Channel, Transport
@@ -38,7 +39,8 @@ class Operator:
     Notes
     -----
     Communicators, buffers and requests are made at the first call for a dtype and device, together by all ranks of the
-    plan, and belong to the operator. `start` and `finish` move data without autograd; a call is differentiable.
+    plan, and belong to the operator. `start` and `finish` move data without autograd; a call is differentiable, though not
+    in forward mode, which is refused.
     """
 
     def __init__(self, plan: Plan, transport: Transport, label: str = "operator", graph: bool = False) -> None:
@@ -100,9 +102,9 @@ class Operator:
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """Move `x`; differentiable."""
-        if not (torch.is_grad_enabled() and (x.requires_grad or self.graph)):
-            return self.apply(x)
-        return _Move.apply(x, None if x.requires_grad else ANCHOR, self)
+        if torch.is_grad_enabled() and (x.requires_grad or self.graph):
+            return _Move.apply(x, None if x.requires_grad else ANCHOR, self)
+        return self.apply(x) if forward_ad._current_level < 0 else _Move.apply(x, None, self)  # which torch refuses
 
     def _bind(self, x: torch.Tensor) -> Channel:
         if x.dtype is torch.bool and (self.plan.adds_out or self.plan.pattern.sums):

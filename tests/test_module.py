@@ -209,6 +209,41 @@ def test_layers_inside_ride_on_one_agreement(world: Partition) -> None:
         assert calls["start_agreeing"] == 4 + 4  # eval is new: each layer's call agrees once
 
 
+class Around(dnn.Module):
+    """A module that calls one layer."""
+
+    def __init__(self, layer: torch.nn.Module, doubles: bool = False) -> None:
+        super().__init__()
+        self.layer, self.doubles = layer, doubles
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layer(torch.cat([x, x], 1) if self.doubles else x)
+
+
+@on_ranks(2)
+def test_modes_of_layers_inside_are_part_of_the_structure(world: Partition) -> None:
+    P = world.create_cartesian_topology_partition((2, 1))
+    net, serial = Around(dnn.DistributedBatchNorm(P, 3)), torch.nn.BatchNorm1d(3)
+    x = integers((6, 3)).float()
+    for training, keeps_statistics in ((True, True), (False, True), (True, True), (False, False)):
+        for norm in (net.layer, serial):
+            norm.train(training)
+            if not keeps_statistics:
+                norm.running_mean = norm.running_var = None
+        torch.testing.assert_close(net(x[P.block(x.shape)]), serial(x)[P.block(x.shape)])
+
+
+@on_ranks(2)
+def test_alike_modules_share_a_layer(world: Partition) -> None:
+    P = world.create_cartesian_topology_partition((1, 2))
+    layer = dnn.HaloExchange(P, (0, 1))
+    plain, doubled = Around(layer), Around(layer, doubles=True)
+    block = torch.zeros(1, 2)
+    for _ in range(2):
+        assert plain(block).shape == (1, 3)
+        assert doubled(block).shape == (1, 5)
+
+
 @on_ranks(4)
 def test_a_ride_ends_with_its_forward(world: Partition) -> None:
     P, x = world.grid((4,)), integers((3,))
@@ -312,6 +347,19 @@ def test_hooks_of_torch_are_called(world: Partition) -> None:
             assert seen == [kind]
             seen.clear()
     assert calls == {"gather_objects": 2, "bind": 2}
+
+
+@on_ranks(2)
+def test_hooks_that_change_the_input(world: Partition) -> None:
+    P = world.create_cartesian_topology_partition((1, 2))
+    layer, x = dnn.HaloExchange(P, (0, 1)), torch.ones(1, 3)
+    for change in (lambda x: x[:, :2], lambda x: x.repeat(1, 2), torch.Tensor.double):
+        expected = torch.ones(1, change(x).shape[1] + 1, dtype=change(x).dtype)
+        handle = layer.register_forward_pre_hook(lambda _, args: (change(*args),))  # noqa: B023
+        torch.testing.assert_close(layer(x), expected, rtol=0, atol=0)
+        torch.testing.assert_close(copy.deepcopy(layer)(x), expected, rtol=0, atol=0)
+        handle.remove()
+        assert layer(x).shape == (1, 4)
 
 
 @on_ranks(1)

@@ -10,6 +10,7 @@ import torch
 from blocks import NOTHING, grown, local
 from cases import integers
 from ranks import on_ranks
+from torch.autograd import forward_ad
 from twins import assert_refused
 
 import distdl_lite as dl
@@ -17,7 +18,7 @@ import distdl_lite.nn as dnn
 from distdl_lite.grid import indices, unravel
 from distdl_lite.nn.movement import Movement
 from distdl_lite.partition import Partition
-from distdl_lite.testing import adjoint_test
+from distdl_lite.testing import adjoint_test, spmd
 
 
 def of_rank(P: Partition, shape: tuple[int, ...]) -> torch.Tensor:
@@ -357,3 +358,16 @@ def test_transforms_of_functions_are_refused(world: Partition) -> None:
     layer(torch.ones(3, requires_grad=True))
     with pytest.raises(RuntimeError, match="functorch transforms"):
         torch.func.grad(lambda x: layer(x).sum())(torch.ones(3))
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")  # which torch itself calls
+def test_forward_mode_is_refused() -> None:
+    def body(world: Partition) -> None:
+        P = world.create_cartesian_topology_partition((1, 1, 2))
+        convolution = dnn.DistributedConv1d(P, 1, 1, 3, padding=1).requires_grad_(False)
+        for layer in (dnn.HaloExchange(P, (0, 0, 1)), convolution, dnn.DistributedSoftmax(P, 2)):
+            with pytest.raises(NotImplementedError, match="jvp"):
+                layer(forward_ad.make_dual(torch.ones(1, 1, 2), torch.ones(1, 1, 2)))
+
+    with forward_ad.dual_level():  # one for the whole process
+        spmd(2, body)

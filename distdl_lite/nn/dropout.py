@@ -140,6 +140,7 @@ class DistributedDropout(Module):
     communicates nothing. As the seed comes from the generator, checkpointing recomputes the same mask.
     """
 
+    _distdl_free = frozenset({"p", "inplace"})
     _masked: int | None = None  # leading dims that have a mask of their own: all
 
     def __init__(self, P_x: Partition, p: float = 0.5, inplace: bool = False) -> None:

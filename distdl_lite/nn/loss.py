@@ -57,6 +57,9 @@ class _DistributedLoss(Module):
         ranks alike, as is what torch raises for the values of a block, except with reduction "none".
     """
 
+    _distdl_free = frozenset(
+        {"reduction", "ignore_index", "label_smoothing", "beta", "delta", "log_target", "log_input", "full", "eps"}
+    )
     function: Callable[..., torch.Tensor]
     reductions: tuple[str, ...] = ("mean", "sum", "none")
 

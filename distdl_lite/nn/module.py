@@ -6,13 +6,16 @@ import inspect
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
+from weakref import ref
 
 import torch
 from torch import Tensor, is_grad_enabled, strided
 from torch._C import _is_any_autocast_enabled
 from torch._C._autograd import _top_saved_tensors_default_hooks  # type: ignore[attr-defined]
 from torch.nn.modules.module import _has_any_global_hook as _any_global_hook
+from torch.utils.hooks import RemovableHandle
 
 from distdl_lite.operator import ANCHOR, NOTHING, Node
 from distdl_lite.partition import Partition, check_same_world, union_of_ranks
@@ -87,10 +90,11 @@ class Module(torch.nn.Module):
     all of them.
 
     The layers inside a module's forward ride on its one agreement: their structure must follow from its tensor
-    arguments, its numbers and strings, and its parameters' ``requires_grad``. Where it depends on data, call
-    `agree_each_layer`.
+    arguments, its numbers and strings, its parameters' ``requires_grad`` and the modes of the modules inside. Where it
+    depends on data, call `agree_each_layer`.
     """
 
+    _distdl_free = frozenset[str]()  # options that only forward reads, which may be changed
     _distdl_plan: Any
     _distdl_key: int | None
     _distdl_next_key: int
@@ -103,6 +107,7 @@ class Module(torch.nn.Module):
     _distdl_team: tuple[int, ...]
     _distdl_transport: Transport
     _distdl_is_inside: bool
+    _distdl_hook: int | None  # the number of our hook
 
     def __init__(self, *partitions: Partition | None) -> None:
         super().__init__()
@@ -118,7 +123,8 @@ class Module(torch.nn.Module):
         self._distdl_is_static = False
         self._distdl_ends_rides = False
         self.__dict__.update(_unbuilt())
-        self.register_forward_pre_hook(type(self)._distdl_forward_pre_hook, with_kwargs=True)
+        self._distdl_hook = None
+        self._distdl_hook = self.register_forward_pre_hook(type(self)._distdl_forward_pre_hook, with_kwargs=True).id
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Let Python's errors about a constructor's arguments name no private base."""
@@ -151,6 +157,21 @@ class Module(torch.nn.Module):
                 return self._distdl_early_forward(args)
         args, kwargs = self._distdl_forward_pre_hook(args, kwargs)
         return self.forward(*args, **kwargs)
+
+    def register_forward_pre_hook(self, *args: Any, **kwargs: Any) -> RemovableHandle:
+        """As torch's; ours stays the last, as it is about what forward gets."""
+        handle = super().register_forward_pre_hook(*args, **kwargs)
+        if self._distdl_hook is not None:
+            self._forward_pre_hooks.move_to_end(self._distdl_hook)
+        return handle
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """As torch's, but for options that plans and weights follow from: another value would not count, or count in part."""
+        if name in self.__dict__ and name in _fixed_options(type(self)) and not _is_same(value, self.__dict__[name]):
+            raise self._refuse(
+                f"{name} is fixed by the constructor; make a new layer with {name}={value!r}", AttributeError
+            )
+        super().__setattr__(name, value)
 
     def __getstate__(self) -> dict[str, Any]:
         """Plans, requests and buffers are neither pickled nor copied."""
@@ -373,7 +394,7 @@ class Module(torch.nn.Module):
     def _distdl_agreed_key(self, input: tuple[Any, ...], kwargs: Mapping[str, Any] | None) -> int:
         transport, ride = self._distdl_transport, self._distdl_ride()
         if ride is not None:
-            known: Any = (ride.key, ride.number(self))
+            known: Any = (ride.key, ref(ride.owner), ride.number(self))  # alike modules may share a layer
         elif self._distdl_is_static:
             known = self._distdl_local_key(input, kwargs)
         else:
@@ -405,7 +426,6 @@ class Module(torch.nn.Module):
         parts: list[Any] = [
             self._distdl_transport.rank,
             self._distdl_number,
-            self.training,
             is_grad_enabled(),
             autocast,
         ]
@@ -416,9 +436,12 @@ class Module(torch.nn.Module):
                 parts.append(_hashable(value))
         if kwargs:
             parts.append(_hashable(kwargs))
-        if self._modules or self._parameters:
-            for p in self.parameters() if self._modules else self._parameters.values():
+        for module in self.modules() if self._modules else (self,):
+            parts.append(module.training)
+            for p in module._parameters.values():
                 parts += (None,) if p is None else (p.requires_grad, p.dtype)
+            for b in module._buffers.values():
+                parts.append(None if b is None else b.dtype)
         return parts
 
 
@@ -481,6 +504,18 @@ def _number(partitions: Sequence[Partition]) -> int:
 def _owner(module: Module, name: str) -> type:
     """The class that a method comes from."""
     return next(kind for kind in type(module).__mro__ if name in kind.__dict__)
+
+
+@cache
+def _fixed_options(kind: type) -> frozenset[str]:
+    """The arguments of the constructors of the library's own layers that this is one of, but for the free ones."""
+    own = [base for base in kind.__mro__ if base.__module__.startswith("distdl_lite.nn.") and "__init__" in vars(base)]
+    given = [parameter for base in own for parameter in inspect.signature(base).parameters.values()]
+    return frozenset(p.name for p in given if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)) - kind._distdl_free
+
+
+def _is_same(one: Any, other: Any) -> bool:
+    return one is other or (type(one) is type(other) and bool(one == other))
 
 
 def _autocast() -> tuple[Any, ...]:

@@ -18,6 +18,7 @@ from distdl_lite.partition import Partition
 class _RunningNorm(Norm):
     """Base of both: weights and running statistics per channel."""
 
+    _distdl_free = frozenset({"eps", "momentum"})
     least_dims: int
     form: str
 
@@ -53,7 +54,11 @@ class _RunningNorm(Norm):
 
     @property
     def tracks(self) -> bool:
-        return self.training and self.track_running_stats
+        return self.track_running_stats and self.may_track
+
+    @property
+    def may_track(self) -> bool:
+        return self.training and self.held("running_mean") is not None
 
     def factor(self) -> float:
         """The weight of the newest statistics among the running ones."""
@@ -118,6 +123,7 @@ class DistributedBatchNorm(_RunningNorm):
     not in balanced blocks costs one more exchange for each parameter and buffer, which it moves to the input's blocks.
     """
 
+    _distdl_free = frozenset({"eps", "momentum", "track_running_stats"})
     weights_are_per_row = True
     least_dims, form = 2, "(N, C, *space) has two"
 
@@ -171,8 +177,8 @@ class DistributedBatchNorm(_RunningNorm):
         return 1.0 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if self._distdl_is_inside and self.tracks:
-            self.held("num_batches_tracked").add_(1)
+        if self._distdl_is_inside and self.tracks and self.num_batches_tracked is not None:
+            self.num_batches_tracked.add_(1)
         return super().forward(x)
 
     def alone(self, x: torch.Tensor, *held: torch.Tensor | None) -> torch.Tensor:

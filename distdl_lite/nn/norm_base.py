@@ -45,6 +45,7 @@ class Norm(Layer):
         Of the input and the output, one axis per dim.
     """
 
+    _distdl_free = frozenset({"eps"})
     numbers = 2  # per row: sums of values and of squares
     reaches_bias = False  # whether the graph of torch's second gradient leads to the bias, though with zeros
     weights_are_per_row = False  # then their gradients are among the sums
@@ -85,6 +86,11 @@ class Norm(Layer):
     @property
     def tracks(self) -> bool:
         """Whether running statistics are updated."""
+        return False
+
+    @property
+    def may_track(self) -> bool:
+        """Whether they may be in this mode, as `track_running_stats` can be switched."""
         return False
 
     def check_shape(self, shape: Shape) -> None:
@@ -140,7 +146,7 @@ class Norm(Layer):
         dims, count = self.rows(X)
         R = Layout(grid, (Dim(((0, self.numbers),)), *dims), tuple(a for d in dims for a in d.axes if not d.overlaps))
         is_empty = 0 in lay.global_shape_of(X)  # where the running statistics become nan, as torch's
-        needed = R.free_axes or (self.tracks and (fit is not None or len(team) > 1 or is_empty))
+        needed = R.free_axes or (self.may_track and (fit is not None or len(team) > 1 or is_empty))
         if not (self.uses_batch and count and needed):
             return Built(None, fit, team)
         sizes = [grid.shape[a] for a in R.free_axes]

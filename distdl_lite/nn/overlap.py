@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch.autograd import forward_ad
 
 from distdl_lite.layout import Dim, Layout
 from distdl_lite.operator import Node, Operator
@@ -280,7 +281,7 @@ class Fused:
 
     def __call__(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         learns = weight.requires_grad or (bias is not None and bias.requires_grad)
-        if not (torch.is_grad_enabled() and (learns or self.graph)):
+        if not (torch.is_grad_enabled() and (learns or self.graph)) and forward_ad._current_level < 0:
             return self.way.forward(x, weight, bias)[0]
         return _Fused.apply(x, weight, bias, self.reducer.token, self)
 

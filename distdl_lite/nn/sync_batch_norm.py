@@ -44,6 +44,8 @@ class SyncBatchNorm(DistributedBatchNorm):
     none forward.
     """
 
+    _distdl_free = DistributedBatchNorm._distdl_free | {"P_x"}  # which follows the input
+
     def __init__(
         self,
         num_features: int,
@@ -67,7 +69,7 @@ class SyncBatchNorm(DistributedBatchNorm):
         return super()._distdl_module_setup(input)
 
     def _distdl_options(self) -> str:
-        return super()._distdl_options().rpartition(", P_x=")[0]  # which follows the input
+        return super()._distdl_options().rpartition(", P_x=")[0]
 
     def check_shape(self, shape: Shape) -> None:
         if len(shape) < 2:

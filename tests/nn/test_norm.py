@@ -211,6 +211,22 @@ def test_dtypes_formats_and_life(world: Partition) -> None:
 
 
 @on_ranks(2)
+def test_tracking_is_switched(world: Partition) -> None:
+    P, cuts = world.grid((1, 2)), [(0, 4), (0, 1, 3)]  # of channels held otherwise
+    serial, layer = twins(P, (4, 3), {})
+    x = torch.randn(4, 3, dtype=torch.float64)
+    for tracks in (False, True, False, True):
+        serial.track_running_stats = layer.track_running_stats = tracks
+        torch.testing.assert_close(layer(block(x, P, cuts)), block(serial(x), P, cuts), **TOLERANCE)
+        rows = P.block((3,) * 2)[1]
+        torch.testing.assert_close(layer.running_var, serial.running_var[rows], **TOLERANCE)
+        assert layer.num_batches_tracked == serial.num_batches_tracked
+    for norm in (serial, layer):
+        norm.running_mean = norm.running_var = norm.num_batches_tracked = None
+    torch.testing.assert_close(layer(block(x, P, cuts)), block(serial(x), P, cuts), **TOLERANCE)
+
+
+@on_ranks(2)
 def test_memory_that_torch_misreads(world: Partition) -> None:
     """Dims of length one may hide the order of the others; torch's own layer gets such a block's gradients wrong."""
     P, shape = world.grid((1, 1, 1, 2)), (1, 4, 1, 4)

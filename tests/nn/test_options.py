@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 import math
+import re
 from collections.abc import Iterator
 from itertools import product
 
 import pytest
 import torch
 from layers import Case, X, blocks_of, inputs_of, make_layer, outcome
+from ranks import on_ranks
 
 import distdl_lite as dl
+import distdl_lite.nn as dnn
 from distdl_lite.testing import spmd
 
 INTEGERS = (0, -1, 1.5, "x", None, (1,), (1, 2), (0, 1), (1, -1), (1.5, 1), (), {}, 99)
@@ -151,3 +155,50 @@ def test_torch_is_the_judge(case: Case) -> None:
             assert option in text or not (theirs and ours == "constructor"), where
 
     spmd(2, body)
+
+
+@on_ranks(2)
+def test_options_changed_later_are_refused_or_followed(world: dl.Partition) -> None:
+    """Plans follow from most: they would be ignored from the first call on, those that others follow from before it."""
+    P, Q = world.grid((1, 1, 2)), world.grid((1, 2, 1))
+    kept = (
+        (
+            dnn.DistributedConv1d(P, 1, 1, 3, padding=(1,)),
+            {"padding": (2,), "stride": (2,), "padding_mode": "circular"},
+        ),
+        (dnn.DistributedMaxPool1d(P, 2), {"ceil_mode": True, "return_indices": True}),
+        (dnn.DistributedUpsample(P, scale_factor=2), {"scale_factor": 3}),
+        (dnn.DistributedInstanceNorm(P, 1), {"track_running_stats": True}),
+        (dnn.DistributedConstantPad1d(P, 1, 0.0), {"value": 1.0}),
+        (dnn.HaloExchange(P, (0, 0, 1)), {"boundary": "circular", "P_x": Q}),
+    )
+    for layer, options in kept:
+        layer(torch.ones(1, 1, 4))
+        for made, (name, value) in product((layer, copy.deepcopy(layer)), options.items()):
+            text = f"{type(layer).__name__}: {name} is fixed by the constructor; make a new layer with {name}={value!r}"
+            with pytest.raises(AttributeError, match=re.escape(text)):
+                setattr(made, name, value)
+            setattr(made, name, getattr(made, name))
+    x = torch.arange(12.0).view(1, 2, 6) ** 2
+    for layer, serial, name, value in (
+        (dnn.DistributedBatchNorm(P, 2), torch.nn.BatchNorm1d(2), "eps", 9.0),
+        (dnn.DistributedGroupNorm(P, 1, 2), torch.nn.GroupNorm(1, 2), "eps", 9.0),
+        (dl.SyncBatchNorm(2, P=P), torch.nn.BatchNorm1d(2), "momentum", 0.7),
+        (dnn.DistributedDropout(P), torch.nn.Dropout(), "p", 1.0),
+    ):
+        layer(x[P.block(x.shape)])
+        for norm in (layer, serial):
+            setattr(norm, name, value)
+        torch.testing.assert_close(layer(x[P.block(x.shape)]), serial(x)[P.block(x.shape)])
+
+
+@on_ranks(2)
+def test_names_of_users_layers_are_free(world: dl.Partition) -> None:
+    class Own(dnn.Module):
+        def __init__(self, *partitions: dl.Partition, stride: int) -> None:
+            super().__init__(*partitions)
+            self.partitions, self.stride = partitions, stride
+
+    layer = Own(world.grid((2,)), stride=1)
+    layer.partitions = layer.stride = None
+    assert layer.stride is None
