@@ -46,6 +46,8 @@ class DataParallelOptimizer(torch.optim.Optimizer):
     with gradients that are in no bucket, takes its step in ``step()``.
     """
 
+    _step_supports_amp_scaling = False  # a GradScaler sets the scale on us, and fused steps look for it on themselves
+
     def __init__(self, torch_optimizer: torch.optim.Optimizer, blocking: bool = False) -> None:
         if not isinstance(torch_optimizer, torch.optim.Optimizer):
             raise TypeError(f"DataParallelOptimizer: a torch.optim.Optimizer is needed, not {torch_optimizer!r}")

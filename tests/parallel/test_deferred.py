@@ -564,3 +564,18 @@ def test_optimizers_alone_copied_and_pickled(world: dl.Partition) -> None:
     assert alone.step(lambda: 3.0) == 3.0
     alone.load_state_dict(alone.state_dict())
     assert repr(alone).startswith("DataParallelOptimizer(SGD")
+
+
+@on_ranks(2)
+def test_a_scaler_and_a_fused_optimizer(world: dl.Partition) -> None:
+    """Whose gradients are divided by the scale before the step, or left alone where they have overflowed."""
+    module = torch.nn.Linear(2, 1)
+    optimizer = dl.DataParallelOptimizer(optim.SGD(module.parameters(), lr=0.5, fused=True))
+    before = module.bias.item()
+    dp, scaler = dl.DataParallel(module, world, optimizer), torch.amp.GradScaler("cpu", init_scale=1024.0)
+    for factor in (1.0, torch.inf):
+        optimizer.zero_grad()
+        scaler.scale(dp(torch.ones(2, 2)).mean() * factor).backward()
+        scaler.step(optimizer)
+        scaler.update()
+    assert module.bias.item() == pytest.approx(before - 0.5)
