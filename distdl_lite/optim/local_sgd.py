@@ -536,7 +536,8 @@ class LocalSGD(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         self.drain()
-        return self.__dict__.copy()
+        # A scheduler puts a step of its own there, which is this optimizer's also in a copy.
+        return {name: value for name, value in self.__dict__.items() if name != "step"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)

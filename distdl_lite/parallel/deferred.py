@@ -63,7 +63,8 @@ class DataParallelOptimizer(torch.optim.Optimizer):
         return getattr(self.torch_optimizer, name)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "_deferrals"}
+        # A scheduler puts a step of its own there, which is this optimizer's also in a copy.
+        return {name: value for name, value in self.__dict__.items() if name not in ("_deferrals", "step")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, _deferrals=weakref.WeakSet())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import itertools
+import pickle
 import random
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -579,3 +580,19 @@ def test_a_scaler_and_a_fused_optimizer(world: dl.Partition) -> None:
         scaler.step(optimizer)
         scaler.update()
     assert module.bias.item() == pytest.approx(before - 0.5)
+
+
+@on_ranks(2)
+def test_copies_of_an_optimizer_that_has_a_scheduler(world: dl.Partition) -> None:
+    """A scheduler puts a step in the optimizer that is of this one alone."""
+    for update, make in itertools.product(
+        ("now", "deferred"), (copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x)))
+    ):
+        dp, optimizer = list(pair(world, OPTIMIZERS["SGD"]))[update == "deferred"]
+        optim.lr_scheduler.StepLR(optimizer, 1)
+        twin, other = make((dp, optimizer))
+        train(world, twin, other)
+        before = dp.state_dict()["0.weight"].clone()
+        assert not torch.equal(twin.state_dict()["0.weight"], before)
+        train(world, dp, optimizer)
+        assert_same(dp, twin)
