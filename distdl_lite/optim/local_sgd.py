@@ -542,6 +542,9 @@ class LocalSGD(torch.optim.Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._planned = {id(tensor) for flat in self.flats if flat.learns for tensor in flat.tensors}
+        points = _by_tensor(self.flats, "point")
+        for tensor, view in self._outer_views.items():  # pickle forgets that they share memory
+            view.data = points[tensor]
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.optimizer!r}, {self.schedule!r})"

@@ -34,3 +34,19 @@ def test_copies_of_an_optimizer_that_has_a_scheduler(world: dl.Partition) -> Non
         assert steps(twin, world.rank) != [1.0, 1.0]
         assert optimizer.param_groups[0]["params"][0].tolist() == [1.0, 1.0]
         assert steps(optimizer, world.rank) == steps(make(twin), world.rank, 0)
+
+
+def nesterov(tensors: list[torch.Tensor]) -> torch.optim.Optimizer:
+    return torch.optim.SGD(tensors, lr=0.7, momentum=0.9, nesterov=True)
+
+
+@on_ranks(2)
+def test_copies_of_an_optimizer_with_an_outer_one(world: dl.Partition) -> None:
+    """The outer one goes on to move the point that the ranks have in common, also with a wire."""
+    for make in COPIES:
+        for wire in (None, torch.bfloat16):
+            inner = torch.optim.SGD([torch.nn.Parameter(torch.ones(2))], lr=0.1)
+            optimizer = dl.LocalSGD(inner, 2, outer=nesterov, wire=wire)
+            steps(optimizer, world.rank, 4)
+            twin = make(optimizer)
+            assert steps(twin, world.rank, 4) == steps(optimizer, world.rank, 4)
