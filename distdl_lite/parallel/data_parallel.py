@@ -165,7 +165,7 @@ class DataParallel(torch.nn.Module):
             self._sync.is_open = False
         transport, team, self._sync, lane = self.P.world_transport, self._team(), None, 0
         elsewhere = self._summed_by_layers(set(team))
-        named = [(n, p) for n, p in self.module.named_parameters() if id(p) not in elsewhere or not elsewhere[id(p)]]
+        named = self._named_parameters(elsewhere)
         late = [number for number, (_, p) in enumerate(named) if id(p) in elsewhere]
         buffers = dict(self.module.named_buffers())
         tensors = {**dict(named), **buffers}
@@ -222,6 +222,10 @@ class DataParallel(torch.nn.Module):
                     found[id(layer._parameters[key])] = not team - replicas
         return found
 
+    def _named_parameters(self, elsewhere: Mapping[int, bool]) -> list[tuple[str, torch.nn.Parameter]]:
+        """Those that the container sums."""
+        return [(name, p) for name, p in self.module.named_parameters() if not elsewhere.get(id(p))]
+
     def _of_two_scales(self, elsewhere: Mapping[int, bool]) -> list[str]:
         """A parameter that its layer sums over the batch axis and one that gets the mean, if both are trained."""
         if self._couples or self._options.average == "none":  # weighed before either is summed, or not at all
@@ -255,10 +259,11 @@ class DataParallel(torch.nn.Module):
     def check_replicas(self) -> None:
         """Raise RuntimeError, on all ranks, unless they hold the same parameters and buffers, bit by bit."""
         self.synchronize()
-        if self._sync is not None:
+        if self.P.active:
+            team = self._team()
             buffers = {} if self._options.sync_buffers == "none" else dict(self.module.named_buffers())
-            held = {**dict(zip(self._sync.names, self._sync.parameters, strict=True)), **buffers}
-            check_equal(self.P.world_transport, self._sync.team, held)
+            held = {**dict(self._named_parameters(self._summed_by_layers(set(team)))), **buffers}
+            check_equal(self.P.world_transport, team, held)
 
     def _refresh(self) -> None:
         """See what has changed in the module since the last forward."""
@@ -420,11 +425,13 @@ class DataParallel(torch.nn.Module):
         Then all take the parameters and buffers of a rank that made the last step, and what these optimizers, or else those
         of the container, know there: hyperparameters, and states such as momentum. Schedulers are left alone.
         """
-        sync = self._sync
+        if self.P.active:
+            self._refresh()  # where it is a copy or has been loaded, as ranks that make no step must know
         if self._couples:
             raise RuntimeError("DataParallel: SyncBatchNorm needs all ranks in every step; join is not for it")
         yield
         self.synchronize()
+        sync = self._sync
         if sync is None or len(sync.team) == 1:
             return
         steps_behind = -1
