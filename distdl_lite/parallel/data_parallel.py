@@ -459,11 +459,15 @@ class DataParallel(torch.nn.Module):
         except AttributeError:
             if name == "module":
                 raise
-            return getattr(super().__getattr__("module"), name)
+            found = getattr(super().__getattr__("module"), name)
+            if isinstance(found, torch.Tensor):
+                self.synchronize()
+            return found
 
     @property
     def weight(self) -> Any:
         """The module's, which a bare layer has; a number put here is the `loss_weight`."""
+        self.synchronize()
         return self.module.weight
 
     @weight.setter
@@ -485,10 +489,10 @@ class DataParallel(torch.nn.Module):
         for handle in self.__dict__.get("_handles", {}).values():
             handle.remove()
 
-    def train(self, mode: bool = True) -> DataParallel:
-        """As torch's; a deferred update is done first."""
+    def named_children(self) -> Iterator[tuple[str, torch.nn.Module]]:
+        """As torch's, which `train`, `to` and `apply` go through; a deferred update is done first."""
         self.synchronize()
-        return super().train(mode)
+        return super().named_children()
 
     def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, torch.nn.Parameter]]:
         """As torch's; a deferred update is done first."""

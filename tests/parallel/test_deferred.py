@@ -596,3 +596,35 @@ def test_copies_of_an_optimizer_that_has_a_scheduler(world: dl.Partition) -> Non
         assert not torch.equal(twin.state_dict()["0.weight"], before)
         train(world, dp, optimizer)
         assert_same(dp, twin)
+
+
+def reset(layer: torch.nn.Module) -> None:
+    if isinstance(layer, torch.nn.Linear):
+        torch.nn.init.ones_(layer.weight)
+
+
+@on_ranks(2)
+def test_what_is_done_to_the_container_after_a_step(world: dl.Partition) -> None:
+    """Casts, new parameters of the optimizer, and tensors of a bare layer."""
+
+    def run(update: str) -> list[Any]:
+        torch.manual_seed(0)
+        module = torch.nn.Linear(4, 2)
+        optimizer = dl.DataParallelOptimizer(optim.SGD([module.weight], lr=0.1, momentum=0.9))
+        dp = dl.DataParallel(module, world, optimizer, update=update, bucket_mb=BUCKET)
+        seen: list[Any] = []
+        actions: list[Callable[[], Any]] = [
+            lambda: optimizer.add_param_group({"params": [module.bias]}),
+            lambda: dp.bfloat16().float(),
+            lambda: dp.apply(reset),
+            lambda: seen.append(dp.weight.tolist()),
+            lambda: seen.append(dp.bias.tolist()),
+        ]
+        for step, action in enumerate(actions):
+            optimizer.zero_grad()
+            dp(batch(world, step).float()).square().mean().backward()
+            optimizer.step()
+            action()
+        return [*seen, *(p.tolist() for p in dp.parameters())]
+
+    assert run("now") == run("deferred")
