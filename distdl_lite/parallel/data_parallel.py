@@ -140,7 +140,7 @@ class DataParallel(torch.nn.Module):
         self.__dict__.update(_unprepared())
         self.register_load_state_dict_pre_hook(DataParallel._rename_loaded)
         if self.P.active:
-            self._prepare()
+            self._prepare(at_start=True)
 
     # ---- set-up ------------------------------------------------------------------------------------------------------
 
@@ -157,7 +157,7 @@ class DataParallel(torch.nn.Module):
         first = P.rank - P.index[0] * step
         return tuple(sorted(P.ranks[first + n * step] for n in range(P.shape[0])))
 
-    def _prepare(self) -> None:
+    def _prepare(self, at_start: bool = False) -> None:
         """Take the module's parameters as they are; the ranks along the batch axis call together."""
         self.synchronize()
         if self._sync is not None and self._sync.is_open:
@@ -175,10 +175,11 @@ class DataParallel(torch.nn.Module):
         if len(team) > 1:
             mixed = self._of_two_scales(elsewhere)
             lane = check_alike(transport, team, tensors, self._sparse_layers(), mixed, self._agreed_options())
+            alike = tensors if at_start or self._options.sync_buffers != "none" else dict(named)
             if self._init == "broadcast":
-                broadcast(transport, team, list(tensors.values()))
+                broadcast(transport, team, list(alike.values()))
             elif self._init == "check":
-                check_equal(transport, team, tensors)
+                check_equal(transport, team, alike)
         elif sparse := self._sparse_layers():
             raise TypeError(SPARSE.format(sparse))
         for handle in self._handles.values():
