@@ -160,9 +160,10 @@ class DataParallel(torch.nn.Module):
     def _prepare(self, at_start: bool = False) -> None:
         """Take the module's parameters as they are; the ranks along the batch axis call together."""
         self.synchronize()
-        if self._sync is not None and self._sync.is_open:
-            self._sync.begin(None)  # completes what failed
-            self._sync.is_open = False
+        if self._sync is not None and self._sync.leave():
+            if self._deferral is not None:
+                self.P.world_transport.gather_objects(self._sync.team, False)  # as the others do before they raise
+            raise RuntimeError("DataParallel: parameters were replaced, or have another dtype, on some ranks alone")
         transport, team, self._sync, lane = self.P.world_transport, self._team(), None, 0
         elsewhere = self._summed_by_layers(set(team))
         named = self._named_parameters(elsewhere)
