@@ -486,7 +486,9 @@ class Synchroniser:
         if self._finished == 1 and len(self.buckets) > 1 and self.starts_early:
             came = [n for n in self._seen if n in wanted]
             order = torch.tensor([*came, *(n for n in wanted[::-1] if n not in came)])
-            self.transport.broadcast(self.team, order, self.team[0])
+            if self.transport.rank != self.team[0]:
+                order.zero_()
+            self._await(self._sum(order), "the order of the buckets", self.buckets[0])
             self._plan(order.tolist())
         elif sorted(self.places) != wanted:
             self._plan(wanted[::-1])
