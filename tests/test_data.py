@@ -100,6 +100,20 @@ def test_data_loader_with_empty_batches(world: Partition) -> None:
     assert sum(world.allgather_data(total)) / 7 == 3.0
 
 
+def test_data_loaders_with_workers() -> None:
+    """They ask for two iterators and use one."""
+    data = TensorDataset(torch.arange(7.0))
+    samplers: list[Any] = [ShardSampler(data), ShardBatchSampler(data, None, 2)]
+    for workers, options in ((0, {}), (1, {}), (1, {"persistent_workers": True})):
+        for sampler, inner, kind in zip(samplers, (samplers[0], samplers[1].sampler), ("", "batch_"), strict=True):
+            sampler.set_epoch(3)
+            given = {"batch_size": None} if not kind else {}
+            loader = DataLoader(data, num_workers=workers, **{kind + "sampler": sampler}, **options, **given)
+            for epoch in (3, 4):
+                assert torch.cat([x.view(-1) for (x,) in loader]).long().equal(permutation(7, 0, epoch))
+                assert inner.epoch == epoch + 1
+
+
 def test_collate() -> None:
     samples = [{"x": torch.ones(2), "name": "a", "n": 3, "pair": (1.0, "b")}]
     empty = Collate(samples)([])

@@ -42,7 +42,8 @@ class ShardSampler(Sampler[int]):
     Attributes
     ----------
     epoch : int
-        The epoch of the next iteration. Each iteration adds one to it; `set_epoch` sets it, as where training is resumed.
+        The epoch of the next iteration. Each iteration, when it begins to give, adds one to it; `set_epoch` sets it, as where
+        training is resumed.
         All ranks begin the same number of iterations, or call `set_epoch`: nothing is communicated that could tell.
 
     Raises
@@ -71,9 +72,10 @@ class ShardSampler(Sampler[int]):
         return order[self.shard :: self.shards]
 
     def __iter__(self) -> Iterator[int]:
+        # A generator, since a DataLoader with workers asks for two iterators and uses one.
         indices = self.indices()
         self.epoch += 1
-        return iter(indices.tolist())
+        yield from indices.tolist()
 
     def __len__(self) -> int:
         return 0 if self.shard is None else len(range(self.shard, self.length, self.shards))
@@ -148,7 +150,8 @@ class ShardBatchSampler(Sampler[list[int]]):
 
     def __iter__(self) -> Iterator[list[int]]:
         mine, size = list(self.sampler), self.batch_size
-        return iter([mine[step * size : (step + 1) * size] for step in range(len(self))])
+        for step in range(len(self)):
+            yield mine[step * size : (step + 1) * size]
 
     def __len__(self) -> int:
         run = self.batch_size * self.sampler.shards

@@ -257,6 +257,10 @@ class LocalSGD(torch.optim.Optimizer):
             "number of tensors": len(learning) + len(self.buffers),
             **{f"tensor {n}": (tuple(t.shape), t.dtype) for n, t in enumerate((*learning, *self.buffers))},
         }
+        self._agree(mine)
+
+    def _agree(self, mine: dict[str, Any]) -> None:
+        """Raise ValueError on all ranks unless they have the same."""
         team = self.levels.team
         told = self._transport.gather_objects(team, mine)
         for rank, other in zip(team, told, strict=True):
@@ -433,9 +437,12 @@ class LocalSGD(torch.optim.Optimizer):
     def _common_state(self, team: tuple[int, ...]) -> list[torch.Tensor]:
         """The optimizer's states that are averaged; those that some rank of the team lacks are not."""
         found = {}
-        for number, p in enumerate(self._learning()):
+        held = [
+            p for group in self.optimizer.param_groups for p in group["params"]
+        ]  # of which a rank may freeze others
+        for number, p in enumerate(held):
             for name, value in self.optimizer.state.get(p, {}).items():
-                if is_averaged(value, p):
+                if p.requires_grad and is_averaged(value, p):
                     found[number, name] = value
         told = self._transport.gather_objects(team, list(found))
         return [found[key] for key in told[0] if all(key in other for other in told)]
@@ -507,17 +514,19 @@ class LocalSGD(torch.optim.Optimizer):
         Raises
         ------
         ValueError
-            If what is averaged, `wire` or `outer` were others.
+            On all ranks, if what is averaged, `wire` or `outer` were others, or ranks were at different steps.
         """
         self.drain()
         own = state_dict.get("local_sgd")
+        told = own or {}
+        parts = {name: _form(told.get(name)) for name in ("points", "left", "outer")}
+        counters = {name: repr(told.get(name)) for name in _COUNTERS}
+        self._agree({f"the state's {name}": value for name, value in {**parts, **counters}.items()})
         if own is not None:
             mine = self.state_dict()["local_sgd"]
-            for name in ("points", "left", "outer"):
-                if _form(own[name]) != _form(mine[name]):
-                    raise ValueError(
-                        f"LocalSGD: the state's {name} is {_form(own[name])}, here it is {_form(mine[name])}"
-                    )
+            for name, part in parts.items():
+                if part != _form(mine[name]):
+                    raise ValueError(f"LocalSGD: the state's {name} is {part}, here it is {_form(mine[name])}")
         self.optimizer.load_state_dict({k: v for k, v in state_dict.items() if k != "local_sgd"})
         if own is None:
             return
@@ -536,11 +545,15 @@ class LocalSGD(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         self.drain()
-        return self.__dict__.copy()
+        # A scheduler puts a step of its own there, which is this optimizer's also in a copy.
+        return {name: value for name, value in self.__dict__.items() if name != "step"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._planned = {id(tensor) for flat in self.flats if flat.learns for tensor in flat.tensors}
+        points = _by_tensor(self.flats, "point")
+        for tensor, view in self._outer_views.items():  # pickle forgets that they share memory
+            view.data = points[tensor]
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.optimizer!r}, {self.schedule!r})"

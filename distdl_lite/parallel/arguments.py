@@ -141,10 +141,9 @@ def _elsewhere(tensor: torch.Tensor) -> list[str]:
 
 def check_equal(transport: Transport, team: Sequence[int], tensors: Mapping[str, torch.Tensor]) -> None:
     """Raise RuntimeError on all of the team unless all hold the same values, bit by bit."""
-    mine = torch.tensor([zlib.crc32(_bytes(t)) for t in tensors.values()], dtype=torch.int64)
-    most = transport.all_reduce(team, mine.clone(), "max")
-    least = transport.all_reduce(team, mine.clone(), "min")
-    different = [name for name, a, b in zip(tensors, most, least, strict=True) if a != b]
+    told = transport.gather_objects(team, {name: zlib.crc32(_bytes(t)) for name, t in tensors.items()})
+    names = dict.fromkeys(name for one in told for name in one)
+    different = [name for name in names if len({one.get(name) for one in told}) > 1]
     if different:
         raise RuntimeError(f"DataParallel: the ranks {list(team)} hold different values of {', '.join(different)}")
 

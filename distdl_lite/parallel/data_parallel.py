@@ -140,7 +140,7 @@ class DataParallel(torch.nn.Module):
         self.__dict__.update(_unprepared())
         self.register_load_state_dict_pre_hook(DataParallel._rename_loaded)
         if self.P.active:
-            self._prepare()
+            self._prepare(at_start=True)
 
     # ---- set-up ------------------------------------------------------------------------------------------------------
 
@@ -157,15 +157,16 @@ class DataParallel(torch.nn.Module):
         first = P.rank - P.index[0] * step
         return tuple(sorted(P.ranks[first + n * step] for n in range(P.shape[0])))
 
-    def _prepare(self) -> None:
+    def _prepare(self, at_start: bool = False) -> None:
         """Take the module's parameters as they are; the ranks along the batch axis call together."""
         self.synchronize()
-        if self._sync is not None and self._sync.is_open:
-            self._sync.begin(None)  # completes what failed
-            self._sync.is_open = False
+        if self._sync is not None and self._sync.leave():
+            if self._deferral is not None:
+                self.P.world_transport.gather_objects(self._sync.team, False)  # as the others do before they raise
+            raise RuntimeError("DataParallel: parameters were replaced, or have another dtype, on some ranks alone")
         transport, team, self._sync, lane = self.P.world_transport, self._team(), None, 0
         elsewhere = self._summed_by_layers(set(team))
-        named = [(n, p) for n, p in self.module.named_parameters() if id(p) not in elsewhere or not elsewhere[id(p)]]
+        named = self._named_parameters(elsewhere)
         late = [number for number, (_, p) in enumerate(named) if id(p) in elsewhere]
         buffers = dict(self.module.named_buffers())
         tensors = {**dict(named), **buffers}
@@ -175,10 +176,11 @@ class DataParallel(torch.nn.Module):
         if len(team) > 1:
             mixed = self._of_two_scales(elsewhere)
             lane = check_alike(transport, team, tensors, self._sparse_layers(), mixed, self._agreed_options())
+            alike = tensors if at_start or self._options.sync_buffers != "none" else dict(named)
             if self._init == "broadcast":
-                broadcast(transport, team, list(tensors.values()))
+                broadcast(transport, team, list(alike.values()))
             elif self._init == "check":
-                check_equal(transport, team, tensors)
+                check_equal(transport, team, alike)
         elif sparse := self._sparse_layers():
             raise TypeError(SPARSE.format(sparse))
         for handle in self._handles.values():
@@ -222,6 +224,10 @@ class DataParallel(torch.nn.Module):
                     found[id(layer._parameters[key])] = not team - replicas
         return found
 
+    def _named_parameters(self, elsewhere: Mapping[int, bool]) -> list[tuple[str, torch.nn.Parameter]]:
+        """Those that the container sums."""
+        return [(name, p) for name, p in self.module.named_parameters() if not elsewhere.get(id(p))]
+
     def _of_two_scales(self, elsewhere: Mapping[int, bool]) -> list[str]:
         """A parameter that its layer sums over the batch axis and one that gets the mean, if both are trained."""
         if self._couples or self._options.average == "none":  # weighed before either is summed, or not at all
@@ -255,10 +261,11 @@ class DataParallel(torch.nn.Module):
     def check_replicas(self) -> None:
         """Raise RuntimeError, on all ranks, unless they hold the same parameters and buffers, bit by bit."""
         self.synchronize()
-        if self._sync is not None:
+        if self.P.active:
+            team = self._team()
             buffers = {} if self._options.sync_buffers == "none" else dict(self.module.named_buffers())
-            held = {**dict(zip(self._sync.names, self._sync.parameters, strict=True)), **buffers}
-            check_equal(self.P.world_transport, self._sync.team, held)
+            held = {**dict(self._named_parameters(self._summed_by_layers(set(team)))), **buffers}
+            check_equal(self.P.world_transport, team, held)
 
     def _refresh(self) -> None:
         """See what has changed in the module since the last forward."""
@@ -420,11 +427,13 @@ class DataParallel(torch.nn.Module):
         Then all take the parameters and buffers of a rank that made the last step, and what these optimizers, or else those
         of the container, know there: hyperparameters, and states such as momentum. Schedulers are left alone.
         """
-        sync = self._sync
+        if self.P.active:
+            self._refresh()  # where it is a copy or has been loaded, as ranks that make no step must know
         if self._couples:
             raise RuntimeError("DataParallel: SyncBatchNorm needs all ranks in every step; join is not for it")
         yield
         self.synchronize()
+        sync = self._sync
         if sync is None or len(sync.team) == 1:
             return
         steps_behind = -1
@@ -452,11 +461,15 @@ class DataParallel(torch.nn.Module):
         except AttributeError:
             if name == "module":
                 raise
-            return getattr(super().__getattr__("module"), name)
+            found = getattr(super().__getattr__("module"), name)
+            if isinstance(found, torch.Tensor):
+                self.synchronize()
+            return found
 
     @property
     def weight(self) -> Any:
         """The module's, which a bare layer has; a number put here is the `loss_weight`."""
+        self.synchronize()
         return self.module.weight
 
     @weight.setter
@@ -478,10 +491,10 @@ class DataParallel(torch.nn.Module):
         for handle in self.__dict__.get("_handles", {}).values():
             handle.remove()
 
-    def train(self, mode: bool = True) -> DataParallel:
-        """As torch's; a deferred update is done first."""
+    def named_children(self) -> Iterator[tuple[str, torch.nn.Module]]:
+        """As torch's, which `train`, `to` and `apply` go through; a deferred update is done first."""
         self.synchronize()
-        return super().train(mode)
+        return super().named_children()
 
     def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, torch.nn.Parameter]]:
         """As torch's; a deferred update is done first."""

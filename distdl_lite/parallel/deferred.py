@@ -41,10 +41,12 @@ class DataParallelOptimizer(torch.optim.Optimizer):
     -----
     A deferred step has the hyperparameters of the moment of ``step()``, and the result is bit by bit that of an immediate
     one. Until it is done, ``.grad`` holds this rank's part and the parameters are the old ones:
-    ``DataParallel.synchronize()`` does it at once, as do ``eval()``, ``state_dict()``, ``load_state_dict()`` and ``parameters()``
-    of the container. Code that touches the bare module's parameters must call it before. An optimizer with step hooks, or
-    with gradients that are in no bucket, takes its step in ``step()``.
+    ``DataParallel.synchronize()`` does it at once, as do ``eval()``, ``to()``, ``apply()``, ``state_dict()``,
+    ``load_state_dict()`` and ``parameters()`` of the container. Code that touches the bare module's parameters calls it before.
+    An optimizer with step hooks, or with gradients that are in no bucket, takes its step in ``step()``.
     """
+
+    _step_supports_amp_scaling = False  # a GradScaler sets the scale on us, and fused steps look for it on themselves
 
     def __init__(self, torch_optimizer: torch.optim.Optimizer, blocking: bool = False) -> None:
         if not isinstance(torch_optimizer, torch.optim.Optimizer):
@@ -61,7 +63,8 @@ class DataParallelOptimizer(torch.optim.Optimizer):
         return getattr(self.torch_optimizer, name)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "_deferrals"}
+        # A scheduler puts a step of its own there, which is this optimizer's also in a copy.
+        return {name: value for name, value in self.__dict__.items() if name not in ("_deferrals", "step")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, _deferrals=weakref.WeakSet())
@@ -120,7 +123,7 @@ class Deferral:
     ) -> None:
         self.sync, self.optimizers = sync, optimizers
         self.places: list[int] = []  # of the buckets that are still to be put in
-        self._steps: list[tuple[torch.optim.Optimizer, list[dict[str, Any]]]] = []
+        self._steps: list[tuple[torch.optim.Optimizer, list[dict[str, Any]], set[int]]] = []
         self._local: dict[int, tuple[torch.Tensor | None, int]] = {}
         self._stand_ins: set[int] = set()  # parameters of which other ranks alone may have gradients
         self._eager: set[int] = set()  # parameters that are used without their module being called
@@ -184,7 +187,7 @@ class Deferral:
         if self.is_interrupted:  # of which all ranks will be told
             return
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        if any(optimizer is other for other, _ in self._steps):
+        if any(optimizer is other for other, *_ in self._steps):
             self.flush()
             optimizer.step()
             return
@@ -198,7 +201,7 @@ class Deferral:
             self.flush()
             optimizer.step()
             return
-        self._steps.append((optimizer, [_hyperparameters(group) for group in optimizer.param_groups]))
+        self._steps.append((optimizer, [_hyperparameters(group) for group in optimizer.param_groups], held))
         optimizer._opt_called = True  # type: ignore[attr-defined]  # what learning-rate schedulers ask for
 
     def _is_whole(self, optimizer: torch.optim.Optimizer) -> bool:
@@ -298,8 +301,8 @@ class Deferral:
                 later[number] = parameter.grad
                 parameter.grad = self.sync.added_up(number, value)
         taken = {id(self.sync.parameters[number]) for number, _ in found}
-        for optimizer, groups in self._steps:
-            _step_alone(optimizer, groups, taken)
+        for optimizer, groups, held in self._steps:
+            _step_alone(optimizer, groups, taken & held)
         for number, grad in later.items():
             self.sync.parameters[number].grad = grad
 

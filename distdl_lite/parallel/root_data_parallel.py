@@ -20,6 +20,7 @@ from torch.utils import _pytree as pytree
 from distdl_lite.nn.module import Module, TensorStructure, check_alike
 from distdl_lite.nn.movement import zero_volume_tensor
 from distdl_lite.operator import ANCHOR, Operator
+from distdl_lite.parallel.data_parallel import DataParallel
 from distdl_lite.parallel.local import Call, Leaf, Result, Run, apply, autocast_modes, local_gradients, slotted
 from distdl_lite.parallel.orders import Agreed, Order, Told, meet, unwrapped
 from distdl_lite.parallel.replica import Weights
@@ -42,7 +43,7 @@ class RootDataParallel(torch.nn.Module):
     ----------
     module : torch.nn.Module
         On the root the model; on other ranks one of the same structure, whose weights are not read and may be on ``meta``,
-        and are replaced by copies of the root's. It holds no distributed layers.
+        and are replaced by copies of the root's. It holds no distributed layers or containers.
     P : Partition or mpi4py.MPI.Comm, optional
         The ranks that build the container together; None is the ambient world.
     dim : int
@@ -143,7 +144,8 @@ class RootDataParallel(torch.nn.Module):
     def _check(self, module: torch.nn.Module) -> None:
         if not isinstance(module, torch.nn.Module):
             raise TypeError(f"module={module!r} is no torch.nn.Module")
-        cut = [name for name, inner in module.named_modules() if isinstance(inner, Module)]
+        kinds = Module, DataParallel, RootDataParallel
+        cut = [name for name, inner in module.named_modules() if isinstance(inner, kinds)]
         if cut:
             raise TypeError(f"the module holds distributed layers ({', '.join(name or 'itself' for name in cut)})")
         if not isinstance(self.dim, int):

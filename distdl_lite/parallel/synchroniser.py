@@ -147,6 +147,7 @@ class Synchroniser:
         if self.is_open:
             self.abandon()
         self.is_open, self.backward, self._takes_part = True, backward, takes_part
+        self._leads = float(takes_part and self.transport.rank == self.team[0])
         self._seen: dict[int, None] = {}
         self._pending: list[Pending] = []
         self._unpacked: dict[int, tuple[list[torch.Tensor | None], float, float]] = {}
@@ -296,9 +297,8 @@ class Synchroniser:
                 self._take_back()
         if place == 0:
             trained = [float(p.requires_grad) for p in self.parameters]
-            leads = self._takes_part and self.transport.rank == self.team[0]
             changed = self._versions != self._buffer_versions()
-            bucket.header = [float(self._takes_part), float(leads), float(changed), *trained]
+            bucket.header = [float(self._takes_part), self._leads, float(changed), *trained]
         left = self._left
         gradients = [self.parameters[n].grad if self._takes_part and n not in left else None for n in bucket.numbers]
         fill, flat = partial(bucket.pack, gradients, *self._weighed, mark), bucket.free()
@@ -368,6 +368,14 @@ class Synchroniser:
         ended_well, self.is_open = self.confirm(), False
         return ended_well
 
+    def leave(self) -> int:
+        """Meet the other ranks before all set up anew; how many of them were in a backward instead, and ended it."""
+        if len(self.team) == 1 or self.is_broken:
+            return 0
+        self.begin(None, takes_part=False)
+        self._leads = -float(len(self.team))  # buffers may no longer fit those of others
+        return self.abandon()
+
     def finish(self) -> bool:
         """Complete a backward, and put the sums into ``.grad``. Whether any rank took part."""
         any_takes_part = self.start_rest()
@@ -390,7 +398,7 @@ class Synchroniser:
         for number in {*self._aside, *self._kept} - self.places.keys():  # no longer trained
             self.put([(number, None)])
         all_go_on = round(active) == len(self.team)
-        if changed and (all_go_on or (leads and self.options.sync_buffers == "root")):
+        if changed and (all_go_on or (leads > 0 and self.options.sync_buffers == "root")):
             self.sync_buffers()  # else join makes all equal in the end
         return active > 0
 
@@ -488,7 +496,9 @@ class Synchroniser:
         if self._finished == 1 and len(self.buckets) > 1 and self.starts_early:
             came = [n for n in self._seen if n in wanted]
             order = torch.tensor([*came, *(n for n in wanted[::-1] if n not in came)])
-            self.transport.broadcast(self.team, order, self.team[0])
+            if self.transport.rank != self.team[0]:
+                order.zero_()
+            self._await(self._sum(order), "the order of the buckets", self.buckets[0])
             self._plan(order.tolist())
         elif sorted(self.places) != wanted:
             self._plan(wanted[::-1])

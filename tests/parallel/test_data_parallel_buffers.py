@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 
 import pytest
 import torch
@@ -117,3 +118,14 @@ def test_buffers_of_every_dtype(world: dl.Partition) -> None:
             averaged = mode == "mean" and (buffer.is_floating_point() or buffer.is_complex())
             assert (buffer == (1 if averaged else 0)).all()
         dp.check_replicas()
+
+
+@on_ranks(2)
+def test_a_rank_keeps_buffers_of_its_own(world: dl.Partition) -> None:
+    """Also where the container sets up anew, for a copy or after a cast."""
+    for init, make in itertools.product(("broadcast", "check"), (copy.deepcopy, lambda dp: dp.float())):
+        dp = make(dl.DataParallel(nn.BatchNorm1d(3).double(), world, sync_buffers="none", init=init))
+        dp.running_mean.fill_(world.rank)
+        dp(draw(4, 3).to(dp.running_mean)).sum().backward()
+        dp.eval()
+        assert (dp.running_mean > 0.5).all() == bool(world.rank)

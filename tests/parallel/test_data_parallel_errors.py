@@ -106,6 +106,26 @@ def test_models_that_differ_later(world: dl.Partition) -> None:
     refused(world, lambda: dp(draw(2, 3)), "rank 1 has ('1.weight', (3, 2), 'float64'), rank 0 ('1.weight', (2, 2)")
 
 
+@on_ranks(2, mpi=True)
+def test_a_module_that_changes_on_one_rank_alone(world: dl.Partition) -> None:
+    """The other is in backward; with deferred updates it finds out in the next forward."""
+    for engine, update, norm in itertools.product(("thread", "inline"), ("now", "deferred"), (False, True)):
+        module = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2) if norm else nn.Tanh())
+        optimizer = dl.DataParallelOptimizer(torch.optim.SGD(module.parameters(), lr=0.1))
+        dp = dl.DataParallel(module, world, optimizer, update=update, engine=engine, bucket_mb=1e-5)
+
+        def steps(number: int, dp: dl.DataParallel = dp, module: nn.Sequential = module) -> None:
+            for _ in range(number):
+                dp(torch.ones(2, 3, dtype=module[0].weight.dtype)).sum().backward()
+
+        steps(1)
+        if world.rank:
+            dp.double()
+        text = "replaced, or have another dtype, on some ranks alone" if world.rank else "backward failed on"
+        with pytest.raises(RuntimeError, match=text):
+            steps(2)
+
+
 @pytest.mark.check("A20")
 @on_ranks(2, mpi=True)
 def test_sparse_gradients(world: dl.Partition) -> None:

@@ -140,6 +140,31 @@ world.Barrier()
 """
 
 
+LATE = """
+model = net()
+optimizer = dl.DataParallelOptimizer(torch.optim.SGD(model.parameters(), lr=0.1))
+options = {"engine": os.environ["ENGINE"], "bucket_mb": 1e-5, "timeout": 2, "update": "deferred"}
+dp = dl.DataParallel(model, None, optimizer, **options)
+loss(dp).backward()
+optimizer.step()
+if world.rank == 1:  # the other does not come to its next forward
+    try:
+        dp.eval()
+    except TimeoutError as error:
+        print(error, flush=True)
+world.Barrier()
+"""
+
+
+@pytest.mark.check("A37")
+@pytest.mark.parametrize("engine", ["poll", "thread"])
+def test_a_rank_that_does_not_tell_the_order_of_the_buckets(tmp_path: Path, engine: str) -> None:
+    done = start(tmp_path, LATE, ENGINE=engine)
+    text = "rank 1: the order of the buckets (4.bias) was not reduced after 2 s: some rank did not take part\n"
+    assert done.stdout == text
+    assert done.returncode != 0
+
+
 @pytest.mark.check("A37")
 @pytest.mark.parametrize("engine", ["poll", "thread"])
 def test_a_rank_that_gets_stuck_before_what_is_newly_trained(tmp_path: Path, engine: str) -> None:

@@ -168,6 +168,41 @@ def test_copies_work_on_their_own(world: dl.Partition) -> None:
         assert not c.messages
 
 
+@on_ranks(2)
+def test_what_has_come_apart_is_seen(world: dl.Partition) -> None:
+    """Also in a copy, and in parameters that have taken the place of others, before a forward has seen them."""
+
+    def other(dp: dl.DataParallel) -> dl.DataParallel:
+        dp.load_state_dict({"weight": torch.ones(1, 2), "bias": torch.zeros(1) + world.rank}, assign=True)
+        return dp
+
+    for make in (copy.deepcopy, lambda dp: pickle.loads(pickle.dumps(dp)), other):
+        dp = dl.DataParallel(nn.Linear(2, 1), world)
+        dp.check_replicas()
+        with torch.no_grad():
+            dp.module.bias.fill_(world.rank)
+        twin = make(dp)
+        with pytest.raises(RuntimeError, match=r"hold different values of bias"):
+            twin.check_replicas()
+
+
+@on_ranks(2, mpi=True)
+def test_copies_may_begin_with_unequal_numbers_of_steps(world: dl.Partition) -> None:
+    for steps in ((0, 2), (3, 1)):
+        dp, single = twins(mlp(3, 2), world)
+        dp = copy.deepcopy(dp)
+        with dp.join():
+            for _ in range(steps[world.rank]):
+                dp.zero_grad()
+                mean_square(dp(draw(2, 3))).backward()
+        mean_square(single(draw(2, 3))).backward()
+        if steps[world.rank]:
+            assert_gradients(dp, single)
+    dp = copy.deepcopy(dl.DataParallel(dl.SyncBatchNorm(3), world))
+    with pytest.raises(RuntimeError, match="join is not for it"), dp.join():
+        pass
+
+
 @pytest.mark.check("A25")
 @on_ranks(2, mpi=True)
 def test_containers_come_and_go(world: dl.Partition) -> None:

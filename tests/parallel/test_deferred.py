@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import itertools
+import pickle
 import random
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -564,3 +565,66 @@ def test_optimizers_alone_copied_and_pickled(world: dl.Partition) -> None:
     assert alone.step(lambda: 3.0) == 3.0
     alone.load_state_dict(alone.state_dict())
     assert repr(alone).startswith("DataParallelOptimizer(SGD")
+
+
+@on_ranks(2)
+def test_a_scaler_and_a_fused_optimizer(world: dl.Partition) -> None:
+    """Whose gradients are divided by the scale before the step, or left alone where they have overflowed."""
+    module = torch.nn.Linear(2, 1)
+    optimizer = dl.DataParallelOptimizer(optim.SGD(module.parameters(), lr=0.5, fused=True))
+    before = module.bias.item()
+    dp, scaler = dl.DataParallel(module, world, optimizer), torch.amp.GradScaler("cpu", init_scale=1024.0)
+    for factor in (1.0, torch.inf):
+        optimizer.zero_grad()
+        scaler.scale(dp(torch.ones(2, 2)).mean() * factor).backward()
+        scaler.step(optimizer)
+        scaler.update()
+    assert module.bias.item() == pytest.approx(before - 0.5)
+
+
+@on_ranks(2)
+def test_copies_of_an_optimizer_that_has_a_scheduler(world: dl.Partition) -> None:
+    """A scheduler puts a step in the optimizer that is of this one alone."""
+    for update, make in itertools.product(
+        ("now", "deferred"), (copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x)))
+    ):
+        dp, optimizer = list(pair(world, OPTIMIZERS["SGD"]))[update == "deferred"]
+        optim.lr_scheduler.StepLR(optimizer, 1)
+        twin, other = make((dp, optimizer))
+        train(world, twin, other)
+        before = dp.state_dict()["0.weight"].clone()
+        assert not torch.equal(twin.state_dict()["0.weight"], before)
+        train(world, dp, optimizer)
+        assert_same(dp, twin)
+
+
+def reset(layer: torch.nn.Module) -> None:
+    if isinstance(layer, torch.nn.Linear):
+        torch.nn.init.ones_(layer.weight)
+
+
+@on_ranks(2)
+def test_what_is_done_to_the_container_after_a_step(world: dl.Partition) -> None:
+    """Casts, new parameters of the optimizer, and tensors of a bare layer."""
+
+    def run(update: str) -> list[Any]:
+        torch.manual_seed(0)
+        module = torch.nn.Linear(4, 2)
+        optimizer = dl.DataParallelOptimizer(optim.SGD([module.weight], lr=0.1, momentum=0.9))
+        dp = dl.DataParallel(module, world, optimizer, update=update, bucket_mb=BUCKET)
+        seen: list[Any] = []
+        actions: list[Callable[[], Any]] = [
+            lambda: optimizer.add_param_group({"params": [module.bias]}),
+            lambda: dp.bfloat16().float(),
+            lambda: dp.apply(reset),
+            lambda: seen.append(dp.weight.tolist()),
+            lambda: seen.append(dp.bias.tolist()),
+        ]
+        for step, action in enumerate(actions):
+            optimizer.zero_grad()
+            dp(batch(world, step).float()).square().mean().backward()
+            optimizer.step()
+            action()
+        return [*seen, *(p.tolist() for p in dp.parameters())]
+
+    assert run("now") == run("deferred")
