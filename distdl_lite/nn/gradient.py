@@ -29,7 +29,7 @@ def _counted_once(module: torch.nn.Module, transport: Transport, team: tuple[int
     mine = [(name, place) for name, place, _ in held.values()]
     known = transport.local.setdefault("counted once", WeakKeyDictionary())
     places, counted = known.get(module, ([], set()))
-    if places != mine:
+    if transport.agree(team, int(places != mine)):  # a rank's module may have changed alone
         told = transport.gather_objects(team, [(name, place and place.layout) for name, place in mine])
         first: dict[str, tuple[int, Layout | None]] = {}
         for rank, names in zip(team, told, strict=True):
@@ -63,14 +63,21 @@ def grad_norm(module: torch.nn.Module, norm_type: float = 2.0) -> torch.Tensor:
     module : torch.nn.Module
         The ranks of its layers call this together.
     norm_type : float
-        p of the p-norm; ``inf`` is the largest absolute value.
+        p of the p-norm, above 0; ``inf`` is the largest absolute value.
 
     Returns
     -------
     torch.Tensor
         A scalar of the parameters' dtype, the same on all ranks of the model's layers and what the serial model's would
         be; 0 on ranks outside.
+
+    Raises
+    ------
+    ValueError
+        For a `norm_type` that is not above 0.
     """
+    if not norm_type > 0:
+        raise ValueError(f"grad_norm: norm_type must be above 0, not {norm_type}")
     transport, team = team_of(module)
     total = torch.zeros((), dtype=torch.float64)
     if transport.rank not in team:
@@ -116,6 +123,8 @@ def clip_grad_norm_(
     ------
     RuntimeError
         With `error_if_nonfinite`, if the norm is not finite.
+    ValueError
+        For a `norm_type` that is not above 0.
     """
     norm = grad_norm(module, norm_type)
     if error_if_nonfinite and not torch.isfinite(norm):

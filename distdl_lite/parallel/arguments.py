@@ -94,7 +94,7 @@ _MIXED = (
 )
 
 
-def check_alike(
+def check_same_module(
     transport: Transport,
     team: tuple[int, ...],
     tensors: Mapping[str, torch.Tensor],

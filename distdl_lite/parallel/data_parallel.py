@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 from distdl_lite.nn.movement import zero_volume_tensor
 from distdl_lite.nn.parameter import Layer
 from distdl_lite.nn.sync_batch_norm import SyncBatchNorm
-from distdl_lite.parallel.arguments import SPARSE, check_alike, check_arguments, check_equal, listed, update_of
+from distdl_lite.parallel.arguments import SPARSE, check_arguments, check_equal, check_same_module, listed, update_of
 from distdl_lite.parallel.buckets import Bucket
 from distdl_lite.parallel.copies import broadcast, broadcast_structure
 from distdl_lite.parallel.deferred import Deferral
@@ -175,7 +175,7 @@ class DataParallel(torch.nn.Module):
         self._couples = len(team) > 1 and has_sync_norm and self._options.average != "none"
         if len(team) > 1:
             mixed = self._of_two_scales(elsewhere)
-            lane = check_alike(transport, team, tensors, self._sparse_layers(), mixed, self._agreed_options())
+            lane = check_same_module(transport, team, tensors, self._sparse_layers(), mixed, self._agreed_options())
             alike = tensors if at_start or self._options.sync_buffers != "none" else dict(named)
             if self._init == "broadcast":
                 broadcast(transport, team, list(alike.values()))
@@ -340,7 +340,7 @@ class DataParallel(torch.nn.Module):
         if not self._syncs:
             if sync.is_open and self._deferral is None:
                 sync.abandon()
-            sync.keep_local(backward)
+            sync.keep_local()
             self._told_at_end = backward
             sync.count += rows
             return
@@ -386,7 +386,7 @@ class DataParallel(torch.nn.Module):
             return
         if not self._syncs:
             self._told_at_end = running_backward()
-            sync.keep_local(self._told_at_end)
+            sync.keep_local()
             return
         if self._deferral is not None:
             self._deferral.came(number)

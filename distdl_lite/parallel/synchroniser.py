@@ -101,7 +101,6 @@ class Synchroniser:
         self.is_open = self.is_broken = False
         self.may_start = True  # before backward ends: the rows of all its forwards are known
         self.backward: int | None = None
-        self._local: int | None = None  # the latest backward that keeps its gradients to itself
         self._others = _synchronisers(transport)
         self._others.add(self)
         self.lane = f"copies {lane}"
@@ -248,14 +247,11 @@ class Synchroniser:
         """Whether a gradient is the same on all ranks, and has not changed since, as far as the containers know."""
         return getattr(grad, _SETTLED, None) == self.team
 
-    def keep_local(self, backward: int) -> None:
+    def keep_local(self) -> None:
         """Gradients come that are not to be summed yet: what was summed before counts as each rank's own from now on.
 
-        All of it, also where this rank gets no gradient, because others may; once in each backward.
+        All of it, also where this rank gets no gradient, because others may.
         """
-        if backward == self._local:
-            return
-        self._local = backward
         grads = ((n, p.grad) for n, p in enumerate(self.parameters))
         settled = [n for n, grad in grads if grad is not None and self._is_settled(grad)]
         doubled = [] if self.options.average in ("samples", "ranks") else settled

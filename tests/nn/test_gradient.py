@@ -74,6 +74,13 @@ def test_a_plain_torch_layer_counts_once(world: Partition) -> None:
     for p in net.parameters():
         p.grad = torch.full_like(p, 3.0)
     assert dl.grad_norm(net).item() == 6
+    if world.rank == 1:  # one rank's model changes
+        net.append(torch.nn.Linear(1, 1))
+        net[2].weight.grad = torch.full((1, 1), 8.0)
+    assert dl.grad_norm(net).item() == 10
+    for order in (0, -math.inf, math.nan):
+        with pytest.raises(ValueError, match=f"norm_type must be above 0, not {order}"):
+            dl.clip_grad_norm_(net, 1.0, order)
 
 
 @on_ranks(2)
