@@ -298,18 +298,17 @@ class Synchroniser:
         left = self._left
         gradients = [self.parameters[n].grad if self._takes_part and n not in left else None for n in bucket.numbers]
         fill, flat = partial(bucket.pack, gradients, *self._weighed, mark), bucket.free()
+        then = partial(self._unpack, place)
         if self.options.comm_hook is None and self.options.waits:
-            self._pending.append(self._sum(flat, fill, partial(self._unpack, place)))
+            pending = self._sum(flat, fill, then)
         else:
             fill()
             bucket.sent_as = None
             if self.options.comm_hook is not None:
                 self.options.comm_hook(bucket)
-            self._pending.append(
-                self._sum_as_halves(bucket)
-                if bucket.sent_as and self._knows_scale
-                else self._sum(flat, then=partial(self._unpack, place))
-            )
+            is_halved = bucket.sent_as and self._knows_scale
+            pending = self._sum_as_halves(bucket) if is_halved else self._sum(flat, then=then)
+        self._pending.append(pending)
         if self.engine == "inline":
             self._wait(place)
 

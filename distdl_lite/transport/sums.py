@@ -42,8 +42,8 @@ class Done:
 class Job:
     """A call that the worker makes; then, by the first `wait`, the caller takes what it returned home."""
 
-    def __init__(self, call: Callable[[], Any], home: Callable[[Any], None] | None) -> None:
-        self.call, self._home = call, home
+    def __init__(self, call: Callable[[], Any], home: Callable[[Any], None]) -> None:
+        self.call, self._home, self._is_home = call, home, False
         self._open = threading.Lock()
         self._open.acquire()
         self._result: Any = None
@@ -65,9 +65,9 @@ class Job:
         self._open.release()
         if self._error is not None:
             raise self._error
-        home, self._home = self._home, None
-        if home is not None:
-            home(self._result)
+        if not self._is_home:
+            self._is_home = True
+            self._home(self._result)
         return True
 
 
@@ -78,7 +78,7 @@ class Worker:
         self._jobs: SimpleQueue[Job | None] = SimpleQueue()
         self._thread: threading.Thread | None = None
 
-    def submit(self, call: Callable[[], Any], home: Callable[[Any], None] | None = None) -> Job:
+    def submit(self, call: Callable[[], Any], home: Callable[[Any], None]) -> Job:
         if self._thread is None:
             self._thread = threading.Thread(target=self._work, name="distdl_lite sums", daemon=True)
             self._thread.start()

@@ -23,12 +23,12 @@ def summed(
     before: Callable[[], Any] | None = None,
     then: Callable[[], Any] | None = None,
 ) -> torch.Tensor:
-    """The sum in host memory, that of the tensor itself where it can be."""
+    """The sum in host memory, that of the tensor itself where it can be; `then` is called there, else by `take_home`."""
     if before is not None:
         before()
     sent = on_wire(tensor)
     comm.Allreduce(MPI.IN_PLACE, as_numbers(sent), MPI.SUM)
-    if then is not None:
+    if sent is tensor and then is not None:
         then()
     return sent
 
@@ -80,8 +80,8 @@ def _gathered(comm: MPI.Comm, piece: torch.Tensor) -> torch.Tensor:
 def take_home(tensor: torch.Tensor, total: torch.Tensor, then: Callable[[], Any] | None = None) -> None:
     if total is not tensor:
         tensor.copy_(total)
-    if then is not None:
-        then()
+        if then is not None:
+            then()
 
 
 def take_both_home(tensor: torch.Tensor, left: torch.Tensor, both: tuple[torch.Tensor, torch.Tensor]) -> None:
@@ -101,7 +101,8 @@ class Posted:
         self, request: MPI.Request, tensor: torch.Tensor, sent: torch.Tensor, then: Callable[[], Any] | None
     ) -> None:
         self._request = request
-        self._home: Callable[[], None] | None = lambda: take_home(tensor, sent, then)
+        self._tensor, self._sent, self._then = tensor, sent, then
+        self._is_home = False
 
     def is_done(self) -> bool:
         return bool(self._request.Test())
@@ -114,9 +115,11 @@ class Posted:
             if perf_counter() > end:
                 return False
             sleep(0)
-        home, self._home = self._home, None
-        if home is not None:
-            home()
+        if not self._is_home:
+            self._is_home = True
+            take_home(self._tensor, self._sent)
+            if self._then is not None:
+                self._then()
         return True
 
 

@@ -144,9 +144,7 @@ class MPITransport(Transport):
             take_home(tensor, summed(comm, tensor))
             return Done(then)
         before = event_of(tensor) if fill is None else fill
-        if tensor.is_cpu and tensor.dtype is wire.wire_dtype(tensor.dtype):
-            return worker.submit(lambda: summed(comm, tensor, before, then))
-        return worker.submit(lambda: summed(comm, tensor, before), lambda total: take_home(tensor, total, then))
+        return worker.submit(lambda: summed(comm, tensor, before, then), lambda total: take_home(tensor, total, then))
 
     def start_rounded_sum(
         self,
