@@ -61,7 +61,10 @@ def write_json(rows: Sequence[Row], path: str) -> None:
 
 
 def interleaved(comm: Any, calls: Sequence[Call], seconds: float) -> list[float]:
-    """Median microseconds of each call, the calls taking turns for about `seconds`; the slower rank counts."""
+    """Median microseconds of each call, the calls taking turns for about `seconds`; the slower rank counts.
+
+    Every other turn goes in the reverse order, as the first call of a turn finds other caches than the last.
+    """
     began = perf_counter()
     for _ in range(3):
         for call in calls:
@@ -70,8 +73,10 @@ def interleaved(comm: Any, calls: Sequence[Call], seconds: float) -> list[float]
     batch = max(1, min(20, int(1e-3 / once)))
     repetitions = max(15, int(seconds / len(calls) / batch / once))
     times: list[list[float]] = [[] for _ in calls]
+    turn = list(zip(calls, times, strict=True))
     for _ in range(repetitions):
-        for call, seen in zip(calls, times, strict=True):
+        turn.reverse()
+        for call, seen in turn:
             comm.Barrier()
             began = perf_counter()
             for _ in range(batch):

@@ -219,6 +219,10 @@ class _DistributedAdaptiveAvgPool(_DistributedAdaptivePool):
     def _distdl_rehearsal(self) -> Callable[[], None]:
         return rehearsal(self, (self._distdl_plan.deliver, self._distdl_plan.dtype))
 
+    def _distdl_serial(self) -> Local:
+        local: Local = self._distdl_plan.local
+        return local
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not self._distdl_is_inside:
             return x

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -162,6 +163,9 @@ class DistributedDropout(Module):
             hashed = _hashed([start for start, _ in box], lay.shape_of(box), global_shape, input[0].device)
         return _Built(box, global_shape, hashed, inputs.requires_grad)
 
+    def _distdl_serial(self) -> Callable[[torch.Tensor], torch.Tensor]:
+        return self.forward
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not self.training or self.p == 0:
             return x
@@ -170,8 +174,9 @@ class DistributedDropout(Module):
         seed = torch.randint(2**63 - 1, (1,))
         if not self._distdl_is_inside:
             return x
-        self._distdl_transport.broadcast(self._distdl_team, seed, self.P_x.ranks[0])
         built: _Built = self._distdl_plan
+        if len(self._distdl_team) > 1:
+            self._distdl_transport.broadcast(self._distdl_team, seed, self.P_x.ranks[0])
         if not self.inplace:  # with a graph node everywhere, all ranks recompute a checkpoint
             x = anchored(x, built.graph)
         mask = built.mask(int(seed), self.p, x.device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -122,10 +123,14 @@ class DistributedEmbedding(Layer):
 
     # ---- forward -----------------------------------------------------------------------------------------------------
 
+    def _distdl_serial(self) -> Callable[[torch.Tensor], torch.Tensor] | None:
+        is_on_host = self._distdl_structure[self._distdl_team[0]][0].device == "cpu"
+        return self._alone if is_on_host else None  # elsewhere torch does not say which index is wrong
+
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         if not self._distdl_is_inside:
             return zero_volume_tensor(dtype=self.weight.dtype, device=self.weight.device)
-        if len(self._distdl_team) == 1 and input.is_cpu:  # elsewhere torch does not say which index is wrong
+        if len(self._distdl_team) == 1 and input.is_cpu:
             return self._alone(input)
         self._check_range(input)
         line, replicas = self._distdl_plan

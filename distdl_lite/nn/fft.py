@@ -174,6 +174,10 @@ class DistributedFFT(Module):
 
     # ---- forward -----------------------------------------------------------------------------------------------------
 
+    def _distdl_serial(self) -> Local | None:
+        steps = self._distdl_plan.steps
+        return steps[0].transform if len(steps) == 1 else None
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not self._distdl_is_inside:
             return x

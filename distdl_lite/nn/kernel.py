@@ -174,6 +174,10 @@ class SpatialLayer(Module):
     def _distdl_rehearsal(self) -> Callable[[], None]:
         return rehearsal(self, (self._distdl_plan.fetch, self._distdl_plan.dtype))
 
+    def _distdl_serial(self) -> Callable[[torch.Tensor], Any] | None:
+        local = self._distdl_plan.local
+        return (lambda x: with_places(local(x))) if self.return_indices else local
+
     def forward(self, x: torch.Tensor) -> Any:
         if not self._distdl_is_inside:
             return with_places(x) if self.return_indices else x

@@ -116,13 +116,19 @@ class _DistributedLoss(Module):
 
     # ---- forward -----------------------------------------------------------------------------------------------------
 
+    def _distdl_serial(self) -> Callable[..., torch.Tensor]:
+        return self._alone
+
+    def _alone(self, input: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        options = {name: getattr(self, name) for name in self._options}
+        return type(self).function(input, target, reduction=self.reduction, **options)
+
     def forward(self, input: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         if not self._distdl_is_inside:
             return self._outside(input)
         built: _Built = self._distdl_plan
         if len(self._distdl_team) == 1:
-            options = {name: getattr(self, name) for name in self._options}
-            return type(self).function(input, target, reduction=self.reduction, **options)
+            return self._alone(input, target)
         input = anchored(input, built.graph)
         if self.reduction == "none":
             return self._terms(input, target, built)

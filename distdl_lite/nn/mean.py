@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -77,6 +77,9 @@ class DistributedMean(Module):
         assert index is not None
         team = grid.members({axis: i for axis, i in enumerate(index) if axis not in self._dims})
         return _Built(tuple(sorted(team)), math.prod(n[d] for d in self._dims), inputs.requires_grad)
+
+    def _distdl_serial(self) -> Callable[[torch.Tensor], torch.Tensor]:
+        return lambda x: x.mean(self._dims, self.keepdim)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not self._distdl_is_inside:

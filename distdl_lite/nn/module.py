@@ -103,6 +103,7 @@ class Module(torch.nn.Module):
     _distdl_seen: list[Any] | None  # this rank's part of the structure, if forward may go ahead of the others' votes
     _distdl_mine: int  # its hash
     _distdl_rehearse: Callable[[], Any] | None
+    _distdl_alone: tuple[Callable[..., Any], list[Any]] | None  # what calls come to on one rank, for which tensors
     _distdl_known_keys: dict[Any, int]
     _distdl_team: tuple[int, ...]
     _distdl_transport: Transport
@@ -144,6 +145,10 @@ class Module(torch.nn.Module):
             or self._compiled_call_impl is not None
         ):
             return super().__call__(*args, **kwargs)
+        if self._distdl_alone is not None and not kwargs and "forward" not in self.__dict__:
+            function, structure = self._distdl_alone
+            if _local_structure(args) == structure:
+                return function(*args)
         seen = self._distdl_seen
         if (
             seen is not None
@@ -220,6 +225,13 @@ class Module(torch.nn.Module):
         """
         return None
 
+    def _distdl_serial(self) -> Callable[..., Any] | None:
+        """For a layer that one rank has for itself: what a call comes to under the plan, in any mode; None: not that alone.
+
+        It is mostly torch's own function. Nothing but shapes, dtypes and devices of the arguments is looked at before.
+        """
+        return None
+
     def _distdl_goes_ahead(self) -> bool:
         """Whether forward may run on a structure seen before while the votes travel."""
         # A forward that somebody has put in place of the layer's may do more than move, and more than the rehearsal.
@@ -276,7 +288,7 @@ class Module(torch.nn.Module):
 
     def _distdl_adopt(self, input: tuple[Any, ...], kwargs: Mapping[str, Any] | None) -> None:
         """Set up for the structure agreed on, or take what was kept of it."""
-        self._distdl_rehearse = self._distdl_seen = None
+        self._distdl_rehearse = self._distdl_seen = self._distdl_alone = None
         if self._distdl_module_requires_reset(input):
             self._distdl_build(input, kwargs)
         key = self._distdl_key = self._distdl_next_key
@@ -284,10 +296,14 @@ class Module(torch.nn.Module):
             return
         self._distdl_plan, self._distdl_structure, parts = self._distdl_kept[key]
         self._distdl_kept.move_to_end(key)
-        # A forward of its own might make other calls than the rehearsal that it inherits.
-        if len(self._distdl_team) > 1 and _owner(self, "forward") is _owner(self, "_distdl_rehearsal"):
-            self._distdl_rehearse = self._distdl_rehearsal()
-        if self._distdl_rehearse is not None or len(self._distdl_team) == 1:
+        alone = len(self._distdl_team) == 1
+        # A forward of its own might do something else than what it inherits.
+        if issubclass(_owner(self, "_distdl_serial" if alone else "_distdl_rehearsal"), _owner(self, "forward")):
+            if not alone:
+                self._distdl_rehearse = self._distdl_rehearsal()
+            elif (function := self._distdl_serial()) is not None:
+                self._distdl_alone = function, _local_structure(input)
+        if self._distdl_rehearse is not None or alone:
             self._distdl_seen, self._distdl_mine = parts, _hashed(parts)
 
     def _distdl_positional(
@@ -410,8 +426,10 @@ class Module(torch.nn.Module):
         return self._distdl_known_keys[known]
 
     def _distdl_ride(self) -> _Ride | None:
-        """The agreement of a module around this layer, of all its ranks, if there is one."""
-        ride = None if self._distdl_agrees_each else self._distdl_transport.local.get("ride")
+        """The agreement of a module around this layer, of all its ranks, if there is one and not just one rank."""
+        if self._distdl_agrees_each or len(self._distdl_team) == 1:
+            return None
+        ride = self._distdl_transport.local.get("ride")
         return ride if ride is not None and ride.team.issuperset(self._distdl_team) else None
 
     def _distdl_local_key(self, input: tuple[Any, ...], kwargs: Mapping[str, Any] | None) -> int:
@@ -469,6 +487,10 @@ def _end_ride(module: Module, args: tuple[Any, ...], output: Any) -> None:
         module._distdl_transport.local["ride"] = ride.outer
 
 
+def _local_structure(tensors: Sequence[Any]) -> list[Any]:
+    return [(x.shape, x.dtype, x.device) for x in tensors if isinstance(x, Tensor) and not x.is_nested]
+
+
 def _hashed(parts: list[Any]) -> int:
     """A tuple's hash is nearly a sum of its items' hashes: of two ranks that swap shapes the sum would often stay the same."""
     return hash(hash(tuple(parts)).to_bytes(8, "little", signed=True)) & _MASK
@@ -486,6 +508,7 @@ def _unbuilt() -> dict[str, Any]:
         "_distdl_mine": 0,
         "_distdl_seen": None,
         "_distdl_rehearse": None,
+        "_distdl_alone": None,
         "_distdl_team": None,
         "_distdl_transport": None,
         "_distdl_is_inside": False,

@@ -187,6 +187,12 @@ class Norm(Layer):
 
     # ---- forward -----------------------------------------------------------------------------------------------------
 
+    def _distdl_serial(self) -> Callable[[torch.Tensor], torch.Tensor] | None:
+        built: Built = self._distdl_plan
+        if built.rows is not None or not self._distdl_structure[self._distdl_team[0]][0].size:
+            return None
+        return lambda x: self.alone(x, self.held("weight"), self.held("bias"), *self.running(built))
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not self._distdl_is_inside:
             return x

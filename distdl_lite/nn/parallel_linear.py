@@ -153,6 +153,9 @@ class _ParallelLinear(Layer):
 
     # ---- forward -----------------------------------------------------------------------------------------------------
 
+    def _distdl_serial(self) -> Local:
+        return lambda x: F.linear(x, self.held("weight"), self.held("bias"))
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not self._distdl_is_inside:
             return x
