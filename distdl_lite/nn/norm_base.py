@@ -206,10 +206,11 @@ class Norm(Layer):
         late: list[tuple[torch.Tensor, torch.Tensor]] = []
         track = partial(self.track, built) if self.tracks_early else lambda *statistics: late.append(statistics)
         seen = track if self.tracks else None
-        y = normalised(self.as_channels(x), weight, bias, self.pivot(x, built), self.epsilon(x), rows, seen)
+        pivot, eps = self.pivot(x, built), self.epsilon(x)
+        y = normalised(self.as_channels(x), weight, bias, pivot, eps, rows, x.shape, seen)
         for statistics in late:
             self.track(built, *statistics)
-        return y.view(x.shape)
+        return y
 
     def _without_others(self, x: torch.Tensor, built: Built) -> torch.Tensor:
         """torch's own function of the block."""

@@ -18,6 +18,7 @@ from distdl_lite.shown import shown, used
 
 _AT_ONCE = 2**18  # elements of a block in wide temporaries: 2 MiB of float64 stay in a cache
 _AT_ONCE_ON_DEVICES = 2**24  # where a launch costs more than a cache would give
+_NEAR_ZERO = 16  # standard deviations; (x - mean) k may then be found as x k - mean k, in one pass of torch's kernel
 
 
 Track = Callable[[torch.Tensor, torch.Tensor], None]
@@ -90,15 +91,16 @@ def normalised(
     pivot: torch.Tensor,
     eps: float,
     rows: Rows,
+    shape: Shape,
     track: Track | None = None,
 ) -> torch.Tensor:
-    """The normalised block.
+    """The normalised block, in the given shape. (Were it a view, backward would copy it three times if it is changed in place.)
 
     Weight and bias have one number per channel, or one per element of the channels of ``(B, K, S)`` as ``(1, 1, S)``. `track` is
     given mean and biased variance of each row over all ranks, in float64; before a checkpoint that recomputes may stop.
     """
     anchor = ANCHOR if rows.graph else None
-    return _Normalise.apply(x, weight, bias, anchor, pivot, eps, rows, track)
+    return _Normalise.apply(x, weight, bias, anchor, pivot, eps, rows, shape, track)
 
 
 # ---- statistics ------------------------------------------------------------------------------------------------------
@@ -139,7 +141,7 @@ def _moments(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     pivot = x[(slice(1), slice(None), *[slice(1)] * (x.dim() - 2))].double()
     sums = pivot.new_zeros(2, x.shape[1])
     for part in _parts(x):
-        apart = x[part] - pivot[:, part[1]]
+        apart = x[part].to(torch.float64, copy=True).sub_(pivot[:, part[1]])
         sums[:, part[1]] += torch.stack([apart.sum(over), apart.square_().sum(over)])
     shift, square = sums / (x.numel() // x.shape[1])
     return pivot.view(-1) + shift, (square - shift * shift).clamp_(min=0)
@@ -192,6 +194,7 @@ class _Normalise(Node):
         pivot: torch.Tensor,
         eps: float,
         rows: Rows,
+        shape: Shape,
         track: Track | None,
     ) -> torch.Tensor:
         mean, var = _statistics(x, pivot, rows)
@@ -200,11 +203,11 @@ class _Normalise(Node):
         ctx.rows, ctx.eps = rows, eps
         ctx.save_for_backward(x, weight, bias, mean, var)
         if not x.numel():
-            return torch.empty_like(x)
+            return x.new_empty(shape)
         kind, mean = wide(x.dtype), rows.spread(mean)
         weight, bias, m, v = _to(kind, weight, bias, mean, rows.spread(var))
         if weight is not None and weight.dim() == 1:
-            return F.batch_norm(x, m, v, weight, bias, False, 0.0, eps)
+            return _of_shape(F.batch_norm(x, m, v, weight, bias, False, 0.0, eps), shape)
         # As in torch's layer norm, where all values of a row are equal what is left of them is nothing, not rounding errors.
         (low,), y = _to(kind, mean - m), torch.empty_like(x)
         for part in _parts(x):
@@ -214,17 +217,23 @@ class _Normalise(Node):
             if weight is not None:
                 z.mul_(weight[..., inner[0]])
             y[part] = z if bias is None else z.add_(bias[..., inner[0]])
-        return y
+        return _of_shape(y, shape)
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[Any, ...]:
         x, weight, bias, mean, var = ctx.saved_tensors
+        gradient = gradient.reshape(x.shape)
         if torch.is_grad_enabled():
             found = _differentiable_backward(gradient, x, weight, bias, mean, ctx.eps, ctx.rows)
         else:
             found = _backward(gradient, x, weight, mean, var, ctx.eps, ctx.rows)
         wanted = (g if needed else None for g, needed in zip(found, ctx.needs_input_grad, strict=False))
-        return (*wanted, None, None, None, None, None)
+        return (*wanted, *(None,) * 6)
+
+
+def _of_shape(y: torch.Tensor, shape: Shape) -> torch.Tensor:
+    """A tensor of our own in another shape; not as a view, which may not be changed in place as a Function's output."""
+    return y if y.shape == shape else torch.ops.aten._unsafe_view.default(y, shape)
 
 
 def _to(kind: torch.dtype, *tensors: torch.Tensor | None) -> list[torch.Tensor | None]:
@@ -258,6 +267,11 @@ def _backward(
     slope = slope * scale
     offset = [number - (mean - mean.to(kind)) * slope for number in offset]
     numbers = torch.stack([mean, slope, scale * factor, *offset]).to(kind)
+    gb, gw = of_weights.to(kind if weight is None else weight.dtype)
+    if x.is_cpu and x.numel() and x.dtype is kind and not by_element and (mean.abs() * scale <= _NEAR_ZERO).all():
+        m, k, s, *offset = numbers
+        gx = torch.batch_norm(x, -k, -offset[0] if offset else None, m, torch.ones_like(m), False, 0.0, 0.0, False)
+        return gx.addcmul_(gradient, s.view(1, -1, *(1,) * (x.dim() - 2))), gw, gb
     numbers = numbers.view(len(numbers), 1, x.shape[1], *(1,) * (x.dim() - 2))
     gx = torch.empty_like(x)
     for part in _parts(x):
@@ -268,7 +282,6 @@ def _backward(
         for number in offset:
             taken.add_(number)
         torch.sub(given, taken, out=gx[part])
-    gb, gw = of_weights.to(kind if weight is None else weight.dtype)
     return gx, gw, gb
 
 

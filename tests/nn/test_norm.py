@@ -141,9 +141,8 @@ def test_variance_of_large_blocks(world: Partition) -> None:
         layer(x)
         built = layer._distdl_plan
         seen: list[tuple[torch.Tensor, ...]] = []
-        normalised.normalised(
-            x, None, None, torch.zeros(3).double(), 0.0, built.rows, lambda *s, seen=seen: seen.append(s)
-        )
+        pivot = torch.zeros(3, dtype=torch.float64)
+        normalised.normalised(x, None, None, pivot, 0.0, built.rows, x.shape, lambda *s, seen=seen: seen.append(s))
         ((mean, var),) = seen
         torch.testing.assert_close(mean, whole.double().mean((0, 2)), rtol=1e-12, atol=0)
         torch.testing.assert_close(var, whole.double().var((0, 2), correction=0), rtol=tolerance, atol=0)

@@ -435,6 +435,35 @@ def test_inputs_refused(world: Partition) -> None:
 
 
 @on_ranks(2)
+def test_gradients_near_and_far_from_zero(world: Partition) -> None:
+    """In float32 as exact as the values allow, whether the mean is multiplied out or not."""
+    P = world.grid((1, 1, 2))
+    for mean, tolerance in ((0.0, 1e-6), (15.0, 1e-5), (17.0, 1e-6), (1e4, 1e-3)):  # of 1e4 float32 keeps 5e-4
+        whole, g = torch.randn(4, 6, 16) + mean, torch.randn(4, 6, 16)
+        serial, layer = torch.nn.BatchNorm1d(6, dtype=torch.float64), dnn.DistributedBatchNorm(P, 6)
+        x_whole, x = leaf(whole.double()), leaf(block(whole, P, P.bounds(whole.shape)))
+        serial(x_whole).backward(g.double())
+        layer(x).backward(block(g, P, P.bounds(whole.shape)))
+        wanted = block(x_whole.grad, P, P.bounds(whole.shape)).float()
+        torch.testing.assert_close(x.grad, wanted, rtol=tolerance, atol=tolerance)
+
+
+@on_ranks(2)
+def test_what_follows_in_place(world: Partition) -> None:
+    """An activation that overwrites the output changes the layer's own tensor, not a view that backward would copy."""
+    for kind, shape, grid, given in CASES:
+        P = world.grid((2,) + (1,) * (len(grid) - 1))
+        serial, layer = twins(P, kind, shape, **given)
+        whole = torch.randn(shape, dtype=torch.float64)
+        x_whole, x = leaf(whole), leaf(block(whole, P, P.bounds(shape)))
+        torch.relu_(serial(x_whole)).sum().backward()
+        y = torch.relu_(layer(x))
+        assert not y._is_view() or layer._distdl_plan.rows is None
+        y.sum().backward()
+        torch.testing.assert_close(x.grad, block(x_whole.grad, P, P.bounds(shape)), **TOLERANCE)
+
+
+@on_ranks(2)
 def test_equal_values_leave_nothing(world: Partition) -> None:
     """As with torch's layer norm, not the rounding error of 50 times 316."""
     P = world.grid((1, 2))

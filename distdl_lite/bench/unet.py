@@ -1,0 +1,76 @@
+"""Training steps of a U-Net cut along the height beside those of the same network on one rank."""
+
+from __future__ import annotations
+
+from functools import partial
+from time import sleep
+from typing import Any
+
+import torch
+from torch import nn
+
+from distdl_lite import nn as dnn
+from distdl_lite.bench.table import Call, Row, interleaved
+from distdl_lite.partition import Partition
+
+RANKS = 2, 4
+_SIZE, _LEVELS, _CHANNELS = (872, 1000), 3, 8
+
+
+def rows(P: Partition, seconds: float) -> list[Row]:
+    """A step over all ranks beside one on rank 0 alone, with the same number of threads, while the others sleep."""
+    ours = _step(P.grid((1, 1, P.size, 1)))
+    alone = _step(P.grid((1, 1, 1, 1), (0,))) if P.rank == 0 else lambda: None
+    cut, whole = interleaved(P.comm, [ours, partial(_while_others_sleep, P.comm, alone)], 20 * seconds)
+    bar, size = 1.8 if P.size == 2 else None, f"(1,3,{_SIZE[0]},{_SIZE[1]})"
+    what, holds = f"U-Net on {P.size} ranks; other is one", None if bar is None else whole >= bar * cut
+    return [Row(what, size, "training step", cut, whole, bar="" if bar is None else f"1/{bar} x", holds=holds)]
+
+
+def _while_others_sleep(comm: Any, call: Call) -> None:
+    """MPI's own waiting would keep the other cores busy."""
+    call()
+    request = comm.Ibarrier()
+    while not request.Test():
+        sleep(2e-3)
+
+
+def _step(P: Partition) -> Call:
+    torch.manual_seed(0)
+    net, loss = _UNet(P), dnn.DistributedMSELoss(P)
+    optimizer = torch.optim.Adam(net.parameters(), lr=1e-3)
+    shape = 1, 3, *_SIZE
+    x = torch.rand(shape)[P.block(shape)]
+
+    def step() -> None:
+        optimizer.zero_grad()
+        loss(net(x), x).backward()
+        optimizer.step()
+
+    return step
+
+
+class _UNet(nn.Module):
+    """That of docs/examples/denoise.py."""
+
+    def __init__(self, P: Partition) -> None:
+        super().__init__()
+        widths = [_CHANNELS * 2**level for level in range(_LEVELS + 1)]
+        self.down = nn.ModuleList(_convolution(P, a, b) for a, b in zip([3, *widths], widths, strict=False))
+        self.up = nn.ModuleList(_convolution(P, 3 * a, a) for a in reversed(widths[:-1]))
+        self.pool, self.grow = dnn.DistributedAvgPool2d(P, 2), dnn.DistributedUpsample(P, scale_factor=2)
+        self.last = dnn.DistributedConv2d(P, _CHANNELS, 3, 3, padding=1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y, skips = self.down[0](x), []
+        for down in self.down[1:]:
+            skips.append(y)
+            y = down(self.pool(y))
+        for up in self.up:
+            y = up(torch.cat([skips.pop(), self.grow(y)], dim=1))
+        return self.last(y)
+
+
+def _convolution(P: Partition, in_channels: int, out_channels: int) -> nn.Sequential:
+    conv = dnn.DistributedConv2d(P, in_channels, out_channels, 3, padding=1, bias=False)
+    return nn.Sequential(conv, dnn.DistributedBatchNorm(P, out_channels), nn.SiLU(inplace=True))
