@@ -112,6 +112,10 @@ class Norm(Layer):
         """A parameter for that view of a block `x`."""
         raise NotImplementedError
 
+    def saves_nothing(self) -> bool:
+        """Whether torch's saves no tensor of such an input, so that a checkpoint does not run it again."""
+        return False
+
     def alone(self, x: torch.Tensor, *held: torch.Tensor | None) -> torch.Tensor:
         """torch's own with weight, bias and running statistics, where no other rank's values count."""
         raise NotImplementedError
@@ -212,7 +216,7 @@ class Norm(Layer):
         if x.numel():
             return self.alone(x, weight, bias, *running)
         used, added = ((weight, bias), None) if self.reaches_bias else ((weight,), bias)
-        return connected_zeros(x.shape, x, *used, added=added)
+        return connected_zeros(x.shape, x, *used, added=added, linear=self.saves_nothing())
 
     def _fitted(self, read: Callable[[str], torch.Tensor | None], built: Built) -> tuple[torch.Tensor | None, ...]:
         """Weight and bias as the input is cut."""
