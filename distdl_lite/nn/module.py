@@ -89,6 +89,9 @@ class Module(torch.nn.Module):
     ``_distdl_module_teardown(self, input)``. Set-up must not communicate; an error raised in it on any rank is raised on
     all of them.
 
+    A class of one's own may override the ``forward`` of a layer and give ``super().forward`` other tensors than it got: the
+    ranks then agree on these too, and set up for them.
+
     The layers inside a module's forward ride on its one agreement: their structure must follow from its tensor
     arguments, its numbers and strings, its parameters' ``requires_grad`` and the modes of the modules inside. Where it
     depends on data, call `agree_each_layer`.
@@ -131,6 +134,9 @@ class Module(torch.nn.Module):
         super().__init_subclass__(**kwargs)
         if "__init__" in vars(cls):
             cls.__init__.__qualname__ = f"{cls.__name__.lstrip('_')}.__init__"
+        inherited = next((base for base in cls.__mro__[1:] if "forward" in vars(base)), Module)
+        if "forward" in vars(cls) and _is_own(inherited) and not _is_own(cls):
+            cls.__bases__ = (_Again, *cls.__bases__)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """As torch's; a layer without hooks but ours is spared the 5 us in which torch goes through the lists of hooks."""
@@ -443,6 +449,30 @@ class Module(torch.nn.Module):
             for b in module._buffers.values():
                 parts.append(None if b is None else b.dtype)
         return parts
+
+
+class _Again:
+    """What stands between a layer and a user's class whose forward takes its place.
+
+    That may give the layer other tensors than the call's, so that the call's plan does not fit: the ranks agree once more.
+    """
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        forward = super().forward  # type: ignore[misc]
+        if kwargs:
+            args = inspect.signature(forward).bind(*args, **kwargs).args
+        if not self._distdl_is_inside:
+            self._distdl_refuse_data(args)
+        elif self._distdl_input_changed(args):
+            self._distdl_adopt(args, None)
+        if self._distdl_is_inside and is_grad_enabled() and _top_saved_tensors_default_hooks(False) is not None:
+            args = self._distdl_recomputed(args)
+        return forward(*args)
+
+
+def _is_own(kind: type) -> bool:
+    """Whether a class is one of the library's layers."""
+    return kind.__module__.startswith("distdl_lite.") and issubclass(kind, Module) and kind is not Module
 
 
 class _Saved(Node):
