@@ -12,12 +12,12 @@ from weakref import ref
 
 import torch
 from torch import Tensor, is_grad_enabled, strided
-from torch._C import _is_any_autocast_enabled
+from torch._C import _are_functorch_transforms_active, _DisableFuncTorch, _is_any_autocast_enabled
 from torch._C._autograd import _top_saved_tensors_default_hooks  # type: ignore[attr-defined]
 from torch.nn.modules.module import _has_any_global_hook as _any_global_hook
 from torch.utils.hooks import RemovableHandle
 
-from distdl_lite.operator import ANCHOR, NOTHING, Node
+from distdl_lite.operator import ANCHOR, NOTHING, TRANSFORMS, Node
 from distdl_lite.partition import Partition, check_same_world, union_of_ranks
 from distdl_lite.transport import Transport, current
 
@@ -353,6 +353,8 @@ class Module(torch.nn.Module):
         try:
             for what in [*mine][1:]:
                 check_alike(what, {rank: told.get(what) for rank, told in passed.items()})
+            if len(team) > 1 and _are_functorch_transforms_active():
+                raise RuntimeError(TRANSFORMS)
             # Tensors made in inference mode could not be used outside it.
             with torch.inference_mode(False), torch.set_grad_enabled(torch.is_grad_enabled()):
                 self._distdl_plan = self._distdl_module_setup(input)
@@ -370,6 +372,7 @@ class Module(torch.nn.Module):
         words = ["training" if self.training else "evaluation"]
         words += [] if torch.is_grad_enabled() else ["no grad"]
         words += [f"autocast on {kind}" for kind in ("cpu", "cuda") if torch.is_autocast_enabled(kind)]
+        words += ["torch.func"] if _are_functorch_transforms_active() else []
         frozen = [
             name
             for name, parameter in self._parameters.items()
@@ -406,7 +409,8 @@ class Module(torch.nn.Module):
         else:
             agreed = transport.agree(self._distdl_team, self._distdl_local_key(input, kwargs))
             if agreed != self._distdl_key and self._distdl_rehearse is not None:
-                self._distdl_rehearse()
+                with _DisableFuncTorch():  # in whose transforms a new tensor has no storage
+                    self._distdl_rehearse()
             return agreed
         if known not in self._distdl_known_keys:
             if len(self._distdl_known_keys) >= 16 * _CACHED_STRUCTURES:
@@ -434,6 +438,7 @@ class Module(torch.nn.Module):
             self._distdl_number,
             is_grad_enabled(),
             autocast,
+            _are_functorch_transforms_active(),
         ]
         for value in input:
             if isinstance(value, Tensor) and value.layout is strided and not value.is_nested:
