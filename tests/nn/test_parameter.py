@@ -15,11 +15,13 @@ from ranks import on_ranks
 
 import distdl_lite as dl
 import distdl_lite.nn as dnn
+from distdl_lite import reducer as red
 from distdl_lite.nn import parameter
 from distdl_lite.nn.linear import DistributedLinear
 from distdl_lite.nn.loss import DistributedMSELoss
 from distdl_lite.nn.norm import DistributedBatchNorm
 from distdl_lite.partition import Partition
+from distdl_lite.testing import spmd
 
 GRIDS = ((1, 1), (1, 2), (2, 2), (4, 1))  # of height and width
 
@@ -248,6 +250,27 @@ def test_lines_of_a_grid_hold_different_models(world: Partition) -> None:
 
 
 @on_ranks(4, mpi=True)
+def test_lists_of_ranks_hold_different_models(world: Partition) -> None:
+    """Each names a root of its own, and asks its model for its state once; a root that a model does not lie on calls, too."""
+    ranks = [0, 3] if world.rank in (0, 3) else [2, 1]
+    layer, other = (dnn.DistributedConv1d(world.grid((1, 1, 2), r), 2, 3, 3) for r in (ranks, [1, 2]))
+    asked: list[str] = []
+    layer.register_state_dict_pre_hook(lambda *_: asked.append("state"))
+    for root in (ranks[0], ranks[1]):
+        state = torch.nn.Conv1d(2, 3, 3).state_dict()
+        dl.load_serial_state_dict(layer, state if world.rank == root else None, root)
+        back = dl.serial_state_dict(layer, root)
+        assert list(back) == (list(state) if world.rank == root else [])
+        assert all(torch.equal(value, state[name]) for name, value in back.items())
+    assert asked == ["state"] * 4
+    state = torch.nn.Conv1d(2, 3, 3).state_dict()
+    if world.rank != 3:
+        dl.load_serial_state_dict(other, state if world.rank == 0 else None)
+        back = dl.serial_state_dict(other)
+        assert world.rank or all(torch.equal(back[name], value) for name, value in state.items())
+
+
+@on_ranks(4, mpi=True)
 def test_layers_on_lists_of_ranks_beside_layers_on_all(world: Partition) -> None:
     """A norm on the ranks at the same place of their lines: states go in and out, and norms count it once."""
     kind = {"dtype": torch.float64}
@@ -294,6 +317,53 @@ def test_copies_train_like_the_original(world: Partition) -> None:
         twins.append([p.grad for p in net.parameters() if p.grad is not None])
     for copied in twins[:2]:
         assert all(torch.equal(a, b) for a, b in zip(copied, twins[2], strict=True))
+
+
+@pytest.mark.parametrize("early", [False, True])
+def test_a_model_and_its_copy_in_one_backward(early: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if early:
+        monkeypatch.setattr(red, "EARLY_BYTES", 8)
+    spmd(4, check_a_model_and_its_copy)
+
+
+@on_ranks(4, mpi=True)
+def test_a_model_and_its_copy(world: Partition) -> None:
+    check_a_model_and_its_copy(world)
+
+
+def check_a_model_and_its_copy(world: Partition) -> None:
+    """Whose parameters have the same places in the order of sums: one after the other, in each other, and twice."""
+    line = world.grid((1, 1, 4), (2, 0, 3, 1))
+
+    def both(conv: type, norm: type, *P: Partition) -> list[torch.nn.Module]:
+        torch.manual_seed(0)
+        net = torch.nn.Sequential(conv(*P, 2, 3, 3, padding=1), norm(*P, 3), conv(*P, 3, 2, 3, padding=1)).double()
+        return [net, copy.deepcopy(net)]
+
+    ours = both(dnn.DistributedConv1d, DistributedBatchNorm, line)
+    serial = both(torch.nn.Conv1d, torch.nn.BatchNorm1d)
+    loss, zero = DistributedMSELoss(line), torch.zeros(())
+    for x in (torch.randn(3, 2, 9).double(), torch.randn(2, 2, 2).double()):  # the latter with empty blocks
+        for use in USES * 2:
+            for (a, b), of, t in ((ours, loss, x[line.block(x.shape)]), (serial, torch.nn.MSELoss(), x)):
+                for p in (*a.parameters(), *b.parameters()):
+                    p.grad = None
+                for y in use(a, b, t):
+                    of(y, zero.to(y).expand(y.shape)).backward()
+            for net, twin in zip(ours, serial, strict=True):
+                for p, q in zip(net.parameters(), twin.parameters(), strict=True):
+                    torch.testing.assert_close(p.grad, q.grad, rtol=1e-9, atol=1e-9)
+                    with torch.no_grad():
+                        p -= 0.01 * p.grad
+                        q -= 0.01 * q.grad
+
+
+USES = [
+    lambda a, b, x: [a(x) - 3 * b(x)],
+    lambda a, b, x: [a(2 * x) * b(x) + a(x)],
+    lambda a, b, x: [a(b(x)), b(a(x))],
+    lambda a, b, x: [b(b(a(x)))],
+]
 
 
 @on_ranks(2)
