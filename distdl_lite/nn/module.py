@@ -348,6 +348,7 @@ class Module(torch.nn.Module):
             "keywords": list(kwargs or ()),
         }
         passed = dict(zip(team, transport.gather_objects(team, mine), strict=True))
+        check_present(passed, self._distdl_label)
         self._distdl_structure = {rank: told.get("tensors", ()) for rank, told in passed.items()}
         error = None
         try:
@@ -574,6 +575,13 @@ def _hashable(value: Any) -> Any:
     if isinstance(value, Sequence):
         return tuple(map(_hashable, value))
     return type(value)
+
+
+def check_present(passed: Mapping[int, Any], name: str) -> None:
+    """Raise RuntimeError unless all ranks are at a layer: at the end of a backward none takes part in what follows."""
+    for rank, told in passed.items():
+        if not isinstance(told, dict):
+            raise RuntimeError(f"{name}: ranks {list(passed)} meet in a layer, but rank {rank} is at {told}")
 
 
 def check_alike(what: str, values: Mapping[int, Any]) -> None:

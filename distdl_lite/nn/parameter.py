@@ -13,7 +13,7 @@ import torch
 from distdl_lite.grid import Grid
 from distdl_lite.layout import Layout, Shape, global_shape_of, shape_of, whole
 from distdl_lite.nn.kernel import connected_zeros
-from distdl_lite.nn.module import CALL, Module, check_alike, raise_together
+from distdl_lite.nn.module import CALL, Module, check_alike, check_present, raise_together
 from distdl_lite.operator import Operator
 from distdl_lite.partition import Line, Partition, line_of
 from distdl_lite.plan import plan
@@ -166,9 +166,10 @@ def _check_placed_alike(transport: Transport, team: tuple[int, ...], told: str, 
     mine, error = zlib.crc32(told.encode()), None
     if transport.agree(team, mine) == mine * len(team):
         return
-    passed = transport.gather_objects(team, {CALL: told})
+    passed = dict(zip(team, transport.gather_objects(team, {CALL: told}), strict=True))
+    check_present(passed, label)
     try:
-        check_alike(CALL, {rank: other.get(CALL) for rank, other in zip(team, passed, strict=True)})
+        check_alike(CALL, {rank: other.get(CALL) for rank, other in passed.items()})
     except ValueError as raised:
         error = raised
     raise_together(transport, team, error, label)

@@ -366,6 +366,65 @@ USES = [
 ]
 
 
+FROZEN = {
+    "a convolution": lambda P, Q: dnn.DistributedConv1d(P, 2, 2, 3, padding=1),
+    "a norm": lambda P, Q: DistributedBatchNorm(P, 2),
+    "a pool": lambda P, Q: dnn.DistributedAvgPool1d(P, 3, 1, 1),
+    "a softmax": lambda P, Q: dnn.DistributedSoftmax(P, 2),
+    "movements": lambda P, Q: torch.nn.Sequential(
+        dnn.Repartition(P, Q), DistributedLinear(Q, None, None, 8, 8), dnn.Repartition(Q, P)
+    ),
+}
+
+
+@on_ranks(2, mpi=True)
+def test_some_ranks_have_nothing_to_differentiate(world: Partition) -> None:
+    """One goes towards its input, the other has frozen weights alone and calls backward()."""
+    P, Q = world.grid((1, 1, 2)), world.grid((2, 1, 1))
+    loss, whole = DistributedMSELoss(P), torch.arange(48.0).view(3, 2, 8).sin()
+    for make in FROZEN.values():
+        net = make(P, Q).requires_grad_(False)
+        for holder in (0, 1):
+            found = []
+            for way in ("everywhere", "inputs", "grad"):
+                x = whole[P.block(whole.shape)].clone().requires_grad_(way == "everywhere" or world.rank == holder)
+                y = net(x) ** 2
+                value = loss(y, torch.zeros_like(y))
+                if way == "inputs" and x.requires_grad:
+                    value.backward(inputs=[x])
+                elif way == "grad" and x.requires_grad:
+                    (x.grad,) = torch.autograd.grad(value, x)
+                else:
+                    value.backward()
+                found.append(x.grad)
+            assert world.rank == holder or found[1:] == [None, None]
+            assert world.rank != holder or all(torch.equal(found[0], g) for g in found[1:])
+
+
+@on_ranks(2, mpi=True)
+def test_ranks_that_differentiate_otherwise_are_refused(world: Partition) -> None:
+    """Where weights are not frozen, backward() sums their gradients, which the other rank leaves out or sums at once."""
+    P = world.grid((2, 1, 1))
+    convolution, linear = dnn.DistributedConv1d(P, 2, 2, 3), DistributedLinear(P, None, None, 4, 2)
+    at_end = r"rank 1.* the end of a backward\(\) that has reached"
+    for layer, next_call in ((convolution, None), (linear, linear), (linear, lambda x: dnn.DistributedRMSNorm(P, 4))):
+        x = torch.ones(2, 2, 4, requires_grad=world.rank == 0)
+        value = layer(x).sum()
+        if world.rank == 1:
+            with pytest.raises(RuntimeError, match=r"rank 0 has left a backward that ranks \[0, 1\] share"):
+                value.backward()
+        elif next_call is None:
+            with pytest.raises(RuntimeError, match=f"sum the gradient of a weight at once.*{at_end}"):
+                value.backward(inputs=[x])
+        else:
+            value.backward(inputs=[x])
+            with pytest.raises(RuntimeError, match=f"meet in a layer, but {at_end}"):
+                next_call(x)
+        layer.zero_grad()
+        layer(x).sum().backward()
+        assert all(p.grad is not None for p in layer.parameters())
+
+
 @on_ranks(2)
 def test_gradients_of_replicas_by_every_way_into_autograd(world: Partition) -> None:
     """backward, accumulation, autograd.grad and create_graph all give the sum over the replicas."""
