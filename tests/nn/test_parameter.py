@@ -7,6 +7,7 @@ import math
 import pickle
 import re
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -405,24 +406,35 @@ def test_some_ranks_have_nothing_to_differentiate(world: Partition) -> None:
 def test_ranks_that_differentiate_otherwise_are_refused(world: Partition) -> None:
     """Where weights are not frozen, backward() sums their gradients, which the other rank leaves out or sums at once."""
     P = world.grid((2, 1, 1))
-    convolution, linear = dnn.DistributedConv1d(P, 2, 2, 3), DistributedLinear(P, None, None, 4, 2)
+    check_ends(world, dnn.DistributedConv1d(P, 2, 2, 3), None)
+    linear = DistributedLinear(P, None, None, 4, 2)
+    check_ends(world, linear, linear)
+
+
+@on_ranks(2)
+def test_ranks_that_make_a_layer_instead_are_refused(world: Partition) -> None:
+    P = world.grid((2, 1, 1))
+    check_ends(world, DistributedLinear(P, None, None, 4, 2), lambda x: dnn.DistributedRMSNorm(P, 4))
+
+
+def check_ends(world: Partition, layer: torch.nn.Module, next_call: Any) -> None:
+    """Rank 0 goes towards its input and on, unless that sums weights, where rank 1 sums them as backward() ends."""
     at_end = r"rank 1.* the end of a backward\(\) that has reached"
-    for layer, next_call in ((convolution, None), (linear, linear), (linear, lambda x: dnn.DistributedRMSNorm(P, 4))):
-        x = torch.ones(2, 2, 4, requires_grad=world.rank == 0)
-        value = layer(x).sum()
-        if world.rank == 1:
-            with pytest.raises(RuntimeError, match=r"rank 0 has left a backward that ranks \[0, 1\] share"):
-                value.backward()
-        elif next_call is None:
-            with pytest.raises(RuntimeError, match=f"sum the gradient of a weight at once.*{at_end}"):
-                value.backward(inputs=[x])
-        else:
+    x = torch.ones(2, 2, 4, requires_grad=world.rank == 0)
+    value = layer(x).sum()
+    if world.rank == 1:
+        with pytest.raises(RuntimeError, match=r"rank 0 has left a backward that ranks \[0, 1\] share"):
+            value.backward()
+    elif next_call is None:
+        with pytest.raises(RuntimeError, match=f"sum the gradient of a weight at once.*{at_end}"):
             value.backward(inputs=[x])
-            with pytest.raises(RuntimeError, match=f"meet in a layer, but {at_end}"):
-                next_call(x)
-        layer.zero_grad()
-        layer(x).sum().backward()
-        assert all(p.grad is not None for p in layer.parameters())
+    else:
+        value.backward(inputs=[x])
+        with pytest.raises(RuntimeError, match=f"meet in a layer, but {at_end}"):
+            next_call(x)
+    layer.zero_grad()
+    layer(x).sum().backward()
+    assert all(p.grad is not None for p in layer.parameters())
 
 
 @on_ranks(2)
