@@ -19,6 +19,10 @@ from distdl_lite.transport.wire import wire_dtype
 
 NOTHING = torch.empty(0)  # to be saved by a Function that communicates
 ANCHOR = torch.empty(0, requires_grad=True)  # gives a graph node to a rank whose input needs none
+TRANSFORMS = (
+    "torch.func's transforms (grad, vmap, jvp, ...) see the graph of one rank alone and cannot be applied to a layer over "
+    "several ranks; backward() and torch.autograd.grad can, torch.func.functional_call too"
+)
 
 
 class Operator:
@@ -141,7 +145,7 @@ class Node(torch.autograd.Function):
     @classmethod
     def apply(cls, *args: Any) -> Any:
         if _are_functorch_transforms_active():
-            return super().apply(*args)  # which says what is missing
+            raise RuntimeError(TRANSFORMS)
         return super(torch.autograd.Function, cls).apply(*args)
 
 

@@ -165,7 +165,19 @@ class Reducer:
                 at_end_of_backward(collected.flush)
             collected.add(parameter, gradient, replicas)
             return None
+        self._agree_at_once(replicas)
         return shown(gradient, replicas.team, self.transport)
+
+    def _agree_at_once(self, replicas: Replicas) -> None:
+        """Raise unless all ranks of the team are about to sum this gradient: others may be at the end of a ``backward()``."""
+        team, mine = replicas.team, hash((replicas.order, -1)) % 2**64
+        if self.transport.agree(team, mine) == mine * len(team) % 2**64:
+            return
+        told = self.transport.gather_objects(team, f"the gradient {replicas.order} {replicas.name}")
+        places = "; ".join(f"rank {rank}: {other}" for rank, other in zip(team, told, strict=True))
+        raise RuntimeError(
+            f"autograd.grad and backward(inputs=...) sum the gradient of a weight at once, with all ranks that share it; {places}"
+        )
 
     def running(self) -> list[_Collected]:
         """What the backwards that run have collected: one, and those that it runs inside of."""
@@ -317,7 +329,8 @@ class _Collected:
         told = self.transport.gather_objects(team, _Told([str(e) for e in group], sizes, len(failed), len(started)))
         for rank, other in zip(team, told, strict=True):
             if not isinstance(other, _Told):
-                raise RuntimeError(f"rank {rank} has left a backward that ranks {list(team)} share")
+                at = f" and is at {other}" if isinstance(other, str) else ""
+                raise RuntimeError(f"rank {rank} has left a backward that ranks {list(team)} share{at}")
         differ = len({frozenset(other.names) for other in told}) > 1
         any_failed, any_started = any(other.failed for other in told), any(other.started for other in told)
         if differ or any_failed:
@@ -353,6 +366,9 @@ class _Told:
     sizes: list[tuple[int, torch.dtype]]  # of the sums started since they last agreed
     failed: int  # how many of them by backwards that failed
     started: int  # and by this one
+
+    def __str__(self) -> str:
+        return f"the end of a backward() that has reached {', '.join(self.names) or 'nothing'}"
 
 
 def buckets(group: Iterable[Entry], most: int) -> list[list[Entry]]:

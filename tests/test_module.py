@@ -278,6 +278,78 @@ def test_data_dependent_shapes_agree_each_layer(world: Partition) -> None:
         assert net(integers((3,))).shape == (3 + kept,)
 
 
+def given(kind: type[dnn.Module], change: Callable[[torch.Tensor], torch.Tensor]) -> type[dnn.Module]:
+    """A class whose forward gives the layer another tensor than it got."""
+
+    class Given(kind):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(change(x))
+
+    return Given
+
+
+OVERRIDDEN: list[tuple[type[dnn.Module], tuple[Any, ...]]] = [
+    (dnn.DistributedConv1d, (2, 3, 3, 1, 1)),
+    (dnn.DistributedMaxPool1d, (2,)),
+    (dnn.DistributedAdaptiveAvgPool1d, (3,)),
+    (dnn.DistributedBatchNorm, (2,)),
+    (dnn.DistributedGroupNorm, (1, 2)),
+    (dnn.DistributedSoftmax, (2,)),
+    (dnn.DistributedMean, ((0, 2),)),
+    (dnn.HaloExchange, (((0, 0), (0, 0), (1, 1)),)),
+]
+
+
+@on_ranks(4, mpi=True)
+def test_a_class_gives_its_layer_other_tensors(world: Partition) -> None:
+    """Which the call's plan does not fit, on all ranks or on one alone; the layer equals one that is called with them."""
+    changes = [
+        lambda x: x[..., :2],
+        lambda x: torch.cat([x, x]),
+        lambda x: x[:2],
+        lambda x: x.detach(),
+        lambda x: x[:0],
+    ]
+    scale = torch.ones(1, requires_grad=True)
+    for change in (*changes, lambda x: x.detach() * scale):
+        for kind, options in OVERRIDDEN:
+            for grid in ((1, 1, 4), (1, 1, 1)):
+                P = world.grid(grid)
+                if P.index is None:
+                    continue
+                layer, plain = given(kind, change)(P, *options), kind(P, *options)
+                dl.load_serial_state_dict(layer, dl.serial_state_dict(plain))
+                x = integers((3, 2, 17), 0)[P.block((3, 2, 17))].float().requires_grad_()
+                for _ in range(2):  # the call's structure and the layer's take turns
+                    y, wanted = layer(x), plain(change(x))
+                    torch.testing.assert_close(y, wanted, rtol=0, atol=0, equal_nan=True)
+                    assert y.requires_grad == wanted.requires_grad
+                if y.requires_grad:
+                    # Zeros where what is given hangs on no input.
+                    found = [torch.autograd.grad(t.sum(), x, materialize_grads=True)[0] for t in (y, wanted)]
+                    torch.testing.assert_close(*found, rtol=0, atol=0, equal_nan=True)
+
+
+@on_ranks(2)
+def test_what_a_class_gives_its_layer_is_refused_together(world: Partition) -> None:
+    """Where the layer does not take it; also by name, and outside the partition."""
+    P, first = world.grid((1, 1, 2)), world.grid((1, 1, 1))
+    layer = given(dnn.DistributedConv1d, lambda x: x[..., : 3 - world.rank].to(torch.float64))(P, 2, 3, 3)
+    with pytest.raises(TypeError, match=r"the input has dtype torch.float64, the weight torch.float32"):
+        layer(torch.ones(1, 2, 4))
+
+    class Named(dnn.DistributedMaxPool1d):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x=torch.ones(1, 2, 6))
+
+    pool, nothing = Named(first, 2), dl.zero_volume_tensor()
+    if world.rank == 0:
+        assert pool(torch.ones(1, 2, 4)).shape == (1, 2, 3)
+    else:
+        with pytest.raises(ValueError, match="rank 1 passed a tensor of shape"):
+            pool(nothing)
+
+
 @on_ranks(4)
 def test_static_shapes_drop_the_agreement(world: Partition) -> None:
     P, x = world.grid((4,)), integers((3,))

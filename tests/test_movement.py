@@ -352,12 +352,39 @@ def test_a_rank_outside_that_passes_data_raises_alone(world: Partition) -> None:
         assert torch.equal(y, 2 * x) if P.active else y.numel() == 0
 
 
-@on_ranks(2)
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")  # which torch itself calls
+@on_ranks(2, mpi=True)
 def test_transforms_of_functions_are_refused(world: Partition) -> None:
+    """Before anything is set up, also after a change on one rank, or where one rank alone transforms; not of one rank."""
+    P, text = world.grid((1, 1, 2)), r"torch.func's transforms \(grad, vmap, jvp, ...\) see the graph of one rank alone"
+    layers = [dnn.AllGather(P, (2,)), dnn.HaloExchange(P, (0, 0, 1)), dnn.DistributedSoftmax(P, 2)]
+    layers += [dnn.DistributedConv1d(P, 2, 2, 3), dnn.DistributedMaxPool1d(P, 2), dnn.DistributedBatchNorm(P, 2)]
+    torch.func.vmap(torch.sin)(torch.ones(2, 2))  # torch compiles on first use
+    for layer in (*layers, torch.nn.Sequential(*layers[3:])):
+        for length in (4, 4 + 2 * world.rank, 4):
+            x = torch.ones(2, 2, length)
+            for transform in (
+                lambda layer, x: torch.func.grad(lambda x: layer(x).sum())(x),
+                lambda layer, x: torch.func.vmap(layer)(x[None]),
+                lambda layer, x: torch.func.jvp(layer, (x,), (x,)),
+            ):
+                with pytest.raises(RuntimeError, match=text):
+                    transform(layer, x)
+            assert layer(x).shape[:2] == (2, 2)
+        with pytest.raises(ValueError, match=r"mode training, torch\.func, others training"):
+            transform(layer, x) if world.rank == 1 else layer(x)
+    if world.rank == 0:
+        pool = dnn.DistributedMaxPool1d(world.grid((1, 1, 1)), 2)
+        assert torch.func.grad(lambda x: pool(x).sum())(x).sum() == 8
+
+
+@on_ranks(2)
+def test_transforms_of_operators_are_refused(world: Partition) -> None:
     layer = dnn.AllSumReduce(world.grid((2,)), axes_reduce=(0,))
     layer(torch.ones(3, requires_grad=True))
-    with pytest.raises(RuntimeError, match="functorch transforms"):
-        torch.func.grad(lambda x: layer(x).sum())(torch.ones(3))
+    operator, _ = layer._distdl_plan
+    with pytest.raises(RuntimeError, match=r"torch\.func's transforms"):
+        torch.func.grad(lambda x: operator(x).sum())(torch.ones(3))
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")  # which torch itself calls

@@ -19,13 +19,14 @@ from distdl_lite.nn.kernel import (
     View,
     anchored,
     applied,
-    check_taken,
+    check_floating,
     connected_zeros,
     operator_between,
+    torch_dtype,
     wide,
     windows,
 )
-from distdl_lite.nn.movement import Inputs, agreed_inputs, rehearsal
+from distdl_lite.nn.movement import Inputs, rehearsal
 from distdl_lite.nn.options import integers
 from distdl_lite.operator import Operator
 from distdl_lite.partition import Partition
@@ -165,8 +166,8 @@ class _DistributedAdaptiveMaxPool(_DistributedAdaptivePool):
         super().__init__(P_x, output_size)
         self.return_indices = return_indices
 
-    def check_dtype(self, inputs: Inputs) -> None:
-        check_taken(self, inputs, self.dims + 2, lambda x: _MAX_POOLS[self.dims](x, 1))
+    def result_dtype(self, inputs: Inputs) -> torch.dtype:
+        return torch_dtype(self, inputs, self.dims + 2, lambda x: _MAX_POOLS[self.dims](x, 1, self.return_indices))
 
     def is_linear(self, views: Sequence[View]) -> bool:
         return not all(view.is_whole for view in views)
@@ -187,6 +188,7 @@ class _Shares:
     local: Local
     deliver: Operator | None
     dtype: torch.dtype  # of the shares
+    result: torch.dtype
     graph: bool  # whether any rank's input requires grad
 
 
@@ -196,8 +198,12 @@ class _DistributedAdaptiveAvgPool(_DistributedAdaptivePool):
     So a global average moves one number per channel, not the tensor.
     """
 
+    def result_dtype(self, inputs: Inputs) -> torch.dtype:
+        check_floating(self, inputs)
+        return torch_dtype(self, inputs, self.dims + 2, lambda x: _AVG_POOLS[self.dims](x, 1))
+
     def _distdl_module_setup(self, input: tuple[Any, ...]) -> _Shares:
-        inputs = agreed_inputs(type(self).__name__, self._distdl_structure, self.P_x)
+        inputs = self.inputs()
         X, Y, geometries = self.layouts(inputs)
         met = [Dim(tuple(g.meets(*r) for r in d.ranges), d.axes) for g, d in zip(geometries, X.dims[2:], strict=True)]
         parts = replace(X, dims=(*X.dims[:2], *met))
@@ -212,9 +218,9 @@ class _DistributedAdaptiveAvgPool(_DistributedAdaptivePool):
         shape, dtype = lay.shape_of(box), inputs.dtype if all(is_whole) else wide(inputs.dtype)
         if 0 in shape:
             nothing = partial(connected_zeros, shape, linear=is_mean(views))
-            return _Shares(lambda x: nothing(x).to(dtype), deliver, dtype, inputs.requires_grad)
+            return _Shares(lambda x: nothing(x).to(dtype), deliver, dtype, inputs.dtype, inputs.requires_grad)
         local = applied(_AVG_POOLS[self.dims], _sizes(views)) if all(is_whole) else averaged(views)
-        return _Shares(local, deliver, dtype, inputs.requires_grad)
+        return _Shares(local, deliver, dtype, inputs.dtype, inputs.requires_grad)
 
     def _distdl_rehearsal(self) -> Callable[[], None]:
         return rehearsal(self, (self._distdl_plan.deliver, self._distdl_plan.dtype))
@@ -227,6 +233,7 @@ class _DistributedAdaptiveAvgPool(_DistributedAdaptivePool):
         if not self._distdl_is_inside:
             return x
         built: _Shares = self._distdl_plan
+        x = x.to(built.result)
         shares = built.local(anchored(x, built.graph))
         return shares.to(x.dtype) if built.deliver is None else built.deliver(shares).to(x.dtype)
 

@@ -119,7 +119,8 @@ class DistributedNLLLoss(_DistributedLoss):
         return terms[:-1].view(parts.shape)
 
     def _log_probabilities(self, input: torch.Tensor, built: _BuiltOverClasses) -> torch.Tensor:
-        return input
+        """The input; autocast has torch's loss compute in single precision."""
+        return input.to(wide(input.dtype)) if torch.is_autocast_enabled(input.device.type) else input
 
     def _partial(self, log_p: torch.Tensor, target: torch.Tensor, built: _BuiltOverClasses) -> torch.Tensor:
         """The terms as far as they come from this rank's classes."""

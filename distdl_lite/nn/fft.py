@@ -13,7 +13,7 @@ import torch
 from distdl_lite import layout as lay
 from distdl_lite.grid import Grid, indices
 from distdl_lite.layout import Dim, Shape
-from distdl_lite.nn.kernel import Local, check_taken, operator_between
+from distdl_lite.nn.kernel import Local, operator_between, torch_dtype
 from distdl_lite.nn.module import Module
 from distdl_lite.nn.movement import agreed_inputs
 from distdl_lite.nn.options import integers
@@ -102,7 +102,7 @@ class DistributedFFT(Module):
 
     def _distdl_module_setup(self, input: tuple[Any, ...]) -> _Built:
         inputs = agreed_inputs(type(self).__name__, self._distdl_structure, self.P_x)
-        check_taken(self, inputs, 1, partial(_TRANSFORMS[self.function], s=(1,)))
+        torch_dtype(self, inputs, 1, partial(_TRANSFORMS[self.function], s=(1,)))
         grid = self.P_x.grid_of_ranks
         here = lay.blocks(grid, lay.cuts_from_shapes(grid, inputs.shapes))
         sizes = self._sizes(lay.global_shape_of(here))

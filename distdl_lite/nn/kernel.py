@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Protocol
 
@@ -13,7 +13,7 @@ import torch
 from distdl_lite import layout as lay
 from distdl_lite.layout import Dim, Layout, Range, Shape
 from distdl_lite.nn.module import Module
-from distdl_lite.nn.movement import Inputs, agreed_inputs, into, rehearsal
+from distdl_lite.nn.movement import Inputs, agreed_inputs, rehearsal
 from distdl_lite.operator import Operator
 from distdl_lite.partition import Partition
 from distdl_lite.plan import plan
@@ -140,15 +140,19 @@ class SpatialLayer(Module):
         """Whether the backward of `local` does without the input; the same on all ranks."""
         return False
 
-    def check_dtype(self, inputs: Inputs) -> None:
-        """Raise TypeError if torch's layer does not take the input's dtype."""
-        check_floating(self, inputs)
+    def result_dtype(self, inputs: Inputs) -> torch.dtype:
+        """The dtype of torch's result. Raises TypeError if torch's layer does not take the input's."""
+        raise NotImplementedError
+
+    def inputs(self) -> Inputs:
+        """What the ranks passed, in the dtype of torch's result: where autocast chooses another, it is the input it casts."""
+        inputs = agreed_inputs(type(self).__name__, self._distdl_structure, self.P_x)
+        return replace(inputs, dtype=self.result_dtype(inputs))
 
     def layouts(self, inputs: Inputs) -> tuple[Layout, Layout, list[Any]]:
         """The layouts of input and output, and the geometry of each spatial dim; the same on all ranks."""
         grid = self.P_x.grid_of_ranks
         X = lay.blocks(grid, lay.cuts_from_shapes(grid, inputs.shapes))
-        self.check_dtype(inputs)
         batch, channels, *space = lay.global_shape_of(X)
         if 0 in space:
             raise self._refuse(f"the input of shape {lay.global_shape_of(X)} has no points")
@@ -156,7 +160,7 @@ class SpatialLayer(Module):
         return X, lay.balanced_blocks(grid, (batch, channels, *(g.outputs for g in geometries))), geometries
 
     def _distdl_module_setup(self, input: tuple[Any, ...]) -> Any:
-        inputs = agreed_inputs(type(self).__name__, self._distdl_structure, self.P_x)
+        inputs = self.inputs()
         X, Y, geometries = self.layouts(inputs)
         grid, space = X.grid, lay.global_shape_of(X)[2:]
         reads = [_reads(Y.dims[2 + d], g, n) for d, (g, n) in enumerate(zip(geometries, space, strict=True))]
@@ -182,8 +186,9 @@ class SpatialLayer(Module):
         if not self._distdl_is_inside:
             return with_places(x) if self.return_indices else x
         built: _Built = self._distdl_plan
+        x = x.to(built.dtype)
         # Also where nothing moves: a checkpoint around it runs the layer again on the ranks that have a graph.
-        z = anchored(x, built.graph) if built.fetch is None else into(built.fetch, x, built.dtype)
+        z = anchored(x, built.graph) if built.fetch is None else built.fetch(x)
         y = built.local(z)
         return with_places(y) if self.return_indices else y
 
@@ -217,12 +222,16 @@ def check_floating(layer: Module, inputs: Inputs) -> None:
         raise layer._refuse(f"the input has dtype {inputs.dtype}, a floating dtype is needed", TypeError)
 
 
-def check_taken(layer: Module, inputs: Inputs, dims: int, function: Callable[[torch.Tensor], Any]) -> None:
-    """Raise TypeError, with torch's words, if a function of torch does not take a tensor of the input's dtype."""
+def torch_dtype(layer: Module, inputs: Inputs, dims: int, function: Callable[[torch.Tensor], Any]) -> torch.dtype:
+    """The dtype of what a function of torch makes of a tensor of the input's; autocast may choose it.
+
+    Raises TypeError, with torch's words, if the function does not take one.
+    """
     try:
-        function(torch.zeros((1,) * dims, dtype=inputs.dtype, device=inputs.device))
+        made = function(torch.zeros((1,) * dims, dtype=inputs.dtype, device=inputs.device))
     except RuntimeError as error:
         raise layer._refuse(f"the input has dtype {inputs.dtype}: {error}", TypeError) from error
+    return (made if isinstance(made, torch.Tensor) else made[0]).dtype
 
 
 def edge_pad(

@@ -12,12 +12,12 @@ from weakref import ref
 
 import torch
 from torch import Tensor, is_grad_enabled, strided
-from torch._C import _is_any_autocast_enabled
+from torch._C import _are_functorch_transforms_active, _DisableFuncTorch, _is_any_autocast_enabled
 from torch._C._autograd import _top_saved_tensors_default_hooks  # type: ignore[attr-defined]
 from torch.nn.modules.module import _has_any_global_hook as _any_global_hook
 from torch.utils.hooks import RemovableHandle
 
-from distdl_lite.operator import ANCHOR, NOTHING, Node
+from distdl_lite.operator import ANCHOR, NOTHING, TRANSFORMS, Node
 from distdl_lite.partition import Partition, check_same_world, union_of_ranks
 from distdl_lite.transport import Transport, current
 
@@ -89,6 +89,9 @@ class Module(torch.nn.Module):
     ``_distdl_module_teardown(self, input)``. Set-up must not communicate; an error raised in it on any rank is raised on
     all of them.
 
+    A class of one's own may override the ``forward`` of a layer and give ``super().forward`` other tensors than it got: the
+    ranks then agree on these too, and set up for them.
+
     The layers inside a module's forward ride on its one agreement: their structure must follow from its tensor
     arguments, its numbers and strings, its parameters' ``requires_grad`` and the modes of the modules inside. Where it
     depends on data, call `agree_each_layer`.
@@ -132,6 +135,9 @@ class Module(torch.nn.Module):
         super().__init_subclass__(**kwargs)
         if "__init__" in vars(cls):
             cls.__init__.__qualname__ = f"{cls.__name__.lstrip('_')}.__init__"
+        inherited = next((base for base in cls.__mro__[1:] if "forward" in vars(base)), Module)
+        if "forward" in vars(cls) and _is_own(inherited) and not _is_own(cls):
+            cls.__bases__ = (_Again, *cls.__bases__)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """As torch's; a layer without hooks but ours is spared the 5 us in which torch goes through the lists of hooks."""
@@ -228,7 +234,8 @@ class Module(torch.nn.Module):
     def _distdl_serial(self) -> Callable[..., Any] | None:
         """For a layer that one rank has for itself: what a call comes to under the plan, in any mode; None: not that alone.
 
-        It is mostly torch's own function. Nothing but shapes, dtypes and devices of the arguments is looked at before.
+        It is mostly torch's own function. Nothing but shapes, dtypes and devices of the arguments, none of which is empty, is
+        looked at before.
         """
         return None
 
@@ -301,7 +308,9 @@ class Module(torch.nn.Module):
         if issubclass(_owner(self, "_distdl_serial" if alone else "_distdl_rehearsal"), _owner(self, "forward")):
             if not alone:
                 self._distdl_rehearse = self._distdl_rehearsal()
-            elif (function := self._distdl_serial()) is not None:
+            elif all(x.size for x in self._distdl_structure[self._distdl_team[0]]) and (
+                function := self._distdl_serial()
+            ):
                 self._distdl_alone = function, _local_structure(input)
         if self._distdl_rehearse is not None or alone:
             self._distdl_seen, self._distdl_mine = parts, _hashed(parts)
@@ -358,11 +367,14 @@ class Module(torch.nn.Module):
             "keywords": list(kwargs or ()),
         }
         passed = dict(zip(team, transport.gather_objects(team, mine), strict=True))
+        check_present(passed, self._distdl_label)
         self._distdl_structure = {rank: told.get("tensors", ()) for rank, told in passed.items()}
         error = None
         try:
             for what in [*mine][1:]:
                 check_alike(what, {rank: told.get(what) for rank, told in passed.items()})
+            if len(team) > 1 and _are_functorch_transforms_active():
+                raise RuntimeError(TRANSFORMS)
             # Tensors made in inference mode could not be used outside it.
             with torch.inference_mode(False), torch.set_grad_enabled(torch.is_grad_enabled()):
                 self._distdl_plan = self._distdl_module_setup(input)
@@ -380,6 +392,7 @@ class Module(torch.nn.Module):
         words = ["training" if self.training else "evaluation"]
         words += [] if torch.is_grad_enabled() else ["no grad"]
         words += [f"autocast on {kind}" for kind in ("cpu", "cuda") if torch.is_autocast_enabled(kind)]
+        words += ["torch.func"] if _are_functorch_transforms_active() else []
         frozen = [
             name
             for name, parameter in self._parameters.items()
@@ -416,7 +429,8 @@ class Module(torch.nn.Module):
         else:
             agreed = transport.agree(self._distdl_team, self._distdl_local_key(input, kwargs))
             if agreed != self._distdl_key and self._distdl_rehearse is not None:
-                self._distdl_rehearse()
+                with _DisableFuncTorch():  # in whose transforms a new tensor has no storage
+                    self._distdl_rehearse()
             return agreed
         if known not in self._distdl_known_keys:
             if len(self._distdl_known_keys) >= 16 * _CACHED_STRUCTURES:
@@ -446,6 +460,7 @@ class Module(torch.nn.Module):
             self._distdl_number,
             is_grad_enabled(),
             autocast,
+            _are_functorch_transforms_active(),
         ]
         for value in input:
             if isinstance(value, Tensor) and value.layout is strided and not value.is_nested:
@@ -461,6 +476,30 @@ class Module(torch.nn.Module):
             for b in module._buffers.values():
                 parts.append(None if b is None else b.dtype)
         return parts
+
+
+class _Again:
+    """What stands between a layer and a user's class whose forward takes its place.
+
+    That may give the layer other tensors than the call's, so that the call's plan does not fit: the ranks agree once more.
+    """
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        forward = super().forward  # type: ignore[misc]
+        if kwargs:
+            args = inspect.signature(forward).bind(*args, **kwargs).args
+        if not self._distdl_is_inside:
+            self._distdl_refuse_data(args)
+        elif self._distdl_input_changed(args):
+            self._distdl_adopt(args, None)
+        if self._distdl_is_inside and is_grad_enabled() and _top_saved_tensors_default_hooks(False) is not None:
+            args = self._distdl_recomputed(args)
+        return forward(*args)
+
+
+def _is_own(kind: type) -> bool:
+    """Whether a class is one of the library's layers."""
+    return kind.__module__.startswith("distdl_lite.") and issubclass(kind, Module) and kind is not Module
 
 
 class _Saved(Node):
@@ -562,6 +601,13 @@ def _hashable(value: Any) -> Any:
     if isinstance(value, Sequence):
         return tuple(map(_hashable, value))
     return type(value)
+
+
+def check_present(passed: Mapping[int, Any], name: str) -> None:
+    """Raise RuntimeError unless all ranks are at a layer: at the end of a backward none takes part in what follows."""
+    for rank, told in passed.items():
+        if not isinstance(told, dict):
+            raise RuntimeError(f"{name}: ranks {list(passed)} meet in a layer, but rank {rank} is at {told}")
 
 
 def check_alike(what: str, values: Mapping[int, Any]) -> None:

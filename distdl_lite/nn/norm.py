@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -184,6 +185,13 @@ class DistributedBatchNorm(_RunningNorm):
         if self._distdl_is_inside and self.tracks and self.num_batches_tracked is not None:
             self.num_batches_tracked.add_(1)
         return super().forward(x)
+
+    def saves_nothing(self) -> bool:
+        """Of no values torch's returns a copy, times the weight if there is one."""
+        return self.held("weight") is None and not any(x.size for (x, *_) in self._distdl_structure.values())
+
+    def _distdl_recomputed(self, input: tuple[Any, ...]) -> tuple[Any, ...]:
+        return input if self.saves_nothing() else super()._distdl_recomputed(input)
 
     def alone(self, x: torch.Tensor, *held: torch.Tensor | None) -> torch.Tensor:
         weight, bias, mean, var = held

@@ -112,6 +112,10 @@ class Norm(Layer):
         """A parameter for that view of a block `x`."""
         raise NotImplementedError
 
+    def saves_nothing(self) -> bool:
+        """Whether torch's saves no tensor of such an input, so that a checkpoint does not run it again."""
+        return False
+
     def alone(self, x: torch.Tensor, *held: torch.Tensor | None) -> torch.Tensor:
         """torch's own with weight, bias and running statistics, where no other rank's values count."""
         raise NotImplementedError
@@ -189,7 +193,7 @@ class Norm(Layer):
 
     def _distdl_serial(self) -> Callable[[torch.Tensor], torch.Tensor] | None:
         built: Built = self._distdl_plan
-        if built.rows is not None or not self._distdl_structure[self._distdl_team[0]][0].size:
+        if built.rows is not None:
             return None
         return lambda x: self.alone(x, self.held("weight"), self.held("bias"), *self.running(built))
 
@@ -219,7 +223,7 @@ class Norm(Layer):
         if x.numel():
             return self.alone(x, weight, bias, *running)
         used, added = ((weight, bias), None) if self.reaches_bias else ((weight,), bias)
-        return connected_zeros(x.shape, x, *used, added=added)
+        return connected_zeros(x.shape, x, *used, added=added, linear=self.saves_nothing())
 
     def _fitted(self, read: Callable[[str], torch.Tensor | None], built: Built) -> tuple[torch.Tensor | None, ...]:
         """Weight and bias as the input is cut."""

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 from distdl_lite import layout as lay
 from distdl_lite.layout import Dim, Layout, Shape
-from distdl_lite.nn.kernel import Local, check_taken, connected_zeros, edge_pad
+from distdl_lite.nn.kernel import Local, connected_zeros, edge_pad, torch_dtype
 from distdl_lite.nn.module import Module
 from distdl_lite.nn.movement import agreed_inputs, rehearsal
 from distdl_lite.nn.options import numbers, per_dim
@@ -82,8 +82,7 @@ class _DistributedPad(Module):
         dtype = inputs.dtype
         if self.mode != "constant":
             nothing = partial(F.pad, pad=(0,) * len(self.padding), mode=self.mode)
-            check_taken(self, inputs, self.P_x.dim, nothing)
-            dtype = nothing(torch.empty((1,) * self.P_x.dim, dtype=dtype, device=inputs.device)).dtype  # autocast's
+            dtype = torch_dtype(self, inputs, self.P_x.dim, nothing)
         Y = lay.balanced_blocks(grid, self._padded_shape(n, inputs.dtype))
         lefts = (0,) * first + self.padding[::2][::-1]
         moved = [tuple((a - left, b - left) for a, b in dim.ranges) for dim, left in zip(Y.dims, lefts, strict=True)]

@@ -13,7 +13,7 @@ import torch
 from distdl_lite.grid import Grid
 from distdl_lite.layout import Layout, Shape, global_shape_of, shape_of, whole
 from distdl_lite.nn.kernel import connected_zeros
-from distdl_lite.nn.module import CALL, Module, check_alike, raise_together
+from distdl_lite.nn.module import CALL, Module, check_alike, check_present, raise_together
 from distdl_lite.operator import Operator
 from distdl_lite.partition import Line, Partition, line_of
 from distdl_lite.plan import plan
@@ -166,9 +166,10 @@ def _check_placed_alike(transport: Transport, team: tuple[int, ...], told: str, 
     mine, error = zlib.crc32(told.encode()), None
     if transport.agree(team, mine) == mine * len(team):
         return
-    passed = transport.gather_objects(team, {CALL: told})
+    passed = dict(zip(team, transport.gather_objects(team, {CALL: told}), strict=True))
+    check_present(passed, label)
     try:
-        check_alike(CALL, {rank: other.get(CALL) for rank, other in zip(team, passed, strict=True)})
+        check_alike(CALL, {rank: other.get(CALL) for rank, other in passed.items()})
     except ValueError as raised:
         error = raised
     raise_together(transport, team, error, label)
@@ -235,7 +236,9 @@ def load_serial_state_dict(module: torch.nn.Module, state: Mapping[str, torch.Te
     state : mapping or None
         The serial ``state_dict()`` on the root; what other ranks pass is not read.
     root : int
-        A rank of the world.
+        A rank of the world; one that the module does not lie on calls with this module, too. Where teams made from lists of
+        ranks have a model each, it is one of the team: ranks that name a root which is busy with another model wait for it
+        for ever, as no rank can know that.
 
     Raises
     ------
@@ -266,6 +269,8 @@ def callers(
     """
     transport, team = team_of(module)
     entries = list(_entries(module))
+    if not of_all_lines and _is_of_other_lines(root, team, entries):
+        return transport, (), []
     others = {rank for _, _, place in entries if place and place.line for rank in place.line.everywhere}
     team = tuple(sorted({*team, root, *(others if of_all_lines else ())}))
     if transport.rank not in team:
@@ -347,7 +352,8 @@ def serial_state_dict(module: torch.nn.Module, root: int = 0) -> dict[str, torch
     module : torch.nn.Module
         The distributed model; the ranks of its layers and the root call this together.
     root : int
-        A rank of the world. Where each line of a grid has layers of its own, those of the root's line count.
+        A rank of the world, as in `load_serial_state_dict`. Where each line of a grid has layers of its own, those of the
+        root's line count.
 
     Returns
     -------
@@ -359,8 +365,6 @@ def serial_state_dict(module: torch.nn.Module, root: int = 0) -> dict[str, torch
     ValueError
         On all ranks, if each line of a grid has layers of its own and the root is in none.
     """
-    if _is_of_other_lines(root, module):
-        return {}
     transport, team, entries = callers(module, root, of_all_lines=False)
     if transport.rank not in team:
         return {}
@@ -371,16 +375,16 @@ def serial_state_dict(module: torch.nn.Module, root: int = 0) -> dict[str, torch
     return state if transport.rank == root else {}
 
 
-def _is_of_other_lines(root: int, module: torch.nn.Module) -> bool:
+def _is_of_other_lines(root: int, team: tuple[int, ...], entries: Sequence[Entry]) -> bool:
     """Whether the module is on lines of a grid alone, and the root on none of this rank's. Raises if it is on no line."""
-    lines = [(name, place.line) for name, _, place in _entries(module) if place is not None and place.line is not None]
+    lines = [(name, place.line) for name, _, place in entries if place is not None and place.line is not None]
     for name, line in lines:
         if root not in line.everywhere:
             raise ValueError(
                 f"each line of a grid over ranks {list(line.everywhere)} has a {name} of its own: root {root} must be "
                 f"one of these ranks, to tell whose is meant"
             )
-    return bool(lines) and root not in team_of(module)[1]
+    return bool(lines) and root not in team
 
 
 def gathered_from(transport: Transport, root: int, block: torch.Tensor, layout: Layout) -> torch.Tensor:

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 
 from distdl_lite import layout as lay
 from distdl_lite.layout import Range
-from distdl_lite.nn.kernel import Local, SpatialLayer, View, applied, check_taken, wide
+from distdl_lite.nn.kernel import Local, SpatialLayer, View, applied, check_floating, torch_dtype, wide
 from distdl_lite.nn.movement import Inputs
 from distdl_lite.nn.options import booleans, integers, per_dim
 from distdl_lite.partition import Partition
@@ -135,8 +135,8 @@ class _DistributedMaxPool(_Pool):
         super().__init__(P_x, kernel_size, stride, padding, dilation, ceil_mode)
         self.return_indices = return_indices
 
-    def check_dtype(self, inputs: Inputs) -> None:
-        check_taken(
+    def result_dtype(self, inputs: Inputs) -> torch.dtype:
+        return torch_dtype(
             self, inputs, self.dims + 2, lambda x: _MAX_POOLS[self.dims](x, 1, return_indices=self.return_indices)
         )
 
@@ -255,9 +255,9 @@ class _DistributedAvgPool(_Pool):
         parts += [] if self.divisor_override is None else [f"divisor_override={self.divisor_override}"]
         return ", ".join([super().extra_repr(), *parts])
 
-    def check_dtype(self, inputs: Inputs) -> None:
-        super().check_dtype(inputs)
-        check_taken(self, inputs, self.dims + 2, lambda x: _AVG_POOLS[self.dims](x, 1))
+    def result_dtype(self, inputs: Inputs) -> torch.dtype:
+        check_floating(self, inputs)
+        return torch_dtype(self, inputs, self.dims + 2, lambda x: _AVG_POOLS[self.dims](x, 1))
 
     def geometry(self, d: int, length: int, inputs: Inputs) -> _Sliding:
         if self.dims == 3 and length < self.kernel_size[d]:

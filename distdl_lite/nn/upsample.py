@@ -19,7 +19,7 @@ import torch.nn.functional as F
 
 from distdl_lite.layout import Range
 from distdl_lite.nn.adaptive_pool import Adaptive, averaged, is_mean
-from distdl_lite.nn.kernel import Geometry, Local, SpatialLayer, View, wide, windows
+from distdl_lite.nn.kernel import Geometry, Local, SpatialLayer, View, check_floating, torch_dtype, wide, windows
 from distdl_lite.nn.movement import Inputs
 from distdl_lite.partition import Partition
 
@@ -127,6 +127,11 @@ class DistributedUpsample(SpatialLayer):
         if len(values) != self.dims or (value is not None and not all(0 < v < math.inf for v in values)):
             raise self._refuse(rule)
         return values
+
+    def result_dtype(self, inputs: Inputs) -> torch.dtype:
+        check_floating(self, inputs)
+        size = (1,) * self.dims
+        return torch_dtype(self, inputs, self.dims + 2, lambda x: F.interpolate(x, size, None, self.mode))
 
     def geometry(self, d: int, length: int, inputs: Inputs) -> Geometry:
         size, factor = self._sizes[d], self._factors[d]

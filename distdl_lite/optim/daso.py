@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
-from distdl_lite.optim.flat import average
+from distdl_lite.optim.flat import Flat, average, average_flats
 from distdl_lite.optim.local_sgd import LocalSGD, is_averaged
 from distdl_lite.optim.schedule import DASOSchedule, Skips, check_int
 from distdl_lite.partition import partition_of
@@ -220,18 +220,19 @@ class DASO(LocalSGD):
         were_equal, self._keeps_nodes_equal = self._keeps_nodes_equal, self._skips()[1] <= 1
         if not self._keeps_nodes_equal or len(self.levels.node) == 1:
             return
-        learning = self._learning()
+        flats = [flat for flat in self.flats if flat.learns]
         with torch.no_grad():
             if not were_equal:
-                self._make_node_equal(learning)
-            mean_gradients(self._transport, self.levels.node, learning)
+                self._make_node_equal(flats)
+            mean_gradients(self._transport, self.levels.node, [p for flat in flats for p in flat.tensors])
 
-    def _make_node_equal(self, learning: Sequence[torch.Tensor]) -> None:
+    def _make_node_equal(self, flats: Sequence[Flat]) -> None:
         """Average parameters and states such as momentum; of other states, as counts of steps, take the first rank's.
 
         States of a parameter that some rank has not stepped yet are forgotten.
         """
         states, scaler = self.optimizer.state, self._scaler
+        learning = [p for flat in flats for p in flat.tensors]
         names = [sorted(states.get(p, {}), key=str) for p in learning]
         rest = [{k: v for k, v in states.get(p, {}).items() if not is_averaged(v, p)} for p in learning]
         mine = names, rest, None if scaler is None else scaler.state_dict()
@@ -243,11 +244,14 @@ class DASO(LocalSGD):
                 states[p].update(told[0][1][number])
         if scaler is not None:
             scaler.load_state_dict(told[0][2])
-        average(self._transport, self.levels.node, [*learning, *self._common_state(self.levels.node)])
+        average_flats(self._transport, self.levels.node, flats)
+        average(self._transport, self.levels.node, self._common_state(self.levels.node))
 
 
 def mean_gradients(transport: Transport, team: tuple[int, ...], parameters: Sequence[torch.Tensor]) -> None:
     """Put the mean over a node's ranks into ``.grad``; who has none counts as zeros, where none has one it stays None.
+
+    So it does on a rank that has frozen the parameter, which the others go on to train.
 
     `DASO.step` knows whether the node's ranks step together; `distdl_lite.DataParallel` would have to during backward.
     """
@@ -255,9 +259,9 @@ def mean_gradients(transport: Transport, team: tuple[int, ...], parameters: Sequ
     transport.all_reduce(team, used, "max")
     chosen = [p for p, is_used in zip(parameters, used.tolist(), strict=True) if is_used]
     for p in chosen:
-        if p.grad is None:
+        if p.grad is None and p.requires_grad:
             p.grad = torch.zeros_like(p)
-    average(transport, team, [p.grad for p in chosen if p.grad is not None])
+    average(transport, team, [torch.zeros_like(p) if p.grad is None else p.grad for p in chosen])
 
 
 def _scheduler_of(given: Any, optimizer: torch.optim.Optimizer) -> LRScheduler | None:

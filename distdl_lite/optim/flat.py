@@ -67,8 +67,13 @@ def flats_of(tensors: Iterable[torch.Tensor], learns: bool = False) -> list[Flat
 
 def average(transport: Transport, team: Team, tensors: Iterable[torch.Tensor]) -> None:
     """Put the mean over the team into the tensors, waiting for it; all of the team call it with the same shapes."""
+    average_flats(transport, team, flats_of(tensors))
+
+
+def average_flats(transport: Transport, team: Team, flats: Iterable[Flat]) -> None:
+    """The same for vectors."""
     if len(team) > 1:
-        for flat in flats_of(tensors):
+        for flat in flats:
             flat.write(transport.all_reduce(team, flat.read()) / len(team))
 
 

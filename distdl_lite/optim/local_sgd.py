@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from distdl_lite.optim.flat import Flat, average, flats_of
+from distdl_lite.optim.flat import Flat, average, average_flats, flats_of
 from distdl_lite.optim.levels import levels_of
 from distdl_lite.optim.schedule import Periodic, Schedule, Skips, check_int
 from distdl_lite.partition import partition_of
@@ -343,7 +343,7 @@ class LocalSGD(torch.optim.Optimizer):
         is_shared = bool(local_every) or self._keeps_nodes_equal
         if is_local or (is_due and is_shared):
             flats = [flat for flat in self.flats if not (flat.learns and self._keeps_nodes_equal)]
-            average(self._transport, self.levels.node, [tensor for flat in flats for tensor in flat.tensors])
+            average_flats(self._transport, self.levels.node, flats)
         if is_due:
             self._begin(delay, is_shared)
             if not delay:

@@ -58,6 +58,7 @@ class DDPConfig:
                 raise TypeError(f"DDPConfig: device_ids must be a list of integers, such as [0, 1], not {device_ids!r}")
             self.device_ids = None if device_ids is None else list(device_ids)
             self._check()
+        self.P.world_transport.local["DDPConfig"] = self.P
 
     def _check(self) -> None:
         P, gpus = self.P, torch.cuda.device_count()
@@ -112,7 +113,8 @@ class DDPSequential(torch.nn.Module):
     ValueError
         On all ranks if they hold different models, or are given different ``average``.
     TypeError
-        On all ranks if one's model lacks what is asked of it, or its `config` is something else.
+        On all ranks if one's model lacks what is asked of it, or its `config` is something else: on those of the last
+        `DDPConfig` that this one has made. One that makes the default, None, where others have a smaller team's, waits.
 
     Examples
     --------
@@ -322,8 +324,9 @@ def _check_alike(P: Partition, told: Mapping[str, Any], kind: type[Exception] = 
 
 
 def _told_of(config: Any) -> Partition:
-    """Whom an error concerns: the ranks of a config, or of what stands in its place, else all."""
+    """Whom an error concerns: the ranks of a config, or of what stands in its place, else of the last config, else all."""
+    world = Partition.world()
     try:
-        return partition_of(getattr(config, "P", config))
+        return partition_of(getattr(config, "P", config) or "nobody")
     except TypeError:
-        return Partition.world()
+        return world.world_transport.local.get("DDPConfig", world)

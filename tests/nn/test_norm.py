@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import pickle
 import random
+from itertools import product
 
 import pytest
 import torch
@@ -207,6 +208,21 @@ def test_dtypes_formats_and_life(world: Partition) -> None:
     assert layer.gamma is layer.weight
     assert layer.beta is layer.bias
     assert "3, eps=1e-05, momentum=0.1, affine=True, track_running_stats=True, P_x=(2, 1, 1, 1)" in repr(layer)
+
+
+@on_ranks(2, mpi=True)
+def test_batches_of_nothing_in_a_checkpoint(world: Partition) -> None:
+    """A batch is counted again where torch's is run again: of no values it saves the weight alone, if there is one."""
+    for shape, affine, grid in product([(0, 4, 3), (2, 4, 0)], (True, False), [(2, 1, 1), (1, 2, 1), (1, 1, 2)]):
+        P = world.grid(grid)
+        layer, serial = DistributedBatchNorm(P, 4, affine=affine), torch.nn.BatchNorm1d(4, affine=affine)
+        for norm, x in ((layer, torch.ones(shape)[P.block(shape)]), (serial, torch.ones(shape))):
+            x = x.requires_grad_(norm is serial or world.rank == 1)
+            y = checkpoint(lambda x, norm: norm(x * 1), x, norm, use_reentrant=False)
+            if y.requires_grad:
+                y.sum().backward()
+            assert (x.grad is not None) == x.requires_grad
+        assert layer.num_batches_tracked == serial.num_batches_tracked == 1 + affine
 
 
 @on_ranks(2)

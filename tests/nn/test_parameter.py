@@ -7,6 +7,7 @@ import math
 import pickle
 import re
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -15,11 +16,13 @@ from ranks import on_ranks
 
 import distdl_lite as dl
 import distdl_lite.nn as dnn
+from distdl_lite import reducer as red
 from distdl_lite.nn import parameter
 from distdl_lite.nn.linear import DistributedLinear
 from distdl_lite.nn.loss import DistributedMSELoss
 from distdl_lite.nn.norm import DistributedBatchNorm
 from distdl_lite.partition import Partition
+from distdl_lite.testing import spmd
 
 GRIDS = ((1, 1), (1, 2), (2, 2), (4, 1))  # of height and width
 
@@ -248,6 +251,27 @@ def test_lines_of_a_grid_hold_different_models(world: Partition) -> None:
 
 
 @on_ranks(4, mpi=True)
+def test_lists_of_ranks_hold_different_models(world: Partition) -> None:
+    """Each names a root of its own, and asks its model for its state once; a root that a model does not lie on calls, too."""
+    ranks = [0, 3] if world.rank in (0, 3) else [2, 1]
+    layer, other = (dnn.DistributedConv1d(world.grid((1, 1, 2), r), 2, 3, 3) for r in (ranks, [1, 2]))
+    asked: list[str] = []
+    layer.register_state_dict_pre_hook(lambda *_: asked.append("state"))
+    for root in (ranks[0], ranks[1]):
+        state = torch.nn.Conv1d(2, 3, 3).state_dict()
+        dl.load_serial_state_dict(layer, state if world.rank == root else None, root)
+        back = dl.serial_state_dict(layer, root)
+        assert list(back) == (list(state) if world.rank == root else [])
+        assert all(torch.equal(value, state[name]) for name, value in back.items())
+    assert asked == ["state"] * 4
+    state = torch.nn.Conv1d(2, 3, 3).state_dict()
+    if world.rank != 3:
+        dl.load_serial_state_dict(other, state if world.rank == 0 else None)
+        back = dl.serial_state_dict(other)
+        assert world.rank or all(torch.equal(back[name], value) for name, value in state.items())
+
+
+@on_ranks(4, mpi=True)
 def test_layers_on_lists_of_ranks_beside_layers_on_all(world: Partition) -> None:
     """A norm on the ranks at the same place of their lines: states go in and out, and norms count it once."""
     kind = {"dtype": torch.float64}
@@ -294,6 +318,123 @@ def test_copies_train_like_the_original(world: Partition) -> None:
         twins.append([p.grad for p in net.parameters() if p.grad is not None])
     for copied in twins[:2]:
         assert all(torch.equal(a, b) for a, b in zip(copied, twins[2], strict=True))
+
+
+@pytest.mark.parametrize("early", [False, True])
+def test_a_model_and_its_copy_in_one_backward(early: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if early:
+        monkeypatch.setattr(red, "EARLY_BYTES", 8)
+    spmd(4, check_a_model_and_its_copy)
+
+
+@on_ranks(4, mpi=True)
+def test_a_model_and_its_copy(world: Partition) -> None:
+    check_a_model_and_its_copy(world)
+
+
+def check_a_model_and_its_copy(world: Partition) -> None:
+    """Whose parameters have the same places in the order of sums: one after the other, in each other, and twice."""
+    line = world.grid((1, 1, 4), (2, 0, 3, 1))
+
+    def both(conv: type, norm: type, *P: Partition) -> list[torch.nn.Module]:
+        torch.manual_seed(0)
+        net = torch.nn.Sequential(conv(*P, 2, 3, 3, padding=1), norm(*P, 3), conv(*P, 3, 2, 3, padding=1)).double()
+        return [net, copy.deepcopy(net)]
+
+    ours = both(dnn.DistributedConv1d, DistributedBatchNorm, line)
+    serial = both(torch.nn.Conv1d, torch.nn.BatchNorm1d)
+    loss, zero = DistributedMSELoss(line), torch.zeros(())
+    for x in (torch.randn(3, 2, 9).double(), torch.randn(2, 2, 2).double()):  # the latter with empty blocks
+        for use in USES * 2:
+            for (a, b), of, t in ((ours, loss, x[line.block(x.shape)]), (serial, torch.nn.MSELoss(), x)):
+                for p in (*a.parameters(), *b.parameters()):
+                    p.grad = None
+                for y in use(a, b, t):
+                    of(y, zero.to(y).expand(y.shape)).backward()
+            for net, twin in zip(ours, serial, strict=True):
+                for p, q in zip(net.parameters(), twin.parameters(), strict=True):
+                    torch.testing.assert_close(p.grad, q.grad, rtol=1e-9, atol=1e-9)
+                    with torch.no_grad():
+                        p -= 0.01 * p.grad
+                        q -= 0.01 * q.grad
+
+
+USES = [
+    lambda a, b, x: [a(x) - 3 * b(x)],
+    lambda a, b, x: [a(2 * x) * b(x) + a(x)],
+    lambda a, b, x: [a(b(x)), b(a(x))],
+    lambda a, b, x: [b(b(a(x)))],
+]
+
+
+FROZEN = {
+    "a convolution": lambda P, Q: dnn.DistributedConv1d(P, 2, 2, 3, padding=1),
+    "a norm": lambda P, Q: DistributedBatchNorm(P, 2),
+    "a pool": lambda P, Q: dnn.DistributedAvgPool1d(P, 3, 1, 1),
+    "a softmax": lambda P, Q: dnn.DistributedSoftmax(P, 2),
+    "movements": lambda P, Q: torch.nn.Sequential(
+        dnn.Repartition(P, Q), DistributedLinear(Q, None, None, 8, 8), dnn.Repartition(Q, P)
+    ),
+}
+
+
+@on_ranks(2, mpi=True)
+def test_some_ranks_have_nothing_to_differentiate(world: Partition) -> None:
+    """One goes towards its input, the other has frozen weights alone and calls backward()."""
+    P, Q = world.grid((1, 1, 2)), world.grid((2, 1, 1))
+    loss, whole = DistributedMSELoss(P), torch.arange(48.0).view(3, 2, 8).sin()
+    for make in FROZEN.values():
+        net = make(P, Q).requires_grad_(False)
+        for holder in (0, 1):
+            found = []
+            for way in ("everywhere", "inputs", "grad"):
+                x = whole[P.block(whole.shape)].clone().requires_grad_(way == "everywhere" or world.rank == holder)
+                y = net(x) ** 2
+                value = loss(y, torch.zeros_like(y))
+                if way == "inputs" and x.requires_grad:
+                    value.backward(inputs=[x])
+                elif way == "grad" and x.requires_grad:
+                    (x.grad,) = torch.autograd.grad(value, x)
+                else:
+                    value.backward()
+                found.append(x.grad)
+            assert world.rank == holder or found[1:] == [None, None]
+            assert world.rank != holder or all(torch.equal(found[0], g) for g in found[1:])
+
+
+@on_ranks(2, mpi=True)
+def test_ranks_that_differentiate_otherwise_are_refused(world: Partition) -> None:
+    """Where weights are not frozen, backward() sums their gradients, which the other rank leaves out or sums at once."""
+    P = world.grid((2, 1, 1))
+    check_ends(world, dnn.DistributedConv1d(P, 2, 2, 3), None)
+    linear = DistributedLinear(P, None, None, 4, 2)
+    check_ends(world, linear, linear)
+
+
+@on_ranks(2)
+def test_ranks_that_make_a_layer_instead_are_refused(world: Partition) -> None:
+    P = world.grid((2, 1, 1))
+    check_ends(world, DistributedLinear(P, None, None, 4, 2), lambda x: dnn.DistributedRMSNorm(P, 4))
+
+
+def check_ends(world: Partition, layer: torch.nn.Module, next_call: Any) -> None:
+    """Rank 0 goes towards its input and on, unless that sums weights, where rank 1 sums them as backward() ends."""
+    at_end = r"rank 1.* the end of a backward\(\) that has reached"
+    x = torch.ones(2, 2, 4, requires_grad=world.rank == 0)
+    value = layer(x).sum()
+    if world.rank == 1:
+        with pytest.raises(RuntimeError, match=r"rank 0 has left a backward that ranks \[0, 1\] share"):
+            value.backward()
+    elif next_call is None:
+        with pytest.raises(RuntimeError, match=f"sum the gradient of a weight at once.*{at_end}"):
+            value.backward(inputs=[x])
+    else:
+        value.backward(inputs=[x])
+        with pytest.raises(RuntimeError, match=f"meet in a layer, but {at_end}"):
+            next_call(x)
+    layer.zero_grad()
+    layer(x).sum().backward()
+    assert all(p.grad is not None for p in layer.parameters())
 
 
 @on_ranks(2)

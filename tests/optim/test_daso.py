@@ -287,6 +287,42 @@ def test_container_through_all_phases(world: dl.Partition) -> None:
     assert net.optimizer is optimizer
 
 
+@on_ranks(4, mpi=True)
+def test_container_with_what_one_rank_freezes(world: dl.Partition) -> None:
+    """It stays as it is there; the others go on to train it, by the mean in which that rank counts as zeros."""
+    for frozen_before, epochs in ((0, 1), (1, 9)):  # in warm-up; where ranks step alone for some epochs, too
+        model = torch.nn.Linear(2, 1, bias=True).double()
+        optimizer = dl.DASO(momentum_sgd(model.parameters()), epochs, world, 1, 1, ranks_per_node=2, steps_per_epoch=4)
+        net = dl.DataParallelMultiGPU(model, optimizer)
+        for step in range(4 * epochs):
+            optimizer.zero_grad()
+            if world.rank == 1 and step == 4 * frozen_before + 1:
+                model.weight.requires_grad_(False)
+                kept = model.weight.detach().clone()
+            before = model.weight.detach().clone()
+            net(torch.full((3, 2), 1.0 + world.rank).double()).square().mean().backward()
+            optimizer.step()
+            if not model.weight.requires_grad:
+                assert torch.equal(model.weight, kept)
+                assert model.weight.grad is None
+            else:
+                assert not torch.equal(model.weight, before)
+        told = world.allgather_data([model.weight.tolist(), model.bias.tolist()])
+        assert told[0] == told[2] == told[3] != told[1]
+        assert told[0][1] == told[1][1]
+
+
+@on_ranks(2)
+def test_a_nodes_average_leaves_what_a_rank_has_frozen(world: dl.Partition) -> None:
+    a, b = (torch.nn.Parameter(torch.full((2,), 2.0 * world.rank)) for _ in range(2))
+    inner = torch.optim.SGD([a, b], lr=1.0)
+    optimizer = dl.LocalSGD(inner, lambda epoch, batch, losses: (4, 1, 0), ranks_per_node=2)
+    b.requires_grad_(world.rank == 1)
+    optimizer.step()
+    assert a.tolist() == [1.0, 1.0]
+    assert b.tolist() == [1.0 * world.rank] * 2
+
+
 @on_ranks(2)
 def test_container_copies(world: dl.Partition) -> None:
     model = model_of(0)

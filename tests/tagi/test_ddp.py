@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import pickle
+import types
 from typing import Any
 
 import numpy
@@ -366,6 +367,17 @@ def test_a_config_of_another_type_is_refused_on_all_ranks() -> None:
                 assert text.startswith(f"DDPSequential: config must be a DDPConfig, not {str(wrong)[:5]}")
 
     spmd(3, body)
+
+
+@on_ranks(3, mpi=True)
+def test_a_config_of_another_type_is_refused_in_its_team(world: dl.Partition) -> None:
+    """Whose other ranks wait for this one, and nobody else."""
+    team = world.create_partition_inclusive([2, 0])
+    if team.active:
+        right = tagi.DDPConfig(P=team)
+        for wrong in (3, "mpi", [0], {}, types.SimpleNamespace(P=None), types.SimpleNamespace(P=world.size)):
+            with pytest.raises(TypeError, match="DDPSequential: config must be a DDPConfig, not "):
+                tagi.DDPSequential(network(3, 4, 2), wrong if world.rank == 0 else right)
 
 
 def test_different_devices_are_refused_on_all_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
