@@ -12,6 +12,7 @@ import math
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain, count, product
 from typing import Any
 
@@ -38,7 +39,7 @@ _POINTWISE = frozenset({
     nn.Hardsigmoid, nn.Hardshrink, nn.Softshrink, nn.Tanhshrink, nn.Softplus, nn.Softsign, nn.Sigmoid, nn.LogSigmoid,
     nn.Tanh, nn.Threshold, nn.Identity,
 })  # fmt: skip
-_CROP = 16  # a crop, which backward copies, takes about as long as the convolution of one point in so many
+_CROP, _CROP_BY_RELU = 16, 100  # a crop takes as long as the convolution of one point in so many: backward copies it
 
 Call = Callable[[torch.Tensor], torch.Tensor]
 Link = Sequence[Any]  # a convolution and the pointwise layers behind it
@@ -232,7 +233,7 @@ class _Run(Module):
         convs, steps = [link[0] for link in self.links], list[Call]()
         done = 0
         while done < len(convs):
-            deep = _deepest(convs[done:], X, self.most)
+            deep = _deepest(self.links[done:], X, self.most)
             links = self.links[done : done + (1 if deep is None else len(deep.lengths) - 1)]
             steps += links[0] if deep is None else [self._fused(links, deep, X, graph)]
             graph = graph or any(p.requires_grad for conv, *_ in links for p in conv.parameters())
@@ -247,32 +248,46 @@ class _Run(Module):
         index = X.grid.index(transport.rank)
         assert index is not None
         here = zip(*(dim[i] for dim, i in zip(deep.spans, index[2:], strict=True)), strict=True)
-        steps = [_Step(conv, _local(conv, spans), behind) for (conv, *behind), spans in zip(links, here, strict=True)]
+        steps = [_step(link, spans) for link, spans in zip(links, here, strict=True)]
         return _Fused(fetch, steps, reducer_of(transport))
 
 
-Local = Callable[[torch.Tensor, torch.Tensor, "torch.Tensor | None"], torch.Tensor]
+Crop = tuple[int, int, int]  # dim, start and length
 
 
-def _local(conv: Convolution, spans: Spans) -> Local:
-    """A layer's convolution on this rank."""
-    function, padding = getattr(F, f"conv{conv.dims}d"), tuple(span.padding for span in spans)
+def _step(link: Link, spans: Spans) -> _Step:
+    """A layer on this rank, and those behind it."""
+    conv, *behind = link
     crops = [(2 + d, s.kept[0] - s.made[0], s.kept[1] - s.kept[0]) for d, s in enumerate(spans) if s.made != s.kept]
+    if crops and _begins_with_relu(behind):
+        behind[0] = partial(_CroppedReLU.apply, crops)
+    elif crops:
+        behind.insert(0, partial(_cropped, crops))
+    return _Step(conv, getattr(F, f"conv{conv.dims}d"), tuple(span.padding for span in spans), behind)
 
-    def convolve(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        y = function(x, weight, bias, conv.stride, padding, conv.dilation, conv.groups)
-        for crop in crops:
-            y = y.narrow(*crop)
-        return y  # type: ignore[no-any-return]
 
-    return convolve
+def _cropped(crops: Sequence[Crop], x: torch.Tensor) -> torch.Tensor:
+    for crop in crops:
+        x = x.narrow(*crop)
+    return x
+
+
+def _begins_with_relu(behind: Sequence[Any]) -> bool:
+    return bool(behind) and type(behind[0]) is nn.ReLU
 
 
 @dataclass(frozen=True)
 class _Step:
     conv: Convolution
-    local: Local
+    function: Callable[..., torch.Tensor]
+    padding: tuple[int, ...]
     behind: Sequence[Call]
+
+    def __call__(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        x = self.function(x, weight, bias, self.conv.stride, self.padding, self.conv.dilation, self.conv.groups)
+        for layer in self.behind:
+            x = layer(x)
+        return x
 
 
 class _Fused:
@@ -287,9 +302,7 @@ class _Fused:
         weights = iter(self._weights())
         x = self.fetch(x)
         for step in self.steps:
-            x = step.local(x, next(weights), next(weights))
-            for layer in step.behind:
-                x = layer(x)
+            x = step(x, next(weights), next(weights))
         return x.contiguous()
 
     def _weights(self) -> Sequence[Any]:
@@ -319,6 +332,32 @@ class _Used(Node):
             None,
             *(ctx.run.reducer.reduce(p, g, replicas) if wants else None for p, g, replicas, wants in found),
         )
+
+
+class _CroppedReLU(Node):
+    """The ReLU of a part of a tensor, whose backward writes into the whole's gradient: a crop by itself copies that."""
+
+    @staticmethod
+    def forward(ctx: Any, crops: Sequence[Crop], x: torch.Tensor) -> torch.Tensor:
+        y = torch.relu(_cropped(crops, x))
+        ctx.crops, ctx.shape = crops, x.shape
+        ctx.save_for_backward(y)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[None, torch.Tensor]:
+        (y,) = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            part = gradient * (y > 0)
+            for d, start, size in reversed(ctx.crops):
+                part = F.pad(part, (*(0, 0) * (len(ctx.shape) - 1 - d), start, ctx.shape[d] - start - size))
+            return None, part
+        whole = gradient.new_empty(ctx.shape)
+        for d, start, size in ctx.crops:
+            whole.narrow(d, 0, start).zero_()
+            whole.narrow(d, start + size, ctx.shape[d] - start - size).zero_()
+        torch.ops.aten.threshold_backward.grad_input(gradient, y, 0, grad_input=_cropped(ctx.crops, whole))
+        return None, whole
 
 
 # ---- geometry --------------------------------------------------------------------------------------------------------
@@ -378,19 +417,20 @@ def _outputs(convs: Sequence[Convolution], X: Layout) -> Layout:
     return lay.balanced_blocks(X.grid, (batch, convs[-1].out_channels, *_lengths(convs, X)[-1]))
 
 
-def _deepest(convs: Sequence[Convolution], X: Layout, most: float) -> _Deep | None:
+def _deepest(links: Sequence[Link], X: Layout, most: float) -> _Deep | None:
     """The longest run from the first layer on that may be fused; None if that is not even two layers."""
     found = None
-    for depth in range(2, len(convs) + 1):
-        deep = _deep(convs[:depth], X)
+    for depth in range(2, len(links) + 1):
+        deep = _deep(links[:depth], X)
         if deep is None or _excess(deep) > most:
             break
         found = deep
     return found
 
 
-def _deep(convs: Sequence[Convolution], X: Layout) -> _Deep | None:
+def _deep(links: Sequence[Link], X: Layout) -> _Deep | None:
     """The geometry of a run; None if some rank holds nothing of some tensor, or no data would move."""
+    convs = [link[0] for link in links]
     lengths, Y = _lengths(convs, X), _outputs(convs, X)
     if any(start >= stop for dim in (*X.dims, *Y.dims) for start, stop in dim.ranges):
         return None
@@ -400,7 +440,7 @@ def _deep(convs: Sequence[Convolution], X: Layout) -> _Deep | None:
         n = [length[d] for length in lengths]
         if min(n) < len(dim.ranges):
             return None
-        along = [_spans(convs, d, n, (i, len(dim.ranges))) for i in range(len(dim.ranges))]
+        along = [_spans(links, d, n, (i, len(dim.ranges))) for i in range(len(dim.ranges))]
         if any(start >= stop for (start, stop), _ in along):
             return None
         dims[2 + d] = Dim(tuple(reads for reads, _ in along), dim.axes)
@@ -409,23 +449,24 @@ def _deep(convs: Sequence[Convolution], X: Layout) -> _Deep | None:
     return None if X.same_boxes(Z) else _Deep(Z, lengths, spans)
 
 
-def _spans(
-    convs: Sequence[Convolution], d: int, lengths: Sequence[int], position: tuple[int, int]
-) -> tuple[Range, Spans]:
+def _spans(links: Sequence[Link], d: int, lengths: Sequence[int], position: tuple[int, int]) -> tuple[Range, Spans]:
     """Of one dim, at one of so many positions along it: the input that is read, empty if any layer's is, and what is computed."""
     index, parts = position
     blocks = [lay.ranges_of(balanced(n, parts))[index] for n in lengths]
     wanted = [blocks[-1]]
-    for conv, n in zip(reversed(convs), lengths[-2::-1], strict=True):
+    for (conv, *_), n in zip(reversed(links), lengths[-2::-1], strict=True):
         start, stop = conv._wanted(d, wanted[0])[0]
         wanted.insert(0, (0, n) if parts == 1 else (max(start, 0), min(stop, n)))
         if wanted[0][0] >= wanted[0][1]:
             return wanted[0], ()
     held, spans = wanted[0], list[_Span]()
-    for conv, n, m, reads, block in zip(convs, lengths[:-1], lengths[1:], wanted[1:], blocks[1:], strict=True):
+    for (conv, *behind), n, m, reads, block in zip(
+        links, lengths[:-1], lengths[1:], wanted[1:], blocks[1:], strict=True
+    ):
         padding, made = _made(conv, d, n, held, reads)
         kept = max(made[0], 0), min(made[1], m)
-        if (kept[1] - kept[0]) * _CROP > (reads[1] - reads[0]) * (_CROP + 1) or reads is wanted[-1]:
+        crop = _CROP_BY_RELU if _begins_with_relu(behind) else _CROP
+        if (kept[1] - kept[0]) * crop > (reads[1] - reads[0]) * (crop + 1) or reads is wanted[-1]:
             kept = reads
         spans.append(_Span(padding, made, kept, block[1] - block[0]))
         held = kept
