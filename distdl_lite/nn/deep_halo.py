@@ -31,7 +31,7 @@ from distdl_lite.nn.movement import agreed_inputs
 from distdl_lite.nn.options import numbers
 from distdl_lite.operator import NOTHING, Node, Operator
 from distdl_lite.plan import plan
-from distdl_lite.reducer import Reducer, reducer_of
+from distdl_lite.reducer import Reducer, Replicas, reducer_of
 
 _CONVOLUTIONS = frozenset({DistributedConv1d, DistributedConv2d, DistributedConv3d})
 _POINTWISE = frozenset({
@@ -75,8 +75,9 @@ class DeepHalo(Module):
     as they stand: so are convolutions and activations with hooks or a forward of their own, and all where a rank has an empty
     block, autocast is on or input and weights differ in dtype.
 
-    Forward and backward of a run send one exchange each, of as many points as all its layers reach; gradients of weights are
-    summed as ever. The ranks agree once a call, also inside a module that rides on one agreement, since hooks may change.
+    Forward and backward of a run send one exchange each, of as many points as all its layers reach; gradients of
+    weights are summed as ever. A run keeps one copy of its input with the halo. The ranks agree once a call, also
+    inside a module that rides on one agreement, since hooks may change.
     Source: Demmel, Hoemmen, Mohiyuddin and Yelick, "Avoiding communication in sparse matrix computations", IPDPS 2008.
     """
 
@@ -295,8 +296,7 @@ class _Fused:
 
     def __init__(self, fetch: Operator, steps: Sequence[_Step], reducer: Reducer) -> None:
         self.fetch, self.steps, self.reducer = fetch, steps, reducer
-        self.names = [(s.conv, name) for s in steps for name in ("weight", "bias")]
-        self.replicas = [c._distdl_places[name].replicas for c, name in self.names if name in c._distdl_places]
+        self.names = [(step.conv, name) for step in steps for name in ("weight", "bias")]
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         weights = iter(self._weights())
@@ -308,30 +308,31 @@ class _Fused:
     def _weights(self) -> Sequence[Any]:
         """Weight and bias of each layer, whose gradients will be the sums over their replicas."""
         held = [conv.held(name) for conv, name in self.names]
-        if not (torch.is_grad_enabled() and any(p is not None and p.requires_grad for p in held)):
-            return held
-        used = iter(_Used.apply(self.reducer.token, self, *(p for p in held if p is not None)))
-        return [p if p is None else next(used) for p in held]
+        learned = [n for n, p in enumerate(held) if p is not None and p.requires_grad]
+        if learned and torch.is_grad_enabled():
+            replicas = [conv._distdl_places[name].replicas for conv, name in map(self.names.__getitem__, learned)]
+            used = _Used.apply(self.reducer.token, self.reducer, replicas, *(held[n] for n in learned))
+            for n, parameter in zip(learned, used, strict=True):
+                held[n] = parameter
+        return held
 
 
 class _Used(Node):
     """The identity whose adjoint sums over the replicas: one node for all weights of a run, as each takes 0.1 ms."""
 
     @staticmethod
-    def forward(ctx: Any, token: torch.Tensor, run: _Fused, *parameters: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        ctx.run, ctx.parameters = run, parameters
+    def forward(
+        ctx: Any, token: torch.Tensor, reducer: Reducer, replicas: Sequence[Replicas], *parameters: torch.Tensor
+    ) -> tuple[torch.Tensor, ...]:
+        ctx.reducer, ctx.replicas, ctx.parameters = reducer, replicas, parameters
         ctx.save_for_backward(NOTHING)
         return tuple(p.view_as(p) for p in parameters)
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         _ = ctx.saved_tensors
-        found = zip(ctx.parameters, gradients, ctx.run.replicas, ctx.needs_input_grad[2:], strict=True)
-        return (
-            None,
-            None,
-            *(ctx.run.reducer.reduce(p, g, replicas) if wants else None for p, g, replicas, wants in found),
-        )
+        found = zip(ctx.parameters, gradients, ctx.replicas, strict=True)
+        return None, None, None, *(ctx.reducer.reduce(*each) for each in found)
 
 
 class _CroppedReLU(Node):
@@ -348,7 +349,7 @@ class _CroppedReLU(Node):
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[None, torch.Tensor]:
         (y,) = ctx.saved_tensors
         if torch.is_grad_enabled():
-            part = gradient * (y > 0)
+            part = torch.ops.aten.threshold_backward(gradient, y, 0)
             for d, start, size in reversed(ctx.crops):
                 part = F.pad(part, (*(0, 0) * (len(ctx.shape) - 1 - d), start, ctx.shape[d] - start - size))
             return None, part
