@@ -21,14 +21,20 @@ def rows(P: Partition, seconds: float) -> list[Row]:
     rows = []
     for count, channels, length, factor, more in ((8, 16, 256, 1.1, 0), (3, 16, 512, 1.1, 0), (1, 8, 64, 1, 300)):
         shape = 1, channels, length // P.size, length
-        layers = _ours(P, channels), partial(torch.nn.Conv2d, channels, channels, 3, padding=1)
-        calls = [calls_of(_network(layer, count), shape, BOTH) for layer in layers]
-        ours, floor, hand = interleaved(P.comm, [*calls, _by_hand(P.comm, count, shape)], 4 * seconds)
+        layer, plain = _ours(P, channels), partial(torch.nn.Conv2d, channels, channels, 3, padding=1)
+        networks = _network(layer, count), _network(layer, count, dnn.DeepHalo), _network(plain, count)
+        calls = [calls_of(network, shape, BOTH) for network in networks]
+        ours, deep, floor, hand = interleaved(P.comm, [*calls, _by_hand(P.comm, count, shape)], 5 * seconds)
         what, size = f"{count} x (conv 3x3 + ReLU), other is", f"(1,{channels},{length},{length})"
         bar = f"+{more} us" if more else f"{factor} x"
         holds = ours <= factor * floor + more
         rows.append(Row(f"{what} without exchange", size, BOTH, ours, floor, bar=bar, holds=holds))
         rows.append(Row(f"{what} by hand", size, BOTH, ours, hand))
+        if count > 1:
+            holds = deep <= 1.06 * floor
+            what = f"{count} x (conv 3x3 + ReLU) in a DeepHalo, other is"
+            rows.append(Row(f"{what} without exchange", size, BOTH, deep, floor, bar="1.06 x", holds=holds))
+            rows.append(Row(f"{what} by hand", size, BOTH, deep, hand))
     return rows
 
 
@@ -36,8 +42,8 @@ def _ours(P: Partition, channels: int) -> Callable[[], torch.nn.Module]:
     return partial(dnn.DistributedConv2d, P.grid((1, 1, P.size, 1)), channels, channels, 3, padding=1)
 
 
-def _network(layer: Callable[[], torch.nn.Module], count: int) -> torch.nn.Module:
-    return torch.nn.Sequential(*(made for _ in range(count) for made in (layer(), torch.nn.ReLU())))
+def _network(layer: Callable[[], torch.nn.Module], count: int, kind: Any = torch.nn.Sequential) -> torch.nn.Module:
+    return kind(*(made for _ in range(count) for made in (layer(), torch.nn.ReLU())))
 
 
 def _by_hand(comm: Any, count: int, shape: Sequence[int]) -> Call:
