@@ -25,16 +25,11 @@ def rows(P: Partition, seconds: float) -> list[Row]:
         networks = _network(layer, count), _network(layer, count, dnn.DeepHalo), _network(plain, count)
         calls = [calls_of(network, shape, BOTH) for network in networks]
         ours, deep, floor, hand = interleaved(P.comm, [*calls, _by_hand(P.comm, count, shape)], 5 * seconds)
-        what, size = f"{count} x (conv 3x3 + ReLU), other is", f"(1,{channels},{length},{length})"
-        bar = f"+{more} us" if more else f"{factor} x"
-        holds = ours <= factor * floor + more
-        rows.append(Row(f"{what} without exchange", size, BOTH, ours, floor, bar=bar, holds=holds))
-        rows.append(Row(f"{what} by hand", size, BOTH, ours, hand))
-        if count > 1:
-            holds = deep <= 1.06 * floor
-            what = f"{count} x (conv 3x3 + ReLU) in a DeepHalo, other is"
-            rows.append(Row(f"{what} without exchange", size, BOTH, deep, floor, bar="1.06 x", holds=holds))
-            rows.append(Row(f"{what} by hand", size, BOTH, deep, hand))
+        size, bar = f"(1,{channels},{length},{length})", f"+{more} us" if more else f"{factor} x"
+        for how, time in (("", ours), (" in a DeepHalo", deep)) if count > 1 else (("", ours),):
+            what, holds = f"{count} x (conv 3x3 + ReLU){how}, other is", time <= factor * floor + more
+            rows.append(Row(f"{what} without exchange", size, BOTH, time, floor, bar=bar, holds=holds))
+            rows.append(Row(f"{what} by hand", size, BOTH, time, hand))
     return rows
 
 
