@@ -174,9 +174,9 @@ class DistributedFFT(Module):
 
     # ---- forward -----------------------------------------------------------------------------------------------------
 
-    def _distdl_serial(self) -> Local | None:
-        steps = self._distdl_plan.steps
-        return steps[0].transform if len(steps) == 1 else None
+    def _distdl_serial(self) -> Local:
+        function, s = _TRANSFORMS[self.function], None if set(self.s) == {-1} else self.s
+        return lambda x: function(x, s, self.dim, self.norm)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not self._distdl_is_inside:

@@ -153,8 +153,12 @@ class Module(torch.nn.Module):
             return super().__call__(*args, **kwargs)
         if self._distdl_alone is not None and not kwargs and "forward" not in self.__dict__:
             function, structure = self._distdl_alone
-            if _local_structure(args) == structure:
-                return function(*args)
+            if len(args) == len(structure):
+                for x, known in zip(args, structure, strict=True):
+                    if not isinstance(x, Tensor) or x.is_nested or (x.shape, x.dtype, x.device) != known:
+                        break
+                else:
+                    return function(*args)
         seen = self._distdl_seen
         if (
             seen is not None
@@ -311,7 +315,7 @@ class Module(torch.nn.Module):
             elif all(x.size for x in self._distdl_structure[self._distdl_team[0]]) and (
                 function := self._distdl_serial()
             ):
-                self._distdl_alone = function, _local_structure(input)
+                self._distdl_alone = function, [(x.shape, x.dtype, x.device) for x in input]
         if self._distdl_rehearse is not None or alone:
             self._distdl_seen, self._distdl_mine = parts, _hashed(parts)
 
@@ -524,10 +528,6 @@ def _end_ride(module: Module, args: tuple[Any, ...], output: Any) -> None:
     ride = module._distdl_transport and module._distdl_transport.local.get("ride")
     if ride is not None and ride.owner is module:
         module._distdl_transport.local["ride"] = ride.outer
-
-
-def _local_structure(tensors: Sequence[Any]) -> list[Any]:
-    return [(x.shape, x.dtype, x.device) for x in tensors if isinstance(x, Tensor) and not x.is_nested]
 
 
 def _hashed(parts: list[Any]) -> int:
