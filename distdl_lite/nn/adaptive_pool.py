@@ -225,9 +225,9 @@ class _DistributedAdaptiveAvgPool(_DistributedAdaptivePool):
     def _distdl_rehearsal(self) -> Callable[[], None]:
         return rehearsal(self, (self._distdl_plan.deliver, self._distdl_plan.dtype))
 
-    def _distdl_serial(self) -> Local:
+    def _distdl_serial(self) -> Callable[..., torch.Tensor]:
         local: Local = self._distdl_plan.local
-        return local
+        return lambda layer, x: local(x)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not self._distdl_is_inside:

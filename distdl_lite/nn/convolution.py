@@ -203,12 +203,12 @@ class Convolution(Layer):
 
     # ---- forward -----------------------------------------------------------------------------------------------------
 
-    def _distdl_serial(self) -> Callable[[torch.Tensor], torch.Tensor] | None:
+    def _distdl_serial(self) -> Callable[..., torch.Tensor] | None:
         built: _Built = self._distdl_plan
         convolve = built.convolve
         if built.fetch is not None or convolve is None:
             return None
-        return lambda x: convolve(x, self.held("weight"), self.held("bias"))
+        return lambda layer, x: convolve(x, layer.held("weight"), layer.held("bias"))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not self._distdl_is_inside:

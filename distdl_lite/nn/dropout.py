@@ -163,8 +163,8 @@ class DistributedDropout(Module):
             hashed = _hashed([start for start, _ in box], lay.shape_of(box), global_shape, input[0].device)
         return _Built(box, global_shape, hashed, inputs.requires_grad)
 
-    def _distdl_serial(self) -> Callable[[torch.Tensor], torch.Tensor]:
-        return self.forward
+    def _distdl_serial(self) -> Callable[..., torch.Tensor]:
+        return type(self).forward
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not self.training or self.p == 0:

@@ -123,9 +123,9 @@ class DistributedEmbedding(Layer):
 
     # ---- forward -----------------------------------------------------------------------------------------------------
 
-    def _distdl_serial(self) -> Callable[[torch.Tensor], torch.Tensor] | None:
+    def _distdl_serial(self) -> Callable[..., torch.Tensor] | None:
         is_on_host = self._distdl_structure[self._distdl_team[0]][0].device == "cpu"
-        return self._alone if is_on_host else None  # elsewhere torch does not say which index is wrong
+        return type(self)._alone if is_on_host else None  # elsewhere torch does not say which index is wrong
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         if not self._distdl_is_inside:

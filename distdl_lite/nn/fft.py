@@ -174,9 +174,9 @@ class DistributedFFT(Module):
 
     # ---- forward -----------------------------------------------------------------------------------------------------
 
-    def _distdl_serial(self) -> Local:
+    def _distdl_serial(self) -> Callable[..., torch.Tensor]:
         function, s = _TRANSFORMS[self.function], None if set(self.s) == {-1} else self.s
-        return lambda x: function(x, s, self.dim, self.norm)
+        return lambda layer, x: function(x, s, layer.dim, layer.norm)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not self._distdl_is_inside:

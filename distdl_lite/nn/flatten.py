@@ -85,8 +85,8 @@ class DistributedFlatten(Module):
     def _distdl_rehearsal(self) -> Callable[[], None]:
         return rehearsal(self, (self._distdl_plan.move, self._distdl_plan.dtype))
 
-    def _distdl_serial(self) -> Callable[[torch.Tensor], torch.Tensor]:
-        return lambda x: x.flatten(self._first, self._last)
+    def _distdl_serial(self) -> Callable[..., torch.Tensor]:
+        return lambda layer, x: x.flatten(layer._first, layer._last)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not self._distdl_is_inside:

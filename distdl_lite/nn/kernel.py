@@ -178,9 +178,9 @@ class SpatialLayer(Module):
     def _distdl_rehearsal(self) -> Callable[[], None]:
         return rehearsal(self, (self._distdl_plan.fetch, self._distdl_plan.dtype))
 
-    def _distdl_serial(self) -> Callable[[torch.Tensor], Any] | None:
+    def _distdl_serial(self) -> Callable[..., Any]:
         local = self._distdl_plan.local
-        return (lambda x: with_places(local(x))) if self.return_indices else local
+        return lambda layer, x: with_places(local(x)) if layer.return_indices else local(x)
 
     def forward(self, x: torch.Tensor) -> Any:
         if not self._distdl_is_inside:

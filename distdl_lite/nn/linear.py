@@ -132,8 +132,8 @@ class DistributedLinear(Layer):
         built: _Built = self._distdl_plan
         return rehearsal(self, (built.fetch, built.dtype), (built.deliver, built.out_dtype))
 
-    def _distdl_serial(self) -> Callable[[torch.Tensor], torch.Tensor]:
-        return lambda x: F.linear(x, self.held("weight"), self.held("bias"))
+    def _distdl_serial(self) -> Callable[..., torch.Tensor]:
+        return lambda layer, x: F.linear(x, layer.held("weight"), layer.held("bias"))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not self._distdl_is_inside:

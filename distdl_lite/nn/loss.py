@@ -117,7 +117,7 @@ class _DistributedLoss(Module):
     # ---- forward -----------------------------------------------------------------------------------------------------
 
     def _distdl_serial(self) -> Callable[..., torch.Tensor]:
-        return self._alone
+        return type(self)._alone
 
     def _alone(self, input: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         options = {name: getattr(self, name) for name in self._options}

@@ -78,8 +78,8 @@ class DistributedMean(Module):
         team = grid.members({axis: i for axis, i in enumerate(index) if axis not in self._dims})
         return _Built(tuple(sorted(team)), math.prod(n[d] for d in self._dims), inputs.requires_grad)
 
-    def _distdl_serial(self) -> Callable[[torch.Tensor], torch.Tensor]:
-        return lambda x: x.mean(self._dims, self.keepdim)
+    def _distdl_serial(self) -> Callable[..., torch.Tensor]:
+        return lambda layer, x: x.mean(layer._dims, layer.keepdim)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not self._distdl_is_inside:

@@ -158,7 +158,7 @@ class Module(torch.nn.Module):
                     if not isinstance(x, Tensor) or x.is_nested or (x.shape, x.dtype, x.device) != known:
                         break
                 else:
-                    return function(*args)
+                    return function(self, *args)
         seen = self._distdl_seen
         if (
             seen is not None
@@ -238,8 +238,8 @@ class Module(torch.nn.Module):
     def _distdl_serial(self) -> Callable[..., Any] | None:
         """For a layer that one rank has for itself: what a call comes to under the plan, in any mode; None: not that alone.
 
-        It is mostly torch's own function. Nothing but shapes, dtypes and devices of the arguments, none of which is empty, is
-        looked at before.
+        It is given the layer, lest a layer that keeps it keeps itself, and the tensors, and is mostly torch's own function.
+        Nothing but shapes, dtypes and devices of the tensors, none of which is empty, is looked at before.
         """
         return None
 

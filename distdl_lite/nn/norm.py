@@ -178,8 +178,8 @@ class DistributedBatchNorm(_RunningNorm):
     def factor(self) -> float:
         return 1.0 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
 
-    def _distdl_serial(self) -> Callable[[torch.Tensor], torch.Tensor] | None:
-        return None if super()._distdl_serial() is None else self.forward
+    def _distdl_serial(self) -> Callable[..., torch.Tensor] | None:
+        return None if super()._distdl_serial() is None else type(self).forward
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self._distdl_is_inside and self.tracks and self.num_batches_tracked is not None:

@@ -191,11 +191,11 @@ class Norm(Layer):
 
     # ---- forward -----------------------------------------------------------------------------------------------------
 
-    def _distdl_serial(self) -> Callable[[torch.Tensor], torch.Tensor] | None:
+    def _distdl_serial(self) -> Callable[..., torch.Tensor] | None:
         built: Built = self._distdl_plan
         if built.rows is not None:
             return None
-        return lambda x: self.alone(x, self.held("weight"), self.held("bias"), *self.running(built))
+        return lambda layer, x: layer.alone(x, layer.held("weight"), layer.held("bias"), *layer.running(built))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not self._distdl_is_inside:

@@ -158,8 +158,9 @@ class _DistributedPad(Module):
     def _distdl_rehearsal(self) -> Callable[[], None]:
         return rehearsal(self, (self._distdl_plan.fetch, self._distdl_plan.dtype))
 
-    def _distdl_serial(self) -> Local | None:
-        return self._distdl_plan.local if self._distdl_plan.fetch is None else None
+    def _distdl_serial(self) -> Callable[..., torch.Tensor] | None:
+        local = self._distdl_plan.local
+        return (lambda layer, x: local(x)) if self._distdl_plan.fetch is None else None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not self._distdl_is_inside:

@@ -153,8 +153,8 @@ class _ParallelLinear(Layer):
 
     # ---- forward -----------------------------------------------------------------------------------------------------
 
-    def _distdl_serial(self) -> Local:
-        return lambda x: F.linear(x, self.held("weight"), self.held("bias"))
+    def _distdl_serial(self) -> Callable[..., torch.Tensor]:
+        return lambda layer, x: F.linear(x, layer.held("weight"), layer.held("bias"))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not self._distdl_is_inside:

@@ -103,8 +103,8 @@ class DistributedSoftmax(Module):
         cuts = lay.cuts_from_shapes(self.P_x.grid_of_ranks, inputs.shapes)
         return (cut_dim(self, self.P_x, cuts, self.dim % self.P_x.dim, inputs.requires_grad),)
 
-    def _distdl_serial(self) -> Callable[[torch.Tensor], torch.Tensor]:
-        return lambda x: self._whole(x, self.dim)
+    def _distdl_serial(self) -> Callable[..., torch.Tensor]:
+        return lambda layer, x: layer._whole(x, layer.dim)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not self._distdl_is_inside:

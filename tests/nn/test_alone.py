@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -67,6 +70,28 @@ def test_losses_with_their_targets(world: dl.Partition) -> None:
     with pytest.raises(ValueError, match="passed a target of shape"):
         loss(torch.rand(4, 3), torch.randint(3, (5,)))
     assert torch.equal(loss(input=x, target=target), serial(x, target))
+
+
+@on_ranks(1)
+def test_a_dropped_layer_goes_at_once(world: dl.Partition) -> None:
+    """Its weights do not wait for the garbage collector."""
+    P = world.grid((1, 1))
+    makers: list[Callable[[], Any]] = [
+        lambda: dnn.DistributedLinear(P, None, None, 3, 3),
+        lambda: dnn.DistributedBatchNorm(P, 3),
+        lambda: dnn.DistributedDropout(P),
+    ]
+    gc.disable()
+    try:
+        for make in makers:
+            layer = make()
+            layer(torch.rand(2, 3))
+            assert layer._distdl_alone is not None
+            known = weakref.ref(layer)
+            del layer
+            assert known() is None
+    finally:
+        gc.enable()
 
 
 class _Doubled(dnn.DistributedAvgPool2d):
