@@ -7,19 +7,19 @@ where there is much to add, and puts the sums into ``.grad``: they are final whe
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
-from typing import Any, TypeVar
+from typing import Any
 from weakref import WeakValueDictionary
 
 import torch
 
+from distdl_lite.backward import at_end_of_backward, engine_will_run, running_backward
+from distdl_lite.flat import cut, flattened, unflattened
 from distdl_lite.shown import shown
 from distdl_lite.transport import Transport
 from distdl_lite.transport.sums import Pending
-
-Item = TypeVar("Item")
 
 BUCKET_BYTES = 25 * 2**20  # of sums at the end of backward
 EARLY_BYTES = 4 * 2**20  # of sums that start before; a model with less to sum has none
@@ -157,7 +157,7 @@ class Reducer:
         """
         if len(replicas.team) < 2:
             return gradient
-        if parameter.is_leaf and not torch.is_grad_enabled() and _engine_will_run(self._token_node):
+        if parameter.is_leaf and not torch.is_grad_enabled() and engine_will_run(self._token_node):
             backward = running_backward()
             collected = self._collected.get(backward)
             if collected is None:
@@ -376,31 +376,6 @@ def buckets(group: Iterable[Entry], most: int) -> list[list[Entry]]:
     return cut(group, lambda entry: (entry.dtype, entry.parameter.device), lambda entry: entry.nbytes, most)
 
 
-def cut(
-    items: Iterable[Item],
-    kind: Callable[[Item], Any],
-    nbytes: Callable[[Item], int],
-    most: int,
-    first: int | None = None,
-) -> list[list[Item]]:
-    """The items, in their order, in buckets of one kind, of `most` bytes, the first of `first`.
-
-    A bucket has more where one item has. An eighth of it is little: what has so little takes the next item in any case, and
-    one that lacks so little is closed. A layer's bias is then summed with its weight, not with those of the next layer.
-    """
-    made: list[list[Item]] = []
-    latest: dict[Any, tuple[list[Item], int]] = {}
-    for item in items:
-        bucket, filled = latest.get(kind(item), ([], 0))
-        limit = first if first is not None and bucket and bucket is made[0] else most
-        if not bucket or filled > 7 * limit // 8 or (filled + nbytes(item) > limit and filled > limit // 8):
-            bucket, filled = [], 0
-            made.append(bucket)
-        bucket.append(item)
-        latest[kind(item)] = bucket, filled + nbytes(item)
-    return made
-
-
 def _accumulate(bucket: Sequence[Entry], flat: torch.Tensor) -> None:
     """Add a bucket's sums to ``.grad``."""
     totals = unflattened(flat, [entry.parameter for entry in bucket])
@@ -411,54 +386,3 @@ def _accumulate(bucket: Sequence[Entry], flat: torch.Tensor) -> None:
                 parameter.grad.add_(total)
             else:
                 parameter.grad = total if total.dtype is parameter.dtype else total.to(parameter.dtype)
-
-
-# ---- the private calls of torch, in one place; tests/test_reducer.py checks them -------------------------
-
-
-def _engine_will_run(node: Any) -> bool:
-    return torch._C._will_engine_execute_node(node)
-
-
-def running_backward() -> int:
-    return torch._C._current_graph_task_id()
-
-
-def running_backward_accumulates(leaves: Sequence[torch.Tensor]) -> bool:
-    """Inside a hook: whether the backward that runs adds to ``.grad`` of any of the leaves, unlike `torch.autograd.grad`.
-
-    Where the hook's node leads to none of them, what becomes of another leaf below it tells.
-    """
-    nodes = (torch.autograd.graph.get_gradient_edge(leaf).node for leaf in leaves if leaf.requires_grad)
-    try:
-        return any(map(_engine_will_run, nodes)) or _runs_into_others(torch._C._current_autograd_node(), leaves)
-    except RuntimeError:  # a leaf's gradient is returned
-        return False
-
-
-def _runs_into_others(node: Any, leaves: Sequence[torch.Tensor]) -> bool:
-    ids, seen, left, other = {id(leaf) for leaf in leaves}, set(), [node], None
-    while left:
-        node = left.pop()
-        if id(getattr(node, "variable", None)) in ids:
-            return False
-        if hasattr(node, "variable"):
-            other = node
-        below = {following for following, _ in node.next_functions if following is not None} - seen
-        seen |= below
-        left += below
-    return other is not None and _engine_will_run(other)
-
-
-def at_end_of_backward(callback: Callable[[], None]) -> None:
-    torch.autograd.Variable._execution_engine.queue_callback(callback)  # type: ignore[attr-defined]
-
-
-def flattened(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
-    """One flat tensor of their elements."""
-    return torch._C._nn.flatten_dense_tensors(tensors)  # type: ignore[attr-defined]
-
-
-def unflattened(flat: torch.Tensor, tensors: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
-    """Views of a flat tensor of the shapes of these."""
-    return torch._C._nn.unflatten_dense_tensors(flat, tensors)  # type: ignore[attr-defined]

@@ -190,28 +190,3 @@ def test_gradients_of_stride_0_are_left_alone(world: Partition) -> None:
     model.use().backward(g)
     assert torch.equal(model.weight.grad, torch.full((3,), 8.0, dtype=torch.float64))
     assert float(g[0]) == 2.0
-
-
-def test_private_calls_of_autograd_are_there() -> None:
-    """What the reducer needs of torch's engine, seen from inside a backward."""
-    seen = []
-
-    class Look(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx: object, x: torch.Tensor) -> torch.Tensor:
-            return x.clone()
-
-        @staticmethod
-        def backward(ctx: object, gradient: torch.Tensor) -> torch.Tensor:
-            seen.append((red.running_backward(), red._engine_will_run(node)))
-            red.at_end_of_backward(lambda: seen.append("end"))
-            return gradient
-
-    x, y = (torch.ones(1, requires_grad=True) for _ in range(2))
-    node = x.view_as(x).grad_fn.next_functions[0][0]
-    (Look.apply(y) + x).sum().backward()
-    first = seen[0][0]
-    assert seen == [(first, True), "end"]
-    seen.clear()
-    torch.autograd.grad((Look.apply(y) + x).sum(), y)
-    assert seen == [(first + 1, False), "end"]

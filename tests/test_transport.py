@@ -12,9 +12,9 @@ from ranks import on_ranks
 
 import distdl_lite as dl
 from distdl_lite import layout as lay
+from distdl_lite.agreement import raise_together
 from distdl_lite.grid import Grid
 from distdl_lite.layout import shape_of
-from distdl_lite.nn.module import raise_together
 from distdl_lite.plan import plan
 from distdl_lite.testing import count
 from distdl_lite.transport import Transport

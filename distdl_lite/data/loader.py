@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
+from distdl_lite.agreement import check_alike
 from distdl_lite.data.rows import LocalRows, Route, empty_rows, inverse, line_of, picked, route
 from distdl_lite.data.sampler import ShardBatchSampler, permutation
 from distdl_lite.grid import balanced
-from distdl_lite.nn.module import check_alike
 
 
 @dataclass(frozen=True)

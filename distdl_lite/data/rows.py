@@ -11,9 +11,9 @@ from typing import Any, TypeVar
 import torch
 from torch.utils._pytree import keystr, tree_flatten, tree_flatten_with_path, tree_unflatten
 
+from distdl_lite.agreement import check_alike, raise_together
 from distdl_lite.data.sampler import permutation
 from distdl_lite.grid import balanced
-from distdl_lite.nn.module import check_alike, raise_together
 from distdl_lite.partition import Partition, partition_of
 
 Rows = TypeVar("Rows")

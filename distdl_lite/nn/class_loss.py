@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 
 from distdl_lite import layout as lay
+from distdl_lite.agreement import raise_together
 from distdl_lite.layout import Shape
 from distdl_lite.nn.kernel import wide
 from distdl_lite.nn.loss import _Built, _DistributedLoss
-from distdl_lite.nn.module import raise_together
 from distdl_lite.nn.options import integers, numbers
 from distdl_lite.nn.softmax import CutDim, cut_dim, log_softmax
 from distdl_lite.partition import Partition

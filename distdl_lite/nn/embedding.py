@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 
 from distdl_lite import layout as lay
+from distdl_lite.agreement import raise_together
 from distdl_lite.grid import balanced
 from distdl_lite.layout import Dim, Layout, ranges_of
 from distdl_lite.nn.kernel import connected_zeros
-from distdl_lite.nn.module import raise_together
 from distdl_lite.nn.movement import agreed_inputs, zero_volume_tensor
 from distdl_lite.nn.options import booleans, integers
 from distdl_lite.nn.parallel_linear import line_of

@@ -14,9 +14,10 @@ import torch
 import torch.nn.functional as F
 
 from distdl_lite import layout as lay
+from distdl_lite.agreement import raise_together
 from distdl_lite.layout import Box, Shape
 from distdl_lite.nn.kernel import anchored, connected_zeros, wide
-from distdl_lite.nn.module import Module, raise_together
+from distdl_lite.nn.module import Module
 from distdl_lite.nn.movement import agreed_inputs
 from distdl_lite.nn.options import booleans, numbers
 from distdl_lite.partition import Partition

@@ -17,39 +17,13 @@ from torch._C._autograd import _top_saved_tensors_default_hooks  # type: ignore[
 from torch.nn.modules.module import _has_any_global_hook as _any_global_hook
 from torch.utils.hooks import RemovableHandle
 
+from distdl_lite.agreement import CALL, check_alike, check_present, raise_together
 from distdl_lite.operator import ANCHOR, NOTHING, TRANSFORMS, Node
 from distdl_lite.partition import Partition, check_same_world, union_of_ranks
+from distdl_lite.structure import Structure, TensorStructure, autocast, hashable, hashed
 from distdl_lite.transport import Transport, current
 
-_MASK = (1 << 64) - 1
 _CACHED_STRUCTURES = 64
-CALL = "call of layer"
-
-
-@dataclass(frozen=True)
-class TensorStructure:
-    """What a rank tells the others about one tensor argument; ``kind`` names an argument that is no tensor."""
-
-    shape: tuple[int, ...] = ()
-    dtype: torch.dtype | None = None
-    device: str = ""
-    requires_grad: bool = False
-    kind: str = "Tensor"
-
-    @staticmethod
-    def of(value: Any) -> TensorStructure:
-        if not isinstance(value, torch.Tensor):
-            return TensorStructure(kind=type(value).__name__)
-        if not _is_plain(value):
-            return TensorStructure(kind="a nested tensor" if value.is_nested else f"a tensor of {value.layout}")
-        return TensorStructure(tuple(value.shape), value.dtype, value.device.type, value.requires_grad)
-
-    @property
-    def size(self) -> int:
-        return 0 if self.kind != "Tensor" else torch.Size(self.shape).numel()
-
-
-Structure = Mapping[int, tuple[TensorStructure, ...]]  # world rank -> its tensor arguments
 
 
 @dataclass
@@ -317,7 +291,7 @@ class Module(torch.nn.Module):
             ):
                 self._distdl_alone = function, [(x.shape, x.dtype, x.device) for x in input]
         if self._distdl_rehearse is not None or alone:
-            self._distdl_seen, self._distdl_mine = parts, _hashed(parts)
+            self._distdl_seen, self._distdl_mine = parts, hashed(parts)
 
     def _distdl_positional(
         self, input: tuple[Any, ...], kwargs: Mapping[str, Any]
@@ -451,28 +425,28 @@ class Module(torch.nn.Module):
         return ride if ride is not None and ride.team.issuperset(self._distdl_team) else None
 
     def _distdl_local_key(self, input: tuple[Any, ...], kwargs: Mapping[str, Any] | None) -> int:
-        return _hashed(self._distdl_local_parts(input, kwargs))
+        return hashed(self._distdl_local_parts(input, kwargs))
 
     def _distdl_local_parts(self, input: tuple[Any, ...], kwargs: Mapping[str, Any] | None = None) -> list[Any]:
         """All that this rank's structure consists of.
 
         Every call of a layer asks for it; where the caches are cold, each name that is looked up takes 0.5 us.
         """
-        autocast = _is_any_autocast_enabled() and _autocast()
+        casts = _is_any_autocast_enabled() and autocast()
         parts: list[Any] = [
             self._distdl_transport.rank,
             self._distdl_number,
             is_grad_enabled(),
-            autocast,
+            casts,
             _are_functorch_transforms_active(),
         ]
         for value in input:
             if isinstance(value, Tensor) and value.layout is strided and not value.is_nested:
                 parts += (value.shape, value.dtype, value.device, value.requires_grad)
             else:
-                parts.append(_hashable(value))
+                parts.append(hashable(value))
         if kwargs:
-            parts.append(_hashable(kwargs))
+            parts.append(hashable(kwargs))
         for module in self.modules() if self._modules else (self,):
             parts.append(module.training)
             for p in module._parameters.values():
@@ -530,11 +504,6 @@ def _end_ride(module: Module, args: tuple[Any, ...], output: Any) -> None:
         module._distdl_transport.local["ride"] = ride.outer
 
 
-def _hashed(parts: list[Any]) -> int:
-    """A tuple's hash is nearly a sum of its items' hashes: of two ranks that swap shapes the sum would often stay the same."""
-    return hash(hash(tuple(parts)).to_bytes(8, "little", signed=True)) & _MASK
-
-
 def _unbuilt() -> dict[str, Any]:
     """The attributes of a module that has not been set up."""
     return {
@@ -578,66 +547,3 @@ def _fixed_options(kind: type) -> frozenset[str]:
 
 def _is_same(one: Any, other: Any) -> bool:
     return one is other or (type(one) is type(other) and bool(one == other))
-
-
-def _autocast() -> tuple[Any, ...]:
-    return tuple(torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) for kind in ("cpu", "cuda"))
-
-
-def _is_plain(tensor: torch.Tensor) -> bool:
-    return tensor.layout is torch.strided and not tensor.is_nested
-
-
-def _hashable(value: Any) -> Any:
-    """A value's part in the structure: tensors by structure, plain values by value, anything else by type."""
-    if isinstance(value, torch.Tensor):
-        return (value.shape if _is_plain(value) else None), value.dtype, value.device, value.requires_grad
-    if isinstance(value, (bool, int, float, complex)):
-        return type(value), repr(value)  # 1, 1.0 and True are equal, and -1 and -2 have one hash
-    if isinstance(value, (str, bytes, torch.dtype, torch.device, type(None))):
-        return value
-    if isinstance(value, Mapping):
-        return tuple((key, _hashable(item)) for key, item in value.items())
-    if isinstance(value, Sequence):
-        return tuple(map(_hashable, value))
-    return type(value)
-
-
-def check_present(passed: Mapping[int, Any], name: str) -> None:
-    """Raise RuntimeError unless all ranks are at a layer: at the end of a backward none takes part in what follows."""
-    for rank, told in passed.items():
-        if not isinstance(told, dict):
-            raise RuntimeError(f"{name}: ranks {list(passed)} meet in a layer, but rank {rank} is at {told}")
-
-
-def check_alike(what: str, values: Mapping[int, Any]) -> None:
-    """Raise ValueError unless all ranks have the same value; the minority is named."""
-    found = list(values.values())
-    if found.count(found[0]) == len(found):
-        return
-    usual = max(found, key=found.count)
-    odd = [f"rank {rank}: {what} {value}" for rank, value in values.items() if value != usual]
-    raise ValueError(f"the ranks disagree: {', '.join(odd)}, others {usual}")
-
-
-_PLAIN_ERRORS = (TypeError, ValueError, RuntimeError, NotImplementedError, IndexError, KeyError, AttributeError)
-
-
-def raise_together(transport: Transport, team: Sequence[int], error: Exception | None, name: str = "") -> None:
-    """Raise on all ranks of the team if any of them has an error, with the same text, which begins with a name.
-
-    The lowest rank's error goes first. One that is more than a text becomes a RuntimeError.
-    """
-    outcome = None if error is None else _told(error, name)
-    failures = [found for found in transport.gather_objects(team, outcome) if found is not None]
-    if failures:
-        kind, text = failures[0]
-        # A refusal says all there is to say; the traceback of anything else may be of use.
-        raise kind(text) from (None if isinstance(error, (TypeError, ValueError)) else error)
-
-
-def _told(error: Exception, name: str) -> tuple[type[Exception], str]:
-    kind, text = type(error), str(error.args[0] if isinstance(error, KeyError) and error.args else error)
-    if kind not in _PLAIN_ERRORS:
-        kind, text = RuntimeError, f"{kind.__name__}: {text}"
-    return kind, text if text.startswith(name) else f"{name}: {text}"

@@ -8,11 +8,13 @@ from typing import Any
 
 import torch
 
+from distdl_lite.agreement import check_alike
 from distdl_lite.layout import Layout, Shape, shape_of
-from distdl_lite.nn.module import Module, Structure, TensorStructure, check_alike
+from distdl_lite.nn.module import Module
 from distdl_lite.operator import Operator
 from distdl_lite.partition import Partition
 from distdl_lite.plan import plan
+from distdl_lite.structure import Structure, TensorStructure
 
 
 def zero_volume_tensor(

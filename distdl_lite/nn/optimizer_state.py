@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
+from distdl_lite.agreement import check_alike, raise_together
 from distdl_lite.layout import Layout, global_shape_of
 from distdl_lite.nn.gradient import check_optimizer
-from distdl_lite.nn.module import check_alike, raise_together
 from distdl_lite.nn.parameter import Spread, callers, gathered_from, spread
 
 State = dict[str, Any]  # of an optimizer, or of one of its parameters by name

@@ -10,10 +10,11 @@ from typing import Any
 
 import torch
 
+from distdl_lite.agreement import CALL, check_alike, check_present, raise_together
 from distdl_lite.grid import Grid
 from distdl_lite.layout import Layout, Shape, global_shape_of, shape_of, whole
 from distdl_lite.nn.kernel import connected_zeros
-from distdl_lite.nn.module import CALL, Module, check_alike, check_present, raise_together
+from distdl_lite.nn.module import Module
 from distdl_lite.operator import Operator
 from distdl_lite.partition import Line, Partition, line_of
 from distdl_lite.plan import plan

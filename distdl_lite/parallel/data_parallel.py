@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_leaves
 
+from distdl_lite.backward import at_end_of_backward, running_backward, running_backward_accumulates
 from distdl_lite.nn.movement import zero_volume_tensor
 from distdl_lite.nn.parameter import Layer
 from distdl_lite.nn.sync_batch_norm import SyncBatchNorm
@@ -22,7 +23,6 @@ from distdl_lite.parallel.copies import broadcast, broadcast_structure
 from distdl_lite.parallel.deferred import Deferral
 from distdl_lite.parallel.synchroniser import BAD_WEIGHT, Options, Synchroniser, as_weight
 from distdl_lite.partition import partition_of
-from distdl_lite.reducer import at_end_of_backward, running_backward, running_backward_accumulates
 
 _KIND = operator.attrgetter("dtype", "device")
 

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch.optim import optimizer as of_torch
 
+from distdl_lite.backward import running_backward
 from distdl_lite.parallel.synchroniser import Found, Synchroniser
-from distdl_lite.reducer import running_backward
 
 _FAILED = "DataParallel: backward failed on some rank, so its update is left out on all of them"
 

@@ -17,11 +17,11 @@ from torch._C._autograd import (
 from torch.func import functional_call
 from torch.utils import _pytree as pytree
 
-from distdl_lite.nn.module import TensorStructure
 from distdl_lite.operator import Operator
 from distdl_lite.parallel.orders import pickled
 from distdl_lite.parallel.replica import News
 from distdl_lite.parallel.rows import Cuts, Output
+from distdl_lite.structure import TensorStructure
 
 
 @dataclass(frozen=True)

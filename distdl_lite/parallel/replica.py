@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
-from distdl_lite.nn.module import TensorStructure
 from distdl_lite.operator import Operator
 from distdl_lite.parallel.rows import refusal
 from distdl_lite.parallel.settings import adapted
+from distdl_lite.structure import TensorStructure
 
 
 @dataclass(frozen=True)

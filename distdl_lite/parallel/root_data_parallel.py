@@ -17,7 +17,8 @@ from torch._C import _are_functorch_transforms_active, _current_graph_task_id
 from torch._compile import _disable_dynamo
 from torch.utils import _pytree as pytree
 
-from distdl_lite.nn.module import Module, TensorStructure, check_alike
+from distdl_lite.agreement import check_alike
+from distdl_lite.nn.module import Module
 from distdl_lite.nn.movement import zero_volume_tensor
 from distdl_lite.operator import ANCHOR, Operator
 from distdl_lite.parallel.data_parallel import DataParallel
@@ -27,6 +28,7 @@ from distdl_lite.parallel.replica import Weights
 from distdl_lite.parallel.rows import Cuts, Output, Report, Team, cut_rows, dim_in, outputs_of, refusal, rows_in, runs
 from distdl_lite.parallel.settings import Settings
 from distdl_lite.partition import partition_of
+from distdl_lite.structure import TensorStructure
 
 _NAME = "RootDataParallel"
 _KEPT_OPERATORS = 256

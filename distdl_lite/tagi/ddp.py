@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from distdl_lite.nn.module import check_alike, raise_together
+from distdl_lite.agreement import check_alike, raise_together
 from distdl_lite.parallel.copies import broadcast
 from distdl_lite.partition import Partition, partition_of
 from distdl_lite.tagi.protocol import arrays_of, checksums, deltas_of, described, kinds_of, missing_members

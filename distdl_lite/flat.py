@@ -1,0 +1,45 @@
+"""Tensors in buckets, each of them one flat tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, TypeVar
+
+import torch
+
+Item = TypeVar("Item")
+
+
+def cut(
+    items: Iterable[Item],
+    kind: Callable[[Item], Any],
+    nbytes: Callable[[Item], int],
+    most: int,
+    first: int | None = None,
+) -> list[list[Item]]:
+    """The items, in their order, in buckets of one kind, of `most` bytes, the first of `first`.
+
+    A bucket has more where one item has. An eighth of it is little: what has so little takes the next item in any case, and
+    one that lacks so little is closed. A layer's bias is then summed with its weight, not with those of the next layer.
+    """
+    made: list[list[Item]] = []
+    latest: dict[Any, tuple[list[Item], int]] = {}
+    for item in items:
+        bucket, filled = latest.get(kind(item), ([], 0))
+        limit = first if first is not None and bucket and bucket is made[0] else most
+        if not bucket or filled > 7 * limit // 8 or (filled + nbytes(item) > limit and filled > limit // 8):
+            bucket, filled = [], 0
+            made.append(bucket)
+        bucket.append(item)
+        latest[kind(item)] = bucket, filled + nbytes(item)
+    return made
+
+
+def flattened(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    """One flat tensor of their elements."""
+    return torch._C._nn.flatten_dense_tensors(tensors)  # type: ignore[attr-defined]
+
+
+def unflattened(flat: torch.Tensor, tensors: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+    """Views of a flat tensor of the shapes of these."""
+    return torch._C._nn.unflatten_dense_tensors(flat, tensors)  # type: ignore[attr-defined]
