@@ -8,12 +8,11 @@ add up.
 
 from __future__ import annotations
 
-import math
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain, count, product
+from itertools import chain, count
 from typing import Any
 
 import torch
@@ -22,10 +21,10 @@ from torch import nn
 from torch.nn.modules.module import _has_any_global_hook as _any_global_hook
 
 from distdl_lite import layout as lay
-from distdl_lite.grid import balanced
-from distdl_lite.layout import Dim, Layout, Range
+from distdl_lite.layout import Layout
 from distdl_lite.nn.conv import DistributedConv1d, DistributedConv2d, DistributedConv3d
 from distdl_lite.nn.convolution import Convolution
+from distdl_lite.nn.deep_geometry import Deep, Link, Spans, begins_with_relu, deepest, lengths_of, outputs
 from distdl_lite.nn.module import Module
 from distdl_lite.nn.movement import agreed_inputs
 from distdl_lite.nn.options import numbers
@@ -39,10 +38,8 @@ _POINTWISE = frozenset({
     nn.Hardsigmoid, nn.Hardshrink, nn.Softshrink, nn.Tanhshrink, nn.Softplus, nn.Softsign, nn.Sigmoid, nn.LogSigmoid,
     nn.Tanh, nn.Threshold, nn.Identity,
 })  # fmt: skip
-_CROP, _CROP_BY_RELU = 16, 100  # a crop takes as long as the convolution of one point in so many: backward copies it
 
 Call = Callable[[torch.Tensor], torch.Tensor]
-Link = Sequence[Any]  # a convolution and the pointwise layers behind it
 
 
 class DeepHalo(Module):
@@ -222,7 +219,7 @@ class _Run(Module):
         try:
             inputs = agreed_inputs(self._distdl_label, self._distdl_structure, P)
             X = lay.blocks(P.grid_of_ranks, lay.cuts_from_shapes(P.grid_of_ranks, inputs.shapes))
-            _lengths(convs, X)
+            lengths_of(convs, X)
         except (TypeError, ValueError):  # the layer that the input does not fit will say so, on all ranks
             return [*chain(*self.links)]
         dtypes = {inputs.dtype, *(p.dtype for conv in convs for p in conv.parameters())}
@@ -234,15 +231,15 @@ class _Run(Module):
         convs, steps = [link[0] for link in self.links], list[Call]()
         done = 0
         while done < len(convs):
-            deep = _deepest(self.links[done:], X, self.most)
+            deep = deepest(self.links[done:], X, self.most)
             links = self.links[done : done + (1 if deep is None else len(deep.lengths) - 1)]
             steps += links[0] if deep is None else [self._fused(links, deep, X, graph)]
             graph = graph or any(p.requires_grad for conv, *_ in links for p in conv.parameters())
-            X = _outputs([link[0] for link in links], X)
+            X = outputs([link[0] for link in links], X)
             done += len(links)
         return steps
 
-    def _fused(self, links: Sequence[Link], deep: _Deep, X: Layout, graph: bool) -> Call:
+    def _fused(self, links: Sequence[Link], deep: Deep, X: Layout, graph: bool) -> Call:
         """One exchange, and each layer from what this rank holds."""
         transport = self._distdl_transport
         fetch = Operator(plan(X, deep.Z, transport.rank), transport, self._distdl_label, graph)
@@ -260,7 +257,7 @@ def _step(link: Link, spans: Spans) -> _Step:
     """A layer on this rank, and those behind it."""
     conv, *behind = link
     crops = [(2 + d, s.kept[0] - s.made[0], s.kept[1] - s.kept[0]) for d, s in enumerate(spans) if s.made != s.kept]
-    if crops and _begins_with_relu(behind):
+    if crops and begins_with_relu(behind):
         behind[0] = partial(_CroppedReLU.apply, crops)
     elif crops:
         behind.insert(0, partial(_cropped, crops))
@@ -271,10 +268,6 @@ def _cropped(crops: Sequence[Crop], x: torch.Tensor) -> torch.Tensor:
     for crop in crops:
         x = x.narrow(*crop)
     return x
-
-
-def _begins_with_relu(behind: Sequence[Any]) -> bool:
-    return bool(behind) and type(behind[0]) is nn.ReLU
 
 
 @dataclass(frozen=True)
@@ -359,137 +352,3 @@ class _CroppedReLU(Node):
             whole.narrow(d, start + size, ctx.shape[d] - start - size).zero_()
         torch.ops.aten.threshold_backward.grad_input(gradient, y, 0, grad_input=_cropped(ctx.crops, whole))
         return None, whole
-
-
-# ---- geometry --------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Span:
-    """What a rank computes of one spatial dim of one layer.
-
-    Attributes
-    ----------
-    padding : int
-        On both sides of what it holds: the layer's own at the edge. Beside a cut the outputs that read it are of no use.
-    made, kept : (start, stop)
-        The outputs that come out, and those that are kept for the next layer.
-    own : int
-        The size of its block of the outputs.
-    """
-
-    padding: int
-    made: Range
-    kept: Range
-    own: int
-
-    @property
-    def size(self) -> int:
-        return self.made[1] - self.made[0]
-
-
-Spans = tuple[_Span, ...]  # by layer
-
-
-@dataclass(frozen=True)
-class _Deep:
-    """A run's one exchange: the inputs that it fetches, and by dim and index along it what is computed from them."""
-
-    Z: Layout
-    lengths: Sequence[Sequence[int]]
-    spans: Sequence[Sequence[Spans]]
-
-
-def _lengths(convs: Sequence[Convolution], X: Layout) -> list[Sequence[int]]:
-    """The lengths of the spatial dims of the input and behind each layer. Raises ValueError if one does not fit."""
-    _, channels, *space = lay.global_shape_of(X)
-    found: list[Sequence[int]] = [space]
-    for conv in convs:
-        if conv.in_channels != channels:
-            raise ValueError(f"{channels} channels do not fit")
-        found.append([conv._output_length(d, n) for d, n in enumerate(found[-1])])
-        channels = conv.out_channels
-    return found
-
-
-def _outputs(convs: Sequence[Convolution], X: Layout) -> Layout:
-    """The blocks that the last layer returns."""
-    batch = lay.global_shape_of(X)[0]
-    return lay.balanced_blocks(X.grid, (batch, convs[-1].out_channels, *_lengths(convs, X)[-1]))
-
-
-def _deepest(links: Sequence[Link], X: Layout, most: float) -> _Deep | None:
-    """The longest run from the first layer on that may be fused; None if that is not even two layers."""
-    found = None
-    for depth in range(2, len(links) + 1):
-        deep = _deep(links[:depth], X)
-        if deep is None or _excess(deep) > most:
-            break
-        found = deep
-    return found
-
-
-def _deep(links: Sequence[Link], X: Layout) -> _Deep | None:
-    """The geometry of a run; None if some rank holds nothing of some tensor, or no data would move."""
-    convs = [link[0] for link in links]
-    lengths, Y = _lengths(convs, X), _outputs(convs, X)
-    if any(start >= stop for dim in (*X.dims, *Y.dims) for start, stop in dim.ranges):
-        return None
-    dims, spans = list(X.dims), []
-    dims[0] = Y.dims[0]
-    for d, dim in enumerate(X.dims[2:]):
-        n = [length[d] for length in lengths]
-        if min(n) < len(dim.ranges):
-            return None
-        along = [_spans(links, d, n, (i, len(dim.ranges))) for i in range(len(dim.ranges))]
-        if any(start >= stop for (start, stop), _ in along):
-            return None
-        dims[2 + d] = Dim(tuple(reads for reads, _ in along), dim.axes)
-        spans.append([computed for _, computed in along])
-    Z = Layout(X.grid, tuple(dims))
-    return None if X.same_boxes(Z) else _Deep(Z, lengths, spans)
-
-
-def _spans(links: Sequence[Link], d: int, lengths: Sequence[int], position: tuple[int, int]) -> tuple[Range, Spans]:
-    """Of one dim, at one of so many positions along it: the input that is read, empty if any layer's is, and what is computed."""
-    index, parts = position
-    blocks = [lay.ranges_of(balanced(n, parts))[index] for n in lengths]
-    wanted = [blocks[-1]]
-    for (conv, *_), n in zip(reversed(links), lengths[-2::-1], strict=True):
-        start, stop = conv._wanted(d, wanted[0])[0]
-        wanted.insert(0, (0, n) if parts == 1 else (max(start, 0), min(stop, n)))
-        if wanted[0][0] >= wanted[0][1]:
-            return wanted[0], ()
-    held, spans = wanted[0], list[_Span]()
-    for (conv, *behind), n, m, reads, block in zip(
-        links, lengths[:-1], lengths[1:], wanted[1:], blocks[1:], strict=True
-    ):
-        padding, made = _made(conv, d, n, held, reads)
-        kept = max(made[0], 0), min(made[1], m)
-        crop = _CROP_BY_RELU if _begins_with_relu(behind) else _CROP
-        if (kept[1] - kept[0]) * crop > (reads[1] - reads[0]) * (crop + 1) or reads is wanted[-1]:
-            kept = reads
-        spans.append(_Span(padding, made, kept, block[1] - block[0]))
-        held = kept
-    return wanted[0], tuple(spans)
-
-
-def _made(conv: Convolution, d: int, n: int, held: Range, wanted: Range) -> tuple[int, Range]:
-    """The least padding with which the outputs wanted come out of what is held of a dim of length `n`, and all that do."""
-    start, stop = conv._wanted(d, wanted)[0]
-    stride = conv.stride[d]
-    least = max(-start, stop - n, 0)
-    padding = least + (held[0] - start - least) % stride
-    first = wanted[0] - (start - held[0] + padding) // stride
-    number = (held[1] - held[0] + 2 * padding - conv.dilation[d] * (conv.kernel_size[d] - 1) - 1) // stride + 1
-    return padding, (first, first + number)
-
-
-def _excess(deep: _Deep) -> float:
-    """How much the rank that computes the most beyond its blocks does so: a part of their points."""
-    alike = [{(tuple(s.size for s in spans), tuple(s.own for s in spans)) for spans in dim} for dim in deep.spans]
-    worst = 0.0
-    for rank in product(*alike):
-        made, own = (sum(map(math.prod, zip(*(dim[which] for dim in rank), strict=True))) for which in (0, 1))
-        worst = max(worst, made / own - 1)
-    return worst
