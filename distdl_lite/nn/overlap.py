@@ -301,7 +301,8 @@ class _Fused(Node):
         x, weight, bias, *kept = ctx.saved_tensors
         how, (wants_x, *wanted) = ctx.how, ctx.needs_input_grad[:3]
         if torch.is_grad_enabled():
-            gx, *learned = _differentiable_backward(how, gradient, x, weight, bias)
+            # Not of the weight that a checkpoint has unpacked: sums go into the .grad of the parameter itself.
+            gx, *learned = _differentiable_backward(how, gradient, x, *ctx.parameters)
         else:
             gx, *learned = how.way.backward(gradient, x, weight, bias, kept, wanted)
         found = zip(ctx.parameters, learned, wanted, how.replicas, strict=True)

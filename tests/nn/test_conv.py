@@ -6,12 +6,14 @@ import copy
 import inspect
 import pickle
 import random
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from convolutions import Case, assert_weighted_second_gradients, check, check_refused, run_random
 from ranks import on_ranks
+from torch.utils.checkpoint import checkpoint
 from twins import assert_refused, assert_twins, integers, with_integers
 
 import distdl_lite as dl
@@ -100,6 +102,29 @@ def test_second_gradients(world: dl.Partition) -> None:
     layer = DistributedConv2d(P, 2, 2, 3, padding=1, dtype=torch.float64)
     x = torch.randn(1, 2, 5, 4, dtype=torch.float64)
     assert_weighted_second_gradients(layer, serial, x, P, world.rank)
+
+
+@on_ranks(2)
+def test_second_gradients_of_unpacked_tensors(world: dl.Partition) -> None:
+    """A checkpoint gives backward a copy of the weight: the sum over the replicas goes to the weight itself."""
+    P = world.grid((1, 1, 2, 1))
+    x = torch.randn(1, 2, 5, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+
+    def saved_elsewhere(layer: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
+        with torch.autograd.graph.saved_tensors_hooks(torch.clone, torch.clone):
+            return layer(x)
+
+    for call in (partial(checkpoint, use_reentrant=False), saved_elsewhere):
+        found = []
+        for cut in (True, False):
+            torch.manual_seed(3)
+            options = {"padding": 1, "dtype": torch.float64}
+            layer = DistributedConv2d(P, 2, 2, 3, **options) if cut else torch.nn.Conv2d(2, 2, 3, **options)
+            leaf = (x[P.block(x.shape)] if cut else x).clone().requires_grad_()
+            (g,) = torch.autograd.grad(call(layer, leaf).pow(3).sum(), leaf, create_graph=True)
+            g.square().sum().backward()
+            found.append([layer.weight.grad, layer.bias.grad])
+        torch.testing.assert_close(*found, rtol=1e-11, atol=1e-11)
 
 
 @on_ranks(2)
