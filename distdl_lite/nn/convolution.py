@@ -24,7 +24,7 @@ from distdl_lite import layout as lay
 from distdl_lite.grid import Grid, balanced
 from distdl_lite.layout import Dim, Layout, Shape, balanced_blocks, ranges_of
 from distdl_lite.nn.kernel import connected_zeros, operator_between
-from distdl_lite.nn.movement import Inputs, agreed_inputs, computing_dtype, into, rehearsal
+from distdl_lite.nn.movement import Inputs, agreed_inputs, computing_dtype, into, rehearsal, weight_dtype
 from distdl_lite.nn.options import integers
 from distdl_lite.nn.overlap import Fused
 from distdl_lite.nn.parameter import Layer, bias_bound, kaiming_bound, uniform
@@ -173,7 +173,8 @@ class Convolution(Layer):
         graph = inputs.requires_grad or any(p.requires_grad for p in self.parameters())
         fetch = operator_between(X, Z, self, inputs.requires_grad)
         deliver = operator_between(partial, Y, self, graph)
-        out_dtype = computing_dtype(type(self).__name__, inputs, self.weight.dtype)
+        weight = weight_dtype(self)
+        out_dtype = computing_dtype(type(self).__name__, inputs, weight)
         box = partial.box(self._distdl_transport.rank)
         if box is None:
             return _Built(fetch, deliver, inputs.dtype, out_dtype, None, None)
@@ -184,7 +185,7 @@ class Convolution(Layer):
         is_empty = 0 in shape or 0 in lay.shape_of(held)
         convolve = None if is_empty else self._convolution(box, held, lay.global_shape_of(X), groups)
         built = _Built(fetch, deliver, inputs.dtype, out_dtype, shape, convolve)
-        plain = deliver is None and X.grid == self.P_y.grid_of_ranks and inputs.dtype is out_dtype is self.weight.dtype
+        plain = deliver is None and X.grid == self.P_y.grid_of_ranks and inputs.dtype is out_dtype is weight
         if not (plain and out_dtype.is_floating_point) or any(a >= b for d in (*Z.dims, *Y.dims) for a, b in d.ranges):
             return built
         return replace(built, fused=self._fused(inputs, X, Z, groups, built))

@@ -16,7 +16,7 @@ from distdl_lite import layout as lay
 from distdl_lite.grid import Grid, balanced
 from distdl_lite.layout import Dim, Layout, Shape, balanced_blocks, ranges_of
 from distdl_lite.nn.kernel import operator_between
-from distdl_lite.nn.movement import agreed_inputs, computing_dtype, into, rehearsal
+from distdl_lite.nn.movement import agreed_inputs, computing_dtype, into, rehearsal, weight_dtype
 from distdl_lite.nn.options import integers
 from distdl_lite.nn.parameter import Layer, bias_bound, kaiming_bound, uniform
 from distdl_lite.operator import Operator
@@ -122,7 +122,7 @@ class DistributedLinear(Layer):
         graph = inputs.requires_grad or any(p.requires_grad for p in self.parameters())
         fetch = operator_between(X, Z, self, inputs.requires_grad)
         deliver = operator_between(partial, Y, self, graph)
-        out_dtype = computing_dtype(name, inputs, self.weight.dtype)
+        out_dtype = computing_dtype(name, inputs, weight_dtype(self))
         works = self._work.index(self._distdl_transport.rank) is not None
         return _Built(fetch, deliver, inputs.dtype, out_dtype, works)
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch._C._autograd import _top_saved_tensors_default_hooks
+from torch.autograd.graph import saved_tensors_hooks
 
 from distdl_lite.agreement import check_alike
 from distdl_lite.layout import Layout, Shape, shape_of
@@ -89,7 +92,7 @@ def _plain(P: Partition) -> str:
     return f"the partition of shape {P.shape} over ranks {list(P.ranks)}"
 
 
-def computing_dtype(name: str, inputs: Inputs, weight: torch.dtype) -> torch.dtype:
+def computing_dtype(name: str, inputs: Inputs, weight: torch.dtype | None) -> torch.dtype:
     """The dtype of what a layer computes: that of input and weight, which must be one, as autocast leaves them.
 
     Raises
@@ -101,6 +104,21 @@ def computing_dtype(name: str, inputs: Inputs, weight: torch.dtype) -> torch.dty
     if mine is not held:
         raise TypeError(f"{name}: the input has dtype {inputs.dtype}, the weight {weight}")
     return held
+
+
+def weight_dtype(layer: Any) -> torch.dtype | None:
+    """The dtype of a layer's weight, None if it has none.
+
+    A parametrization computes the weight for it. What that saves is not for a checkpoint around the layer to count, which
+    would miss it when it runs the layer again, as that is then set up.
+    """
+    hooks = saved_tensors_hooks(_kept, _kept) if _top_saved_tensors_default_hooks(False) else nullcontext()
+    with hooks:
+        return None if layer.weight is None else layer.weight.dtype
+
+
+def _kept(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor
 
 
 def _autocast(dtype: torch.dtype, device: str) -> torch.dtype:

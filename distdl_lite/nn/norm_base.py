@@ -14,7 +14,7 @@ from distdl_lite import layout as lay
 from distdl_lite.grid import balanced, ravel
 from distdl_lite.layout import Box, Dim, Layout, Shape, ranges_of
 from distdl_lite.nn.kernel import check_floating, connected_zeros, operator_between, wide
-from distdl_lite.nn.movement import Inputs, agreed_inputs
+from distdl_lite.nn.movement import Inputs, agreed_inputs, weight_dtype
 from distdl_lite.nn.normalised import Rows, normalised
 from distdl_lite.nn.options import numbers
 from distdl_lite.nn.parameter import Layer, constant
@@ -183,11 +183,12 @@ class Norm(Layer):
         )
 
     def _check_dtype(self, inputs: Inputs) -> None:
-        held = self.weight if self.weight is not None else self._buffers.get("running_mean")
-        if held is None or held.dtype in (inputs.dtype, wide(inputs.dtype)):
+        held, statistics = weight_dtype(self), self._buffers.get("running_mean")
+        if held is None and statistics is not None:
+            held = statistics.dtype
+        if held in (None, inputs.dtype, wide(inputs.dtype)):
             return
-        name = type(self).__name__
-        raise TypeError(f"{name}: the input has dtype {inputs.dtype}, weights and statistics {held.dtype}")
+        raise self._refuse(f"the input has dtype {inputs.dtype}, weights and statistics {held}", TypeError)
 
     # ---- forward -----------------------------------------------------------------------------------------------------
 

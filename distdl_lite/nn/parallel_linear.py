@@ -19,7 +19,7 @@ from distdl_lite import layout as lay
 from distdl_lite.grid import Grid, balanced
 from distdl_lite.layout import Dim, Layout, Shape, ranges_of
 from distdl_lite.nn.kernel import Local, anchored, operator_between
-from distdl_lite.nn.movement import agreed_inputs, computing_dtype
+from distdl_lite.nn.movement import agreed_inputs, computing_dtype, weight_dtype
 from distdl_lite.nn.options import integers
 from distdl_lite.nn.parameter import Layer, bias_bound, kaiming_bound, uniform
 from distdl_lite.operator import Operator
@@ -142,7 +142,7 @@ class _ParallelLinear(Layer):
 
     def _distdl_module_setup(self, input: tuple[Any, ...]) -> _Built:
         inputs = agreed_inputs(type(self).__name__, self._distdl_structure, self.P)
-        computing_dtype(type(self).__name__, inputs, self.weight.dtype)
+        computing_dtype(type(self).__name__, inputs, weight_dtype(self))
         graph = inputs.requires_grad or any(p.requires_grad for p in self.parameters())
         steps = self._steps(inputs.shapes)
         if self.P.shape[-1] == 1:
