@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch._C import _are_functorch_transforms_active
+from torch._C._functorch import is_legacy_batchedtensor  # type: ignore[import-not-found]
 from torch.autograd import forward_ad
 
 from distdl_lite.plan import Plan
@@ -23,6 +24,16 @@ TRANSFORMS = (
     "torch.func's transforms (grad, vmap, jvp, ...) see the graph of one rank alone and cannot be applied to a layer over "
     "several ranks; backward() and torch.autograd.grad can, torch.func.functional_call too"
 )
+BATCHED = (
+    "torch.autograd.grad(..., is_grads_batched=True), which vectorized Jacobians use, cannot go back through a layer over "
+    "several ranks; call it for one gradient after the other"
+)
+
+
+def check_unbatched(gradient: torch.Tensor) -> None:
+    """Raise RuntimeError if backward got many gradients as one: a rank that has nothing to send would wait for one that fails."""
+    if is_legacy_batchedtensor(gradient):
+        raise RuntimeError(BATCHED)
 
 
 class Operator:
@@ -165,6 +176,7 @@ class _Move(Node):
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, None, None]:
         _ = ctx.saved_tensors
+        check_unbatched(gradient)
         operator = ctx.operator
         moved = operator.adjoint(gradient)
         if not ctx.needs_input_grad[0]:

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from distdl_lite.operator import Node
+from distdl_lite.operator import Node, check_unbatched
 from distdl_lite.transport import Transport
 
 
@@ -29,6 +29,7 @@ class _Shown(Node):
 
     @staticmethod
     def forward(ctx: Any, part: torch.Tensor, team: tuple[int, ...], transport: Transport) -> torch.Tensor:
+        check_unbatched(part)
         ctx.team, ctx.transport = team, transport
         ctx.save_for_backward(part.new_empty(0))
         return transport.all_reduce(team, part.clone(memory_format=torch.contiguous_format))

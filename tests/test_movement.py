@@ -387,6 +387,27 @@ def test_transforms_of_operators_are_refused(world: Partition) -> None:
         torch.func.grad(lambda x: operator(x).sum())(torch.ones(3))
 
 
+@on_ranks(2, mpi=True)
+def test_batches_of_gradients_are_refused(world: Partition) -> None:
+    """On all ranks, also where one of them has nothing to send back and would wait; the layers of one rank take them."""
+    P, first, second = world.grid((1, 1, 2)), world.grid((1, 1, 1), [0]), world.grid((1, 1, 1), [1])
+    x = torch.ones(2, 2, 4)
+
+    def batched(layer: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
+        y = layer(x.requires_grad_())
+        return torch.autograd.grad(y, x, torch.ones(3, *y.shape), is_grads_batched=True)[0]
+
+    layers = [dnn.AllGather(P, (2,)), dnn.HaloExchange(P, (0, 0, 1)), dnn.DistributedSoftmax(P, 2)]
+    layers += [dnn.DistributedConv1d(P, 2, 2, 3), dnn.DistributedMaxPool1d(P, 3), dnn.DistributedBatchNorm(P, 2)]
+    for layer in (*layers, dnn.Repartition(first, second)):
+        mine = NOTHING.clone() if isinstance(layer, dnn.Repartition) and world.rank == 1 else x.clone()
+        with pytest.raises(RuntimeError, match="is_grads_batched=True"):
+            batched(layer, mine)
+        layer(mine).sum().backward()  # after which it is as good as new
+    if world.rank == 0:
+        assert batched(dnn.DistributedConv1d(first, 2, 2, 3, padding=1), x).shape == (3, 2, 2, 4)
+
+
 @pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")  # which torch itself calls
 def test_forward_mode_is_refused() -> None:
     def body(world: Partition) -> None:

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 from distdl_lite.layout import Shape
 from distdl_lite.nn.kernel import wide
-from distdl_lite.operator import ANCHOR, Node, Operator
+from distdl_lite.operator import ANCHOR, Node, Operator, check_unbatched
 from distdl_lite.shown import shown, used
 
 _AT_ONCE = 2**18  # elements of a block in wide temporaries: 2 MiB of float64 stay in a cache
@@ -222,6 +222,7 @@ class _Normalise(Node):
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[Any, ...]:
         x, weight, bias, mean, var = ctx.saved_tensors
+        check_unbatched(gradient)
         gradient = gradient.reshape(x.shape)
         if torch.is_grad_enabled():
             found = _differentiable_backward(gradient, x, weight, bias, mean, ctx.eps, ctx.rows)

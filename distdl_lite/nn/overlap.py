@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch.autograd import forward_ad
 
 from distdl_lite.layout import Dim, Layout
-from distdl_lite.operator import Node, Operator
+from distdl_lite.operator import Node, Operator, check_unbatched
 from distdl_lite.plan import Pattern, plan
 from distdl_lite.reducer import Reducer, Replicas, replicated
 from distdl_lite.transport import Transport
@@ -190,6 +190,8 @@ class Copied:
         kept: Sequence[torch.Tensor],
         wanted: Sequence[bool],
     ) -> Sequence[torch.Tensor | None]:
+        if self.fetch is not None:
+            check_unbatched(gradient)
         gz, gw, gb = self.kernel.backward(gradient, kept[0], weight, bias, (self.graph, *wanted))
         return (self.fetch.adjoint.apply(gz) if self.graph and self.fetch is not None else gz), gw, gb
 
@@ -235,6 +237,7 @@ class Overlapped:
         kept: Sequence[torch.Tensor],
         wanted: Sequence[bool],
     ) -> Sequence[torch.Tensor | None]:
+        check_unbatched(gradient)
         halos, parts, pending = iter(kept), [], []
         for slab in self.slabs:
             halo = gradient.new_empty(0)
