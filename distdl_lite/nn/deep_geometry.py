@@ -32,12 +32,16 @@ class Span:
         The outputs that come out, and those that are kept for the next layer.
     own : int
         The size of its block of the outputs.
+    blank : sequence of (start, stop)
+        Of those that come out and are kept, counted from the first that comes out, the ones that lack inputs. They are set to
+        zero: a sum of a part may overflow where the whole does not, and the gradient of a weight would be 0 inf.
     """
 
     padding: int
     made: Range
     kept: Range
     own: int
+    blank: Sequence[Range]
 
     @property
     def size(self) -> int:
@@ -116,7 +120,8 @@ def _spans(links: Sequence[Link], d: int, lengths: Sequence[int], position: tupl
         wanted.insert(0, (0, n) if parts == 1 else (max(start, 0), min(stop, n)))
         if wanted[0][0] >= wanted[0][1]:
             return wanted[0], ()
-    held, spans = wanted[0], list[Span]()
+    held = true = wanted[0]  # true: what of it lacks nothing
+    spans = list[Span]()
     for (conv, *behind), n, m, reads, block in zip(
         links, lengths[:-1], lengths[1:], wanted[1:], blocks[1:], strict=True
     ):
@@ -125,7 +130,10 @@ def _spans(links: Sequence[Link], d: int, lengths: Sequence[int], position: tupl
         crop = _CROP_BY_RELU if begins_with_relu(behind) else _CROP
         if (kept[1] - kept[0]) * crop > (reads[1] - reads[0]) * (crop + 1) or reads is wanted[-1]:
             kept = reads
-        spans.append(Span(padding, made, kept, block[1] - block[0]))
+        low, high = _complete(conv, d, n, m, true)
+        true = max(kept[0], low), min(kept[1], high)
+        blank = [(a - made[0], b - made[0]) for a, b in ((kept[0], true[0]), (true[1], kept[1])) if a < b]
+        spans.append(Span(padding, made, kept, block[1] - block[0], blank))
         held = kept
     return wanted[0], tuple(spans)
 
@@ -139,6 +147,13 @@ def _made(conv: Convolution, d: int, n: int, held: Range, wanted: Range) -> tupl
     first = wanted[0] - (start - held[0] + padding) // stride
     number = (held[1] - held[0] + 2 * padding - conv.dilation[d] * (conv.kernel_size[d] - 1) - 1) // stride + 1
     return padding, (first, first + number)
+
+
+def _complete(conv: Convolution, d: int, n: int, m: int, held: Range) -> Range:
+    """The outputs of a dim, of length `n` before and `m` behind the layer, that lack none of the inputs they read."""
+    pad, reach, stride = conv.pads[d][0], conv.dilation[d] * (conv.kernel_size[d] - 1) + 1, conv.stride[d]
+    first = 0 if held[0] == 0 else -((-held[0] - pad) // stride)
+    return first, m if held[1] == n else (held[1] + pad - reach) // stride + 1
 
 
 def _excess(deep: Deep) -> float:

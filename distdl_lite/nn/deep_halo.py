@@ -261,12 +261,23 @@ def _step(link: Link, spans: Spans) -> _Step:
         behind[0] = partial(_CroppedReLU.apply, crops)
     elif crops:
         behind.insert(0, partial(_cropped, crops))
+    blanks = [(2 + d, start, stop - start) for d, s in enumerate(spans) for start, stop in s.blank]
+    if blanks:
+        behind.insert(0, partial(_blanked, blanks))
     return _Step(conv, getattr(F, f"conv{conv.dims}d"), tuple(span.padding for span in spans), behind)
 
 
 def _cropped(crops: Sequence[Crop], x: torch.Tensor) -> torch.Tensor:
     for crop in crops:
         x = x.narrow(*crop)
+    return x
+
+
+def _blanked(blanks: Sequence[Crop], x: torch.Tensor) -> torch.Tensor:
+    """A convolution's output with zeros in some places, which backward need not know of: no gradient comes from there."""
+    y = x.detach()
+    for blank in blanks:
+        y.narrow(*blank).zero_()
     return x
 
 

@@ -532,3 +532,22 @@ def test_as_a_sequential(world: dl.Partition) -> None:
         if alone.active:
             single(x)
     assert c.messages == 0
+
+
+@on_ranks(2)
+def test_points_that_lack_inputs_do_not_overflow(world: dl.Partition) -> None:
+    """Beside a cut, a sum of a part of the inputs, which no layer of the serial model makes and no output reads."""
+    P, x = world.grid((1, 1, 2)), torch.full((1, 1, 400), 6e4, dtype=torch.float16)
+    x[..., :4] = x[..., -4:] = 0
+    container, serial = twins(
+        P, [("Conv1d", (1, 1, 4), {"stride": 2, "padding": 1}), ("Conv1d", (1, 1, 3), {"padding": 1})], dtype=x.dtype
+    )
+    found = []
+    for model, block in ((container, x[P.block(x.shape)]), (serial, x)):
+        with torch.no_grad():
+            model[0].weight.copy_(torch.tensor([[[1, 1, -1, -1]]]))
+            model[0].bias.zero_()
+        (model(block).float() * 1e-3).sum().backward()
+        found.append([p.grad for p in model.parameters()])
+    assert runs(container) == [2]
+    assert all(g.isfinite().all() for g in found[0] + found[1])
