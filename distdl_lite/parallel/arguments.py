@@ -16,9 +16,14 @@ from distdl_lite.transport import Transport
 from distdl_lite.transport.sums import ENGINES
 
 
+def check_ranks(P: Any) -> None:
+    """Raise TypeError unless `P` says which ranks hold copies."""
+    if not (P is None or isinstance(P, Partition) or hasattr(P, "Is_inter")):
+        raise TypeError(f"DataParallel: P must be a Partition or an mpi4py communicator, not {P!r}")
+
+
 def check_arguments(
     module: Any,
-    P: Any,
     average: Any,
     sync_buffers: Any,
     engine: Any,
@@ -50,8 +55,6 @@ def check_arguments(
         raise TypeError(f"DataParallel: comm_hook must be callable, not {comm_hook!r}")
     if any(torch.nn.parameter.is_lazy(t) for t in (*module.parameters(), *module.buffers())):
         raise ValueError("DataParallel: the module has lazy parameters; call its forward once before")
-    if not (P is None or isinstance(P, Partition) or hasattr(P, "Is_inter")):
-        raise TypeError(f"DataParallel: P must be a Partition or an mpi4py communicator, not {P!r}")
 
 
 def listed(optimizer: Any) -> list[Any]:

@@ -17,11 +17,20 @@ from distdl_lite.backward import at_end_of_backward, running_backward, running_b
 from distdl_lite.nn.movement import zero_volume_tensor
 from distdl_lite.nn.parameter import Layer
 from distdl_lite.nn.sync_batch_norm import SyncBatchNorm
-from distdl_lite.parallel.arguments import SPARSE, check_arguments, check_equal, check_same_module, listed, update_of
+from distdl_lite.parallel.arguments import (
+    SPARSE,
+    check_arguments,
+    check_equal,
+    check_ranks,
+    check_same_module,
+    listed,
+    update_of,
+)
 from distdl_lite.parallel.buckets import Bucket
 from distdl_lite.parallel.copies import broadcast, broadcast_structure
 from distdl_lite.parallel.deferred import Deferral
 from distdl_lite.parallel.synchroniser import BAD_WEIGHT, Options, Synchroniser, as_weight
+from distdl_lite.parallel.together import refused_together
 from distdl_lite.partition import partition_of
 
 _KIND = operator.attrgetter("dtype", "device")
@@ -81,9 +90,9 @@ class DataParallel(torch.nn.Module):
     ------
     ValueError
         On all ranks if they hold different modules, or layers that sum over the batch axis beside others whose gradients
-        get a mean; for arguments that are not among these.
+        get a mean; or if an argument of one of them is not among these.
     TypeError
-        For a layer with sparse gradients, on all ranks.
+        For a layer with sparse gradients, or an argument of another type, on all ranks.
 
     Notes
     -----
@@ -124,14 +133,16 @@ class DataParallel(torch.nn.Module):
         timeout: float | None = None,
     ) -> None:
         super().__init__()
-        check_arguments(
-            module, P, average, sync_buffers, engine, update, overlap, init, dim, bucket_mb, comm_hook, timeout
-        )
-        self.module = module
+        check_ranks(P)
         self.P = partition_of(P)
+        with refused_together(self.P, "DataParallel"):
+            check_arguments(
+                module, average, sync_buffers, engine, update, overlap, init, dim, bucket_mb, comm_hook, timeout
+            )
+            self._update = update_of(optimizer, blocking_parameter_updates, update)
+        self.module = module
         self.dim = dim
         self.optimizer = optimizer
-        self._update = update_of(optimizer, blocking_parameter_updates, update)
         given = {"bucket_bytes": bucket_mb and math.ceil(bucket_mb * 2**20), "timeout": timeout}
         given = {name: value for name, value in given.items() if value}
         waits = self._update == "now"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import itertools
 import math
@@ -54,6 +55,21 @@ def test_bad_arguments(arguments: dict[str, Any], error: type[Exception], text: 
     with pytest.raises(error) as raised:
         spmd(1, lambda world: dl.DataParallel(**{"module": mlp(3, 2), **arguments}))
     assert text in str(raised.value)
+
+
+@pytest.mark.check("A39")
+@on_ranks(3, mpi=True)
+def test_bad_arguments_of_one_rank(world: dl.Partition) -> None:
+    """All ranks of P raise, and are still together."""
+    P = world.create_partition_inclusive([0, 2])
+    for arguments, error, text in ARGUMENTS:
+        if arguments.keys() & {"P", "buckets"}:  # who is in it, and what is called, must be known
+            continue
+        bad = arguments if world.rank == 2 else {}
+        if P.active:
+            assert_refused(world, P, lambda b=bad: dl.DataParallel(**{"module": mlp(3, 2), "P": P, **b}), text, error)
+    with pytest.raises(TypeError, match="Module is needed, not None") if world.rank == 1 else contextlib.nullcontext():
+        dl.DataParallel(None if world.rank == 1 else mlp(3, 2), P)  # outside P
 
 
 def refused(world: dl.Partition, make: Callable[[], Any], text: str, error: type[Exception] = ValueError) -> None:
