@@ -11,6 +11,7 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from distdl_lite.optim.flat import Flat, average, average_flats
 from distdl_lite.optim.local_sgd import LocalSGD, is_averaged
 from distdl_lite.optim.schedule import DASOSchedule, Skips, check_int
+from distdl_lite.parallel.together import refused_together
 from distdl_lite.partition import partition_of
 from distdl_lite.transport import Transport
 
@@ -90,37 +91,39 @@ class DASO(LocalSGD):
         steps_per_epoch: int | None = None,
         **options: Any,
     ) -> None:
-        if not isinstance(local_optimizer, torch.optim.Optimizer):
-            raise TypeError(f"local_optimizer must be a torch.optim.Optimizer, not {local_optimizer!r}")
-        schedule = DASOSchedule(
-            total_epochs,
-            warmup_epochs,
-            cooldown_epochs,
-            stability_level,
-            max_global_skips,
-            skip_reduction_factor,
-            local_skip_factor,
-        )
-        check_int("sending_chunk_size", sending_chunk_size, 1)
-        if not isinstance(downcast_type, torch.dtype):
-            raise TypeError(f"downcast_type must be a torch.dtype, not {downcast_type!r}")
-        if downcast_type not in _WIRES:
-            raise ValueError(f"downcast_type must be one of {_WIRES}, not {downcast_type}")
-        for name, value in (("use_mpi_groups", use_mpi_groups), ("verbose", verbose)):
-            if not isinstance(value, bool):
-                raise TypeError(f"{name} must be a bool, not {value!r}")
-        if steps_per_epoch is not None:
-            check_int("steps_per_epoch", steps_per_epoch, 1)
-        unknown = set(options) - {"groups", "average_state", "buffers", "engine", "timeout"}
-        if unknown:
-            raise TypeError(f"DASO has no arguments {sorted(unknown)}")
-        self.scheduler = _scheduler_of(scheduler, local_optimizer)
+        P = partition_of(comm)
+        with refused_together(P, type(self).__name__):
+            if not isinstance(local_optimizer, torch.optim.Optimizer):
+                raise TypeError(f"local_optimizer must be a torch.optim.Optimizer, not {local_optimizer!r}")
+            schedule = DASOSchedule(
+                total_epochs,
+                warmup_epochs,
+                cooldown_epochs,
+                stability_level,
+                max_global_skips,
+                skip_reduction_factor,
+                local_skip_factor,
+            )
+            check_int("sending_chunk_size", sending_chunk_size, 1)
+            if not isinstance(downcast_type, torch.dtype):
+                raise TypeError(f"downcast_type must be a torch.dtype, not {downcast_type!r}")
+            if downcast_type not in _WIRES:
+                raise ValueError(f"downcast_type must be one of {_WIRES}, not {downcast_type}")
+            for name, value in (("use_mpi_groups", use_mpi_groups), ("verbose", verbose)):
+                if not isinstance(value, bool):
+                    raise TypeError(f"{name} must be a bool, not {value!r}")
+            if steps_per_epoch is not None:
+                check_int("steps_per_epoch", steps_per_epoch, 1)
+            unknown = set(options) - {"groups", "average_state", "buffers", "engine", "timeout"}
+            if unknown:
+                raise TypeError(f"DASO has no arguments {sorted(unknown)}")
+            self.scheduler = _scheduler_of(scheduler, local_optimizer)
         self.last_batch = None if steps_per_epoch is None else steps_per_epoch - 1
         self.verbose = verbose
         super().__init__(
             local_optimizer,
             schedule,
-            P=partition_of(comm),
+            P=P,
             ranks_per_node=ranks_per_node,
             wire=downcast_type,
             chunk=sending_chunk_size,
@@ -146,8 +149,10 @@ class DASO(LocalSGD):
         Raises
         ------
         ValueError
-            If `last_batch` is not set.
+            If `last_batch` is not set; or is another on some rank, on all ranks, at the first step of an epoch.
         """
+        if self.batch == 0:  # or else they would soon make different calls
+            self._agree(self._settings())
         if self.last_batch is None:
             raise ValueError(
                 "DASO: set last_batch, the number of an epoch's last batch counted from 0, or give steps_per_epoch"
@@ -160,6 +165,9 @@ class DASO(LocalSGD):
         if self.batch > self.last_batch:
             self.epoch, self.batch = self.epoch + 1, 0
         return loss
+
+    def _settings(self) -> dict[str, Any]:
+        return {"last_batch": self.last_batch}
 
     def _skips(self) -> Skips:
         every, local_every, delay = super()._skips()
@@ -181,8 +189,9 @@ class DASO(LocalSGD):
 
     def set_model(self, model: torch.nn.Module) -> None:
         """Average the model's floating-point buffers too; all ranks call it."""
-        if not isinstance(model, torch.nn.Module):
-            raise TypeError(f"model must be a torch.nn.Module, not {model!r}")
+        with refused_together(self._P, type(self).__name__):
+            if not isinstance(model, torch.nn.Module):
+                raise TypeError(f"model must be a torch.nn.Module, not {model!r}")
         self.buffers = [buffer for buffer in model.buffers() if buffer.is_floating_point()]
         self.replan()
 

@@ -11,6 +11,7 @@ import torch
 from distdl_lite.optim.flat import Flat, average, average_flats, flats_of
 from distdl_lite.optim.levels import levels_of
 from distdl_lite.optim.schedule import Periodic, Schedule, Skips, check_int
+from distdl_lite.parallel.together import refused_together
 from distdl_lite.partition import partition_of
 from distdl_lite.transport.sums import ENGINES, Pending
 
@@ -105,8 +106,8 @@ class LocalSGD(torch.optim.Optimizer):
     Raises
     ------
     TypeError, ValueError
-        If an argument is none of the above, or the ranks differ in the parameters' number, shapes or dtypes or in the
-        settings; on all ranks.
+        If an argument of some rank is none of the above, or the ranks differ in the parameters' number, shapes, dtypes or
+        names, where the optimizer was given them, or in the settings; on all ranks.
     RuntimeError
         From `step`, if a parameter requires grad that did not before: call `replan` on all ranks. One that is frozen later
         stays as it is.
@@ -159,28 +160,13 @@ class LocalSGD(torch.optim.Optimizer):
         engine: str = "auto",
         timeout: float | None = None,
     ) -> None:
-        if not isinstance(optimizer, torch.optim.Optimizer):
-            raise TypeError(f"optimizer must be a torch.optim.Optimizer, not {optimizer!r}")
-        check_int("delay", delay, 0)
-        if isinstance(schedule, int):
-            schedule = Periodic(schedule)
-        elif not callable(schedule):
-            raise TypeError(f"schedule must be a number of steps or a function, not {schedule!r}")
-        for name, value, known in (
-            ("merge", merge, tuple(MERGES)),
-            ("wire", wire, (None, torch.float32, *_HALVES)),
-            ("engine", engine, ("auto", *ENGINES)),
-        ):
-            if value not in known:
-                raise ValueError(f"{name} must be one of {known}, not {value!r}")
-        if not isinstance(average_state, bool):
-            raise TypeError(f"average_state must be a bool, not {average_state!r}")
-        if chunk is not None:
-            check_int("chunk", chunk, 1)
-        if timeout is not None and not isinstance(timeout, (int, float)):
-            raise TypeError(f"timeout must be a number of seconds, not {timeout!r}")
-        if outer is not None and not callable(outer) and not isinstance(outer, torch.optim.Optimizer):
-            raise TypeError(f"outer must be an optimizer or a function that makes one, not {outer!r}")
+        self._P = partition_of(P)
+        with refused_together(self._P, type(self).__name__):
+            self.buffers = list(buffers)
+            _check_tensors(optimizer, self.buffers)
+            schedule = Periodic(schedule) if isinstance(schedule, int) else schedule
+            _check_settings(schedule, outer, merge, wire, engine)
+            _check_numbers(delay, chunk, ranks_per_node, timeout, average_state)
         self.optimizer, self.schedule = optimizer, schedule
         self.delay, self.merge, self.chunk, self.timeout, self.engine = delay, merge, chunk, timeout, engine
         self.wire = wire if wire in _HALVES else None
@@ -188,18 +174,14 @@ class LocalSGD(torch.optim.Optimizer):
         self.outer = outer if isinstance(outer, torch.optim.Optimizer) else None
         self._make_outer = None if outer is self.outer else outer
         self._outer_groups = [list(group["params"]) for group in self.outer.param_groups] if self.outer else []
-        self.buffers = list(buffers)
-        for buffer in self.buffers:
-            if not isinstance(buffer, torch.Tensor) or _is_exact(buffer):
-                raise TypeError(f"buffers must be floating-point tensors, not {buffer!r}")
         self.steps = self.epoch = self.batch = 0
         self.losses: tuple[float, ...] = ()
         self._averages = 0
         self._since, self._since_local = 0, 0
         self._flight: _Flight | None = None
         self._scaler: Any = None
-        self._P = partition_of(P)
-        self.levels = levels_of(self._P, groups, ranks_per_node)
+        with refused_together(self._P, type(self).__name__):
+            self.levels = levels_of(self._P, groups, ranks_per_node)
         self.flats: list[Flat] = []
         self._outer_views: dict[torch.Tensor, torch.Tensor] = {}
         self.replan()
@@ -244,11 +226,15 @@ class LocalSGD(torch.optim.Optimizer):
         self.flats = [*flats, *flats_of(self.buffers)]
         self._planned = {id(p) for p in learning}
         if self._has_outer:
-            self._plan_outer()
+            with refused_together(self._P, type(self).__name__):
+                self._plan_outer()
 
     def _compare(self, learning: Sequence[torch.Tensor]) -> None:
         """Raise on all ranks unless they will make the same calls."""
+        groups = self.optimizer.param_groups
+        names = {id(p): name for g in groups for p, name in zip(g["params"], g.get("param_names", ()), strict=False)}
         mine = {
+            **self._settings(),
             "schedule": repr(self.schedule) if is_dataclass(self.schedule) else type(self.schedule).__name__,
             "nodes": self.levels.nodes,
             "timeout": self.timeout is not None,
@@ -256,8 +242,13 @@ class LocalSGD(torch.optim.Optimizer):
             **{name: getattr(self, name) for name in ("merge", "delay", "wire", "chunk", "engine", "average_state")},
             "number of tensors": len(learning) + len(self.buffers),
             **{f"tensor {n}": (tuple(t.shape), t.dtype) for n, t in enumerate((*learning, *self.buffers))},
+            **{f"the name of tensor {n}": names.get(id(p)) for n, p in enumerate(learning)},
         }
         self._agree(mine)
+
+    def _settings(self) -> dict[str, Any]:
+        """What else must be the same on all ranks."""
+        return {}
 
     def _agree(self, mine: dict[str, Any]) -> None:
         """Raise ValueError on all ranks unless they have the same."""
@@ -451,14 +442,15 @@ class LocalSGD(torch.optim.Optimizer):
 
     def next_epoch(self, loss: float | torch.Tensor | None = None) -> None:
         """End the epoch, and tell its loss on this rank, the mean of which over the ranks the schedule sees."""
-        self.epoch += 1
-        self.batch = 0
         if loss is not None:
             self.losses = (*self.losses, self._mean_loss(loss))
+        self.epoch += 1
+        self.batch = 0
 
     def _mean_loss(self, loss: float | torch.Tensor) -> float:
         """The same number on all ranks, whatever MPI's sums do."""
-        mine = float(loss.detach() if isinstance(loss, torch.Tensor) else loss)
+        with refused_together(self._P, type(self).__name__):
+            mine = float(loss.detach() if isinstance(loss, torch.Tensor) else loss)
         told = self._transport.gather_objects(self.levels.team, mine)
         return sum(told) / len(told)
 
@@ -560,6 +552,39 @@ class LocalSGD(torch.optim.Optimizer):
 
 
 _COUNTERS = "steps", "epoch", "batch", "losses", "_averages", "_since", "_since_local"
+
+
+def _check_tensors(optimizer: Any, buffers: Iterable[Any]) -> None:
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise TypeError(f"optimizer must be a torch.optim.Optimizer, not {optimizer!r}")
+    for buffer in buffers:
+        if not isinstance(buffer, torch.Tensor) or _is_exact(buffer):
+            raise TypeError(f"buffers must be floating-point tensors, not {buffer!r}")
+
+
+def _check_settings(schedule: Any, outer: Any, merge: Any, wire: Any, engine: Any) -> None:
+    if not callable(schedule):
+        raise TypeError(f"schedule must be a number of steps or a function, not {schedule!r}")
+    if outer is not None and not callable(outer) and not isinstance(outer, torch.optim.Optimizer):
+        raise TypeError(f"outer must be an optimizer or a function that makes one, not {outer!r}")
+    for name, value, known in (
+        ("merge", merge, tuple(MERGES)),
+        ("wire", wire, (None, torch.float32, *_HALVES)),
+        ("engine", engine, ("auto", *ENGINES)),
+    ):
+        if value not in known:
+            raise ValueError(f"{name} must be one of {known}, not {value!r}")
+
+
+def _check_numbers(delay: Any, chunk: Any, ranks_per_node: Any, timeout: Any, average_state: Any) -> None:
+    check_int("delay", delay, 0)
+    for name, value in (("chunk", chunk), ("ranks_per_node", ranks_per_node)):
+        if value is not None:
+            check_int(name, value, 1)
+    if timeout is not None and not isinstance(timeout, (int, float)):
+        raise TypeError(f"timeout must be a number of seconds, not {timeout!r}")
+    if not isinstance(average_state, bool):
+        raise TypeError(f"average_state must be a bool, not {average_state!r}")
 
 
 def is_averaged(state: Any, parameter: torch.Tensor) -> bool:

@@ -8,6 +8,7 @@ import torch
 
 from distdl_lite.optim.daso import DASO
 from distdl_lite.parallel.copies import broadcast
+from distdl_lite.parallel.together import refused_together
 from distdl_lite.partition import partition_of
 
 
@@ -30,7 +31,7 @@ class DataParallelMultiGPU(torch.nn.Module):
     Raises
     ------
     TypeError, ValueError
-        If an argument is none of the above, or the modules differ in names, shapes or dtypes, on all ranks.
+        If an argument of some rank is none of the above, or the modules differ in names, shapes or dtypes, on all ranks.
 
     Notes
     -----
@@ -40,15 +41,10 @@ class DataParallelMultiGPU(torch.nn.Module):
 
     def __init__(self, module: torch.nn.Module, optimizer: DASO, comm: Any = None) -> None:
         super().__init__()
-        if not isinstance(module, torch.nn.Module):
-            raise TypeError(f"module must be a torch.nn.Module, not {module!r}")
-        if not isinstance(optimizer, DASO):
-            raise TypeError(f"optimizer must be a DASO, not {optimizer!r}")
+        P = optimizer._P if isinstance(optimizer, DASO) else partition_of(comm)
+        with refused_together(P, type(self).__name__):
+            _check(module, optimizer, comm)
         team, transport = optimizer.levels.team, optimizer._transport
-        if comm is not None:
-            P = partition_of(comm)
-            if tuple(sorted(P.ranks)) != tuple(sorted(optimizer._P.ranks)) or P.world_transport is not transport:
-                raise ValueError(f"comm has the ranks {list(P.ranks)}, the optimizer {list(optimizer._P.ranks)}")
         tensors = [*module.named_parameters(), *module.named_buffers()]
         told = transport.gather_objects(team, [(name, tuple(t.shape), t.dtype) for name, t in tensors])
         for rank, other in zip(team, told, strict=True):
@@ -63,3 +59,14 @@ class DataParallelMultiGPU(torch.nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.module(*args, **kwargs)
+
+
+def _check(module: Any, optimizer: Any, comm: Any) -> None:
+    if not isinstance(module, torch.nn.Module):
+        raise TypeError(f"module must be a torch.nn.Module, not {module!r}")
+    if not isinstance(optimizer, DASO):
+        raise TypeError(f"optimizer must be a DASO, not {optimizer!r}")
+    if comm is not None:
+        P = partition_of(comm)
+        if tuple(sorted(P.ranks)) != tuple(sorted(optimizer._P.ranks)) or P.world_transport is not optimizer._transport:
+            raise ValueError(f"comm has the ranks {list(P.ranks)}, the optimizer {list(optimizer._P.ranks)}")

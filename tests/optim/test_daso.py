@@ -387,6 +387,40 @@ def test_arguments(options: dict[str, Any], kind: type[Exception], text: str) ->
     spmd(2, body)
 
 
+@on_ranks(2, mpi=True)
+def test_arguments_of_one_rank_are_refused_together(world: dl.Partition) -> None:
+    for options, kind, text in ARGUMENTS:
+        if "comm" in options:
+            continue
+        with pytest.raises(kind, match=text) as raised:
+            make(**(options if world.rank else {}), comm=world)
+        message = str(raised.value)
+        assert set(world.allgather_data(message)) == {message}
+    optimizer = make(steps_per_epoch=2, comm=world)
+    calls = (lambda other: dl.DataParallelMultiGPU(other, optimizer), optimizer.set_model, optimizer.epoch_loss_logic)
+    for call, good in zip(calls, (torch.nn.Linear(2, 2), torch.nn.Linear(2, 2), 1.0), strict=True):
+        with pytest.raises(TypeError):
+            call(None if world.rank else good)
+        world.allgather_data(None)
+
+
+@on_ranks(2, mpi=True)
+def test_epochs_of_other_lengths_are_refused(world: dl.Partition) -> None:
+    """They would make ranks average at different steps."""
+    with pytest.raises(ValueError, match="DASO: the ranks disagree: last_batch is 2 on rank 1, 1 on rank 0"):
+        make(steps_per_epoch=2 + world.rank, comm=world)
+    optimizer = make(comm=world)
+    for last_batch in (None, 3):
+        optimizer.last_batch = last_batch if world.rank else 2
+        with pytest.raises(ValueError, match=f"last_batch is {last_batch} on rank 1, 2 on rank 0"):
+            optimizer.step()
+    optimizer.last_batch = 0
+    optimizer.step()
+    optimizer.last_batch += world.rank
+    with pytest.raises(ValueError, match="last_batch is 1 on rank 1, 0 on rank 0"):
+        optimizer.step()
+
+
 @on_ranks(2)
 def test_other_refusals(world: dl.Partition) -> None:
     model, optimizer = torch.nn.Linear(2, 2), make(steps_per_epoch=2)

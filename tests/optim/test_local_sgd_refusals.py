@@ -18,54 +18,84 @@ def sgd(**options: Any) -> dl.LocalSGD:
     return dl.LocalSGD(plain(0.1, *start_of(0)), options.pop("schedule", 2), **options)
 
 
-@pytest.mark.parametrize(
-    ("make", "kind", "text"),
-    [
-        (lambda: dl.LocalSGD([1], 2), TypeError, r"optimizer must be a torch.optim.Optimizer, not \[1\]"),
-        (lambda: sgd(schedule=0), ValueError, "global_every must be at least 1, not 0"),
-        (lambda: sgd(schedule="2"), TypeError, "schedule must be a number of steps or a function, not '2'"),
-        (lambda: sgd(delay=-1), ValueError, "delay must be at least 0, not -1"),
-        (lambda: sgd(delay=1.0), TypeError, "delay must be an int, not 1.0"),
-        (lambda: sgd(merge="mean"), ValueError, r"merge must be one of \('daso', 'delta', 'replace'\), not 'mean'"),
-        (lambda: sgd(wire=torch.float64), ValueError, "wire must be one of .*bfloat16.*, not torch.float64"),
-        (lambda: sgd(engine="gloo"), ValueError, "engine must be one of .*'poll'.*, not 'gloo'"),
-        (lambda: sgd(chunk=0), ValueError, "chunk must be at least 1, not 0"),
-        (lambda: sgd(timeout="1"), TypeError, "timeout must be a number of seconds, not '1'"),
-        (lambda: sgd(outer=1.0), TypeError, "outer must be an optimizer or a function that makes one, not 1.0"),
-        (lambda: sgd(outer=lambda tensors: 3), TypeError, "outer must make a torch.optim.Optimizer, not 3"),
-        (
-            lambda: sgd(outer=plain(0.1, *start_of(0))),
-            ValueError,
-            "outer must hold the parameters that the optimizer holds",
-        ),
-        (lambda: sgd(P=3), TypeError, "a Partition or an MPI communicator is needed, not 3"),
-        (lambda: sgd(groups="host"), TypeError, "groups must be \"node\", a Partition or lists of ranks, not 'host'"),
-        (lambda: sgd(groups=[[0], [0, 1]]), ValueError, r"groups .* do not hold each of the ranks \[0, 1\] once"),
-        (lambda: sgd(groups=[[0]]), ValueError, r"groups \[\(0,\)\] do not hold each of the ranks \[0, 1\] once"),
-        (lambda: sgd(groups=[[0, 2]]), TypeError, "groups must be"),
-        (lambda: sgd(ranks_per_node=0), ValueError, "ranks_per_node must be at least 1, not 0"),
-        (lambda: sgd(ranks_per_node=2.0), TypeError, "ranks_per_node must be an int, not 2.0"),
-        (lambda: sgd(buffers=[3]), TypeError, "buffers must be floating-point tensors, not 3"),
-        (lambda: sgd(buffers=[torch.ones(2).long()]), TypeError, "buffers must be floating-point tensors, not tensor"),
-        (lambda: sgd(average_state=1), TypeError, "average_state must be a bool, not 1"),
-        (
-            lambda: sgd(schedule=lambda *_: (2, 0.5, 0)).step(),
-            TypeError,
-            "the schedule's local_every must be an int, not 0.5",
-        ),
-        (
-            lambda: sgd(schedule=lambda *_: (-1, 0, 0)).step(),
-            ValueError,
-            "the schedule's global_every must be at least 0",
-        ),
-    ],
-)
+ARGUMENTS: list[tuple[Callable[[], Any], type[Exception], str]] = [
+    (lambda: dl.LocalSGD([1], 2), TypeError, r"optimizer must be a torch.optim.Optimizer, not \[1\]"),
+    (lambda: sgd(schedule=0), ValueError, "global_every must be at least 1, not 0"),
+    (lambda: sgd(schedule="2"), TypeError, "schedule must be a number of steps or a function, not '2'"),
+    (lambda: sgd(delay=-1), ValueError, "delay must be at least 0, not -1"),
+    (lambda: sgd(delay=1.0), TypeError, "delay must be an int, not 1.0"),
+    (lambda: sgd(merge="mean"), ValueError, r"merge must be one of \('daso', 'delta', 'replace'\), not 'mean'"),
+    (lambda: sgd(wire=torch.float64), ValueError, "wire must be one of .*bfloat16.*, not torch.float64"),
+    (lambda: sgd(engine="gloo"), ValueError, "engine must be one of .*'poll'.*, not 'gloo'"),
+    (lambda: sgd(chunk=0), ValueError, "chunk must be at least 1, not 0"),
+    (lambda: sgd(timeout="1"), TypeError, "timeout must be a number of seconds, not '1'"),
+    (lambda: sgd(outer=1.0), TypeError, "outer must be an optimizer or a function that makes one, not 1.0"),
+    (lambda: sgd(outer=lambda tensors: 3), TypeError, "outer must make a torch.optim.Optimizer, not 3"),
+    (
+        lambda: sgd(outer=plain(0.1, *start_of(0))),
+        ValueError,
+        "outer must hold the parameters that the optimizer holds",
+    ),
+    (lambda: sgd(P=3), TypeError, "a Partition or an MPI communicator is needed, not 3"),
+    (lambda: sgd(groups="host"), TypeError, "groups must be \"node\", a Partition or lists of ranks, not 'host'"),
+    (lambda: sgd(groups=[[0], [0, 1]]), ValueError, r"groups .* do not hold each of the ranks \[0, 1\] once"),
+    (lambda: sgd(groups=[[0]]), ValueError, r"groups \[\(0,\)\] do not hold each of the ranks \[0, 1\] once"),
+    (lambda: sgd(groups=[[0, 2]]), TypeError, "groups must be"),
+    (lambda: sgd(ranks_per_node=0), ValueError, "ranks_per_node must be at least 1, not 0"),
+    (lambda: sgd(ranks_per_node=2.0), TypeError, "ranks_per_node must be an int, not 2.0"),
+    (lambda: sgd(buffers=[3]), TypeError, "buffers must be floating-point tensors, not 3"),
+    (lambda: sgd(buffers=[torch.ones(2).long()]), TypeError, "buffers must be floating-point tensors, not tensor"),
+    (lambda: sgd(average_state=1), TypeError, "average_state must be a bool, not 1"),
+    (
+        lambda: sgd(schedule=lambda *_: (2, 0.5, 0)).step(),
+        TypeError,
+        "the schedule's local_every must be an int, not 0.5",
+    ),
+    (
+        lambda: sgd(schedule=lambda *_: (-1, 0, 0)).step(),
+        ValueError,
+        "the schedule's global_every must be at least 0",
+    ),
+]
+
+
+@pytest.mark.parametrize(("make", "kind", "text"), ARGUMENTS)
 def test_refusals(make: Callable[[], Any], kind: type[Exception], text: str) -> None:
     def body(world: dl.Partition) -> None:
         with pytest.raises(kind, match=text):
             make()
 
     spmd(2, body)
+
+
+@on_ranks(2, mpi=True)
+def test_arguments_of_one_rank_are_refused_together(world: dl.Partition) -> None:
+    for make, kind, text in ARGUMENTS:
+        if (
+            "Partition or an MPI" in text or "the schedule's" in text
+        ):  # who takes part must be known; steps agree on nothing
+            continue
+        good = {"outer": lambda tensors: torch.optim.SGD(tensors, lr=1.0)} if "outer" in text else {}
+        with pytest.raises(kind, match=text) as raised:
+            make() if world.rank else sgd(**good)
+        message = str(raised.value)
+        assert set(world.allgather_data(message)) == {message}
+    optimizer = sgd(P=world)
+    with pytest.raises(TypeError, match="LocalSGD: float"):
+        optimizer.next_epoch([1.0] if world.rank else 1.0)
+    assert (optimizer.epoch, optimizer.losses) == (0, ())
+    optimizer.next_epoch(1.0)
+    assert (optimizer.epoch, optimizer.losses) == (1, (1.0,))
+
+
+@on_ranks(2)
+def test_names_in_another_order_are_refused(world: dl.Partition) -> None:
+    """Of tensors of one shape nothing else tells."""
+    first, second = (torch.nn.Parameter(torch.ones(2)) for _ in range(2))
+    named = [("first", first), ("second", second)]
+    with pytest.raises(ValueError, match="the name of tensor 0 is second on rank 1, first on rank 0"):
+        dl.LocalSGD(torch.optim.SGD(named[::-1] if world.rank else named, lr=0.1), 2)
+    dl.LocalSGD(torch.optim.SGD(named, lr=0.1), 2)
 
 
 @on_ranks(3, mpi=True)
