@@ -42,7 +42,8 @@ class DataParallelOptimizer(torch.optim.Optimizer):
     A deferred step has the hyperparameters of the moment of ``step()``, and the result is bit by bit that of an immediate
     one. Until it is done, ``.grad`` holds this rank's part and the parameters are the old ones:
     ``DataParallel.synchronize()`` does it at once, as do ``eval()``, ``to()``, ``apply()``, ``state_dict()``,
-    ``load_state_dict()`` and ``parameters()`` of the container. Code that touches the bare module's parameters calls it before.
+    ``load_state_dict()`` and ``parameters()`` of the container, and ``step()`` of the wrapped optimizer. Code that touches the
+    bare module's parameters calls it before; where it, or another optimizer, has changed them, the next forward raises.
     An optimizer with step hooks, or with gradients that are in no bucket, takes its step in ``step()``.
     """
 
@@ -129,7 +130,8 @@ class Deferral:
         self._eager: set[int] = set()  # parameters that are used without their module being called
         self._called: set[int] = set()
         self._after: set[int] = set()  # parameters whose step came after the last forward
-        self._is_confirmed = self._owes_error = False
+        self._is_confirmed = self._owes_error = self._is_stepping = False
+        self._versions: dict[int, int] = {}  # of the parameters, at the end of backward
         self._handles: list[Any] = []
         self.others: weakref.WeakSet[Deferral] = sync.transport.local.setdefault("deferrals", weakref.WeakSet())
         self.others.add(self)
@@ -144,6 +146,7 @@ class Deferral:
         for optimizer in optimizers:
             optimizer._deferrals.add(self)
             self._flush_before_states(optimizer.torch_optimizer)
+            self._handles.append(optimizer.torch_optimizer.register_step_pre_hook(_Step(ref)))
 
     def _flush_before_states(self, owner: torch.nn.Module | torch.optim.Optimizer) -> None:
         flush = _Flush(weakref.ref(self))
@@ -164,6 +167,7 @@ class Deferral:
         for number in self._stand_ins:  # zeros, on which zero_grad leaves a trace
             self.sync.parameters[number].grad = torch.zeros_like(self.sync.parameters[number])
         self._local = {n: (p.grad, _version(p.grad)) for n, p in enumerate(self.sync.parameters)}
+        self._versions = {n: self.sync.parameters[n]._version for n in self.sync.places}
         self._steps.clear()
         self._is_confirmed = False
 
@@ -191,12 +195,7 @@ class Deferral:
             self.flush()
             optimizer.step()
             return
-        for number, parameter in enumerate(self.sync.parameters):
-            if id(parameter) in held and not self._is_untouched(number):
-                raise RuntimeError(
-                    f"DataParallel: the gradient of {self.sync.names[number]} was changed between backward and step, when "
-                    f"it was this rank's part; call synchronize() after backward"
-                )
+        self._check_gradients(held)
         if self._is_whole(optimizer):
             self.flush()
             optimizer.step()
@@ -204,10 +203,25 @@ class Deferral:
         self._steps.append((optimizer, [_hyperparameters(group) for group in optimizer.param_groups], held))
         optimizer._opt_called = True  # type: ignore[attr-defined]  # what learning-rate schedulers ask for
 
+    def _check_gradients(self, held: set[int]) -> None:
+        for number, parameter in enumerate(self.sync.parameters):
+            if id(parameter) in held and not self._is_untouched(number):
+                raise RuntimeError(
+                    f"DataParallel: the gradient of {self.sync.names[number]} was changed between backward and step, when "
+                    f"it was this rank's part; call synchronize() after backward"
+                )
+
+    def before_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Somebody calls the step of the optimizer that is wrapped: it needs the sums now."""
+        if self.places and not any(other._is_stepping for other in self.others):
+            self._check_gradients({id(p) for group in optimizer.param_groups for p in group["params"]})
+            self.flush()
+
     def _is_whole(self, optimizer: torch.optim.Optimizer) -> bool:
         """Whether hooks belong to the step, or gradients that are in no bucket, such as of what is trained again."""
         hooks = [optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks]
-        if any((*hooks, of_torch._global_optimizer_pre_hooks, of_torch._global_optimizer_post_hooks)):
+        theirs = [hook for known in hooks for hook in known.values() if not isinstance(hook, _Hook)]
+        if any((theirs, of_torch._global_optimizer_pre_hooks, of_torch._global_optimizer_post_hooks)):
             return True
         waited_for = {id(self.sync.parameters[n]) for n in self.sync.places}
         held = (p for group in optimizer.param_groups for p in group["params"])
@@ -283,12 +297,27 @@ class Deferral:
 
     def _put_in(self, places: set[int]) -> None:
         self._confirm(self.is_interrupted)
+        if (changed := self._changed(places)) is not None:
+            self._steps.clear()  # of no use, unlike the sums, which other ranks make too
+            places = set(self.places)
         for place in sorted(places & set(self.places)):
             self.places.remove(place)
             self._apply(self.sync.complete(place))
             if not self.places:
                 self.sync.close()
                 self._steps.clear()
+        if changed is not None:
+            raise RuntimeError(
+                f"DataParallel: {self.sync.names[changed]} was changed between backward and its deferred update, when the "
+                f"gradient was this rank's part: call synchronize() before, or take steps with the container's optimizer"
+            )
+
+    def _changed(self, places: set[int]) -> int | None:
+        """A parameter that somebody else has changed since backward, such as an optimizer that is not known here."""
+        for number in (n for place in places & set(self.places) for n in self.sync.buckets[place].numbers):
+            if self.sync.parameters[number]._version != self._versions.get(number):
+                return number
+        return None
 
     def _apply(self, found: Found) -> None:
         """Put sums into ``.grad`` where it is as backward left it, and take the steps of these parameters."""
@@ -301,8 +330,12 @@ class Deferral:
                 later[number] = parameter.grad
                 parameter.grad = self.sync.added_up(number, value)
         taken = {id(self.sync.parameters[number]) for number, _ in found}
-        for optimizer, groups, held in self._steps:
-            _step_alone(optimizer, groups, taken & held)
+        self._is_stepping = True
+        try:
+            for optimizer, groups, held in self._steps:
+                _step_alone(optimizer, groups, taken & held)
+        finally:
+            self._is_stepping = False
         for number, grad in later.items():
             self.sync.parameters[number].grad = grad
 
@@ -367,6 +400,15 @@ class _Call(_Hook):
         deferral = self._deferral()
         if deferral is not None:
             deferral.call(self._numbers)
+
+
+class _Step(_Hook):
+    """An optimizer is about to step."""
+
+    def __call__(self, optimizer: torch.optim.Optimizer, *args: Any) -> None:
+        deferral = self._deferral()
+        if deferral is not None:
+            deferral.before_step(optimizer)
 
 
 class _Flush(_Hook):

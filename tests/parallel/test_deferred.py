@@ -628,3 +628,60 @@ def test_what_is_done_to_the_container_after_a_step(world: dl.Partition) -> None
         return [*seen, *(p.tolist() for p in dp.parameters())]
 
     assert run("now") == run("deferred")
+
+
+@pytest.mark.check("A26")
+@on_ranks(2, mpi=True)
+def test_steps_of_the_wrapped_optimizer(world: dl.Partition) -> None:
+    """They wait for the sums: gradients are this rank's part until then."""
+
+    def steps(dp: Any, optimizer: Any, kinds: str) -> None:
+        for number, kind in enumerate(kinds):
+            optimizer.zero_grad()
+            dp(batch(world, number)).square().mean().backward()
+            (optimizer.torch_optimizer if kind == "w" else optimizer).step()
+
+    for kinds, name in itertools.product(("www", "dwdwd", "wdd"), ("SGD", "Adam")):
+        made = list(pair(world, OPTIMIZERS[name]))
+        for dp, optimizer in made:
+            steps(dp, optimizer, kinds)
+        assert_same(made[0][0], made[1][0], kinds)
+    dp, optimizer = list(pair(world, OPTIMIZERS["SGD"]))[1]
+    dp(batch(world, 0)).square().mean().backward()
+    dp.module[0].weight.grad.mul_(2)
+    with pytest.raises(RuntimeError, match=r"the gradient of 0.weight was changed between backward and step"):
+        optimizer.torch_optimizer.step()
+
+
+@pytest.mark.check("A26")
+@on_ranks(2, mpi=True)
+def test_parameters_that_somebody_else_changes(world: dl.Partition) -> None:
+    """A deferred step would come too late, and an optimizer that the container does not know has used a rank's part."""
+
+    def by_another_optimizer(module: torch.nn.Module) -> None:
+        optim.SGD(module[3].parameters(), lr=0.1).step()
+
+    def by_hand(module: torch.nn.Module) -> None:
+        with torch.no_grad():
+            module[3].weight.clamp_(-0.1, 0.1)
+
+    for change, steps, clears in itertools.product((by_another_optimizer, by_hand), (True, False), (True, False)):
+        now, deferred = pair(world, OPTIMIZERS["SGD"])
+        for dp, optimizer in (now, deferred):
+            train(world, dp, optimizer, 1)
+            dp(batch(world, 1)).square().mean().backward()
+            if steps:
+                optimizer.step()
+            change(dp.module)
+            if clears:
+                optimizer.zero_grad()
+        dp = deferred[0]
+        with pytest.raises(RuntimeError, match=r"DataParallel: 3.(weight|bias) was changed between backward and its"):
+            dp(batch(world, 2))
+        dp.state_dict()  # is over
+    for dp, optimizer in pair(world, OPTIMIZERS["SGD"]):
+        train(world, dp, optimizer, 2)
+        dp.synchronize()
+        by_hand(dp.module)
+        train(world, dp, optimizer, 2)
+        dp.check_replicas()
