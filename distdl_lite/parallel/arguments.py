@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -89,6 +89,45 @@ def update_of(optimizer: Any, blocking: bool | None, update: str) -> str:
     return update
 
 
+def owners(optimizers: Sequence[Any], named: Iterable[tuple[str, torch.Tensor]]) -> dict[str, Any]:
+    """Which optimizer, with which hyperparameters, updates each of the parameters; the order is each rank's own."""
+    found: dict[int, str] = {}
+    for one in optimizers:
+        kind = type(one.torch_optimizer).__name__
+        for group in one.param_groups:
+            text = (
+                f"{kind} { ({name: value for name, value in group.items() if name not in ('params', 'param_names')}) }"
+            )
+            found.update((id(p), text) for p in group["params"])
+    return {f"optimizer of {name}": found.get(id(p)) for name, p in named}
+
+
+def order(optimizers: Sequence[torch.optim.Optimizer], named: Iterable[tuple[str, torch.Tensor]]) -> dict[str, Any]:
+    """What optimizers must have in common on all ranks whose states are to be exchanged."""
+    names = {id(p): name for name, p in named}
+    found: dict[str, Any] = {"number of optimizers": len(optimizers)}
+    for number, one in enumerate(optimizers):
+        which = f"of optimizer {number}"
+        groups = [group["params"] for group in getattr(one, "param_groups", ())]
+        found[f"type {which}"] = type(getattr(one, "torch_optimizer", one)).__name__
+        found[f"group sizes {which}"] = list(map(len, groups))
+        for place, p in enumerate(p for group in groups for p in group):
+            found[f"parameter {place} {which}"] = names.get(id(p), tuple(p.shape))
+    return found
+
+
+def check_same(transport: Transport, team: tuple[int, ...], mine: Mapping[str, Any]) -> None:
+    """Raise ValueError on all of the team unless all have the same; the first that differs is named."""
+    _check_options(team, transport.gather_objects(team, mine))
+
+
+def _check_options(team: tuple[int, ...], told: Sequence[Mapping[str, Any]]) -> None:
+    for rank, theirs in zip(team, told, strict=True):
+        for name, a in told[0].items():
+            if theirs.get(name) != a:
+                raise ValueError(f"DataParallel: rank {rank} has {name}={theirs.get(name)!r}, rank {team[0]} {a!r}")
+
+
 SPARSE = "DataParallel: sparse gradients are not summed; build {} with sparse=False"
 _MIXED = (
     "DataParallel: the gradient of {} is summed over the batch axis by its layer, that of {} by the container, whose "
@@ -108,10 +147,7 @@ def check_same_module(
     """Raise on all of the team unless all hold the same tensors, none of them of a sparse layer; returns a free lane."""
     mine = [(name, tuple(t.shape), str(t.dtype).removeprefix("torch."), *_elsewhere(t)) for name, t in tensors.items()]
     told = transport.gather_objects(team, (mine, sparse, lanes_in_use(transport, team), options, mixed))
-    for rank, (_, _, _, theirs, _) in zip(team, told, strict=True):
-        for name, a in told[0][3].items():
-            if theirs[name] != a:
-                raise ValueError(f"DataParallel: rank {rank} has {name}={theirs[name]!r}, rank {team[0]} {a!r}")
+    _check_options(team, [theirs for _, _, _, theirs, _ in told])
     for _, theirs, _, _, both in told:
         if theirs:
             raise TypeError(SPARSE.format(theirs))

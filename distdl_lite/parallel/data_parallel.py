@@ -22,8 +22,11 @@ from distdl_lite.parallel.arguments import (
     check_arguments,
     check_equal,
     check_ranks,
+    check_same,
     check_same_module,
     listed,
+    order,
+    owners,
     update_of,
 )
 from distdl_lite.parallel.buckets import Bucket
@@ -262,6 +265,7 @@ class DataParallel(torch.nn.Module):
             "timeout": o.timeout,
             "update": self._update,
             "comm_hook": hook and getattr(hook, "__qualname__", type(hook).__qualname__),
+            **owners(listed(self.optimizer), self.module.named_parameters()),
         }
 
     def _sparse_layers(self) -> list[str]:
@@ -437,30 +441,50 @@ class DataParallel(torch.nn.Module):
 
         Then all take the parameters and buffers of a rank that made the last step, and what these optimizers, or else those
         of the container, know there: hyperparameters, and states such as momentum. Schedulers are left alone.
+
+        Raises
+        ------
+        ValueError
+            On all ranks, unless they name optimizers of the same types with the same parameters in the same order.
+        RuntimeError
+            Inside the join of another container of these ranks.
         """
         if self.P.active:
             self._refresh()  # where it is a copy or has been loaded, as ranks that make no step must know
         if self._couples:
             raise RuntimeError("DataParallel: SyncBatchNorm needs all ranks in every step; join is not for it")
-        yield
-        self.synchronize()
-        sync = self._sync
+        given, transport, sync = optimizers or listed(self.optimizer), self.P.world_transport, self._sync
         if sync is None or len(sync.team) == 1:
+            yield
             return
+        check_same(transport, sync.team, order(given, self.module.named_parameters()))
+        joined = transport.local.setdefault("teams in join", [])
+        if sync.team in joined:
+            raise RuntimeError(
+                "DataParallel: ranks that have ended would wait in one join while others are in that of another container; "
+                "put both modules into one container"
+            )
+        joined.append(sync.team)
+        try:
+            yield
+        finally:
+            joined.remove(sync.team)
+        self.synchronize()
+        sync = self._sync  # another where parameters were replaced
         steps_behind = -1
         takes_part = True
         while takes_part:
             sync.begin(None, takes_part=False)
             takes_part = sync.finish()
             steps_behind += 1
-        place = sync.team.index(self.P.world_transport.rank)
+        place = sync.team.index(transport.rank)
         nearest = torch.tensor([steps_behind * len(sync.team) + place])
-        self.P.world_transport.all_reduce(sync.team, nearest, "min")
+        transport.all_reduce(sync.team, nearest, "min")
         root = sync.team[int(nearest) % len(sync.team)]
-        broadcast(self.P.world_transport, sync.team, [*sync.parameters, *sync.buffers], root)
-        for optimizer in optimizers or listed(self.optimizer):
-            state = broadcast_structure(self.P.world_transport, sync.team, optimizer.state_dict(), root)
-            if self.P.world_transport.rank != root:
+        broadcast(transport, sync.team, [*sync.parameters, *sync.buffers], root)
+        for optimizer in given:
+            state = broadcast_structure(transport, sync.team, optimizer.state_dict(), root)
+            if transport.rank != root:
                 optimizer.load_state_dict(state)
 
     # ---- life --------------------------------------------------------------------------------------------------------

@@ -115,6 +115,32 @@ def test_different_options(world: dl.Partition) -> None:
 
 
 @pytest.mark.check("A36")
+@on_ranks(2, mpi=True)
+def test_different_optimizers(world: dl.Partition) -> None:
+    """Their steps would let the replicas come apart."""
+    sgd, adam = torch.optim.SGD, torch.optim.Adam
+    cases: list[tuple[Callable[[list[Any]], Any], str]] = [
+        (lambda p: dl.DataParallelOptimizer(sgd(p, 0.2)), "rank 1 has optimizer of 0.weight=\"SGD {'lr': 0.2,"),
+        (lambda p: dl.DataParallelOptimizer(adam(p, 0.1)), "rank 1 has optimizer of 0.weight=\"Adam {'lr': 0.1,"),
+        (lambda p: dl.DataParallelOptimizer(sgd(p[:2], 0.1)), "rank 1 has optimizer of 2.weight=None, rank 0"),
+        (lambda p: None, "rank 1 has optimizer of 0.weight=None, rank 0"),
+    ]
+    for make, text in cases:
+        module = mlp(3, 4, 2)
+        usual = dl.DataParallelOptimizer(sgd(module.parameters(), 0.1))
+        optimizer = make(list(module.parameters())) if world.rank else usual
+        refused(world, lambda m=module, o=optimizer: dl.DataParallel(m, world, o), text)
+    module = mlp(3, 4, 2)
+    backwards = list(module.parameters())[:: 1 - 2 * world.rank]
+    optimizer = dl.DataParallelOptimizer(adam(backwards, 0.1))  # each rank may have an order of its own
+    dp = dl.DataParallel(module, world, optimizer, update="deferred")
+    for _ in range(2):
+        mean_square(dp(draw(2, 3))).backward()
+        optimizer.step()
+    dp.check_replicas()
+
+
+@pytest.mark.check("A36")
 @on_ranks(2)
 def test_models_that_differ_later(world: dl.Partition) -> None:
     dp = dl.DataParallel(mlp(3, 2))

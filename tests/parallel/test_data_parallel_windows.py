@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -258,6 +260,39 @@ def test_optimizers_go_on_from_where_the_last_rank_was(world: dl.Partition) -> N
                 optimizers[1].param_groups[-1]["lr"] *= 0.9
             assert_parameters(dp, single, 1e-12)
             dp.check_replicas()
+
+
+@pytest.mark.check("A7")
+@on_ranks(3, mpi=True)
+def test_joins_that_do_not_fit(world: dl.Partition) -> None:
+    """States go by place: another order would mix them up."""
+    other = world.rank == 2
+    square = mlp(3, 3, 3)
+    dp, single = twins(square, world)
+    parameters = list(dp.parameters())
+    sgd = torch.optim.SGD(parameters, 0.1)
+    cases: list[tuple[list[Any], str]] = [
+        ([torch.optim.Adam(parameters[::-1])], "parameter 0 of optimizer 0='2.bias', rank 0 '0.weight'"),
+        ([sgd], "type of optimizer 0='SGD', rank 0 'Adam'"),
+        ([], "number of optimizers=0, rank 0 1"),
+        ([torch.optim.Adam(parameters[:1])], "group sizes of optimizer 0=[1], rank 0 [4]"),
+        ([torch.optim.Adam([{"params": parameters[:1]}, {"params": parameters[1:]}])], "group sizes of optimizer 0=[1, 3], rank 0 [4]"),
+        (["Adam"], "type of optimizer 0='str', rank 0 'Adam'"),
+    ]  # fmt: skip
+    usual = [torch.optim.Adam(parameters)]
+    for given, text in cases:
+        with (
+            pytest.raises(ValueError, match=re.escape(f"DataParallel: rank 2 has {text}")),
+            dp.join(*(given if other else usual)),
+        ):
+            raise AssertionError("inside")
+    second, _ = twins(mlp(3, 2), world)
+    with dp.join(*usual), pytest.raises(RuntimeError, match="put both modules into one container"), second.join():
+        raise AssertionError("inside")
+    with second.join():
+        mean_square(dp(draw(6, 3)[2 * world.rank :][:2])).backward()
+    mean_square(single(draw(6, 3))).backward()
+    assert_gradients(dp, single)
 
 
 @pytest.mark.check("A7")
