@@ -33,6 +33,7 @@ _OF_BITS = {_Kind.BAND: "BAND", _Kind.BOR: "BOR", _Kind.BXOR: "BXOR"}
 _OF_BOOLS = {**_OF_BITS, _Kind.SUM: "BOR", _Kind.MAX: "BOR", _Kind.PRODUCT: "BAND", _Kind.MIN: "BAND"}
 _OF_COMPLEX = {_Kind.SUM: "SUM", _Kind.AVG: "SUM", _Kind.PRODUCT: "PROD"}
 _OF_FLOATS = {**_OF_COMPLEX, _Kind.MIN: "MIN", _Kind.MAX: "MAX"}
+_BUT_SUM = "PROD", "MIN", "MAX", "BAND", "BOR", "BXOR"
 _OF_INTEGERS = {**{kind: name for kind, name in _OF_FLOATS.items() if kind is not _Kind.AVG}, **_OF_BITS}
 
 
@@ -171,7 +172,8 @@ class MPIProcessGroup(dist.ProcessGroup):
         arrays = [f" of {a.size} {a.dtype}" for a in arguments if isinstance(a, numpy.ndarray)]
         varies = name.endswith("v")  # how much, from rank to rank
         root = [f" with root {a}" for a in arguments if isinstance(a, int)]
-        call = "".join([name, *([] if varies else arrays[:1]), *root])
+        ops = [f" by {op}" for a in arguments for op in _BUT_SUM if a is getattr(self._MPI, op)]
+        call = "".join([name, *([] if varies else arrays[:1]), *ops, *root])
         if self._limit is not None and self._is_same(call, name, self._limit):
             return
         calls = self._comm.allgather(call)

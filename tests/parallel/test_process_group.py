@@ -352,6 +352,10 @@ def test_different_calls_are_told_under_a_limit(group: MPIProcessGroup) -> None:
         RuntimeError, match=r"rank 1 Bcast of 8 uint8 with root 0, rank 2 Bcast of 12 uint8 with root 0"
     ):
         dist.broadcast(torch.ones(rank + 1), 0)
+    with pytest.raises(
+        RuntimeError, match=r"rank 0 Allreduce of 3 float32, rank 1 Allreduce of 3 float32 by MAX, rank 2 Allr"
+    ):
+        dist.all_reduce(torch.ones(3), OP.MAX if rank == 1 else OP.SUM)
     dist.all_reduce(y := torch.ones(3))
     assert torch.equal(y, torch.full((3,), 3.0))
 
