@@ -36,7 +36,7 @@ from distdl_lite.parallel.synchroniser import BAD_WEIGHT, Options, Synchroniser,
 from distdl_lite.parallel.together import refused_together
 from distdl_lite.partition import partition_of
 
-_KIND = operator.attrgetter("dtype", "device")
+_KIND = operator.attrgetter("dtype", "device", "shape")
 
 
 class DataParallel(torch.nn.Module):
@@ -177,7 +177,9 @@ class DataParallel(torch.nn.Module):
         if self._sync is not None and self._sync.leave():
             if self._deferral is not None:
                 self.P.world_transport.gather_objects(self._sync.team, False)  # as the others do before they raise
-            raise RuntimeError("DataParallel: parameters were replaced, or have another dtype, on some ranks alone")
+            raise RuntimeError(
+                "DataParallel: parameters were replaced, or have another dtype or shape, on some ranks alone"
+            )
         transport, team, self._sync, lane = self.P.world_transport, self._team(), None, 0
         elsewhere = self._summed_by_layers(set(team))
         named = self._named_parameters(elsewhere)

@@ -19,6 +19,7 @@ from twins import assert_refused
 
 import distdl_lite as dl
 from distdl_lite.testing import spmd
+from distdl_lite.transport.sums import ENGINES
 
 ARGUMENTS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"module": torch.tanh}, TypeError, "DataParallel: a torch.nn.Module is needed, not <built-in method tanh"),
@@ -148,6 +149,31 @@ def test_models_that_differ_later(world: dl.Partition) -> None:
     refused(world, lambda: dp(draw(2, 3)), "rank 1 has ('1.weight', (3, 2), 'float64'), rank 0 ('1.weight', (2, 2)")
 
 
+@on_ranks(2)
+def test_tensors_of_another_shape_inside_the_parameters(world: dl.Partition) -> None:
+    """What pruning and growing a layer in place leave."""
+
+    def grow(layers: nn.Sequential) -> None:
+        layers[0].weight.data, layers[0].bias.data, layers[2].weight.data = draw(5, 3), draw(5), draw(2, 5)
+
+    for options in ({}, {"engine": "thread", "bucket_mb": 1e-5}):
+        dp, single = twins(mlp(3, 4, 2), **options)
+        x = draw(6, 3)
+        mean_square(dp(x[3 * world.rank :][:3])).backward()
+        for module in (dp.module, single):
+            grow(module)
+            module.zero_grad()
+        mean_square(dp(x[3 * world.rank :][:3])).backward()
+        mean_square(single(x)).backward()
+        assert_gradients(dp, single)
+        dp.zero_grad()
+        if world.rank:
+            dp.module[0].weight.data = draw(5, 3)[:, :2]
+        text = "parameters were replaced, or have another dtype" if world.rank else "backward failed on another rank"
+        with pytest.raises(RuntimeError, match=text):
+            mean_square(dp(x[:3, : 3 - world.rank])).backward()
+
+
 @on_ranks(2, mpi=True)
 def test_a_module_that_changes_on_one_rank_alone(world: dl.Partition) -> None:
     """The other is in backward; with deferred updates it finds out in the next forward."""
@@ -163,7 +189,7 @@ def test_a_module_that_changes_on_one_rank_alone(world: dl.Partition) -> None:
         steps(1)
         if world.rank:
             dp.double()
-        text = "replaced, or have another dtype, on some ranks alone" if world.rank else "backward failed on"
+        text = "replaced, or have another dtype or shape, on some ranks alone" if world.rank else "backward failed on"
         with pytest.raises(RuntimeError, match=text):
             steps(2)
 
@@ -181,6 +207,24 @@ def test_sparse_gradients(world: dl.Partition) -> None:
     refused(world, lambda: dl.DataParallel(Words(world.rank == 1)), text, TypeError)
     refused(world, lambda: dl.DataParallel(nn.EmbeddingBag(5, 2, sparse=True)), "build ['EmbeddingBag']", TypeError)
     dl.DataParallel(Words(False))
+
+
+@pytest.mark.check("A20")
+@on_ranks(2)
+def test_sparse_gradients_without_a_layer_that_says_so(world: dl.Partition) -> None:
+    class Words(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table = nn.Parameter(draw(5, 2))
+
+        def forward(self, words: torch.Tensor) -> torch.Tensor:
+            return nn.functional.embedding(words, self.table, sparse=True)
+
+    for engine in ENGINES:
+        dp = dl.DataParallel(Words(), engine=engine, bucket_mb=1e-5)
+        text = "DataParallel: the gradient of a parameter of shape (5, 2) is sparse, and is not summed"
+        for _ in range(2):
+            refused(world, lambda dp=dp: dp(torch.tensor([1, 2])).sum().backward(), text, TypeError)
 
 
 @pytest.mark.check("A20")

@@ -276,7 +276,7 @@ def test_joins_that_do_not_fit(world: dl.Partition) -> None:
         ([sgd], "type of optimizer 0='SGD', rank 0 'Adam'"),
         ([], "number of optimizers=0, rank 0 1"),
         ([torch.optim.Adam(parameters[:1])], "group sizes of optimizer 0=[1], rank 0 [4]"),
-        ([torch.optim.Adam([{"params": parameters[:1]}, {"params": parameters[1:]}])], "group sizes of optimizer 0=[1, 3], rank 0 [4]"),
+        ([torch.optim.Adam([{"params": [p]} for p in parameters])], "group sizes of optimizer 0=[1, 1, 1, 1], rank 0 [4]"),
         (["Adam"], "type of optimizer 0='str', rank 0 'Adam'"),
     ]  # fmt: skip
     usual = [torch.optim.Adam(parameters)]
