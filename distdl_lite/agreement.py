@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
+from distdl_lite.partition import Partition
 from distdl_lite.transport import Transport
 
 CALL = "call of layer"
@@ -41,6 +43,23 @@ def raise_together(transport: Transport, team: Sequence[int], error: Exception |
         kind, text = failures[0]
         # A refusal says all there is to say; the traceback of anything else may be of use.
         raise kind(text) from (None if isinstance(error, (TypeError, ValueError)) else error)
+
+
+@contextmanager
+def refused_together(P: Partition, name: str) -> Iterator[None]:
+    """Raise an error of the block on all ranks of `P`, with the same text, which begins with a name.
+
+    They come to it together, and in it communicate before anything may raise, or not at all. A rank outside is alone.
+    """
+    error = None
+    try:
+        yield
+    except Exception as raised:
+        if not P.active:
+            raise
+        error = raised
+    if P.active:
+        raise_together(P.world_transport, sorted(P.ranks), error, name)
 
 
 def _told(error: Exception, name: str) -> tuple[type[Exception], str]:

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
+from distdl_lite.agreement import refused_together
 from distdl_lite.optim.flat import Flat, average, average_flats
 from distdl_lite.optim.local_sgd import LocalSGD, is_averaged
 from distdl_lite.optim.schedule import DASOSchedule, Skips, check_int
-from distdl_lite.parallel.together import refused_together
 from distdl_lite.partition import partition_of
 from distdl_lite.transport import Transport
 

@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
+from distdl_lite.agreement import refused_together
 from distdl_lite.optim.flat import Flat, average, average_flats, flats_of
 from distdl_lite.optim.levels import levels_of
 from distdl_lite.optim.schedule import Periodic, Schedule, Skips, check_int
-from distdl_lite.parallel.together import refused_together
 from distdl_lite.partition import partition_of
 from distdl_lite.transport.sums import ENGINES, Pending
 

@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 
+from distdl_lite.agreement import refused_together
 from distdl_lite.optim.daso import DASO
 from distdl_lite.parallel.copies import broadcast
-from distdl_lite.parallel.together import refused_together
 from distdl_lite.partition import partition_of
 
 

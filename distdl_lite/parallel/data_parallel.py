@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_leaves
 
+from distdl_lite.agreement import refused_together
 from distdl_lite.backward import at_end_of_backward, running_backward, running_backward_accumulates
 from distdl_lite.nn.movement import zero_volume_tensor
 from distdl_lite.nn.parameter import Layer
@@ -33,7 +34,6 @@ from distdl_lite.parallel.buckets import Bucket
 from distdl_lite.parallel.copies import broadcast, broadcast_structure
 from distdl_lite.parallel.deferred import Deferral
 from distdl_lite.parallel.synchroniser import BAD_WEIGHT, Options, Synchroniser, as_weight
-from distdl_lite.parallel.together import refused_together
 from distdl_lite.partition import partition_of
 
 _KIND = operator.attrgetter("dtype", "device", "shape")
