@@ -583,8 +583,12 @@ class _ReadyHook:
 
     def __call__(self, parameter: torch.Tensor) -> None:
         container = self._container()
-        if container is not None and container._told_at_end != running_backward():
+        if container is None:
+            return
+        if container._told_at_end != running_backward():
             container._came(self._number)
+        elif container._sync is not None:
+            container._sync.seen[self._number] = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _ReadyHook:
         return self

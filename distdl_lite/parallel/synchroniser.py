@@ -94,13 +94,15 @@ class Synchroniser:
         self._divides = not is_weighed and options.average != "none"
         self.count = 0.0  # rows since the last sum
         self.weight: float | None = None  # in place of it
-        self._finished = 0
+        self._knows_order = False  # in which the root's gradients come
+        self._order: tuple[torch.Tensor, Pending] | None = None  # while it is on its way
         # Of gradients before their sum: about what the weights added up to last. A power of 2, which rounds nothing off.
         self._scale = 1.0
         self._knows_scale = not self._divides
         self.is_open = self.is_broken = False
         self.may_start = True  # before backward ends: the rows of all its forwards are known
         self.backward: int | None = None
+        self.seen: dict[int, None] = {}  # parameters whose gradients have come in this backward
         self._others = _synchronisers(transport)
         self._others.add(self)
         self.lane = f"copies {lane}"
@@ -147,7 +149,7 @@ class Synchroniser:
             self.abandon()
         self.is_open, self.backward, self._takes_part = True, backward, takes_part
         self._leads = float(takes_part and self.transport.rank == self.team[0])
-        self._seen: dict[int, None] = {}
+        self.seen.clear()
         self._pending: list[Pending] = []
         self._unpacked: dict[int, tuple[list[torch.Tensor | None], float, float]] = {}
         self._weighed: tuple[float, float] | None = None
@@ -266,16 +268,14 @@ class Synchroniser:
 
     def ready(self, number: int) -> None:
         """A gradient is there."""
-        if not self.starts_early:
-            return
-        if number in self._seen:
+        if self.starts_early and number in self.seen:
             raise RuntimeError(
                 f"DataParallel: the gradient of {self.names[number]} came twice in one backward, as under reentrant "
                 f"checkpoints: use checkpoint(..., use_reentrant=False), or DataParallel(..., overlap=False)"
             )
-        self._seen[number] = None
+        self.seen[number] = None
         place = self.places.get(number)
-        if place is not None:
+        if place is not None and self.starts_early:
             self.buckets[place].missing -= 1
             # The last one waits for the end, as it tells on how many ranks backward has ended well.
             while self.may_start and len(self._pending) < len(self.buckets) - 1:
@@ -296,6 +296,7 @@ class Synchroniser:
             changed = self._versions != self._buffer_versions()
             bucket.header = [float(self._takes_part), self._leads, float(changed), *trained]
         left = self._left
+        self._check_kept(bucket)
         gradients = [self.parameters[n].grad if self._takes_part and n not in left else None for n in bucket.numbers]
         fill, flat = partial(bucket.pack, gradients, *self._weighed, mark), bucket.free()
         then = partial(self._unpack, place)
@@ -311,6 +312,15 @@ class Synchroniser:
         self._pending.append(pending)
         if self.engine == "inline":
             self._wait(place)
+
+    def _check_kept(self, bucket: Bucket) -> None:
+        """Raise if hooks have taken gradients away, such as those of an optimizer that steps within backward."""
+        for number in bucket.numbers if self._takes_part else ():
+            if number in self.seen and number not in self._left and self.parameters[number].grad is None:
+                raise RuntimeError(
+                    f"DataParallel: the gradient of {self.names[number]} was taken away within backward, before it was "
+                    f'summed over the ranks; step after backward, or with DataParallel(..., update="deferred")'
+                )
 
     def _weigh(self) -> tuple[float, float]:
         """By what the gradients are multiplied, and their weight in the mean."""
@@ -392,6 +402,7 @@ class Synchroniser:
         self.put(self._unplanned())
         for number in {*self._aside, *self._kept} - self.places.keys():  # no longer trained
             self.put([(number, None)])
+        self._start_order()
         all_go_on = round(active) == len(self.team)
         if changed and (all_go_on or (leads > 0 and self.options.sync_buffers == "root")):
             self.sync_buffers()  # else join makes all equal in the end
@@ -412,6 +423,7 @@ class Synchroniser:
     def _give_up(self) -> None:
         for place in range(1, len(self.buckets) - 1):  # before they are filled anew
             self._wait(place)
+        self._end_order()
         self._results.clear()
         self.is_open = False
         self.count, self.weight = 0.0, None
@@ -486,17 +498,30 @@ class Synchroniser:
 
     def _plan_anew(self, trained: Sequence[float]) -> None:
         """Follow what is trained now, and, once, the order in which the root's gradients came."""
-        wanted = [n for n, ranks in enumerate(trained) if ranks]
-        self._finished += 1
-        if self._finished == 1 and len(self.buckets) > 1 and self.starts_early:
-            came = [n for n in self._seen if n in wanted]
-            order = torch.tensor([*came, *(n for n in wanted[::-1] if n not in came)])
-            if self.transport.rank != self.team[0]:
-                order.zero_()
-            self._await(self._sum(order), "the order of the buckets", self.buckets[0])
-            self._plan(order.tolist())
+        wanted, came = [n for n, ranks in enumerate(trained) if ranks], self._end_order()
+        if came is not None:
+            self._plan(came)
         elif sorted(self.places) != wanted:
             self._plan(wanted[::-1])
+        self._knows_order = True
+
+    def _start_order(self) -> None:
+        """Tell of that order when backward ends, as close to it as the ranks are: later some may be elsewhere."""
+        if self._knows_order or len(self.buckets) == 1 or not self.starts_early:
+            return
+        wanted = [n for n, ranks in enumerate(self._trained) if ranks]
+        came = [n for n in self.seen if n in wanted]
+        order = torch.tensor([*came, *(n for n in wanted[::-1] if n not in came)])
+        if self.transport.rank != self.team[0]:
+            order.zero_()
+        self._order = order, self._sum(order)
+
+    def _end_order(self) -> list[int] | None:
+        if self._order is None:
+            return None
+        (order, pending), self._order = self._order, None
+        self._await(pending, "the order of the buckets", self.buckets[0])
+        return order.tolist()
 
     # ---- buffers -----------------------------------------------------------------------------------------------------
 

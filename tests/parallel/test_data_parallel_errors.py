@@ -363,3 +363,31 @@ def test_a_rank_that_skips_backward_is_named(world: dl.Partition) -> None:
             RuntimeError, match=r"deadlock: rank 0 waits for sum of .* of ranks .0, 1.*; rank 1 has ended"
         ):
             mean_square(dp(draw(2, 3))).backward()
+
+
+@on_ranks(2)
+def test_steps_within_backward(world: dl.Partition) -> None:
+    """They use a rank's own gradients, so that the copies would come apart; where they leave them, they may look."""
+    for engine, wraps_first in itertools.product(ENGINES, (True, False)):
+        module, seen = mlp(3, 2), list[torch.Tensor]()
+
+        def step(parameter: torch.Tensor) -> None:
+            with torch.no_grad():
+                parameter -= 0.1 * parameter.grad
+            parameter.grad = None
+
+        def look(parameter: torch.Tensor, seen: list[torch.Tensor] = seen) -> None:
+            seen.append(parameter.grad.clone())
+
+        dp = dl.DataParallel(module, world, engine=engine) if wraps_first else module
+        handles = [p.register_post_accumulate_grad_hook(look) for p in module.parameters()]
+        dp = dp if wraps_first else dl.DataParallel(module, world, engine=engine)
+        x = torch.rand(2 + world.rank, 3).double()
+        dp(x).sum().backward()
+        assert seen
+        for handle in handles:
+            handle.remove()
+        for p in module.parameters():
+            p.register_post_accumulate_grad_hook(step)
+        with pytest.raises(RuntimeError, match=r"was taken away within backward, before it was summed over the ranks"):
+            dp(x).sum().backward()

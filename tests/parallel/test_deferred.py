@@ -685,3 +685,16 @@ def test_parameters_that_somebody_else_changes(world: dl.Partition) -> None:
         by_hand(dp.module)
         train(world, dp, optimizer, 2)
         dp.check_replicas()
+
+
+@on_ranks(2, mpi=True)
+def test_reading_on_one_rank_after_the_first_step(world: dl.Partition) -> None:
+    """By then the order of the buckets is known without the other rank."""
+    for engine in ("thread", "poll"):
+        for dp, optimizer in pair(world, OPTIMIZERS["SGD"], engine=engine):
+            train(world, dp, optimizer, 1)
+            if world.rank == 0:
+                dp.state_dict()
+            world.world_transport.gather_objects(world.ranks, engine)
+            train(world, dp, optimizer, 2)
+            dp.check_replicas()
