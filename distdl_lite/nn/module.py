@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, is_grad_enabled, strided
 from torch._C import _are_functorch_transforms_active, _DisableFuncTorch, _is_any_autocast_enabled
 from torch._C._autograd import _top_saved_tensors_default_hooks  # type: ignore[attr-defined]
+from torch._C._dynamo import eval_frame
 from torch.nn.modules.module import _has_any_global_hook as _any_global_hook
 from torch.utils.hooks import RemovableHandle
 
@@ -122,7 +123,6 @@ class Module(torch.nn.Module):
             or self._backward_hooks
             or self._backward_pre_hooks
             or _any_global_hook()
-            or self._compiled_call_impl is not None
         ):
             return super().__call__(*args, **kwargs)
         if self._distdl_alone is not None and not kwargs and "forward" not in self.__dict__:
@@ -146,6 +146,9 @@ class Module(torch.nn.Module):
                 return self._distdl_early_forward(args)
         args, kwargs = self._distdl_forward_pre_hook(args, kwargs)
         return self.forward(*args, **kwargs)
+
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing: a distributed layer runs as it is, also inside a network that torch.compile compiles."""
 
     def register_forward_pre_hook(self, *args: Any, **kwargs: Any) -> RemovableHandle:
         """As torch's; ours stays the last, as it is about what forward gets."""
@@ -251,7 +254,7 @@ class Module(torch.nn.Module):
             self._distdl_resolve()
         if not self._distdl_is_inside:
             self._distdl_refuse_data(input)
-            return input, kwargs
+            return tuple(map(_own, input)), kwargs
         if self._distdl_input_changed(input, kwargs):
             self._distdl_adopt(input, kwargs)
         if self._modules and not self._distdl_agrees_each:
@@ -456,6 +459,20 @@ class Module(torch.nn.Module):
         return parts
 
 
+def _leave_alone(function: Any) -> None:
+    """Let torch.compile call a function, and all that this calls, as it is: what communicates is not for it to trace.
+
+    As torch.compiler.disable, without its import of Dynamo, of seconds, and its 1 us a call.
+    """
+    function._torchdynamo_disable = True
+    if hasattr(eval_frame, "_FrameExecStrategy"):
+        skip = eval_frame._FrameAction.SKIP
+        eval_frame.set_code_exec_strategy(function.__code__, eval_frame._FrameExecStrategy(skip, skip))
+
+
+_leave_alone(Module.__call__)
+
+
 class _Again:
     """What stands between a layer and a user's class whose forward takes its place.
 
@@ -492,6 +509,11 @@ class _Saved(Node):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, None]:
         _ = ctx.saved_tensors
         return gradient if ctx.needs_input_grad[0] else None, None
+
+
+def _own(value: Any) -> Any:
+    """For a rank outside, to which its input comes back: what a following layer may overwrite, as it may an output."""
+    return value.clone() if isinstance(value, Tensor) and value.requires_grad and is_grad_enabled() else value
 
 
 def _has_gradients(value: Any) -> bool:
