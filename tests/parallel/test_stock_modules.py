@@ -6,6 +6,7 @@ import copy
 import tempfile
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import pytest
@@ -49,6 +50,7 @@ def trained(
     steps: int = 5,
     accumulate: bool = False,
     net: nn.Module | None = None,
+    over: Callable[[nn.Module], nn.Module] = lambda model: model,
     **options: Any,
 ) -> list[torch.Tensor]:
     """What a model and its gradients are after some steps."""
@@ -57,13 +59,14 @@ def trained(
     if prepare:
         prepare(model, group)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    called = over(model)
     for step in range(steps):
         with model.no_sync() if accumulate and step % 2 == 0 else nullcontext():
-            model(batch(group.rank(), step), other).square().sum().backward()
+            called(batch(group.rank(), step), other).square().sum().backward()
         if not accumulate or step % 2:
             optimizer.step()
             optimizer.zero_grad()
-    model(batch(group.rank(), steps), other).square().sum().backward()
+    called(batch(group.rank(), steps), other).square().sum().backward()
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
     return [*(t.clone() for t in model.state_dict().values()), *gradients]
 
@@ -87,6 +90,12 @@ def test_ddp(group: MPIProcessGroup, gloo: Any) -> None:
         {"broadcast_buffers": False},
     ):
         assert_same(trained(group, **options), trained(gloo, **options))
+
+
+@on_group(2)
+def test_ddp_compiled(group: MPIProcessGroup) -> None:
+    """torch.compile runs the group's calls as they stand."""
+    assert_same(trained(group, over=partial(torch.compile, backend="eager")), trained(group))
 
 
 @beside_gloo
