@@ -78,7 +78,10 @@ class DistributedNLLLoss(_DistributedLoss):
 
     # ---- set-up ------------------------------------------------------------------------------------------------------
 
-    def _target_shape(self, input: Shape, target: Shape) -> Shape:
+    def _target_shape(self, input: Shape, target: Shape, dtype: torch.dtype) -> Shape:
+        return self._without_classes(input)
+
+    def _without_classes(self, input: Shape) -> Shape:
         return (*input[: self._axis], *input[self._axis + 1 :])
 
     def _local_options(self, box: lay.Box) -> dict[str, Any]:
@@ -111,7 +114,7 @@ class DistributedNLLLoss(_DistributedLoss):
         try:
             parts = self._partial(log_p, target, built)
         except Exception as raised:  # raised again below, on all of the team
-            error, parts = raised, log_p.new_zeros(self._target_shape(log_p.shape, ()))
+            error, parts = raised, log_p.new_zeros(self._without_classes(log_p.shape))
         failed = parts.new_full((1,), error is not None)
         terms = shown(torch.cat([parts.reshape(-1), failed]), team, self._distdl_transport)
         if terms[-1].item():
@@ -190,18 +193,12 @@ class DistributedCrossEntropyLoss(DistributedNLLLoss):
             P_x, weight=weight, ignore_index=ignore_index, reduction=reduction, label_smoothing=label_smoothing
         )
 
-    def _target_shape(self, input: Shape, target: Shape) -> Shape:
-        return input if len(target) == len(input) else super()._target_shape(input, target)
-
-    def _distdl_module_setup(self, input: tuple[Any, ...]) -> _BuiltOverClasses:
-        built = super()._distdl_module_setup(input)
-        for rank, (x, target, *_) in self._distdl_structure.items():
-            if len(target.shape) == len(x.shape):
-                if target.dtype is None or not target.dtype.is_floating_point:
-                    raise self._refuse(f"rank {rank} passed probabilities of dtype {target.dtype}")
-                if self.ignore_index >= 0:
-                    raise self._refuse(f"ignore_index={self.ignore_index} with a target of probabilities")
-        return built
+    def _target_shape(self, input: Shape, target: Shape, dtype: torch.dtype) -> Shape:
+        if len(target) != len(input) or not dtype.is_floating_point:
+            return self._without_classes(input)
+        if self.ignore_index >= 0:
+            raise self._refuse(f"ignore_index={self.ignore_index} with a target of probabilities")
+        return input
 
     def _log_probabilities(self, input: torch.Tensor, built: _BuiltOverClasses) -> torch.Tensor:
         """log_softmax over the cut class dim."""

@@ -88,7 +88,7 @@ class _DistributedLoss(Module):
         targets = agreed_inputs(name, self._distdl_structure, self.P_x, position=1)
         X = lay.blocks(grid, lay.cuts_from_shapes(grid, inputs.shapes))
         for rank, shape in inputs.shapes.items():
-            wanted = self._target_shape(shape, targets.shapes[rank])
+            wanted = self._target_shape(shape, targets.shapes[rank], targets.dtype)
             if targets.shapes[rank] != wanted:
                 raise self._refuse(
                     f"rank {rank} passed a target of shape {tuple(targets.shapes[rank])}, with its input of shape "
@@ -101,8 +101,8 @@ class _DistributedLoss(Module):
         assert box is not None
         return _Built(box, lay.global_shape_of(X), inputs.requires_grad or targets.requires_grad)
 
-    def _target_shape(self, input: Shape, target: Shape) -> Shape:
-        """The shape a target block must have."""
+    def _target_shape(self, input: Shape, target: Shape, dtype: torch.dtype) -> Shape:
+        """The shape a target block of this shape and dtype must have."""
         return input
 
     def _check_weight(self, name: str, weight: torch.Tensor, shape: Shape) -> None:

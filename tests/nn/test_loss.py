@@ -216,7 +216,10 @@ def test_refusals(world: Partition) -> None:
     refused(ValueError, "it must be", classes(P), x, torch.zeros(3, 2, dtype=torch.long))
     refused(ValueError, "does not fit 4 classes", classes(P, weight=torch.rand(3)), x, x)
     refused(ValueError, "ignore_index", classes(P, ignore_index=0), x, x)
-    refused(ValueError, "probabilities of dtype", classes(P), x, x.long())
+    indices = r"target of shape \(3, 2, 4\), with its input of shape \(3, 2, 4\) it must be \(3, 4\)"
+    refused(ValueError, indices, classes(P), x, x.long())
+    refused(ValueError, r"it must be \(3, 4\)", classes(P), x, x[:, :1].long())
+    refused(ValueError, r"it must be \(3, 2, 4\)", classes(P), x, x[:, :1])
     bad = torch.full((3, 4), 9 if first else 0)
     refused(IndexError, "Target 9 is out of bounds", classes(P), x, bad)
     everywhere, x_all = torch.full((3, 4), 9 * (world.rank in (0, 2))), world.grid((1, 4, 1))
