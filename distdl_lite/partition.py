@@ -21,8 +21,8 @@ def _compact(ranks: Iterable[int]) -> Sequence[int]:
 
 
 def _integers(name: str, values: Iterable[int]) -> list[int]:
-    """Raises a TypeError that names the argument if it is no sequence, such as one number."""
-    if not isinstance(values, Iterable):
+    """Raises a TypeError that names the argument if it is no sequence, such as one number or "2x2"."""
+    if not isinstance(values, Iterable) or isinstance(values, str):
         raise TypeError(f"{name}={values!r} is no sequence of integers")
     return [int(value) for value in values]
 

@@ -118,6 +118,7 @@ REFUSALS: dict[str, Callable[[Partition], object]] = {
 
 NO_SEQUENCES: dict[str, Callable[[Any], object]] = {
     "shape=4": lambda P: P.grid(4),
+    "shape='2x1'": lambda P: P.grid("2x1"),
     "shape=2": lambda P: P.create_cartesian_topology_partition(2),
     "ranks=1": lambda P: P.grid((1,), ranks=1),
     "ranks=3": lambda P: P.create_partition_inclusive(3),
