@@ -24,7 +24,7 @@ from distdl_lite import layout as lay
 from distdl_lite.grid import Grid, balanced
 from distdl_lite.layout import Dim, Layout, Shape, balanced_blocks, ranges_of
 from distdl_lite.nn.kernel import connected_zeros, operator_between
-from distdl_lite.nn.movement import Inputs, agreed_inputs, computing_dtype, into, rehearsal, weight_dtype
+from distdl_lite.nn.movement import Inputs, agreed_inputs, computing_dtype, into, rehearsal, weight_dtype, whose_blocks
 from distdl_lite.nn.options import integers
 from distdl_lite.nn.overlap import Fused
 from distdl_lite.nn.parameter import Layer, bias_bound, kaiming_bound, uniform
@@ -156,7 +156,8 @@ class Convolution(Layer):
         X = lay.blocks(self.P_x.grid_of_ranks, lay.cuts_from_shapes(self.P_x.grid_of_ranks, shapes))
         batch, channels, *space = lay.global_shape_of(X)
         if channels != self.in_channels:
-            raise self._refuse(f"the input has {channels} channels, in_channels={self.in_channels}")
+            found = f"the input has {channels} channels, in_channels={self.in_channels}"
+            raise self._refuse(found + whose_blocks(self.P_x.shape[1]))
         out_space = tuple(self._output_length(d, n) for d, n in enumerate(space))
         outs, ins, axis = self._channels
         batches = Dim(ranges_of(balanced(batch, self._work.shape[0])), (0,))

@@ -16,7 +16,7 @@ from distdl_lite import layout as lay
 from distdl_lite.grid import Grid, balanced
 from distdl_lite.layout import Dim, Layout, Shape, balanced_blocks, ranges_of
 from distdl_lite.nn.kernel import operator_between
-from distdl_lite.nn.movement import agreed_inputs, computing_dtype, into, rehearsal, weight_dtype
+from distdl_lite.nn.movement import agreed_inputs, computing_dtype, into, rehearsal, weight_dtype, whose_blocks
 from distdl_lite.nn.options import integers
 from distdl_lite.nn.parameter import Layer, bias_bound, kaiming_bound, uniform
 from distdl_lite.operator import Operator
@@ -110,7 +110,8 @@ class DistributedLinear(Layer):
         X = lay.blocks(self.P_x.grid_of_ranks, lay.cuts_from_shapes(self.P_x.grid_of_ranks, shapes))
         *lead, features = lay.global_shape_of(X)
         if features != self.in_features:
-            raise self._refuse(f"the input has {features} features, in_features={self.in_features}")
+            found = f"the input has {features} features, in_features={self.in_features}"
+            raise self._refuse(found + whose_blocks(self.P_x.shape[-1]))
         leads = [Dim(ranges_of(balanced(n, self._work.shape[d])), (d,)) for d, n in enumerate(lead)]
         Z, partial = Layout(self._work, (*leads, self._ins)), Layout(self._work, (*leads, self._outs))
         return X, Z, partial, balanced_blocks(self.P_y.grid_of_ranks, (*lead, self.out_features))

@@ -92,7 +92,12 @@ def _plain(P: Partition) -> str:
     return f"the partition of shape {P.shape} over ranks {list(P.ranks)}"
 
 
-def computing_dtype(name: str, inputs: Inputs, weight: torch.dtype | None) -> torch.dtype:
+def whose_blocks(parts: int) -> str:
+    """What to add to a text on the length of a dim in that many parts: a frequent mistake is to pass all of it everywhere."""
+    return f": each of the {parts} ranks along this dim passes its block of it" if parts > 1 else ""
+
+
+def computing_dtype(name: str, inputs: Inputs, weight: torch.dtype) -> torch.dtype:
     """The dtype of what a layer computes: that of input and weight, which must be one, as autocast leaves them.
 
     Raises

@@ -19,7 +19,7 @@ from distdl_lite import layout as lay
 from distdl_lite.grid import Grid, balanced
 from distdl_lite.layout import Dim, Layout, Shape, ranges_of
 from distdl_lite.nn.kernel import Local, anchored, operator_between
-from distdl_lite.nn.movement import agreed_inputs, computing_dtype, weight_dtype
+from distdl_lite.nn.movement import agreed_inputs, computing_dtype, weight_dtype, whose_blocks
 from distdl_lite.nn.options import integers
 from distdl_lite.nn.parameter import Layer, bias_bound, kaiming_bound, uniform
 from distdl_lite.operator import Operator
@@ -117,7 +117,8 @@ class _ParallelLinear(Layer):
         *lead, features = lay.cuts_from_shapes(Grid(shape, grid.ranks), shapes)
         found = {s[-1] for s in shapes.values()} if copied else {features[-1]}
         if found != {self.in_features}:
-            raise self._refuse(f"the input has {sorted(found)} features, in_features={self.in_features}")
+            text = f"the input has {sorted(found)} features, in_features={self.in_features}"
+            raise self._refuse(text + whose_blocks(1 if copied else shape[-1]))
         return grid, list(lead), features
 
     def _operator(self, X: Layout, Y: Layout) -> Operator:

@@ -190,6 +190,10 @@ def test_refusals(world: dl.Partition) -> None:
     assert_refused(world, Q, lambda: DistributedConv1d(Q, 2, 2, 3, groups=2, P_y=alone, P_w=Q_w), refused)
     grids = ((1, 1, 3), None, None)
     check_refused(world, Case("Conv1d", (1, 1, 9), {}, grids, (1, 1, 7)), "shorter than the kernel")
+    whole = Case("Conv1d", (2, 1, 1), {}, ((1, 2, 1), None, None), (1, 4, 3))
+    check_refused(
+        world, whole, "has 4 channels, in_channels=2: each of the 2 ranks along this dim passes its block of it"
+    )
     reflected = {"padding": 4, "padding_mode": "reflect"}
     check_refused(world, Case("Conv1d", (1, 1, 3), reflected, grids, (1, 1, 4)), "a reflect boundary of 4")
     x = integers(1, 1, 7, dtype=torch.float32)

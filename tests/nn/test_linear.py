@@ -139,7 +139,7 @@ def test_refusals(world: Partition) -> None:
             DistributedLinear(P, P_y, P_w, 4, 4)
     layer = DistributedLinear(P, P, world.grid((2, 2)), 4, 4)
     for x, kind, text in (
-        (torch.rand(3, 3), ValueError, "the input has 6 features, in_features=4"),
+        (torch.rand(3, 3), ValueError, "in_features=4: each of the 2 ranks along this dim"),
         (torch.rand(3, 2, 2), ValueError, "has 3 dims, its partition"),
         (torch.rand(3, 2).double(), TypeError, "the input has dtype torch.float64, the weight torch.float32"),
         (torch.rand(3 + world.rank, 2), ValueError, "the blocks form no tensor product"),

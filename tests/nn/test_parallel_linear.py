@@ -226,7 +226,7 @@ def test_refusals(world: Partition) -> None:
         (Column(P, 4, 4), torch.rand(4), ValueError, "an input of 1 dims is too small"),
         (Column(world.grid((4,)), 4, 4, sequence_parallel=True), torch.rand(4), ValueError, "sequence_parallel=True"),
         (Row(world.grid((4,)), 4, 4, scatter_output=True), torch.rand(1), ValueError, "scatter_output=True"),
-        (Row(P, 4, 4), torch.rand(3, 4), ValueError, "the input has [8] features, in_features=4"),
+        (Row(P, 4, 4), torch.rand(3, 4), ValueError, "in_features=4: each of the 2 ranks along this dim"),
         (
             Row(P, 4, 4),
             torch.rand(3, 2).double(),
