@@ -9,8 +9,10 @@ from weakref import WeakKeyDictionary
 
 import torch
 
+from distdl_lite.agreement import raise_together
 from distdl_lite.layout import Layout
 from distdl_lite.nn.parameter import Place, team_of
+from distdl_lite.nn.replaced import replaced_cut_weight
 from distdl_lite.transport import Transport
 
 # Their update of an element depends on that element alone, so it is the same on a block as on the whole weight.
@@ -30,6 +32,7 @@ def _counted_once(module: torch.nn.Module, transport: Transport, team: tuple[int
     known = transport.local.setdefault("counted once", WeakKeyDictionary())
     places, counted = known.get(module, ([], set()))
     if transport.agree(team, int(places != mine)):  # a rank's module may have changed alone
+        raise_together(transport, team, replaced_cut_weight(module))
         told = transport.gather_objects(team, [(name, place and place.layout) for name, place in mine])
         first: dict[str, tuple[int, Layout | None]] = {}
         for rank, names in zip(team, told, strict=True):
@@ -74,7 +77,7 @@ def grad_norm(module: torch.nn.Module, norm_type: float = 2.0) -> torch.Tensor:
     Raises
     ------
     ValueError
-        For a `norm_type` that is not above 0.
+        For a `norm_type` that is not above 0; on all ranks, for a cut weight that a parametrization has replaced.
     """
     if not norm_type > 0:
         raise ValueError(f"grad_norm: norm_type must be above 0, not {norm_type}")
@@ -124,7 +127,7 @@ def clip_grad_norm_(
     RuntimeError
         With `error_if_nonfinite`, if the norm is not finite.
     ValueError
-        For a `norm_type` that is not above 0.
+        As in `grad_norm`.
     """
     norm = grad_norm(module, norm_type)
     if error_if_nonfinite and not torch.isfinite(norm):

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import pytest
 import torch
 from blocks import block, check_held
 from ranks import on_ranks
+from torch.nn.utils import prune
+from twins import assert_refused
 
 import distdl_lite as dl
 import distdl_lite.nn as dnn
@@ -93,6 +98,39 @@ def test_norms_that_are_not_finite(world: Partition) -> None:
     assert dl.grad_norm(layer, math.inf).isnan()
     with pytest.raises(RuntimeError, match="cannot be clipped"):
         dl.clip_grad_norm_(layer, 1.0, error_if_nonfinite=True)
+
+
+WAYS: tuple[Callable[[torch.nn.Module], Any], ...] = (
+    torch.nn.utils.parametrizations.weight_norm,
+    torch.nn.utils.weight_norm,
+    partial(prune.l1_unstructured, name="weight", amount=0.5),
+)
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm. is deprecated:FutureWarning")
+@on_ranks(2)
+def test_a_weight_that_is_made_of_others(world: Partition) -> None:
+    """Of a block nobody knows how the others are cut; of a weight that all ranks hold whole, they are whole too."""
+    x = torch.randn(3, 4, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    for way in WAYS:
+        torch.manual_seed(5)
+        serial = torch.nn.Conv1d(4, 6, 3, dtype=torch.float64)
+        way(serial)
+        serial(x).square().sum().backward()
+        for grid in ((1, 2, 1), (1, 1, 2)):
+            P = world.grid(grid)
+            torch.manual_seed(5)
+            layer = dnn.DistributedConv1d(P, 4, 6, 3, dtype=torch.float64)
+            net = torch.nn.Sequential(layer)
+            if grid[1] == 1 or world.rank == 1:  # one rank is enough
+                way(layer)
+            net(x[P.block(x.shape)]).square().sum().backward()
+            if grid[1] == 1:
+                norm = torch.nn.utils.get_total_norm([p.grad for p in serial.parameters()])
+                torch.testing.assert_close(dl.grad_norm(net), norm)
+                continue
+            for _ in range(2):
+                assert_refused(world, P, partial(dl.grad_norm, net), "0.weight of shape (6, 4, 3) is cut over ranks")
 
 
 def test_check_optimizer() -> None:
