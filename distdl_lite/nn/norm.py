@@ -62,6 +62,14 @@ class _RunningNorm(Norm):
     def may_track(self) -> bool:
         return self.training and self.held("running_mean") is not None
 
+    @torch.no_grad()
+    def reset_running_stats(self) -> None:
+        """Take running statistics back to where they started, as torch's; on all ranks."""
+        for name, value in (("running_mean", 0), ("running_var", 1), ("num_batches_tracked", 0)):
+            held = self.held(name)
+            if held is not None:
+                held.fill_(value)
+
     def factor(self) -> float:
         """The weight of the newest statistics among the running ones."""
         raise NotImplementedError

@@ -225,6 +225,29 @@ def test_batches_of_nothing_in_a_checkpoint(world: Partition) -> None:
         assert layer.num_batches_tracked == serial.num_batches_tracked == 1 + affine
 
 
+@on_ranks(4)
+def test_running_statistics_are_found_anew(world: Partition) -> None:
+    """As torch.optim.swa_utils.update_bn does for torch's layers, on ranks without channels too."""
+    batches = torch.rand(3, 4, 3, 5, dtype=torch.float64)
+    serial = torch.nn.Sequential(torch.nn.BatchNorm1d(3, dtype=torch.float64))
+    for grid in ((1, 4, 1), (2, 1, 2)):
+        P = world.grid(grid)
+        layer = DistributedBatchNorm(P, 3, dtype=torch.float64)
+        mine = [block(x, P, P.bounds(x.shape)) for x in batches]
+        layer(mine[0] + 7)
+        layer.reset_running_stats()
+        layer.momentum = None
+        for x in mine:
+            layer(x)
+        torch.optim.swa_utils.update_bn(list(batches), serial)
+        found = dl.serial_state_dict(torch.nn.Sequential(layer))
+        for name, value in serial.state_dict().items() if found else ():
+            torch.testing.assert_close(found[name], value, rtol=1e-9, atol=1e-9)
+    bare = DistributedBatchNorm(P, 3, track_running_stats=False)
+    bare.reset_running_stats()
+    assert bare.running_mean is None
+
+
 @on_ranks(2)
 def test_tracking_is_switched(world: Partition) -> None:
     P, cuts = world.grid((1, 2)), [(0, 4), (0, 1, 3)]  # of channels held otherwise
