@@ -98,6 +98,24 @@ def test_ddp_compiled(group: MPIProcessGroup) -> None:
     assert_same(trained(group, over=partial(torch.compile, backend="eager")), trained(group))
 
 
+@on_group(2)
+def test_ddp_with_our_batch_norm(group: MPIProcessGroup) -> None:
+    """Its gradients are sums over the ranks, as the guide says, where DDP's are means."""
+    torch.manual_seed(3)
+    serial = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Tanh(), nn.Linear(4, 1)).double()
+    net = dl.SyncBatchNorm.convert(copy.deepcopy(serial))
+    x = torch.randn(8, 3, dtype=torch.float64)
+    serial(x).square().mean().backward()
+    for options in ({}, {"gradient_as_bucket_view": True}):
+        model = DistributedDataParallel(net, **options)
+        model.zero_grad()
+        model(x[4 * group.rank() : 4 * group.rank() + 4]).square().mean().backward()
+        for p in net[1].parameters():
+            p.grad /= dist.get_world_size()
+        for mine, other in zip(net.parameters(), serial.parameters(), strict=True):
+            torch.testing.assert_close(mine.grad, other.grad, rtol=1e-9, atol=1e-9)
+
+
 @beside_gloo
 def test_ddp_hooks(group: MPIProcessGroup, gloo: Any) -> None:
     from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_hook
