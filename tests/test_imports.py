@@ -22,6 +22,7 @@ LEVELS = [
     "layout",
     "plan",
     "transport",
+    "untraced",
     "structure",
     "agreement",
     "flat",

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, is_grad_enabled, strided
 from torch._C import _are_functorch_transforms_active, _DisableFuncTorch, _is_any_autocast_enabled
 from torch._C._autograd import _top_saved_tensors_default_hooks  # type: ignore[attr-defined]
-from torch._C._dynamo import eval_frame
 from torch.nn.modules.module import _has_any_global_hook as _any_global_hook
 from torch.utils.hooks import RemovableHandle
 
@@ -23,6 +22,7 @@ from distdl_lite.operator import ANCHOR, NOTHING, TRANSFORMS, Node
 from distdl_lite.partition import Partition, check_same_world, union_of_ranks
 from distdl_lite.structure import Structure, TensorStructure, autocast, hashable, hashed
 from distdl_lite.transport import Transport, current
+from distdl_lite.untraced import untraced
 
 _CACHED_STRUCTURES = 64
 
@@ -114,6 +114,7 @@ class Module(torch.nn.Module):
         if "forward" in vars(cls) and _is_own(inherited) and not _is_own(cls):
             cls.__bases__ = (_Again, *cls.__bases__)
 
+    @untraced
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """As torch's; a layer without hooks but ours is spared the 5 us in which torch goes through the lists of hooks."""
         if (
@@ -457,20 +458,6 @@ class Module(torch.nn.Module):
             for b in module._buffers.values():
                 parts.append(None if b is None else b.dtype)
         return parts
-
-
-def _leave_alone(function: Any) -> None:
-    """Let torch.compile call a function, and all that this calls, as it is: what communicates is not for it to trace.
-
-    As torch.compiler.disable, without its import of Dynamo, of seconds, and its 1 us a call.
-    """
-    function._torchdynamo_disable = True
-    if hasattr(eval_frame, "_FrameExecStrategy"):
-        skip = eval_frame._FrameAction.SKIP
-        eval_frame.set_code_exec_strategy(function.__code__, eval_frame._FrameExecStrategy(skip, skip))
-
-
-_leave_alone(Module.__call__)
 
 
 class _Again:

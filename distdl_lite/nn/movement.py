@@ -97,7 +97,7 @@ def whose_blocks(parts: int) -> str:
     return f": each of the {parts} ranks along this dim passes its block of it" if parts > 1 else ""
 
 
-def computing_dtype(name: str, inputs: Inputs, weight: torch.dtype) -> torch.dtype:
+def computing_dtype(name: str, inputs: Inputs, weight: torch.dtype | None) -> torch.dtype:
     """The dtype of what a layer computes: that of input and weight, which must be one, as autocast leaves them.
 
     Raises

@@ -7,27 +7,25 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from datetime import timedelta
-from functools import wraps
 from hashlib import blake2b
-from typing import Any, TypeVar, cast
+from typing import Any
 
 import numpy
 import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import _create_work_from_future
-from torch._compile import _disable_dynamo
 from torch.futures import Future
 
 from distdl_lite.partition import Partition, partition_of
 from distdl_lite.transport import wire
+from distdl_lite.untraced import untraced
 
 BACKEND = "distdl"
 DEVICES = ["cpu", "cuda"]
 
 Tensors = Sequence[torch.Tensor]
-Method = TypeVar("Method", bound=Callable[..., Any])
 
 _UNFINISHED: list[Any] = []  # requests given up, into whose memory MPI may yet write
 
@@ -38,17 +36,6 @@ _OF_COMPLEX = {_Kind.SUM: "SUM", _Kind.AVG: "SUM", _Kind.PRODUCT: "PROD"}
 _OF_FLOATS = {**_OF_COMPLEX, _Kind.MIN: "MIN", _Kind.MAX: "MAX"}
 _BUT_SUM = "PROD", "MIN", "MAX", "BAND", "BOR", "BXOR"
 _OF_INTEGERS = {**{kind: name for kind, name in _OF_FLOATS.items() if kind is not _Kind.AVG}, **_OF_BITS}
-
-
-def _untraced(method: Method) -> Method:
-    """What torch.compile leaves alone, as it does other groups' calls, which are in C++; it cannot look inside a group."""
-    alone = _disable_dynamo(method)
-
-    @wraps(method)
-    def call(*arguments: Any, **options: Any) -> Any:
-        return (alone if torch.compiler.is_compiling() else method)(*arguments, **options)
-
-    return cast(Method, call)
 
 
 class MPIProcessGroup(dist.ProcessGroup):
@@ -238,7 +225,7 @@ class MPIProcessGroup(dist.ProcessGroup):
 
     # ---- collectives; c10d names them --------------------------------------------------------------------------------
 
-    @_untraced
+    @untraced
     def broadcast(self, tensors: Tensors, opts: Any) -> dist.Work:
         for tensor in tensors:
             sent = _host(tensor)
@@ -246,7 +233,7 @@ class MPIProcessGroup(dist.ProcessGroup):
             _fill(tensor, sent)
         return _done(tensors)
 
-    @_untraced
+    @untraced
     def allreduce(self, tensors: Tensors | torch.Tensor, opts: Any = None) -> dist.Work:
         tensors = [tensors] if isinstance(tensors, torch.Tensor) else tensors
         kind = dist.ReduceOp.SUM if opts is None else opts.reduceOp
@@ -259,7 +246,7 @@ class MPIProcessGroup(dist.ProcessGroup):
 
     allreduce_coalesced = allreduce
 
-    @_untraced
+    @untraced
     def reduce(self, tensors: Tensors, opts: Any) -> dist.Work:
         for tensor in tensors:
             op, dtype = self._reduction(opts.reduceOp, tensor)
@@ -271,7 +258,7 @@ class MPIProcessGroup(dist.ProcessGroup):
                 self._run("Reduce", sent.numpy(), None, op, opts.rootRank)
         return _done(tensors)
 
-    @_untraced
+    @untraced
     def allgather(self, outputs: Sequence[Tensors], inputs: Tensors, opts: Any = None) -> dist.Work:
         for parts, mine in zip(outputs, inputs, strict=True):
             whole = _Parts(parts, self.size())
@@ -280,11 +267,11 @@ class MPIProcessGroup(dist.ProcessGroup):
             whole.unpack()
         return _done(outputs)
 
-    @_untraced
+    @untraced
     def allgather_coalesced(self, outputs: Sequence[Tensors], inputs: Tensors, opts: Any = None) -> dist.Work:
         return self.allgather(list(zip(*outputs, strict=True)), inputs)
 
-    @_untraced
+    @untraced
     def all_gather_single_coalesced(self, outputs: Tensors, inputs: Tensors, opts: Any = None) -> dist.Work:
         for output, mine in zip(outputs, inputs, strict=True):
             self._check_share(output, mine)
@@ -296,11 +283,11 @@ class MPIProcessGroup(dist.ProcessGroup):
             _fill(output, whole)
         return _done(outputs)
 
-    @_untraced
+    @untraced
     def all_gather_single(self, output: torch.Tensor, mine: torch.Tensor, opts: Any = None) -> dist.Work:
         return self.all_gather_single_coalesced([output], [mine])
 
-    @_untraced
+    @untraced
     def reduce_scatter(self, outputs: Tensors, inputs: Sequence[Tensors], opts: Any) -> dist.Work:
         for output, parts in zip(outputs, inputs, strict=True):
             op, dtype = self._reduction(opts.reduceOp, output)
@@ -312,7 +299,7 @@ class MPIProcessGroup(dist.ProcessGroup):
             self._deliver(mine, opts.reduceOp, output)
         return _done(outputs)
 
-    @_untraced
+    @untraced
     def reduce_scatter_single_coalesced(self, outputs: Tensors, inputs: Tensors, opts: Any) -> dist.Work:
         for output, whole in zip(outputs, inputs, strict=True):
             self._check_share(whole, output)
@@ -322,11 +309,11 @@ class MPIProcessGroup(dist.ProcessGroup):
             self._deliver(mine, opts.reduceOp, output)
         return _done(outputs)
 
-    @_untraced
+    @untraced
     def reduce_scatter_single(self, output: torch.Tensor, whole: torch.Tensor, opts: Any) -> dist.Work:
         return self.reduce_scatter_single_coalesced([output], [whole], opts)
 
-    @_untraced
+    @untraced
     def gather(self, outputs: Sequence[Tensors], inputs: Tensors, opts: Any) -> dist.Work:
         (mine,) = inputs
         if self.rank() == opts.rootRank:
@@ -338,7 +325,7 @@ class MPIProcessGroup(dist.ProcessGroup):
             self._run("Gatherv", _bytes(_host(mine)), None, opts.rootRank)
         return _done(outputs)
 
-    @_untraced
+    @untraced
     def scatter(self, outputs: Tensors, inputs: Sequence[Tensors], opts: Any) -> dist.Work:
         (output,) = outputs
         mine, spec = _buffer(output), None
@@ -351,7 +338,7 @@ class MPIProcessGroup(dist.ProcessGroup):
         _fill(output, mine)
         return _done(outputs)
 
-    @_untraced
+    @untraced
     def alltoall(self, outputs: Tensors, inputs: Tensors, opts: Any = None) -> dist.Work:
         received, sent = _Parts(outputs, self.size()), _Parts(inputs, self.size())
         received.check(self.rank(), inputs[self.rank()])
@@ -360,7 +347,7 @@ class MPIProcessGroup(dist.ProcessGroup):
         received.unpack()
         return _done(outputs)
 
-    @_untraced
+    @untraced
     def all_to_all_single(
         self,
         output: torch.Tensor,
@@ -378,7 +365,7 @@ class MPIProcessGroup(dist.ProcessGroup):
             raise ValueError(f"{rows} rows cannot be cut evenly over {self.size()} ranks")
         return tensor.detach().split(list(sizes) or [rows // self.size()] * self.size())
 
-    @_untraced
+    @untraced
     def barrier(self, opts: Any = None) -> dist.Work:
         self._run("Barrier")
         return _done(())
@@ -392,19 +379,19 @@ class MPIProcessGroup(dist.ProcessGroup):
 
     # ---- messages ----------------------------------------------------------------------------------------------------
 
-    @_untraced
+    @untraced
     def send(self, tensors: Tensors, rank: int, tag: int) -> dist.Work:
         (tensor,) = tensors
         sent = _host(tensor)
         return self._transfer("send", self._comm.Isend(_bytes(sent), rank, tag), sent)
 
-    @_untraced
+    @untraced
     def recv(self, tensors: Tensors, rank: int, tag: int) -> dist.Work:
         (tensor,) = tensors
         received = _buffer(tensor)
         return self._transfer("recv", self._comm.Irecv(_bytes(received), rank, tag), received, tensor)
 
-    @_untraced
+    @untraced
     def recv_anysource(self, tensors: Tensors, tag: int) -> dist.Work:
         return self.recv(tensors, self._MPI.ANY_SOURCE, tag)
 

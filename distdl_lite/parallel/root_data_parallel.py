@@ -14,7 +14,6 @@ from weakref import WeakValueDictionary, finalize
 
 import torch
 from torch._C import _are_functorch_transforms_active, _current_graph_task_id
-from torch._compile import _disable_dynamo
 from torch.utils import _pytree as pytree
 
 from distdl_lite.agreement import check_alike
@@ -29,6 +28,7 @@ from distdl_lite.parallel.rows import Cuts, Output, Report, Team, cut_rows, dim_
 from distdl_lite.parallel.settings import Settings
 from distdl_lite.partition import partition_of
 from distdl_lite.structure import TensorStructure
+from distdl_lite.untraced import untraced
 
 _NAME = "RootDataParallel"
 _KEPT_OPERATORS = 256
@@ -184,13 +184,9 @@ class RootDataParallel(torch.nn.Module):
 
     # ---- forward -----------------------------------------------------------------------------------------------------
 
+    @untraced
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Apply the module; see the class. torch.compile does not look inside."""
-        if torch.compiler.is_compiling():
-            return _forward_as_it_is(self, args, kwargs)
-        return self._forward(args, kwargs)
-
-    def _forward(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self._is_root and len(self._team.ranks) == 1:
             return self.module(*args, **kwargs)
         leaves, nesting = pytree.tree_flatten((args, kwargs))
@@ -492,11 +488,6 @@ class RootDataParallel(torch.nn.Module):
                 self._served[order.number] = run
         else:
             self._backward(self._served[order.number], order, None)
-
-
-@_disable_dynamo  # imports dynamo when it is called, not before
-def _forward_as_it_is(container: RootDataParallel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    return container._forward(args, kwargs)
 
 
 _NUMBER = "number of the latest RootDataParallel"

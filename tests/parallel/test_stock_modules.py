@@ -103,7 +103,8 @@ def test_ddp_with_our_batch_norm(group: MPIProcessGroup) -> None:
     """Its gradients are sums over the ranks, as the guide says, where DDP's are means."""
     torch.manual_seed(3)
     serial = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Tanh(), nn.Linear(4, 1)).double()
-    net = dl.SyncBatchNorm.convert(copy.deepcopy(serial))
+    P = dl.Partition().create_partition_inclusive(range(group.size()))
+    net = dl.SyncBatchNorm.convert(copy.deepcopy(serial), P)
     x = torch.randn(8, 3, dtype=torch.float64)
     serial(x).square().mean().backward()
     for options in ({}, {"gradient_as_bucket_view": True}):
