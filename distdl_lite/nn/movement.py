@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch._C._autograd import _top_saved_tensors_default_hooks
-from torch.autograd.graph import saved_tensors_hooks
 
 from distdl_lite.agreement import check_alike
 from distdl_lite.layout import Layout, Shape, shape_of
@@ -114,16 +111,13 @@ def computing_dtype(name: str, inputs: Inputs, weight: torch.dtype | None) -> to
 def weight_dtype(layer: Any) -> torch.dtype | None:
     """The dtype of a layer's weight, None if it has none.
 
-    A parametrization computes the weight for it. What that saves is not for a checkpoint around the layer to count, which
-    would miss it when it runs the layer again, as that is then set up.
+    A parametrization is not asked to make it: it may count its calls, as torch's spectral norm does, and what it saves is not for
+    a checkpoint around the layer to count, which runs the layer again without its set-up.
     """
-    hooks = saved_tensors_hooks(_kept, _kept) if _top_saved_tensors_default_hooks(False) else nullcontext()
-    with hooks:
-        return None if layer.weight is None else layer.weight.dtype
-
-
-def _kept(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor
+    made = getattr(layer, "parametrizations", {})
+    if "weight" in made:
+        return (made["weight"].original if made["weight"].is_tensor else made["weight"].original0).dtype
+    return None if layer.weight is None else layer.weight.dtype
 
 
 def _autocast(dtype: torch.dtype, device: str) -> torch.dtype:

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 
 from distdl_lite import layout as lay
 from distdl_lite.layout import Dim, Layout, Shape
+from distdl_lite.nn.movement import weight_dtype
 from distdl_lite.nn.norm_base import Built, Norm
 from distdl_lite.nn.options import integers, numbers
 from distdl_lite.nn.parameter import constant
@@ -196,7 +197,7 @@ class DistributedBatchNorm(_RunningNorm):
 
     def saves_nothing(self) -> bool:
         """Of no values torch's returns a copy, times the weight if there is one."""
-        return self.held("weight") is None and not any(x.size for (x, *_) in self._distdl_structure.values())
+        return weight_dtype(self) is None and not any(x.size for (x, *_) in self._distdl_structure.values())
 
     def _distdl_recomputed(self, input: tuple[Any, ...]) -> tuple[Any, ...]:
         return input if self.saves_nothing() else super()._distdl_recomputed(input)

@@ -15,6 +15,7 @@ from distdl_lite.grid import Grid
 from distdl_lite.layout import Layout, Shape, global_shape_of, shape_of, whole
 from distdl_lite.nn.kernel import connected_zeros
 from distdl_lite.nn.module import Module
+from distdl_lite.nn.replaced import replaced_cut_weight
 from distdl_lite.operator import Operator
 from distdl_lite.partition import Line, Partition, line_of
 from distdl_lite.plan import plan
@@ -276,6 +277,7 @@ def callers(
     team = tuple(sorted({*team, root, *(others if of_all_lines else ())}))
     if transport.rank not in team:
         return transport, team, []
+    raise_together(transport, team, replaced_cut_weight(module))
     mine = root, [(name, place.layout if place else tuple(tensor.shape)) for name, tensor, place in entries]
     passed = dict(zip(team, transport.gather_objects(team, mine), strict=True))
     team = tuple(rank for rank in team if passed[rank][0] == root)

@@ -129,8 +129,10 @@ def test_a_weight_that_is_made_of_others(world: Partition) -> None:
                 norm = torch.nn.utils.get_total_norm([p.grad for p in serial.parameters()])
                 torch.testing.assert_close(dl.grad_norm(net), norm)
                 continue
-            for _ in range(2):
-                assert_refused(world, P, partial(dl.grad_norm, net), "0.weight of shape (6, 4, 3) is cut over ranks")
+            for ask in (dl.grad_norm, dl.grad_norm, dl.serial_state_dict):
+                assert_refused(world, P, partial(ask, net), "0.weight of shape (6, 4, 3) is cut over ranks")
+            load = partial(dl.load_serial_state_dict, net, torch.nn.Sequential(serial).state_dict())
+            assert_refused(world, P, load, "0.weight of shape (6, 4, 3) is cut over ranks")
 
 
 def test_check_optimizer() -> None:

@@ -462,15 +462,20 @@ def test_gradients_of_replicas_by_every_way_into_autograd(world: Partition) -> N
 
 
 class _Squared(torch.nn.Module):
-    """A parametrization that saves a tensor."""
+    """A parametrization that saves a tensor, and counts its calls."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = 0
 
     def forward(self, w: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
         return w * w
 
 
 @on_ranks(2)
 def test_a_parametrized_weight_in_a_checkpoint(world: Partition) -> None:
-    """Set-up, too, asks for the weight: what that saves is not counted, as the checkpoint runs the layer without set-up."""
+    """Set-up does not ask for the weight: the checkpoint runs the layer again without it."""
     P, Q, line = world.grid((1, 1, 2)), world.grid((1, 2, 1)), world.grid((2,))
     kind: dict[str, Any] = {"dtype": torch.float64}
     x = torch.randn(2, 6, 6, generator=torch.Generator().manual_seed(1), **kind)
@@ -484,10 +489,13 @@ def test_a_parametrized_weight_in_a_checkpoint(world: Partition) -> None:
         dl.load_serial_state_dict(layer, serial.state_dict())
         for module in (serial, layer):
             parametrize.register_parametrization(module, "weight", _Squared())
+        before = [module.parametrizations["weight"][0].calls for module in (serial, layer)]
         y, wanted = (checkpoint(*call, use_reentrant=False) for call in ((layer, x[part]), (serial, x)))
         torch.testing.assert_close(y, wanted[part])
         y.square().sum().backward()
         wanted.square().sum().backward()
+        calls = [module.parametrizations["weight"][0].calls for module in (serial, layer)]
+        assert calls[1] - before[1] == calls[0] - before[0] == 2
         check_held(layer, serial, world.rank, 1e-9, 1e-9)
         found, whole = (module.parametrizations["weight"].original.grad for module in (layer, serial))
         torch.testing.assert_close(found, held(layer, "weight", whole, world.rank))
