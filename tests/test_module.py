@@ -665,12 +665,3 @@ def test_a_layer_without_a_partition_is_refused() -> None:
 
     with pytest.raises(TypeError, match=r"Scale: a Layer needs a Partition: super\(\).__init__\(P_x\)"):
         Scale()
-
-
-@on_ranks(2)
-def test_a_rank_outside_may_overwrite_what_it_gets(world: Partition) -> None:
-    P = world.create_partition_inclusive([0]).grid((1, 1, 1))
-    network = torch.nn.Sequential(dnn.DistributedConv1d(P, 1, 1, 1), torch.nn.ReLU(inplace=True))
-    x = torch.rand(1, 1, 4) if world.rank == 0 else dl.zero_volume_tensor()
-    network(x.requires_grad_()).sum().backward()
-    assert x.grad is not None

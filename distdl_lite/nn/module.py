@@ -255,7 +255,7 @@ class Module(torch.nn.Module):
             self._distdl_resolve()
         if not self._distdl_is_inside:
             self._distdl_refuse_data(input)
-            return tuple(map(_own, input)), kwargs
+            return input, kwargs
         if self._distdl_input_changed(input, kwargs):
             self._distdl_adopt(input, kwargs)
         if self._modules and not self._distdl_agrees_each:
@@ -496,11 +496,6 @@ class _Saved(Node):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, None]:
         _ = ctx.saved_tensors
         return gradient if ctx.needs_input_grad[0] else None, None
-
-
-def _own(value: Any) -> Any:
-    """For a rank outside, to which its input comes back: what a following layer may overwrite, as it may an output."""
-    return value.clone() if isinstance(value, Tensor) and value.requires_grad and is_grad_enabled() else value
 
 
 def _has_gradients(value: Any) -> bool:
