@@ -21,5 +21,6 @@ from distdl_lite.partition import CartesianPartition, Partition
 from distdl_lite.plan import Plan, plan
 from distdl_lite.testing import count
 from distdl_lite.transport.abort import abort_on_exception
+from distdl_lite.transport.waiting import abort_on_timeout
 
 __version__ = "0.1.0"

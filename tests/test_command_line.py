@@ -205,7 +205,7 @@ def test_abort_before_and_after_hooks_of_others(monkeypatch: pytest.MonkeyPatch)
     called: list[str] = []
     monkeypatch.setattr(sys, "excepthook", lambda *what: called.append("first"))
     monkeypatch.setattr(threading, "excepthook", threading.excepthook)
-    monkeypatch.setattr("distdl_lite.transport.abort._abort", lambda: called.append("abort"))
+    monkeypatch.setattr("distdl_lite.transport.abort.abort", lambda: called.append("abort"))
     abort_on_exception()
     ours = sys.excepthook
     sys.excepthook = lambda *what: (called.append("other"), ours(*what))

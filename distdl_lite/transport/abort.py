@@ -50,7 +50,7 @@ class _Hook:
         finally:
             kind = what[0].exc_type if isinstance(what[0], threading.ExceptHookArgs) else what[0]
             if self.is_on and kind is not SystemExit:
-                _abort()
+                abort()
 
 
 def fail_at_exit(why: str) -> None:
@@ -60,10 +60,10 @@ def fail_at_exit(why: str) -> None:
 
 def _fail(why: str) -> None:
     print(why, file=sys.stderr)
-    _abort()
+    abort()
 
 
-def _abort() -> None:
+def abort() -> None:
     """End the job if MPI is in use; it is not imported for that."""
     MPI = getattr(sys.modules.get("mpi4py"), "MPI", None)
     if MPI is None or not MPI.Is_initialized() or MPI.Is_finalized() or MPI.COMM_WORLD.size == 1:

@@ -8,6 +8,8 @@ from functools import wraps
 from time import perf_counter
 from typing import Any
 
+from distdl_lite.transport.waiting import BEGUN
+
 
 @dataclass
 class Tally:
@@ -42,6 +44,7 @@ def counted(label: str | None = None) -> Callable[[Callable[..., Any]], Callable
     def decorate(method: Callable[..., Any]) -> Callable[..., Any]:
         @wraps(method)
         def call(self: Any, team: Any, value: Any, *args: Any) -> Any:
+            BEGUN[0] += 1
             if "tallies" not in self.local or len(team) == 1:
                 return method(self, team, value, *args)
             began = perf_counter()

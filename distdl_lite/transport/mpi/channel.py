@@ -11,6 +11,7 @@ from distdl_lite.layout import Shape, shape_of
 from distdl_lite.plan import Edge, Leg, Pattern, Plan
 from distdl_lite.transport import Team, wire
 from distdl_lite.transport.mpi.buffers import MPI, TAG, as_bytes, as_numbers, at_host, on_wire
+from distdl_lite.transport.waiting import BEGUN
 
 
 class MPIChannel:
@@ -39,6 +40,7 @@ class MPIChannel:
         ]
 
     def start(self, x: torch.Tensor) -> torch.Tensor | None:
+        BEGUN[0] += 1
         if x.is_conj() or x.is_neg():  # lazily conjugated or negated: the memory does not hold the values
             x = x.resolve_conj().resolve_neg()
         y = None

@@ -11,6 +11,7 @@ import torch
 
 from distdl_lite.transport import wire
 from distdl_lite.transport.mpi.buffers import MPI, as_bytes, as_numbers, at_host, on_wire
+from distdl_lite.transport.waiting import BEGUN
 
 
 def threads_may_call() -> bool:
@@ -135,6 +136,7 @@ class Vote:
     def start(self, value: int) -> None:
         if self._is_open:  # an error kept this rank from asking for the result
             self.finish()
+        BEGUN[0] += 1
         self._mine[0] = value
         self._is_open = True
         self._request.Start()

@@ -27,6 +27,7 @@ from distdl_lite.transport.mpi.sums import (
     threads_may_call,
 )
 from distdl_lite.transport.sums import Done, Pending, Worker
+from distdl_lite.transport.waiting import BEGUN
 
 _OPS = {"sum": MPI.SUM, "max": MPI.MAX, "min": MPI.MIN}
 _SECONDS_AT_END = 5.0  # for sums that were started and never waited for
@@ -127,6 +128,7 @@ class MPITransport(Transport):
         fill: Callable[[], Any] | None = None,
         then: Callable[[], Any] | None = None,
     ) -> Pending:
+        BEGUN[0] += 1
         if engine in ("auto", "thread"):
             engine = "thread" if threads_may_call() else "poll"
         if fill is not None and (engine != "thread" or len(team) == 1 or not tensor.is_cpu):
