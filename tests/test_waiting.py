@@ -17,9 +17,9 @@ net = dnn.DistributedConv1d(P.grid((1, 1, 2)), 1, 1, 3, padding=1)
 copies = dl.DataParallel(torch.nn.Linear(4, 4), engine="thread")
 x = torch.ones(1, 1, 4)
 loss = net(x).sum()
-dl.abort_on_timeout(0.8)
+dl.abort_on_timeout(2)
 for step in range(4):
-    time.sleep(0.5 * P.rank)
+    time.sleep(0.75 * P.rank)
     net(x)
 if P.rank == 0:
     {}
@@ -44,7 +44,7 @@ def test_a_call_that_one_rank_leaves_out(call: str, where: str) -> None:
         assert done.stdout.count("ends") == 2
         return
     assert done.returncode != 0
-    assert f"rank 0 has waited for others for more than 0.8 s {where}" in done.stderr
+    assert f"rank 0 has waited for others for more than 2 s {where}" in done.stderr
     assert "rank 1 has waited" not in done.stderr  # it ends
 
 
