@@ -145,9 +145,11 @@ model = net()
 optimizer = dl.DataParallelOptimizer(torch.optim.SGD(model.parameters(), lr=0.1))
 options = {"engine": os.environ["ENGINE"], "bucket_mb": 1e-5, "timeout": 2, "update": "deferred"}
 dp = dl.DataParallel(model, None, optimizer, **options)
+if world.rank == 0:  # comes as far as the buckets
+    dp._sync._start_order = lambda: None
 loss(dp).backward()
 optimizer.step()
-if world.rank == 1:  # the other does not come to its next forward
+if world.rank == 1:
     try:
         dp.eval()
     except TimeoutError as error:
