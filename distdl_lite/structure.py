@@ -36,7 +36,7 @@ Structure = Mapping[int, tuple[TensorStructure, ...]]  # world rank -> its tenso
 
 
 def hashed(parts: list[Any]) -> int:
-    """A hash of 64 bits, the same in every process.
+    """A hash of 64 bits, this rank's own: that of a string is another in each process.
 
     A tuple's hash is nearly a sum of its items' hashes: of two ranks that swap shapes the sum would often stay the same.
     """
