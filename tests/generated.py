@@ -227,7 +227,7 @@ def _compared(d: Draw, twins: Twins) -> Found:
     if layer is None:
         return refusal or _attempt(serial, *twins.inputs)[1], error, "", False
     wrong: list[str] = []
-    if serial is not None and _places(layer):
+    if serial is not None and getattr(layer, "_distdl_places", None):
         wrong += _held(layer, serial, rank, 0.0)
         _share_weights(d, layer, serial, twins.tolerance)
     for mode in twins.modes:
@@ -346,11 +346,11 @@ def _differences(
 
 def _held(layer: torch.nn.Module, serial: torch.nn.Module, rank: int, tolerance: float) -> Iterable[str]:
     """What differs between the weights and buffers that this rank holds, or their gradients, and the serial ones."""
-    places, others = _places(layer), {**dict(serial.named_parameters()), **dict(serial.named_buffers())}
+    places = getattr(layer, "_distdl_places", {})
     for name, tensor in (*layer.named_parameters(), *layer.named_buffers()):
         if name not in places:
             continue
-        box, other = places[name].layout.box(rank), others[name]
+        box, other = places[name].layout.box(rank), getattr(serial, name)
         if box is None:
             if tensor.numel() or (tensor.grad is not None and tensor.grad.numel()):
                 yield f"{name} is here too"
@@ -359,15 +359,6 @@ def _held(layer: torch.nn.Module, serial: torch.nn.Module, rank: int, tolerance:
         yield from _difference(name, tensor, other[part], tolerance)
         wanted = None if other.grad is None else other.grad[part]
         yield from _difference(f"gradient of {name}", tensor.grad, wanted, tolerance)
-
-
-def _places(layer: torch.nn.Module) -> dict[str, Any]:
-    """Where the weights and buffers live, by their names, also of a container's layers."""
-    return {
-        f"{prefix}.{name}".lstrip("."): place
-        for prefix, inner in layer.named_modules()
-        for name, place in getattr(inner, "_distdl_places", {}).items()
-    }
 
 
 def _difference(name: str, a: torch.Tensor | None, b: torch.Tensor | None, tolerance: float) -> Iterable[str]:

@@ -22,14 +22,12 @@ def rows(P: Partition, seconds: float) -> list[Row]:
     for count, channels, length, factor, more in ((8, 16, 256, 1.1, 0), (3, 16, 512, 1.1, 0), (1, 8, 64, 1, 300)):
         shape = 1, channels, length // P.size, length
         layer, plain = _ours(P, channels), partial(torch.nn.Conv2d, channels, channels, 3, padding=1)
-        networks = _network(layer, count), _network(layer, count, dnn.DeepHalo), _network(plain, count)
-        calls = [calls_of(network, shape, BOTH) for network in networks]
-        ours, deep, floor, hand = interleaved(P.comm, [*calls, _by_hand(P.comm, count, shape)], 5 * seconds)
-        size, bar = f"(1,{channels},{length},{length})", f"+{more} us" if more else f"{factor} x"
-        for how, time in (("", ours), (" in a DeepHalo", deep)) if count > 1 else (("", ours),):
-            what, holds = f"{count} x (conv 3x3 + ReLU){how}, other is", time <= factor * floor + more
-            rows.append(Row(f"{what} without exchange", size, BOTH, time, floor, bar=bar, holds=holds))
-            rows.append(Row(f"{what} by hand", size, BOTH, time, hand))
+        calls = [calls_of(_network(kind, count), shape, BOTH) for kind in (layer, plain)]
+        ours, floor, hand = interleaved(P.comm, [*calls, _by_hand(P.comm, count, shape)], 4 * seconds)
+        what, size = f"{count} x (conv 3x3 + ReLU), other is", f"(1,{channels},{length},{length})"
+        bar, holds = f"+{more} us" if more else f"{factor} x", ours <= factor * floor + more
+        rows.append(Row(f"{what} without exchange", size, BOTH, ours, floor, bar=bar, holds=holds))
+        rows.append(Row(f"{what} by hand", size, BOTH, ours, hand))
     return rows
 
 
@@ -37,8 +35,8 @@ def _ours(P: Partition, channels: int) -> Callable[[], torch.nn.Module]:
     return partial(dnn.DistributedConv2d, P.grid((1, 1, P.size, 1)), channels, channels, 3, padding=1)
 
 
-def _network(layer: Callable[[], torch.nn.Module], count: int, kind: Any = torch.nn.Sequential) -> torch.nn.Module:
-    return kind(*(made for _ in range(count) for made in (layer(), torch.nn.ReLU())))
+def _network(layer: Callable[[], torch.nn.Module], count: int) -> torch.nn.Module:
+    return torch.nn.Sequential(*(made for _ in range(count) for made in (layer(), torch.nn.ReLU())))
 
 
 def _by_hand(comm: Any, count: int, shape: Sequence[int]) -> Call:

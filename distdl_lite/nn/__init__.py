@@ -15,7 +15,6 @@ from distdl_lite.nn.conv_transpose import (
     DistributedConvTranspose2d,
     DistributedConvTranspose3d,
 )
-from distdl_lite.nn.deep_halo import DeepHalo
 from distdl_lite.nn.dropout import (
     DistributedDropout,
     DistributedDropout1d,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from generated import Family
 
 from families.any_shape import dropout, fft, flatten, mean, softmax
-from families.convolutions import convolution, deep_halo, overlapping
+from families.convolutions import convolution, overlapping
 from families.linear import embedding, linear, parallel_linear
 from families.losses import class_loss, elementwise_loss
 from families.norms import norm
@@ -14,7 +14,6 @@ from families.spatial import adaptive_pool, avg_pool, max_pool, pad, upsample
 FAMILIES: dict[str, Family] = {
     "conv": lambda d: convolution(d, "Conv"),
     "conv_overlapping": overlapping,
-    "deep_halo": deep_halo,
     "conv_transpose": lambda d: convolution(d, "ConvTranspose"),
     "max_pool": max_pool,
     "avg_pool": avg_pool,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -44,46 +43,6 @@ def overlapping(d: Draw) -> Twins:
     }
     space = tuple(max(p * d.choice((1, 2, 3, 4, 5)), 4) + d.choice((0, 1)) for p in P.shape[2:])
     return convolved(d, f"Conv{dims}d", (P, None, None), options, space, d.choice((2, 2, 3, 4, 1, 0)), 0.1)
-
-
-def deep_halo(d: Draw) -> Twins:
-    """Two to four convolutions, mostly with an activation between them, that may share a halo; small integers stay exact."""
-    dims = dims_drawn(d)
-    P = d.over(d.grid(dims + 2, {0: d.choice((1, 1, 1, 2)), 1: 2 if d.chance(0.1) else 1}))
-    dtype, channels, layers = d.choice((torch.float64, torch.float64, torch.float32)), [2], list[Any]()
-    for _ in range(d.choice((2, 2, 3, 4))):
-        kernel, dilation = d.each(dims, 1, 2, 3, 3, 3, 5), d.each(dims, 1, 1, 1, 2)
-        groups = d.choice((1, 1, 2)) if P.shape[1] == 1 else 1
-        options, _ = of_convolution(d, dims, kernel, dilation)
-        if d.chance(0.9):
-            options.update(
-                padding_mode="zeros", padding=tuple(g * (k - 1) // 2 for g, k in zip(dilation, kernel, strict=True))
-            )
-        options.update(kernel_size=kernel, dilation=dilation, groups=groups, bias=d.chance(0.7), dtype=dtype)
-        layers.append((channels[-1], d.choice((2, 4)), options))
-        channels.append(layers[-1][1])
-    behind = [d.choice((["ReLU"], ["ReLU"], ["Hardtanh"], ["ReLU6", "Identity"], [])) for _ in layers]
-    x = d.integers(d.choice((2, 2, 3, 1, 2, 0)), 2, *points(d, dims, (9, 9, 6)[:dims]), dtype=dtype)
-    cuts, most = d.cuts(x.shape, P.shape, 0.1), d.choice((100.0, 100.0, 0.3))
-
-    def made(container: Any, convolution: Any) -> Any:
-        found = []
-        for (ins, outs, options), names in zip(layers, behind, strict=True):
-            found += [convolution(ins, outs, **options), *(getattr(torch.nn, name)() for name in names)]
-        return container(*found)
-
-    kinds = getattr(dnn, f"DistributedConv{dims}d"), getattr(torch.nn, f"Conv{dims}d")
-    return Twins(
-        described("DeepHalo", (layers, behind, most), [x], cuts, P),
-        lambda: made(partial(dnn.DeepHalo, most=most), partial(kinds[0], P)),
-        lambda: made(torch.nn.Sequential, kinds[1]),
-        [x],
-        [block(P, cuts)],
-        even(P),
-        [P],
-        EPS[dtype],
-        refusals=("do not fall on the boundaries of groups", "has no output"),
-    )
 
 
 def convolved(
