@@ -2,21 +2,47 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import zlib
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 from distdl_lite.partition import Partition
-from distdl_lite.transport import Transport
+from distdl_lite.transport import Team
 
-CALL = "call of layer"
+_CALL = "call of layer"
 
 
-def check_present(passed: Mapping[int, Any], name: str) -> None:
-    """Raise RuntimeError unless all ranks are at a layer: at the end of a backward none takes part in what follows."""
-    for rank, told in passed.items():
-        if not isinstance(told, dict):
-            raise RuntimeError(f"{name}: ranks {list(passed)} meet in a layer, but rank {rank} is at {told}")
+def check_met(team: Team, name: str, place: str, told: str | None = None) -> None:
+    """Raise an error on all ranks of a team unless all of them are at the same place in the program.
+
+    It is called wherever a vote was not unanimous: the ranks may then be in different calls, and would wait for each other.
+    A place is a text such as "call of layer Conv number 3"; `told`, if given, says more of it in the error.
+
+    Raises
+    ------
+    ValueError
+        If the ranks are at different layers.
+    RuntimeError
+        If one of them is elsewhere, such as at the end of a backward.
+    """
+    mine = zlib.crc32(place.encode())
+    if team.world.agree(team, mine) == mine * team.size:
+        return
+    names, texts = zip(*team.world.gather_objects(team, (name, told or place)), strict=True)
+    name, places = names[0], dict(zip(team, texts, strict=True))
+    if all(other.startswith(_CALL) for other in places.values()):
+        try:
+            check_alike(_CALL, {rank: other.removeprefix(f"{_CALL} ") for rank, other in places.items()})
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
+    lines = "; ".join(f"rank {rank} is at {other}" for rank, other in places.items())
+    raise RuntimeError(f"{name}: the ranks meet in different calls: {lines}")
+
+
+def call_of(label: str, number: int) -> str:
+    """The place of a rank that calls a layer."""
+    return f"{_CALL} {label} number {number}"
 
 
 def check_alike(what: str, values: Mapping[int, Any]) -> None:
@@ -32,17 +58,17 @@ def check_alike(what: str, values: Mapping[int, Any]) -> None:
 _PLAIN_ERRORS = (TypeError, ValueError, RuntimeError, NotImplementedError, IndexError, KeyError, AttributeError)
 
 
-def raise_together(transport: Transport, team: Sequence[int], error: Exception | None, name: str = "") -> None:
+def raise_together(team: Team, error: Exception | None, name: str = "") -> None:
     """Raise on all ranks of the team if any of them has an error, with the same text, which begins with a name.
 
     The lowest rank's error goes first. One that is more than a text becomes a RuntimeError.
     """
+    if not team.world.agree(team, int(error is not None)):
+        return
     outcome = None if error is None else _told(error, name)
-    failures = [found for found in transport.gather_objects(team, outcome) if found is not None]
-    if failures:
-        kind, text = failures[0]
-        # A refusal says all there is to say; the traceback of anything else may be of use.
-        raise kind(text) from (None if isinstance(error, (TypeError, ValueError)) else error)
+    kind, text = next(found for found in team.world.gather_objects(team, outcome) if found is not None)
+    # A refusal says all there is to say; the traceback of anything else may be of use.
+    raise kind(text) from (None if isinstance(error, (TypeError, ValueError)) else error)
 
 
 @contextmanager
@@ -59,7 +85,7 @@ def refused_together(P: Partition, name: str) -> Iterator[None]:
             raise
         error = raised
     if P.active:
-        raise_together(P.world_transport, sorted(P.ranks), error, name)
+        raise_together(P.team, error, name)
 
 
 def _told(error: Exception, name: str) -> tuple[type[Exception], str]:

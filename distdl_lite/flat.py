@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
-
-import torch
 
 Item = TypeVar("Item")
 
@@ -33,13 +31,3 @@ def cut(
         bucket.append(item)
         latest[kind(item)] = bucket, filled + nbytes(item)
     return made
-
-
-def flattened(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
-    """One flat tensor of their elements."""
-    return torch._C._nn.flatten_dense_tensors(tensors)  # type: ignore[attr-defined]
-
-
-def unflattened(flat: torch.Tensor, tensors: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
-    """Views of a flat tensor of the shapes of these."""
-    return torch._C._nn.unflatten_dense_tensors(flat, tensors)  # type: ignore[attr-defined]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
 
@@ -18,6 +18,20 @@ def balanced(length: int, parts: int) -> tuple[int, ...]:
     """
     size, more = divmod(length, parts)
     return tuple(part * size + min(part, more) for part in range(parts + 1))
+
+
+def compact(ranks: Iterable[int]) -> Sequence[int]:
+    """A range where the ranks are consecutive, else a tuple: 65,536 ranks then cost nothing.
+
+    >>> compact([3, 4, 5])
+    range(3, 6)
+    """
+    if isinstance(ranks, range) and ranks.step == 1:
+        return ranks
+    ranks = tuple(ranks)
+    if ranks and ranks == tuple(range(ranks[0], ranks[0] + len(ranks))):
+        return range(ranks[0], ranks[0] + len(ranks))
+    return ranks
 
 
 @dataclass(frozen=True)

@@ -267,6 +267,25 @@ def copies(grid: Grid, team_axes: Sequence[int], shapes: Mapping[tuple[int, ...]
     return Layout(grid, tuple(dims), team_axes)
 
 
+class BlockShapes(Mapping[int, Shape]):
+    """The local shapes of blocks by rank, made on demand from the lengths along each axis of their grid."""
+
+    def __init__(self, grid: Grid, lengths: tuple[tuple[int, ...], ...]) -> None:
+        self.grid, self.lengths = grid, lengths
+
+    def __getitem__(self, rank: int) -> Shape:
+        index = self.grid.index(rank)
+        if index is None:
+            raise KeyError(rank)
+        return tuple(length[i] for length, i in zip(self.lengths, index, strict=True))
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.grid.ranks)
+
+    def __len__(self) -> int:
+        return self.grid.size
+
+
 def cuts_from_shapes(grid: Grid, shapes: Mapping[int, Shape]) -> tuple[tuple[int, ...], ...]:
     """The cut points of the blocks whose local shapes are given by rank.
 
@@ -281,6 +300,8 @@ def cuts_from_shapes(grid: Grid, shapes: Mapping[int, Shape]) -> tuple[tuple[int
     >>> cuts_from_shapes(Grid((2,), (0, 1)), {0: (4,), 1: (3,)})
     ((0, 4, 7),)
     """
+    if isinstance(shapes, BlockShapes) and shapes.grid == grid:
+        return tuple(tuple(accumulate(length, initial=0)) for length in shapes.lengths)
     lengths: list[list[int]] = [[-1] * n for n in grid.shape]
     setters: list[list[int]] = [[-1] * n for n in grid.shape]
     for position, rank in enumerate(grid.ranks):

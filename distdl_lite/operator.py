@@ -9,31 +9,12 @@ from time import perf_counter
 from typing import Any
 
 import torch
-from torch._C import _are_functorch_transforms_active
-from torch._C._functorch import is_legacy_batchedtensor  # type: ignore[import-not-found]
-from torch.autograd import forward_ad
 
+from distdl_lite.autograd import ANCHOR, NOTHING, Node, check_unbatched, is_recording
 from distdl_lite.plan import Plan
 from distdl_lite.transport import Channel, Transport
 from distdl_lite.transport.counts import record
 from distdl_lite.transport.wire import wire_dtype
-
-NOTHING = torch.empty(0)  # to be saved by a Function that communicates
-ANCHOR = torch.empty(0, requires_grad=True)  # gives a graph node to a rank whose input needs none
-TRANSFORMS = (
-    "torch.func's transforms (grad, vmap, jvp, ...) see the graph of one rank alone and cannot be applied to a layer over "
-    "several ranks; backward() and torch.autograd.grad can, torch.func.functional_call too"
-)
-BATCHED = (
-    "torch.autograd.grad(..., is_grads_batched=True), which vectorized Jacobians use, cannot go back through a layer over "
-    "several ranks; call it for one gradient after the other"
-)
-
-
-def check_unbatched(gradient: torch.Tensor) -> None:
-    """Raise RuntimeError if backward got many gradients as one: a rank that has nothing to send would wait for one that fails."""
-    if is_legacy_batchedtensor(gradient):
-        raise RuntimeError(BATCHED)
 
 
 class Operator:
@@ -117,9 +98,8 @@ class Operator:
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """Move `x`; differentiable."""
-        if torch.is_grad_enabled() and (x.requires_grad or self.graph):
-            return _Move.apply(x, None if x.requires_grad else ANCHOR, self)
-        return self.apply(x) if forward_ad._current_level < 0 else _Move.apply(x, None, self)  # which torch refuses
+        anchor = ANCHOR if self.graph and not x.requires_grad else None
+        return _Move.apply(x, anchor, self) if is_recording(x, anchor) else self.apply(x)
 
     def _bind(self, x: torch.Tensor) -> Channel:
         if x.dtype is torch.bool and (self.plan.adds_out or self.plan.pattern.sums):
@@ -148,16 +128,6 @@ class Operator:
     def __repr__(self) -> str:
         plan = self.plan
         return f"Operator({self.label}: {plan.pattern.value}, {plan.shape_in} -> {plan.shape_out} on rank {plan.rank})"
-
-
-class Node(torch.autograd.Function):
-    """A Function whose call spares what torch's does for functorch, 40 us of 75 where the caches are cold."""
-
-    @classmethod
-    def apply(cls, *args: Any) -> Any:
-        if _are_functorch_transforms_active():
-            raise RuntimeError(TRANSFORMS)
-        return super(torch.autograd.Function, cls).apply(*args)
 
 
 class _Move(Node):

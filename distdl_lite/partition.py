@@ -7,17 +7,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
+from functools import cached_property
 from typing import Any, NamedTuple
 
-from distdl_lite.grid import Grid, balanced, ravel, unravel
-
-
-def _compact(ranks: Iterable[int]) -> Sequence[int]:
-    """A range where the ranks are consecutive, else a tuple: 65,536 ranks then cost nothing."""
-    ranks = tuple(ranks)
-    if ranks and ranks == tuple(range(ranks[0], ranks[0] + len(ranks))):
-        return range(ranks[0], ranks[0] + len(ranks))
-    return ranks
+from distdl_lite.grid import Grid, balanced, compact, ravel, unravel
 
 
 def _integers(name: str, values: Iterable[int]) -> list[int]:
@@ -80,7 +73,7 @@ class Partition:
         self, ranks: Iterable[int], shape: Sequence[int] | None = None, periods: Sequence[bool] | None = None
     ) -> Partition:
         """A partition of this one's world over other ranks of it."""
-        ranks = _compact(ranks)
+        ranks = compact(ranks)
         made = object.__new__(Partition if shape is None else CartesianPartition)
         grid = Grid((len(ranks),) if shape is None else tuple(shape), ranks)
         made._set(self.world_transport, grid, None if periods is None else tuple(map(bool, periods)))
@@ -95,6 +88,11 @@ class Partition:
     @property
     def ranks(self) -> Sequence[int]:
         return self.grid_of_ranks.ranks
+
+    @cached_property
+    def team(self) -> Any:
+        """The members as a team of the world's transport, in rising order."""
+        return self.world_transport.team(self.ranks)
 
     @property
     def size(self) -> int:
@@ -198,7 +196,11 @@ class Partition:
 
     def allgather_data(self, data: Any) -> list[Any] | None:
         """What every member passed, in team order; None on a rank outside. For small host data."""
-        return self.world_transport.gather_objects(self.ranks, data) if self.active else None
+        if not self.active:
+            return None
+        team = self.team
+        values = self.world_transport.gather_objects(team, data)
+        return values if team.ranks == self.ranks else [values[team.index(rank)] for rank in self.ranks]
 
     def allreduce_data(self, data: Any, op: Callable[[Any, Any], Any]) -> Any:
         """`op` folded over what the members passed, in team order; None on a rank outside."""
@@ -397,9 +399,12 @@ def check_same_world(*partitions: Partition) -> None:
         raise ValueError(f"partitions of different communicators cannot work together: those of shapes {shapes}")
 
 
-def union_of_ranks(*partitions: Partition | None) -> tuple[int, ...]:
-    """The ranks of all given partitions, sorted."""
-    return tuple(sorted({rank for P in partitions if P is not None for rank in P.ranks}))
+def union_of_teams(*partitions: Partition) -> Any:
+    """The team of the ranks of all given partitions, one or more, of one world."""
+    teams = {P.team for P in partitions}
+    if len(teams) == 1:
+        return teams.pop()
+    return partitions[0].world_transport.team({rank for team in teams for rank in team})
 
 
 def line_of(*partitions: Partition) -> Line | None:

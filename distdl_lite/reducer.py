@@ -9,16 +9,24 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from operator import attrgetter
 from typing import Any
-from weakref import WeakValueDictionary
+from weakref import ref
 
 import torch
 
-from distdl_lite.backward import at_end_of_backward, engine_will_run, running_backward
-from distdl_lite.flat import cut, flattened, unflattened
-from distdl_lite.shown import shown
-from distdl_lite.transport import Transport
+from distdl_lite.agreement import check_met
+from distdl_lite.autograd import (
+    at_end_of_backward,
+    engine_will_run,
+    flattened,
+    reduce_from_team,
+    running_backward,
+    unflattened,
+)
+from distdl_lite.flat import cut
+from distdl_lite.transport import Team, Transport
 from distdl_lite.transport.sums import Pending
 
 BUCKET_BYTES = 25 * 2**20  # of sums at the end of backward
@@ -31,15 +39,14 @@ class Replicas:
 
     Attributes
     ----------
-    team : tuple of int
-        Their world ranks, sorted.
+    team : Team
     order : int
         A number that grows with the construction of layers, the same on all ranks of the team for the same parameter.
     name : str
         For errors.
     """
 
-    team: tuple[int, ...]
+    team: Team
     order: int
     name: str
 
@@ -47,11 +54,11 @@ class Replicas:
         return self
 
 
-def replicated(parameter: torch.Tensor, replicas: Replicas, transport: Transport) -> torch.Tensor:
+def replicated(parameter: torch.Tensor, replicas: Replicas) -> torch.Tensor:
     """The parameter for use in a forward; its gradient becomes the sum over its replicas."""
-    if len(replicas.team) < 2 or not (torch.is_grad_enabled() and parameter.requires_grad):
+    if replicas.team.size < 2 or not (torch.is_grad_enabled() and parameter.requires_grad):
         return parameter
-    reducer = reducer_of(transport)
+    reducer = reducer_of(replicas.team.world)
     return _Replicated.apply(parameter, reducer.token, replicas, reducer)
 
 
@@ -123,7 +130,7 @@ class Planned:
 class _Started:
     """A sum that was started, and the memory that it goes into."""
 
-    team: tuple[int, ...]
+    team: Team
     bucket: list[Entry]
     flat: torch.Tensor
     pending: Pending
@@ -142,9 +149,8 @@ class Reducer:
         with torch.inference_mode(False), torch.enable_grad():
             self.token = torch.empty(0, requires_grad=True)
             self._token_node = self.token.view_as(self.token).grad_fn.next_functions[0][0]  # type: ignore[union-attr]
-        # Weak: a backward that fails drops its callback, and with it what it had collected.
-        self._collected: WeakValueDictionary[int, _Collected] = WeakValueDictionary()
-        self.planned: dict[tuple[int, ...], list[Planned]] = {}  # by team
+        self._collected: dict[int, _Collected] = {}  # by the number of the backward
+        self.planned: dict[Team, list[Planned]] = {}  # by team
         self.begun = self.flushed = 0  # backwards
         self.under_way: list[_Started] = []  # also of backwards that failed: MPI writes into their memory
 
@@ -155,35 +161,35 @@ class Reducer:
         the tensors it was given, which never include our token, and ``create_graph`` leaves grad mode on. The node that
         calls must have the token among its inputs.
         """
-        if len(replicas.team) < 2:
+        if replicas.team.size < 2:
             return gradient
         if parameter.is_leaf and not torch.is_grad_enabled() and engine_will_run(self._token_node):
             backward = running_backward()
             collected = self._collected.get(backward)
             if collected is None:
-                collected = self._collected[backward] = _Collected(self)
-                at_end_of_backward(collected.flush)
+                collected = _Collected(self, backward)
+                self._collected = {other.backward: other for other in (*self.running(), collected)}
             collected.add(parameter, gradient, replicas)
             return None
         self._agree_at_once(replicas)
-        return shown(gradient, replicas.team, self.transport)
+        return reduce_from_team(gradient, replicas.team)
 
     def _agree_at_once(self, replicas: Replicas) -> None:
         """Raise unless all ranks of the team are about to sum this gradient: others may be at the end of a ``backward()``."""
         team, mine = replicas.team, hash((replicas.order, -1)) % 2**64
-        if self.transport.agree(team, mine) == mine * len(team) % 2**64:
-            return
-        told = self.transport.gather_objects(team, f"the gradient {replicas.order} {replicas.name}")
-        places = "; ".join(f"rank {rank}: {other}" for rank, other in zip(team, told, strict=True))
-        raise RuntimeError(
-            f"autograd.grad and backward(inputs=...) sum the gradient of a weight at once, with all ranks that share it; {places}"
-        )
+        if self.transport.agree(team, mine) != mine * team.size % 2**64:
+            place = f"the gradient {replicas.order} {replicas.name}"
+            check_met(team, replicas.name, place, f"{place}, which autograd.grad or backward(inputs=...) sums at once")
 
     def running(self) -> list[_Collected]:
         """What the backwards that run have collected: one, and those that it runs inside of."""
-        return list(self._collected.values())
+        return [collected for collected in self._collected.values() if collected.end() is not None]
 
-    def plan(self, team: tuple[int, ...], group: Sequence[Entry]) -> None:
+    def end(self, collected: _Collected) -> None:
+        """Note that a backward has come to its end."""
+        self._collected.pop(collected.backward, None)
+
+    def plan(self, team: Team, group: Sequence[Entry]) -> None:
         """Sum these parameters of a team early from the next backward on."""
         self.transport.open_sums(team)
         made = [
@@ -230,9 +236,14 @@ class _Arriving:
 class _Collected:
     """The replica gradients of one backward, by team."""
 
-    def __init__(self, reducer: Reducer) -> None:
-        self.reducer, self.transport = reducer, reducer.transport
-        self.teams: dict[tuple[int, ...], dict[int, Entry]] = {}
+    def __init__(self, reducer: Reducer, backward: int) -> None:
+        self.reducer, self.transport, self.backward = reducer, reducer.transport, backward
+        # A backward that fails drops its callback, which nobody but the engine keeps, and never calls it: no frame has it among
+        # its variables, as it would have a method's object, whoever keeps that frame.
+        end = partial(_Collected.flush, self)
+        self.end = ref(end)
+        at_end_of_backward(end)
+        self.teams: dict[Team, dict[int, Entry]] = {}
         self.started: list[_Started] = []
         running = reducer.running()
         self._failed = [s for s in reducer.under_way if not any(s in other.started for other in running)]
@@ -256,7 +267,7 @@ class _Collected:
             if self._may_start:
                 self._start(replicas.team, arriving.complete())
 
-    def _start(self, team: tuple[int, ...], ready: Iterable[list[Entry]]) -> None:
+    def _start(self, team: Team, ready: Iterable[list[Entry]]) -> None:
         for bucket in ready:
             flat = flattened([entry.gradient for entry in bucket])
             for entry in bucket:
@@ -268,12 +279,13 @@ class _Collected:
 
     def flush(self) -> None:
         """Complete what was started, sum what is left in the order of the teams, and put all sums into ``.grad``."""
+        self.reducer.end(self)
         teams = sorted(self.teams)
         groups = {team: self._group(team) for team in teams}
         votes = {team: self._vote(team, groups[team]) for team in teams}
         flats = {team: self._flats(team) for team in teams if team not in self._arriving}  # while the votes travel
         for team in teams:
-            if self.transport.agreed(team) != votes[team] * len(team) % 2**64:
+            if self.transport.agreed(team) != votes[team] * team.size % 2**64:
                 self._settle(team, groups[team])
                 groups[team] = self._group(team)
                 flats.pop(team, None)
@@ -291,7 +303,7 @@ class _Collected:
             self._plan(team, groups[team])
         self.reducer.flushed += 1
 
-    def _plan(self, team: tuple[int, ...], group: Sequence[Entry]) -> None:
+    def _plan(self, team: Team, group: Sequence[Entry]) -> None:
         """Plan anew where much was summed, and it was not planned, or other parameters before it, or together with it."""
         if sum(entry.nbytes for entry in group) < EARLY_BYTES:
             return
@@ -305,32 +317,31 @@ class _Collected:
         ):
             self.reducer.plan(team, group)
 
-    def _flats(self, team: tuple[int, ...]) -> list[tuple[list[Entry], torch.Tensor]]:
+    def _flats(self, team: Team) -> list[tuple[list[Entry], torch.Tensor]]:
         """What is to be summed at the end."""
         left = sorted(self.teams[team].values(), key=attrgetter("order"))
         return [(bucket, flattened([entry.gradient for entry in bucket])) for bucket in buckets(left, BUCKET_BYTES)]
 
-    def _vote(self, team: tuple[int, ...], group: Sequence[Entry]) -> int:
+    def _vote(self, team: Team, group: Sequence[Entry]) -> int:
         """Tell the team what this rank sums over it, which must be the same on all its ranks."""
-        failed = sum(s.team == team for s in self._failed)
+        failed = sum(s.team is team for s in self._failed)
         mine = hash((tuple([entry.numbers for entry in group]), failed)) % 2**64
         self.transport.start_agreeing(team, mine)
         return mine
 
-    def _group(self, team: tuple[int, ...]) -> list[Entry]:
+    def _group(self, team: Team) -> list[Entry]:
         """All that is summed over a team, in order."""
-        gone = [entry for started in self.started if started.team == team for entry in started.bucket]
+        gone = [entry for started in self.started if started.team is team for entry in started.bucket]
         return sorted([*gone, *self.teams[team].values()], key=attrgetter("order"))
 
-    def _settle(self, team: tuple[int, ...], group: Sequence[Entry]) -> None:
+    def _settle(self, team: Team, group: Sequence[Entry]) -> None:
         """Where ranks have collected or left different things: complete sums that only some have started, raise on all."""
-        failed, started = ([s for s in known if s.team == team] for known in (self._failed, self.started))
+        names = [str(entry) for entry in group]
+        place = "the end of a backward()"
+        check_met(team, "backward", place, f"{place} that has reached {', '.join(names) or 'nothing'}")
+        failed, started = ([s for s in known if s.team is team] for known in (self._failed, self.started))
         sizes = [(s.flat.numel(), s.flat.dtype) for s in (*failed, *started)]
-        told = self.transport.gather_objects(team, _Told([str(e) for e in group], sizes, len(failed), len(started)))
-        for rank, other in zip(team, told, strict=True):
-            if not isinstance(other, _Told):
-                at = f" and is at {other}" if isinstance(other, str) else ""
-                raise RuntimeError(f"rank {rank} has left a backward that ranks {list(team)} share{at}")
+        told = self.transport.gather_objects(team, _Told(names, sizes, len(failed), len(started)))
         differ = len({frozenset(other.names) for other in told}) > 1
         any_failed, any_started = any(other.failed for other in told), any(other.started for other in told)
         if differ or any_failed:
@@ -366,9 +377,6 @@ class _Told:
     sizes: list[tuple[int, torch.dtype]]  # of the sums started since they last agreed
     failed: int  # how many of them by backwards that failed
     started: int  # and by this one
-
-    def __str__(self) -> str:
-        return f"the end of a backward() that has reached {', '.join(self.names) or 'nothing'}"
 
 
 def buckets(group: Iterable[Entry], most: int) -> list[list[Entry]]:

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+
+from distdl_lite.layout import BlockShapes, Shape
+from distdl_lite.partition import Partition
+from distdl_lite.transport import Team
 
 
 @dataclass(frozen=True)
@@ -32,7 +37,124 @@ class TensorStructure:
         return 0 if self.kind != "Tensor" else torch.Size(self.shape).numel()
 
 
-Structure = Mapping[int, tuple[TensorStructure, ...]]  # world rank -> its tensor arguments
+@dataclass(frozen=True)
+class Structure:
+    """The tensor arguments of a layer's ranks, as each of them learns of them.
+
+    Attributes
+    ----------
+    rank : int
+        This rank.
+    mine : tuple of TensorStructure
+        What it passed.
+    alike : tuple of TensorStructure
+        What is the same on all ranks of the input's partition: dtype, device and whether any rank's requires grad. Empty
+        where something differs.
+    shapes : Mapping from world rank to tuple of int
+        Of the first argument, where these are blocks over the input's partition.
+    passed : Mapping from world rank to tuple of TensorStructure
+        Everything, where something differs: each rank is then told all.
+    """
+
+    rank: int
+    mine: tuple[TensorStructure, ...]
+    alike: tuple[TensorStructure, ...] = ()
+    shapes: Mapping[int, Shape] | None = None
+    passed: Mapping[int, tuple[TensorStructure, ...]] | None = None
+
+    def shapes_over(self, P: Partition) -> Mapping[int, Shape]:
+        """The shapes of the first argument on the ranks of its partition, which is the first one of the layer's."""
+        assert isinstance(self.shapes, BlockShapes)
+        grid = P.grid_of_ranks.padded(self.shapes.grid.dim)
+        if grid != self.shapes.grid:
+            raise ValueError(
+                f"the input lies over the layer's first partition, of shape {self.shapes.grid.shape}, not over {P}"
+            )
+        return self.shapes
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether the first argument has no elements on any rank."""
+        if self.passed is not None:
+            return not any(tensors[0].size for tensors in self.passed.values())
+        return isinstance(self.shapes, BlockShapes) and 0 in map(sum, self.shapes.lengths)
+
+    @property
+    def requires_grad(self) -> bool:
+        """Whether any tensor of any rank does."""
+        told = self.alike if self.passed is None else [t for tensors in self.passed.values() for t in tensors]
+        return any(tensor.requires_grad for tensor in told)
+
+
+_MOST_ARGUMENTS = 4
+_MORE_DIMS = 8  # of a tensor, before those that the partition has axes for
+_UNSET = -(2**62)
+_DTYPES = list(dict.fromkeys(v for _, v in sorted(vars(torch).items()) if isinstance(v, torch.dtype)))
+_DEVICES = ["cpu", "cuda", "meta", "mps", "xpu"]
+
+
+def exchanged(team: Team, P: Partition | None, mine: tuple[TensorStructure, ...], same: str) -> Structure | None:
+    """The structure that the team's ranks agree on, by one maximum over O(sum of the grid's sides) numbers.
+
+    The first argument is in blocks over `P`: its ranks with the same index along an axis have the same length there, and so
+    each needs to learn one number for each index of each axis. A number and its negative show by their maxima whether all
+    ranks have the same one.
+
+    Returns
+    -------
+    Structure or None
+        None on all ranks where that is not so, something else differs, or `same` does.
+    """
+    is_usual = len(mine) <= _MOST_ARGUMENTS and all(_is_usual(tensor) for tensor in mine)
+    numbers = [_UNSET] * _MOST_ARGUMENTS
+    lengths: list[list[int]] = []
+    if P is not None:
+        lengths = [[_UNSET] * n for n in ((1,) * _MORE_DIMS + P.shape)]
+        if P.index is not None and is_usual and mine:
+            numbers[: len(mine)] = map(_number_of, mine)
+            shape = mine[0].shape
+            is_usual = 0 <= len(shape) - P.dim <= _MORE_DIMS
+            index = (0,) * _MORE_DIMS + P.index
+            for axis in range(1, len(shape) + 1) if is_usual else ():
+                lengths[-axis][index[-axis]] = shape[-axis]
+    numbers += [n for length in lengths for n in length]
+    flags = [not is_usual, *(i < len(mine) and mine[i].requires_grad for i in range(_MOST_ARGUMENTS))]
+    negatives = [n if n == _UNSET else -n for n in (_number(same), *numbers)]
+    vector = torch.tensor([*flags, _number(same), *numbers, *negatives], dtype=torch.long)
+    found = team.world.maxima(team, vector).tolist()
+    flags, values = found[: len(flags)], found[len(flags) :]
+    values, negatives = values[: len(negatives)], values[len(negatives) :]
+    if flags[0] or any(a != (b if b == _UNSET else -b) for a, b in zip(values, negatives, strict=True)):
+        return None
+    codes = [code for code in values[1 : 1 + _MOST_ARGUMENTS] if code != _UNSET]
+    alike = tuple(replace(_tensor_of(code), requires_grad=bool(f)) for code, f in zip(codes, flags[1:], strict=False))
+    if P is None or not alike:
+        return Structure(team.world.rank, mine, alike)
+    dims = len(alike[0].shape)
+    grid = P.grid_of_ranks.padded(dims)
+    rest = iter(values[1 + _MOST_ARGUMENTS :])
+    by_axis = [[next(rest) for _ in length] for length in lengths][-dims:] if dims else []
+    return Structure(team.world.rank, mine, alike, BlockShapes(grid, tuple(map(tuple, by_axis))))
+
+
+def _is_usual(tensor: TensorStructure) -> bool:
+    return tensor.kind == "Tensor" and tensor.device in _DEVICES
+
+
+def _number_of(tensor: TensorStructure) -> int:
+    assert tensor.dtype is not None
+    return (_DTYPES.index(tensor.dtype) * len(_DEVICES) + _DEVICES.index(tensor.device)) * 64 + len(tensor.shape)
+
+
+def _tensor_of(number: int) -> TensorStructure:
+    kind, dims = divmod(number, 64)
+    dtype, device = divmod(kind, len(_DEVICES))
+    return TensorStructure((0,) * dims, _DTYPES[dtype], _DEVICES[device])
+
+
+def _number(text: str) -> int:
+    """A number for a text, the same in every process."""
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=7).digest(), "little")
 
 
 def hashed(parts: list[Any]) -> int:

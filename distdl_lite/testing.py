@@ -131,7 +131,7 @@ def assert_equals_serial(
     AssertionError
         On all ranks, saying what differs on which. All ranks of P_x's world call this together.
     """
-    from distdl_lite.nn.parameter import load_serial_state_dict
+    from distdl_lite.model.weights import load_serial_state_dict
 
     world = P_x.world_transport
     serial = copy.deepcopy(serial_layer)

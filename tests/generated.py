@@ -169,7 +169,7 @@ def run(world: dl.Partition, families: Mapping[str, Family], family: str, number
     try:
         twins = families[family](d)
         text = twins.text
-        found = world.world_transport.gather_objects(range(SIZE), _compared(d, twins))
+        found = world.world_transport.gather_objects(world.team, _compared(d, twins))
         return _judged(found, {rank for P in twins.team for rank in P.ranks}, twins.refusals)
     except Exception as error:  # also one that tells of a deadlock
         raise AssertionError(f"{error}\n{text}\nreproduce: python tests/generated.py {family} {number}") from error

@@ -264,7 +264,7 @@ class DistributedSpectralConv(dnn.Layer):
         )
 
     def _distdl_module_setup(self, input: Tensors) -> dict[str, dl.Operator]:
-        inputs = agreed_inputs(type(self).__name__, self._distdl_structure, self.P_x)
+        inputs = agreed_inputs(self, self.P_x)
         grid = self.P_x.grid_of_ranks
         *lead, height, width = lay.global_shape_of(lay.blocks(grid, lay.cuts_from_shapes(grid, inputs.shapes)))
         X = lay.balanced_blocks(grid, (*lead, height, width // 2 + 1))

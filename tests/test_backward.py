@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from distdl_lite.backward import at_end_of_backward, engine_will_run, running_backward
+from distdl_lite.autograd import at_end_of_backward, engine_will_run, running_backward
 
 
 def test_private_calls_of_autograd_are_there() -> None:

@@ -33,7 +33,9 @@ class Recorder(dnn.Module):
         self.keeps, self.log = keeps, []
 
     def _distdl_module_setup(self, input: tuple[Any, ...]) -> Any:
-        shapes = [tensors[0].shape for tensors in self._distdl_structure.values()]
+        told = self._distdl_structure
+        passed = {} if told.passed is None else {rank: tensors[0].shape for rank, tensors in told.passed.items()}
+        shapes = [*(passed or told.shapes).values()]
         self.log.append(("setup", shapes))
         return len(self.log) if self.keeps else None
 
@@ -62,12 +64,13 @@ def spied(P: Partition) -> Iterator[Counter[str]]:
 
         return call
 
-    for name in ("start_agreeing", "gather_objects", "bind"):
+    names = "start_agreeing", "maxima", "gather_objects", "bind"
+    for name in names:
         setattr(transport, name, spy(name))
     try:
         yield calls
     finally:
-        for name in ("start_agreeing", "gather_objects", "bind"):
+        for name in names:
             delattr(transport, name)
 
 
@@ -80,10 +83,11 @@ def test_an_unchanged_forward_agrees_once_and_does_nothing_else(world: Partition
         layer(x)
         assert calls == {"start_agreeing": 1}
         layer(integers((2, 2)))
-        assert calls == {"start_agreeing": 2, "gather_objects": 2, "bind": 1}
+        # Where all are, what they pass, and whether set-up went well.
+        assert calls == {"start_agreeing": 4, "maxima": 1, "bind": 1}
         layer(x)
         layer(integers((2, 2)))
-        assert calls == {"start_agreeing": 4, "gather_objects": 2, "bind": 1}
+        assert calls == {"start_agreeing": 6, "maxima": 1, "bind": 1}
 
 
 @on_ranks(4)
@@ -206,7 +210,7 @@ def test_layers_inside_ride_on_one_agreement(world: Partition) -> None:
             net(integers((4,)))
             net.eval()(x)
             net.train()(x)
-        assert calls["start_agreeing"] == 4 + 4  # eval is new: each layer's call agrees once
+        assert calls["start_agreeing"] == 4 + 4 + 2 * 5  # eval is new: each call agrees once, and each of five sets up
 
 
 class Around(dnn.Module):
@@ -350,21 +354,6 @@ def test_what_a_class_gives_its_layer_is_refused_together(world: Partition) -> N
             pool(nothing)
 
 
-@on_ranks(4)
-def test_static_shapes_drop_the_agreement(world: Partition) -> None:
-    P, x = world.grid((4,)), integers((3,))
-    layer = dnn.HaloExchange(P, [1]).static_shapes()
-    wanted = layer(x)
-    with spied(P) as calls:
-        assert torch.equal(layer(x), wanted)
-        assert not calls
-        layer(integers((2,)))
-        assert calls["start_agreeing"] == 1
-        layer(integers((2,)))
-        layer(x)
-        assert calls["start_agreeing"] == 1
-
-
 @on_ranks(4, mpi=True)
 def test_disjoint_teams_run_different_models(world: Partition) -> None:
     """No call synchronises ranks outside the partitions it was given."""
@@ -400,7 +389,6 @@ def test_copies_start_unbuilt(world: Partition) -> None:
 
 @on_ranks(1)
 def test_hooks_of_torch_are_called(world: Partition) -> None:
-    """The shorter way through a call is for layers that have none."""
     seen: list[str] = []
     kinds: dict[str, Callable[[torch.nn.Module], Any]] = {
         "pre": lambda layer: layer.register_forward_pre_hook(lambda *_: seen.append("pre")),
@@ -418,7 +406,7 @@ def test_hooks_of_torch_are_called(world: Partition) -> None:
             handle.remove()
             assert seen == [kind]
             seen.clear()
-    assert calls == {"gather_objects": 2, "bind": 2}
+    assert calls == {"maxima": 1, "bind": 2}
 
 
 @on_ranks(2)
@@ -527,8 +515,8 @@ def test_ranks_that_swap_shapes_set_up_anew(world: dl.Partition) -> None:
 
 
 @on_ranks(4, mpi=True)
-def test_a_rank_that_runs_ahead_of_the_votes_is_called_back(world: Partition) -> None:
-    """Another rank's structure changes: of the ranks whose own does not, some run ahead and some have hooks and wait."""
+def test_a_structure_that_changes_on_one_rank(world: Partition) -> None:
+    """The others set up anew as well, also those with hooks."""
     P = world.grid((2, 2))
     serial = torch.nn.Conv2d(2, 2, 3, padding=1, dtype=torch.float64)
     convolution = dnn.DistributedConv2d(world.grid((1, 1, 4, 1)), 2, 2, 3, padding=1, dtype=torch.float64)
@@ -559,8 +547,8 @@ def test_a_rank_that_runs_ahead_of_the_votes_is_called_back(world: Partition) ->
 
 
 @on_ranks(2)
-def test_nobody_runs_ahead_where_calls_are_counted(world: Partition) -> None:
-    """Checkpoints pair the tensors that a forward saves with those of its second run; a forward of one's own may do more."""
+def test_checkpoints_around_structures_that_change(world: Partition) -> None:
+    """Checkpoints pair the tensors that a forward saves with those of its second run."""
 
     class Twice(dnn.HaloExchange):
         def forward(self, x: torch.Tensor) -> torch.Tensor:

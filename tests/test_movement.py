@@ -382,7 +382,7 @@ def test_transforms_of_functions_are_refused(world: Partition) -> None:
 def test_transforms_of_operators_are_refused(world: Partition) -> None:
     layer = dnn.AllSumReduce(world.grid((2,)), axes_reduce=(0,))
     layer(torch.ones(3, requires_grad=True))
-    operator, _ = layer._distdl_plan
+    operator, _ = layer._operator(torch.ones(3))
     with pytest.raises(RuntimeError, match=r"torch\.func's transforms"):
         torch.func.grad(lambda x: operator(x).sum())(torch.ones(3))
 

@@ -12,6 +12,7 @@ from ranks import on_ranks
 from distdl_lite import reducer as red
 from distdl_lite.partition import Partition
 from distdl_lite.reducer import Replicas, replicated
+from distdl_lite.transport import Team
 
 
 class Shared(torch.nn.Module):
@@ -20,10 +21,10 @@ class Shared(torch.nn.Module):
     def __init__(self, P: Partition, start: torch.Tensor, order: int = 0) -> None:
         super().__init__()
         self.P, self.weight = P, torch.nn.Parameter(start.clone())
-        self.replicas = Replicas(tuple(sorted(P.ranks)), order, f"weight{order}")
+        self.replicas = Replicas(P.team, order, f"weight{order}")
 
     def use(self) -> torch.Tensor:
-        return replicated(self.weight, self.replicas, self.P.world_transport)
+        return replicated(self.weight, self.replicas)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return (self.use() * x).sum()
@@ -141,7 +142,7 @@ def test_buckets(world: Partition) -> None:
 
 
 def test_buckets_hold_so_many_bytes_of_one_kind() -> None:
-    replicas = Replicas((0, 1), 0, "w")
+    replicas = Replicas(Team(None, (0, 1)), 0, "w")
     kinds = [(2, torch.float64), (2, torch.float64), (1, torch.float64), (9, torch.float64), (1, torch.float32)]
     kinds += [(3, torch.float64), (7, torch.float32)]
     group = [red.Entry(torch.empty(n, dtype=dtype), None, replicas, dtype) for n, dtype in kinds]

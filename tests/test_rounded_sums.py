@@ -7,7 +7,7 @@ from ranks import on_ranks
 
 import distdl_lite as dl
 from distdl_lite.testing import count
-from distdl_lite.transport import Transport
+from distdl_lite.transport import Team, Transport
 
 
 @on_ranks(3, mpi=True)
@@ -16,14 +16,14 @@ def test_what_rounding_keeps_is_not_lost(world: dl.Partition) -> None:
     transport = world.world_transport
     for team in ((0, 1, 2), (0, 2)):
         if world.rank in team:
-            check_sums(transport, team)
+            check_sums(transport, transport.team(team))
     alone, left = torch.full((2,), 0.1), torch.ones(2)
-    transport.start_rounded_sum((world.rank,), alone, left, torch.bfloat16).wait()
+    transport.start_rounded_sum(transport.team([world.rank]), alone, left, torch.bfloat16).wait()
     assert torch.equal(alone, torch.full((2,), 0.1))
     assert left.tolist() == [0.0, 0.0]
 
 
-def check_sums(transport: Transport, team: tuple[int, ...]) -> None:
+def check_sums(transport: Transport, team: Team) -> None:
     transport.open_sums(team, "test")
     for dtype in (torch.float16, torch.bfloat16):
         for size in (1, 2, 7, 1000, 0):

@@ -62,10 +62,12 @@ def test_a_deadlock_names_what_each_rank_waits_for() -> None:
 
 def test_a_deadlock_in_an_operator_names_the_message() -> None:
     def body(world: Partition) -> None:
-        layer, x = dnn.Repartition(world.grid((2,)), world.grid((2,), [1, 0])).static_shapes(), torch.ones(3)
+        layer, x = dnn.Repartition(world.grid((2,)), world.grid((2,), [1, 0])), torch.ones(3)
         layer(x)
+        operator, _ = layer._operator(x)
+        operator.apply(x)
         if world.rank:
-            layer(x)
+            operator.apply(x)
 
     with pytest.raises(RuntimeError, match=r"rank 1 waits for a message of a exchange to shape \[3\] from rank 0"):
         spmd(2, body)
@@ -97,7 +99,7 @@ def test_a_rank_that_catches_its_deadlock_goes_on() -> None:
 
 def test_mismatched_calls_are_named() -> None:
     def body(world: Partition) -> None:
-        transport, team = world.world_transport, (0, 1)
+        transport, team = world.world_transport, world.team
         if world.rank:
             transport.agree(team, 1)
         else:

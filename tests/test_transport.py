@@ -151,7 +151,7 @@ def test_counts(world: dl.Partition) -> None:
     assert 0 < inner.seconds < 60
     op.apply(x)
     assert inner.messages == 3
-    team, transport = range(world.size), world.world_transport
+    team, transport = world.team, world.world_transport
     with count() as sums:
         transport.agree(team, 1)
         transport.all_reduce(team, torch.ones(5))
@@ -166,10 +166,11 @@ def test_counts(world: dl.Partition) -> None:
 
 @on_ranks(SIZE, mpi=True)
 def test_calls_that_no_operator_describes(world: dl.Partition) -> None:
-    transport, everyone = world.world_transport, (0, 1, 2, 3)
+    transport, everyone = world.world_transport, world.team
     assert transport.agree(everyone, 2**63) == 0
-    assert transport.agree((transport.rank,), 7) == 7
-    assert transport.gather_objects((2, 0, 1, 3), f"from {transport.rank}") == [f"from {r}" for r in (2, 0, 1, 3)]
+    assert transport.agree(transport.team([transport.rank]), 7) == 7
+    assert transport.gather_objects(everyone, f"from {transport.rank}") == [f"from {r}" for r in range(SIZE)]
+    assert transport.maxima(everyone, torch.tensor([transport.rank, -transport.rank])).tolist() == [3, 0]
     for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.int64):
         x = torch.tensor([[transport.rank, -transport.rank]], dtype=dtype)
         for op, wanted in (("sum", [[6, -6]]), ("max", [[3, 0]]), ("min", [[0, -3]])):
@@ -181,7 +182,8 @@ def test_calls_that_no_operator_describes(world: dl.Partition) -> None:
     x = integers((3, 2), seed=transport.rank)
     transport.broadcast(everyone, x, 2)
     assert torch.equal(x, integers((3, 2), seed=2))
-    pair = (0, 3) if transport.rank in (0, 3) else (1, 2)
+    pair = transport.team((3, 0) if transport.rank in (0, 3) else (1, 2))
+    assert pair is transport.team(list(pair))
     assert transport.gather_objects(pair, transport.rank) == list(pair)
 
 
@@ -189,8 +191,8 @@ def test_calls_that_no_operator_describes(world: dl.Partition) -> None:
 def test_errors_are_raised_together(world: dl.Partition) -> None:
     error = KeyError("later") if world.rank == 3 else ValueError("first") if world.rank == 1 else None
     with pytest.raises(ValueError, match="first"):
-        raise_together(world.world_transport, tuple(range(SIZE)), error)
-    raise_together(world.world_transport, tuple(range(SIZE)), None)
+        raise_together(world.team, error)
+    raise_together(world.team, None)
 
 
 @on_ranks(SIZE, mpi=True)
@@ -205,10 +207,10 @@ def test_large_message(world: dl.Partition) -> None:
 
 @on_ranks(SIZE, mpi=True)
 def test_what_is_done_before_and_after_a_sum_is_done_once(world: dl.Partition) -> None:
-    transport, everybody = world.world_transport, tuple(range(SIZE))
+    transport, everybody = world.world_transport, world.team
     transport.open_sums(everybody, "before and after")
     for engine, team, dtype in itertools.product(
-        (*ENGINES, "auto"), (everybody, (world.rank,)), (torch.float32, torch.bfloat16)
+        (*ENGINES, "auto"), (everybody, transport.team([world.rank])), (torch.float32, torch.bfloat16)
     ):
         x, y = torch.zeros(3, dtype=dtype), torch.zeros(2)
         sums = [

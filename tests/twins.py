@@ -89,7 +89,7 @@ def assert_refused(
     except error as raised:
         message = str(raised)
     if P.active:
-        messages = world.world_transport.gather_objects(sorted(P.ranks), message)
+        messages = world.world_transport.gather_objects(P.team, message)
         assert set(messages) == {message}
         assert message is not None
         assert text in message, message

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -26,9 +26,9 @@ from distdl_lite.nn.kernel import (
     wide,
     windows,
 )
-from distdl_lite.nn.movement import Inputs, rehearsal
+from distdl_lite.nn.module import Call, Module
+from distdl_lite.nn.movement import Inputs
 from distdl_lite.nn.options import integers
-from distdl_lite.operator import Operator
 from distdl_lite.partition import Partition
 
 _MAX_POOLS = {1: F.adaptive_max_pool1d, 2: F.adaptive_max_pool2d, 3: F.adaptive_max_pool3d}
@@ -181,17 +181,6 @@ class _DistributedAdaptiveMaxPool(_DistributedAdaptivePool):
         return super().extra_repr() + (", return_indices=True" if self.return_indices else "")
 
 
-@dataclass(frozen=True)
-class _Shares:
-    """What forward needs for one structure: each rank's share of the averages, and where the shares are added up."""
-
-    local: Local
-    deliver: Operator | None
-    dtype: torch.dtype  # of the shares
-    result: torch.dtype
-    graph: bool  # whether any rank's input requires grad
-
-
 class _DistributedAdaptiveAvgPool(_DistributedAdaptivePool):
     """Each rank averages what it holds of every window that meets its block, and the owner of an output adds up.
 
@@ -202,7 +191,7 @@ class _DistributedAdaptiveAvgPool(_DistributedAdaptivePool):
         check_floating(self, inputs)
         return torch_dtype(self, inputs, self.dims + 2, lambda x: _AVG_POOLS[self.dims](x, 1))
 
-    def _distdl_module_setup(self, input: tuple[Any, ...]) -> _Shares:
+    def _distdl_module_setup(self, input: tuple[Any, ...]) -> Call:
         inputs = self.inputs()
         X, Y, geometries = self.layouts(inputs)
         met = [Dim(tuple(g.meets(*r) for r in d.ranges), d.axes) for g, d in zip(geometries, X.dims[2:], strict=True)]
@@ -216,26 +205,16 @@ class _DistributedAdaptiveAvgPool(_DistributedAdaptivePool):
         ]
         deliver = operator_between(parts, Y, self, inputs.requires_grad)
         shape, dtype = lay.shape_of(box), inputs.dtype if all(is_whole) else wide(inputs.dtype)
-        if 0 in shape:
-            nothing = partial(connected_zeros, shape, linear=is_mean(views))
-            return _Shares(lambda x: nothing(x).to(dtype), deliver, dtype, inputs.dtype, inputs.requires_grad)
-        local = applied(_AVG_POOLS[self.dims], _sizes(views)) if all(is_whole) else averaged(views)
-        return _Shares(local, deliver, dtype, inputs.dtype, inputs.requires_grad)
+        local: Local = partial(connected_zeros, shape, linear=is_mean(views))
+        if 0 not in shape:
+            local = applied(_AVG_POOLS[self.dims], _sizes(views)) if all(is_whole) else averaged(views)
+        graph, result = inputs.requires_grad, inputs.dtype
 
-    def _distdl_rehearsal(self) -> Callable[[], None]:
-        return rehearsal(self, (self._distdl_plan.deliver, self._distdl_plan.dtype))
+        def run(layer: Module, x: torch.Tensor) -> torch.Tensor:
+            shares = local(anchored(x.to(result), graph)).to(dtype)
+            return (shares if deliver is None else deliver(shares)).to(result)
 
-    def _distdl_serial(self) -> Callable[..., torch.Tensor]:
-        local: Local = self._distdl_plan.local
-        return lambda layer, x: local(x)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if not self._distdl_is_inside:
-            return x
-        built: _Shares = self._distdl_plan
-        x = x.to(built.result)
-        shares = built.local(anchored(x, built.graph))
-        return shares.to(x.dtype) if built.deliver is None else built.deliver(shares).to(x.dtype)
+        return run
 
 
 def is_mean(views: Sequence[View]) -> bool:

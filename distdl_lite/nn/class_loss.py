@@ -11,13 +11,14 @@ import torch.nn.functional as F
 
 from distdl_lite import layout as lay
 from distdl_lite.agreement import raise_together
-from distdl_lite.layout import Shape
+from distdl_lite.autograd import reduce_from_team
+from distdl_lite.layout import Layout, Shape
 from distdl_lite.nn.kernel import wide
-from distdl_lite.nn.loss import _Built, _DistributedLoss
+from distdl_lite.nn.loss import Block, _DistributedLoss
+from distdl_lite.nn.module import Call
 from distdl_lite.nn.options import integers, numbers
 from distdl_lite.nn.softmax import CutDim, cut_dim, log_softmax
 from distdl_lite.partition import Partition
-from distdl_lite.shown import shown
 
 
 def _readable(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
@@ -26,7 +27,7 @@ def _readable(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tens
 
 
 @dataclass(frozen=True)
-class _BuiltOverClasses(_Built):
+class _ClassBlock(Block):
     """Also the class dim if it is cut."""
 
     over_classes: CutDim | None
@@ -87,12 +88,12 @@ class DistributedNLLLoss(_DistributedLoss):
     def _local_options(self, box: lay.Box) -> dict[str, Any]:
         return {name: getattr(self, name) for name in self._options}
 
-    def _distdl_module_setup(self, input: tuple[Any, ...]) -> _BuiltOverClasses:
-        built = super()._distdl_module_setup(input)
-        grid = self.P_x.grid_of_ranks
-        cuts = lay.cuts_from_shapes(grid, {rank: tensors[0].shape for rank, tensors in self._distdl_structure.items()})
-        over_classes = cut_dim(self, self.P_x, cuts, self._axis, built.graph)
-        return _BuiltOverClasses(built.box, built.global_shape, built.graph, over_classes)
+    def _call(self, X: Layout, graph: bool) -> Call:
+        box = X.box(self._distdl_transport.rank)
+        assert box is not None
+        over_classes = cut_dim(self, X, self._axis, graph)
+        block = _ClassBlock(box, lay.global_shape_of(X), graph, over_classes)
+        return lambda layer, input, target: layer._reduced(input, target, block)
 
     def _check_weight(self, name: str, weight: torch.Tensor, shape: Shape) -> None:
         if weight.shape != (shape[self._axis],):
@@ -100,53 +101,53 @@ class DistributedNLLLoss(_DistributedLoss):
 
     # ---- forward -----------------------------------------------------------------------------------------------------
 
-    def _terms(self, input: torch.Tensor, target: torch.Tensor, built: _BuiltOverClasses) -> torch.Tensor:
-        if built.over_classes is None:
-            return super()._terms(input, target, built)
+    def _terms(self, input: torch.Tensor, target: torch.Tensor, block: _ClassBlock) -> torch.Tensor:
+        if block.over_classes is None:
+            return super()._terms(input, target, block)
         find = self._shown if self.reduction == "none" else self._partial
-        terms = find(self._log_probabilities(input, built), target, built)
+        terms = find(self._log_probabilities(input, block), target, block)
         return terms if torch.is_autocast_enabled(input.device.type) else terms.to(input.dtype)
 
-    def _shown(self, log_p: torch.Tensor, target: torch.Tensor, built: _BuiltOverClasses) -> torch.Tensor:
+    def _shown(self, log_p: torch.Tensor, target: torch.Tensor, block: _ClassBlock) -> torch.Tensor:
         """The terms, shown on all ranks that hold classes of these points; with them travels whether any of these failed."""
-        assert built.over_classes is not None
-        team, error = built.over_classes.team, None
+        assert block.over_classes is not None
+        team, error = block.over_classes.team, None
         try:
-            parts = self._partial(log_p, target, built)
+            parts = self._partial(log_p, target, block)
         except Exception as raised:  # raised again below, on all of the team
             error, parts = raised, log_p.new_zeros(self._without_classes(log_p.shape))
         failed = parts.new_full((1,), error is not None)
-        terms = shown(torch.cat([parts.reshape(-1), failed]), team, self._distdl_transport)
+        terms = reduce_from_team(torch.cat([parts.reshape(-1), failed]), team)
         if terms[-1].item():
-            raise_together(self._distdl_transport, team, error, self._distdl_label)
+            raise_together(team, error, self._distdl_label)
         return terms[:-1].view(parts.shape)
 
-    def _log_probabilities(self, input: torch.Tensor, built: _BuiltOverClasses) -> torch.Tensor:
+    def _log_probabilities(self, input: torch.Tensor, block: _ClassBlock) -> torch.Tensor:
         """The input; autocast has torch's loss compute in single precision."""
         return input.to(wide(input.dtype)) if torch.is_autocast_enabled(input.device.type) else input
 
-    def _partial(self, log_p: torch.Tensor, target: torch.Tensor, built: _BuiltOverClasses) -> torch.Tensor:
+    def _partial(self, log_p: torch.Tensor, target: torch.Tensor, block: _ClassBlock) -> torch.Tensor:
         """The terms as far as they come from this rank's classes."""
-        start, stop = built.box[self._axis]
-        classes = built.global_shape[self._axis]
+        start, stop = block.box[self._axis]
+        classes = block.global_shape[self._axis]
         is_counted = target != self.ignore_index
         wrong = target[is_counted & ((target < 0) | (target >= classes))]
         if wrong.numel():
             raise IndexError(f"Target {wrong[0].item()} is out of bounds.")
         if start == stop:
-            return self._weighted(log_p, built).sum(self._axis)
+            return self._weighted(log_p, block).sum(self._axis)
         is_mine = is_counted & (target >= start) & (target < stop)
         index = torch.where(is_mine, target - start, 0)
-        picked = self._weighted(log_p, built).gather(self._axis, index.unsqueeze(self._axis)).squeeze(self._axis)
+        picked = self._weighted(log_p, block).gather(self._axis, index.unsqueeze(self._axis)).squeeze(self._axis)
         return -torch.where(is_mine, picked, 0)
 
-    def _weighted(self, log_p: torch.Tensor, built: _BuiltOverClasses) -> torch.Tensor:
+    def _weighted(self, log_p: torch.Tensor, block: _ClassBlock) -> torch.Tensor:
         if self.weight is None:
             return log_p
         shape = [-1 if a == self._axis else 1 for a in range(log_p.dim())]
-        return log_p * self.weight[slice(*built.box[self._axis])].view(shape)
+        return log_p * self.weight[slice(*block.box[self._axis])].view(shape)
 
-    def _weight(self, terms: torch.Tensor, target: torch.Tensor, built: _BuiltOverClasses) -> torch.Tensor:
+    def _weight(self, terms: torch.Tensor, target: torch.Tensor, block: _ClassBlock) -> torch.Tensor:
         is_counted = target != self.ignore_index
         weights = is_counted if self.weight is None else self.weight[target[is_counted]]
         return weights.sum(dtype=torch.float64) * self._counts()
@@ -200,23 +201,23 @@ class DistributedCrossEntropyLoss(DistributedNLLLoss):
             raise self._refuse(f"ignore_index={self.ignore_index} with a target of probabilities")
         return input
 
-    def _log_probabilities(self, input: torch.Tensor, built: _BuiltOverClasses) -> torch.Tensor:
+    def _log_probabilities(self, input: torch.Tensor, block: _ClassBlock) -> torch.Tensor:
         """log_softmax over the cut class dim."""
-        assert built.over_classes is not None
-        return log_softmax(input.to(wide(input.dtype)), built.over_classes)
+        assert block.over_classes is not None
+        return log_softmax(input.to(wide(input.dtype)), block.over_classes)
 
-    def _partial(self, log_p: torch.Tensor, target: torch.Tensor, built: _BuiltOverClasses) -> torch.Tensor:
-        classes, smoothing = built.global_shape[self._axis], self.label_smoothing
+    def _partial(self, log_p: torch.Tensor, target: torch.Tensor, block: _ClassBlock) -> torch.Tensor:
+        classes, smoothing = block.global_shape[self._axis], self.label_smoothing
         if target.dim() == log_p.dim():
             smooth = target * (1 - smoothing) + smoothing / classes
-            return -(self._weighted(log_p, built) * smooth).sum(self._axis)
-        terms = super()._partial(log_p, target, built)
+            return -(self._weighted(log_p, block) * smooth).sum(self._axis)
+        terms = super()._partial(log_p, target, block)
         if smoothing:
-            even = -self._weighted(log_p, built).sum(self._axis).masked_fill(target == self.ignore_index, 0)
+            even = -self._weighted(log_p, block).sum(self._axis).masked_fill(target == self.ignore_index, 0)
             terms = (1 - smoothing) * terms + smoothing / classes * even
         return terms
 
-    def _weight(self, terms: torch.Tensor, target: torch.Tensor, built: _BuiltOverClasses) -> torch.Tensor:
+    def _weight(self, terms: torch.Tensor, target: torch.Tensor, block: _ClassBlock) -> torch.Tensor:
         if target.dim() == terms.dim():
-            return super()._weight(terms, target, built)
+            return super()._weight(terms, target, block)
         return torch.full_like(terms.sum(), terms.numel() * self._counts(), dtype=torch.float64, requires_grad=False)

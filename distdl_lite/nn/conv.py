@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from distdl_lite import layout as lay
 from distdl_lite.layout import Dim, Layout, Shape
 from distdl_lite.nn import overlap
-from distdl_lite.nn.convolution import Convolution, Convolve, _Built
+from distdl_lite.nn.convolution import Convolution, Convolve
 from distdl_lite.nn.kernel import edge_pad
 from distdl_lite.nn.movement import Inputs
 from distdl_lite.nn.options import per_dim
@@ -137,11 +137,15 @@ class _DistributedConv(Convolution):
 
     def _convolution(self, box: lay.Box, held: lay.Box, global_shape: Shape, groups: int) -> Convolve:
         padding = tuple(left if whole else 0 for (left, _), whole in zip(self.pads, self._whole, strict=True))
-        edge = self._edge(box, held, global_shape)
+        edge, function, stride, dilation = (
+            self._edge(box, held, global_shape),
+            _CONVOLUTIONS[self.dims],
+            self.stride,
+            self.dilation,
+        )
 
         def convolve(z: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-            z = z if edge is None else edge(z)
-            return _CONVOLUTIONS[self.dims](z, weight, bias, self.stride, padding, self.dilation, groups)
+            return function(z if edge is None else edge(z), weight, bias, stride, padding, dilation, groups)
 
         return convolve
 
@@ -153,14 +157,15 @@ class _DistributedConv(Convolution):
         wanted = (kept if self._whole[d] else self._wanted(d, block)[0] for d, (block, kept) in blocks)
         return edge_pad((*held[:2], *wanted), held, global_shape, self.padding_mode)
 
-    def _fused(self, inputs: Inputs, X: Layout, Z: Layout, groups: int, built: _Built) -> overlap.Fused | None:
-        if built.convolve is None or self.padding_mode not in ("zeros", "circular"):
+    def _fused(
+        self, inputs: Inputs, X: Layout, Z: Layout, groups: int, fetch: Operator | None, convolve: Convolve
+    ) -> overlap.Fused | None:
+        if self.padding_mode not in ("zeros", "circular"):
             return None
-        way = self._way(inputs, X, Z, groups, built.fetch)
+        way = self._way(inputs, X, Z, groups, fetch)
         weight, bias = self._distdl_places["weight"].replicas, self._distdl_places.get("bias")
-        if way is None or (built.fetch is None and len(weight.team) == 1):
+        if way is None or (fetch is None and weight.team.size == 1):
             return None
-        fetch, convolve = built.fetch, built.convolve
 
         def compose(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
             return convolve(x if fetch is None else fetch(x), weight, bias)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from distdl_lite import layout as lay
 from distdl_lite.layout import Dim, Layout, Shape
-from distdl_lite.nn.convolution import Convolution, Convolve
+from distdl_lite.nn.convolution import Convolution, Convolve, per_channel, with_bias
 from distdl_lite.nn.options import per_dim
 from distdl_lite.partition import Partition
 
@@ -130,13 +130,15 @@ class _DistributedConvTranspose(Convolution):
             beyond[right - 1], beyond[right] = max(-start, 0), max(stop - reach, 0)
             is_cropped = is_cropped or start > 0 or stop < reach
 
+        function, stride, dilation = _CONVOLUTIONS[self.dims], self.stride, self.dilation
+
         def convolve(z: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
             inside = None if is_cropped or any(beyond) else bias
-            y = _CONVOLUTIONS[self.dims](z, weight, inside, self.stride, padding, extra, groups, self.dilation)
+            y = function(z, weight, inside, stride, padding, extra, groups, dilation)
             if any(beyond):
-                return self.with_bias(F.pad(y[tuple(window)], beyond), bias)
+                return with_bias(F.pad(y[tuple(window)], beyond), bias)
             if is_cropped:
-                return y[tuple(window)] if bias is None else y[tuple(window)] + self.per_channel(bias, y.dtype)
+                return y[tuple(window)] if bias is None else y[tuple(window)] + per_channel(bias, y)
             return y
 
         return convolve

@@ -13,9 +13,7 @@ work -> Y, each left out where its two layouts are equal.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from types import FunctionType
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -24,27 +22,15 @@ from distdl_lite import layout as lay
 from distdl_lite.grid import Grid, balanced
 from distdl_lite.layout import Dim, Layout, Shape, balanced_blocks, ranges_of
 from distdl_lite.nn.kernel import connected_zeros, operator_between
-from distdl_lite.nn.movement import Inputs, agreed_inputs, computing_dtype, into, rehearsal, weight_dtype, whose_blocks
+from distdl_lite.nn.module import Call
+from distdl_lite.nn.movement import Inputs, agreed_inputs, computing_dtype, into, weight_dtype, whose_blocks
 from distdl_lite.nn.options import integers
 from distdl_lite.nn.overlap import Fused
 from distdl_lite.nn.parameter import Layer, bias_bound, kaiming_bound, uniform
 from distdl_lite.operator import Operator
 from distdl_lite.partition import Partition
 
-Convolve = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
-
-
-@dataclass(frozen=True)
-class _Built:
-    """What forward needs for one structure."""
-
-    fetch: Operator | None
-    deliver: Operator | None
-    dtype: torch.dtype
-    out_dtype: torch.dtype
-    shape: Shape | None  # of this rank's part of the convolution, None outside the work grid
-    convolve: Convolve | None  # None where there is nothing to convolve
-    fused: Fused | None = None  # in place of all these
+Convolve = Callable[..., torch.Tensor]  # of the inputs held, weight and bias
 
 
 class Convolution(Layer):
@@ -64,16 +50,6 @@ class Convolution(Layer):
     kernel_size: tuple[int, ...]
     stride: tuple[int, ...]
     dilation: tuple[int, ...]
-
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        """Let Python's errors about the arguments name the layer also where its constructor is a private base's."""
-        super().__init_subclass__(**kwargs)
-        base = next(kind for kind in cls.__mro__ if "__init__" in vars(kind))
-        if base is not cls and base.__name__.startswith("_"):
-            given = base.__init__
-            made = FunctionType(given.__code__, given.__globals__, "__init__", given.__defaults__, given.__closure__)
-            cls.__init__ = functools.update_wrapper(made, given)  # type: ignore[method-assign]
-            made.__kwdefaults__, made.__qualname__ = given.__kwdefaults__, f"{cls.__name__}.__init__"
 
     # ---- the constructor's parts -------------------------------------------------------------------------------------
 
@@ -151,7 +127,7 @@ class Convolution(Layer):
 
     # ---- set-up ------------------------------------------------------------------------------------------------------
 
-    def layouts(self, shapes: dict[int, Shape]) -> tuple[Layout, Layout, Layout, Layout]:
+    def layouts(self, shapes: Mapping[int, Shape]) -> tuple[Layout, Layout, Layout, Layout]:
         """X, Z, the work grid's partial outputs, and Y; pure."""
         X = lay.blocks(self.P_x.grid_of_ranks, lay.cuts_from_shapes(self.P_x.grid_of_ranks, shapes))
         batch, channels, *space = lay.global_shape_of(X)
@@ -168,78 +144,50 @@ class Convolution(Layer):
         Y = balanced_blocks(self.P_y.grid_of_ranks, (batch, self.out_channels, *out_space))
         return X, Z, partial, Y
 
-    def _distdl_module_setup(self, input: tuple[Any, ...]) -> _Built:
-        inputs = agreed_inputs(type(self).__name__, self._distdl_structure, self.P_x)
+    def _distdl_module_setup(self, input: tuple[Any, ...]) -> Call:
+        inputs = agreed_inputs(self, self.P_x)
         X, Z, partial, Y = self.layouts(inputs.shapes)
-        graph = inputs.requires_grad or any(p.requires_grad for p in self.parameters())
+        graph, rank = (
+            inputs.requires_grad or any(p.requires_grad for p in self.parameters()),
+            self._distdl_transport.rank,
+        )
         fetch = operator_between(X, Z, self, inputs.requires_grad)
         deliver = operator_between(partial, Y, self, graph)
         weight = weight_dtype(self)
-        out_dtype = computing_dtype(type(self).__name__, inputs, weight)
-        box = partial.box(self._distdl_transport.rank)
-        if box is None:
-            return _Built(fetch, deliver, inputs.dtype, out_dtype, None, None)
-        held = Z.box(self._distdl_transport.rank)
-        assert held is not None
-        shape = lay.shape_of(box)
-        groups = 1 if self.groups == 1 else shape[1] * self.groups // self.out_channels
-        is_empty = 0 in shape or 0 in lay.shape_of(held)
-        convolve = None if is_empty else self._convolution(box, held, lay.global_shape_of(X), groups)
-        built = _Built(fetch, deliver, inputs.dtype, out_dtype, shape, convolve)
-        plain = deliver is None and X.grid == self.P_y.grid_of_ranks and inputs.dtype is out_dtype is weight
-        if not (plain and out_dtype.is_floating_point) or any(a >= b for d in (*Z.dims, *Y.dims) for a, b in d.ranges):
-            return built
-        return replace(built, fused=self._fused(inputs, X, Z, groups, built))
+        dtype, out_dtype = inputs.dtype, computing_dtype(type(self).__name__, inputs, weight)
+        box, held, adds_bias = partial.box(rank), Z.box(rank), Y.box(rank) is not None
+        work: Convolve | None = None
+        if box is not None and held is not None:
+            shape = lay.shape_of(box)
+            groups = 1 if self.groups == 1 else shape[1] * self.groups // self.out_channels
+            if 0 in shape or 0 in lay.shape_of(held):  # torch refuses to convolve nothing
+                work = functools.partial(_nothing, shape, out_dtype)
+            else:
+                work = self._convolution(box, held, lay.global_shape_of(X), groups)
+                plain = deliver is None and X.grid == self.P_y.grid_of_ranks and dtype is out_dtype is weight
+                is_full = all(a < b for d in (*Z.dims, *Y.dims) for a, b in d.ranges)
+                if plain and out_dtype.is_floating_point and is_full:
+                    fused = self._fused(inputs, X, Z, groups, fetch, work)
+                    if fused is not None:
+                        return fused
 
-    def _fused(self, inputs: Inputs, X: Layout, Z: Layout, groups: int, built: _Built) -> Fused | None:
+        def run(layer: Convolution, x: torch.Tensor) -> torch.Tensor:
+            z = x if fetch is None else into(fetch, x, dtype)
+            bias = layer.use("bias") if adds_bias else None
+            if deliver is None:
+                return layer.given(z) if work is None else work(z, layer.use("weight"), bias)
+            return with_bias(into(deliver, z if work is None else work(z, layer.use("weight"), None), out_dtype), bias)
+
+        return run
+
+    def _fused(
+        self, inputs: Inputs, X: Layout, Z: Layout, groups: int, fetch: Operator | None, convolve: Convolve
+    ) -> Fused | None:
         """The convolution as one graph node, None where that cannot be or does not pay.
 
         It is asked for where each rank computes its own outputs of its own dtype and none is empty.
         """
         return None
-
-    def _distdl_rehearsal(self) -> Callable[[], None]:
-        built: _Built = self._distdl_plan
-        fetches = [built.fetch] if built.fused is None else built.fused.way.fetches
-        return rehearsal(self, *((fetch, built.dtype) for fetch in fetches), (built.deliver, built.out_dtype))
-
-    # ---- forward -----------------------------------------------------------------------------------------------------
-
-    def _distdl_serial(self) -> Callable[..., torch.Tensor] | None:
-        built: _Built = self._distdl_plan
-        convolve = built.convolve
-        if built.fetch is not None or convolve is None:
-            return None
-        return lambda layer, x: convolve(x, layer.held("weight"), layer.held("bias"))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if not self._distdl_is_inside:
-            return x
-        built: _Built = self._distdl_plan
-        if built.fused is not None:
-            return built.fused(x, self.held("weight"), self.held("bias"))
-        z = x if built.fetch is None else into(built.fetch, x, built.dtype)
-        bias = self.use("bias") if self.P_y.active else None
-        if built.deliver is None:
-            return self._convolve(z, bias, built) if built.shape is not None else self.given(z)
-        y = into(built.deliver, z if built.shape is None else self._convolve(z, None, built), built.out_dtype)
-        return self.with_bias(y, bias)
-
-    def _convolve(self, z: torch.Tensor, bias: torch.Tensor | None, built: _Built) -> torch.Tensor:
-        weight = self.use("weight")
-        assert built.shape is not None
-        assert weight is not None
-        if built.convolve is None:  # torch refuses to convolve nothing
-            return self.with_bias(connected_zeros(built.shape, z, weight, added=bias).to(built.out_dtype), bias)
-        return built.convolve(z, weight, bias)
-
-    def with_bias(self, y: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        """The bias added to the channels of `y`, a tensor of our own, in place."""
-        return y if bias is None else y.add_(self.per_channel(bias, y.dtype))
-
-    def per_channel(self, bias: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """The bias to be added to an output, of whose dtype it must be: autocast may have chosen that."""
-        return bias.to(dtype).view(1, -1, *(1,) * self.dims)
 
     def extra_repr(self) -> str:
         parts = [f"{self.in_channels}, {self.out_channels}", f"kernel_size={self.kernel_size}", f"stride={self.stride}"]
@@ -255,3 +203,20 @@ class Convolution(Layer):
     def _own_repr(self) -> list[str]:
         """What a subclass adds to `extra_repr`."""
         return []
+
+
+def _nothing(
+    shape: Shape, dtype: torch.dtype, z: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+) -> torch.Tensor:
+    """The convolution of an empty block, or to one."""
+    return with_bias(connected_zeros(shape, z, weight, added=bias).to(dtype), bias)
+
+
+def with_bias(y: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """The bias added to the channels of `y`, a tensor of our own, in place."""
+    return y if bias is None else y.add_(per_channel(bias, y))
+
+
+def per_channel(bias: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """The bias to be added to an output, of whose dtype it must be: autocast may have chosen that."""
+    return bias.to(y.dtype).view(1, -1, *(1,) * (y.dim() - 2))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +11,7 @@ import torch
 from distdl_lite import layout as lay
 from distdl_lite.layout import Box, Shape
 from distdl_lite.nn.kernel import anchored, check_floating
-from distdl_lite.nn.module import Module
+from distdl_lite.nn.module import Call, Module
 from distdl_lite.nn.movement import agreed_inputs
 from distdl_lite.nn.options import numbers
 from distdl_lite.partition import Partition
@@ -97,15 +96,14 @@ def _hashed(starts: list[int], shape: Shape, global_shape: Shape, device: torch.
 
 
 @dataclass(frozen=True)
-class _Built:
+class _Mask:
     """The box that has a mask, and what of its hash is the same in every call; None where that is large."""
 
     box: Box
     global_shape: Shape
     hashed: torch.Tensor | None
-    graph: bool
 
-    def mask(self, seed: int, p: float, device: torch.device) -> torch.Tensor:
+    def __call__(self, seed: int, p: float, device: torch.device) -> torch.Tensor:
         if self.hashed is None:
             return mask_of(self.box, self.global_shape, seed, p, device)
         return self.hashed * _factor(seed) >= _threshold(p)
@@ -151,8 +149,8 @@ class DistributedDropout(Module):
             raise self._refuse(f"p={p} is not in [0, 1]")
         self.P_x, self.p, self.inplace = P_x, p, inplace
 
-    def _distdl_module_setup(self, input: tuple[Any, ...]) -> _Built:
-        inputs = agreed_inputs(type(self).__name__, self._distdl_structure, self.P_x)
+    def _distdl_module_setup(self, input: tuple[Any, ...]) -> Call:
+        inputs = agreed_inputs(self, self.P_x)
         X = lay.blocks(self.P_x.grid_of_ranks, lay.cuts_from_shapes(self.P_x.grid_of_ranks, inputs.shapes))
         if self.training and 0 < self.p < 1 and not inputs.dtype.is_complex:
             check_floating(self, inputs)
@@ -161,29 +159,29 @@ class DistributedDropout(Module):
         box, global_shape, hashed = box[: self._masked], lay.global_shape_of(X)[: self._masked], None
         if math.prod(lay.shape_of(box)) <= _HASHED_AT_ONCE:
             hashed = _hashed([start for start, _ in box], lay.shape_of(box), global_shape, input[0].device)
-        return _Built(box, global_shape, hashed, inputs.requires_grad)
+        mask_of_call = _Mask(box, global_shape, hashed)
+        team, root, graph = self._distdl_team, self.P_x.ranks[0], inputs.requires_grad
 
-    def _distdl_serial(self) -> Callable[..., torch.Tensor]:
-        return type(self).forward
+        def run(layer: DistributedDropout, x: torch.Tensor) -> torch.Tensor:
+            if not layer.training or layer.p == 0:
+                return x
+            if layer.p == 1:
+                return x.mul_(0) if layer.inplace else x * 0
+            seed = torch.randint(2**63 - 1, (1,))
+            team.world.broadcast(team, seed, root)
+            if not layer.inplace:  # with a graph node everywhere, all ranks recompute a checkpoint
+                x = anchored(x, graph)
+            mask = mask_of_call(int(seed), layer.p, x.device)
+            mask = mask.view(*mask.shape, *(1,) * (x.dim() - mask.dim()))
+            factor = mask.to(x.dtype).mul_(1 / (1 - layer.p))  # as torch's: one node, whose backward is one product
+            return x.mul_(factor) if layer.inplace else x * factor
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if not self.training or self.p == 0:
-            return x
-        if self.p == 1:
-            return x.mul_(0) if self.inplace else x * 0
-        seed = torch.randint(2**63 - 1, (1,))
-        if not self._distdl_is_inside:
-            return x
-        built: _Built = self._distdl_plan
-        if len(self._distdl_team) > 1:
-            self._distdl_transport.broadcast(self._distdl_team, seed, self.P_x.ranks[0])
-        if not self.inplace:  # with a graph node everywhere, all ranks recompute a checkpoint
-            x = anchored(x, built.graph)
-        mask = built.mask(int(seed), self.p, x.device)
-        if self._masked is not None:
-            mask = mask.view(*mask.shape, *(1,) * (x.dim() - self._masked))
-        factor = mask.to(x.dtype).mul_(1 / (1 - self.p))  # as torch's: one node, whose backward is one product
-        return x.mul_(factor) if self.inplace else x * factor
+        return run
+
+    def _distdl_outside(self, x: torch.Tensor) -> torch.Tensor:
+        if self.training and 0 < self.p < 1:
+            torch.randint(2**63 - 1, (1,))  # as the others' seed
+        return x
 
     def extra_repr(self) -> str:
         return f"p={self.p}, inplace={self.inplace}, P_x={self.P_x.shape}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,15 +9,16 @@ import torch.nn.functional as F
 
 from distdl_lite import layout as lay
 from distdl_lite.agreement import raise_together
+from distdl_lite.autograd import reduce_from_team
 from distdl_lite.grid import balanced
 from distdl_lite.layout import Dim, Layout, ranges_of
 from distdl_lite.nn.kernel import connected_zeros
+from distdl_lite.nn.module import Call
 from distdl_lite.nn.movement import agreed_inputs, zero_volume_tensor
 from distdl_lite.nn.options import booleans, integers
 from distdl_lite.nn.parallel_linear import line_of
 from distdl_lite.nn.parameter import Layer, normal
 from distdl_lite.partition import Partition
-from distdl_lite.shown import shown
 
 
 class DistributedEmbedding(Layer):
@@ -107,10 +107,9 @@ class DistributedEmbedding(Layer):
 
     # ---- set-up ------------------------------------------------------------------------------------------------------
 
-    def _distdl_module_setup(self, input: tuple[Any, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """The ranks of this rank's line, and those that hold the same block of the table."""
-        grid = self.P.grid_of_ranks
-        inputs = agreed_inputs(type(self).__name__, self._distdl_structure, self.P)
+    def _distdl_module_setup(self, input: tuple[Any, ...]) -> Call:
+        grid, transport = self.P.grid_of_ranks, self._distdl_transport
+        inputs = agreed_inputs(self, self.P)
         if inputs.dtype not in (torch.int32, torch.int64):
             raise self._refuse(f"the indices have dtype {inputs.dtype}, int32 or int64 is needed", TypeError)
         shapes = {rank: (*shape, 1) for rank, shape in inputs.shapes.items()}
@@ -118,29 +117,29 @@ class DistributedEmbedding(Layer):
         if dims < grid.dim:
             raise self._refuse(f"indices of {dims - 1} dims do not fit P of shape {self.P.shape}")
         lay.cuts_from_shapes(grid.padded(dims), shapes)
-        rank = self._distdl_transport.rank
-        return line_of(grid, rank), self._distdl_places["weight"].layout.replicas(rank)
+        if self._distdl_team.size == 1 and inputs.device == "cpu":  # elsewhere torch does not say which index is wrong
+            return type(self)._alone
+        line = transport.team(line_of(grid, transport.rank))
+        replicas = transport.team(self._distdl_places["weight"].layout.replicas(transport.rank))
 
-    # ---- forward -----------------------------------------------------------------------------------------------------
+        def run(layer: DistributedEmbedding, index: torch.Tensor) -> torch.Tensor:
+            layer._check_range(index)
+            y = layer._looked_up(index)
+            if layer.scale_grad_by_freq:
+                counts = torch.bincount(index.reshape(-1), minlength=layer.num_embeddings)
+                counts = transport.all_reduce(replicas, counts)[index].unsqueeze(-1)
+                if y.requires_grad:
+                    y.register_hook(lambda gradient: gradient / counts)
+            return y if layer.cut == "feature" or line.size == 1 else reduce_from_team(y, line)
 
-    def _distdl_serial(self) -> Callable[..., torch.Tensor] | None:
-        is_on_host = self._distdl_structure[self._distdl_team[0]][0].device == "cpu"
-        return type(self)._alone if is_on_host else None  # elsewhere torch does not say which index is wrong
+        return run
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        if not self._distdl_is_inside:
-            return zero_volume_tensor(dtype=self.weight.dtype, device=self.weight.device)
-        if len(self._distdl_team) == 1 and input.is_cpu:
-            return self._alone(input)
-        self._check_range(input)
-        line, replicas = self._distdl_plan
-        y = self._looked_up(input)
-        if self.scale_grad_by_freq:
-            counts = torch.bincount(input.reshape(-1), minlength=self.num_embeddings)
-            counts = self._distdl_transport.all_reduce(replicas, counts)[input].unsqueeze(-1)
-            if y.requires_grad:
-                y.register_hook(lambda gradient: gradient / counts)
-        return y if self.cut == "feature" or len(line) == 1 else shown(y, line, self._distdl_transport)
+        """The rows of the table."""
+        return self._distdl_run(input)
+
+    def _distdl_outside(self, input: torch.Tensor) -> torch.Tensor:
+        return zero_volume_tensor(dtype=self.weight.dtype, device=self.weight.device)
 
     def _alone(self, index: torch.Tensor) -> torch.Tensor:
         """torch's own function, which looks at the indices itself."""
@@ -156,7 +155,7 @@ class DistributedEmbedding(Layer):
             error = None
             if wrong.numel():
                 error = self._refuse(f"index {wrong[0].item()} is not in range({self.num_embeddings})", IndexError)
-            raise_together(self._distdl_transport, self._distdl_team, error)
+            raise_together(self._distdl_team, error)
 
     def _looked_up(self, index: torch.Tensor) -> torch.Tensor:
         """This rank's part of the output; zero where another rank holds the row."""

@@ -14,7 +14,7 @@ from distdl_lite import layout as lay
 from distdl_lite.grid import Grid, indices
 from distdl_lite.layout import Dim, Shape
 from distdl_lite.nn.kernel import Local, operator_between, torch_dtype
-from distdl_lite.nn.module import Module
+from distdl_lite.nn.module import Call, Module
 from distdl_lite.nn.movement import agreed_inputs
 from distdl_lite.nn.options import integers
 from distdl_lite.operator import Operator
@@ -33,9 +33,16 @@ class _Step:
 
 
 @dataclass(frozen=True)
-class _Built:
+class _Transform:
+    """The call for one structure: the steps, and home."""
+
     steps: tuple[_Step, ...]
     home: Operator | None
+
+    def __call__(self, layer: Module, x: torch.Tensor) -> torch.Tensor:
+        for step in self.steps:
+            x = step.transform(x if step.move is None else step.move(x))
+        return x if self.home is None else self.home(x)
 
 
 class DistributedFFT(Module):
@@ -100,8 +107,8 @@ class DistributedFFT(Module):
 
     # ---- set-up ------------------------------------------------------------------------------------------------------
 
-    def _distdl_module_setup(self, input: tuple[Any, ...]) -> _Built:
-        inputs = agreed_inputs(type(self).__name__, self._distdl_structure, self.P_x)
+    def _distdl_module_setup(self, input: tuple[Any, ...]) -> Call:
+        inputs = agreed_inputs(self, self.P_x)
         torch_dtype(self, inputs, 1, partial(_TRANSFORMS[self.function], s=(1,)))
         grid = self.P_x.grid_of_ranks
         here = lay.blocks(grid, lay.cuts_from_shapes(grid, inputs.shapes))
@@ -120,7 +127,7 @@ class DistributedFFT(Module):
             here = replace(there, dims=tuple(self._transformed(d, dim, now, sizes) for d, dim in enumerate(there.dims)))
             left = tuple(d for d in left if d not in now)
         Y = lay.balanced_blocks(grid, lay.global_shape_of(here))
-        return _Built(tuple(steps), operator_between(here, Y, self, inputs.requires_grad))
+        return _Transform(tuple(steps), operator_between(here, Y, self, inputs.requires_grad))
 
     def _sizes(self, shape: Shape) -> dict[int, int]:
         """The length of the transform of each dim."""
@@ -171,20 +178,6 @@ class DistributedFFT(Module):
             return y.expand([y.shape[d] if d in dims else n for d, n in enumerate(x.shape)])
 
         return nothing
-
-    # ---- forward -----------------------------------------------------------------------------------------------------
-
-    def _distdl_serial(self) -> Callable[..., torch.Tensor]:
-        function, s = _TRANSFORMS[self.function], None if set(self.s) == {-1} else self.s
-        return lambda layer, x: function(x, s, layer.dim, layer.norm)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if not self._distdl_is_inside:
-            return x
-        built: _Built = self._distdl_plan
-        for step in built.steps:
-            x = step.transform(x if step.move is None else step.move(x))
-        return x if built.home is None else built.home(x)
 
     def extra_repr(self) -> str:
         s = "" if set(self.s) == {-1} else f", s={self.s}"

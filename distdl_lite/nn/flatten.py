@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,17 +10,10 @@ import torch
 from distdl_lite import layout as lay
 from distdl_lite.grid import Grid
 from distdl_lite.nn.kernel import operator_between
-from distdl_lite.nn.module import Module
-from distdl_lite.nn.movement import agreed_inputs, into, rehearsal
+from distdl_lite.nn.module import Call, Module
+from distdl_lite.nn.movement import agreed_inputs, into
 from distdl_lite.nn.options import integers
-from distdl_lite.operator import Operator
 from distdl_lite.partition import Partition
-
-
-@dataclass(frozen=True)
-class _Built:
-    move: Operator | None
-    dtype: torch.dtype
 
 
 class DistributedFlatten(Module):
@@ -72,28 +63,24 @@ class DistributedFlatten(Module):
         if P_y is not None and P_y.dim != len(flat):
             raise self._refuse(f"P_y of shape {P_y.shape} has {P_y.dim} axes, the output has {len(flat)} dims")
 
-    def _distdl_module_setup(self, input: tuple[Any, ...]) -> _Built:
-        inputs = agreed_inputs(type(self).__name__, self._distdl_structure, self.P_x)
+    def _distdl_module_setup(self, input: tuple[Any, ...]) -> Call:
+        inputs = agreed_inputs(self, self.P_x)
         X = lay.blocks(self.P_x.grid_of_ranks, lay.cuts_from_shapes(self.P_x.grid_of_ranks, inputs.shapes))
-        if self.P_y is None:
-            return _Built(None, inputs.dtype)
-        shape, ones = self.P_y.shape, (1,) * (self._last - self._first)
-        rows = Grid((*shape[: self._first + 1], *ones, *shape[self._first + 1 :]), self.P_y.ranks)
-        Z = lay.balanced_blocks(rows, lay.global_shape_of(X))
-        return _Built(operator_between(X, Z, self, inputs.requires_grad), inputs.dtype)
+        move, gets, dtype, first, last = None, True, inputs.dtype, self._first, self._last
+        if self.P_y is not None:
+            shape, ones = self.P_y.shape, (1,) * (last - first)
+            rows = Grid((*shape[: first + 1], *ones, *shape[first + 1 :]), self.P_y.ranks)
+            Z = lay.balanced_blocks(rows, lay.global_shape_of(X))
+            move, gets = (
+                operator_between(X, Z, self, inputs.requires_grad),
+                Z.box(self._distdl_transport.rank) is not None,
+            )
 
-    def _distdl_rehearsal(self) -> Callable[[], None]:
-        return rehearsal(self, (self._distdl_plan.move, self._distdl_plan.dtype))
+        def run(layer: DistributedFlatten, x: torch.Tensor) -> torch.Tensor:
+            z = x if move is None else into(move, x, dtype)
+            return z.flatten(first, last) if gets else z
 
-    def _distdl_serial(self) -> Callable[..., torch.Tensor]:
-        return lambda layer, x: x.flatten(layer._first, layer._last)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if not self._distdl_is_inside:
-            return x
-        built: _Built = self._distdl_plan
-        z = x if built.move is None else into(built.move, x, built.dtype)
-        return z.flatten(self._first, self._last) if (self.P_y or self.P_x).active else z
+        return run
 
     def extra_repr(self) -> str:
         own = f"start_dim={self.start_dim}, end_dim={self.end_dim}, P_x={self.P_x.shape}"

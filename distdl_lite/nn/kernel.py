@@ -12,8 +12,8 @@ import torch
 
 from distdl_lite import layout as lay
 from distdl_lite.layout import Dim, Layout, Range, Shape
-from distdl_lite.nn.module import Module
-from distdl_lite.nn.movement import Inputs, agreed_inputs, rehearsal
+from distdl_lite.nn.module import Call, Module
+from distdl_lite.nn.movement import Inputs, agreed_inputs
 from distdl_lite.operator import Operator
 from distdl_lite.partition import Partition
 from distdl_lite.plan import plan
@@ -97,15 +97,6 @@ class View:
         return self.block[1] - self.block[0]
 
 
-@dataclass(frozen=True)
-class _Built:
-    fetch: Operator | None
-    dtype: torch.dtype
-    shape: Shape
-    local: Local
-    graph: bool  # whether any rank's input requires grad
-
-
 class SpatialLayer(Module):
     """Base of layers without weights that treat each channel alone: pools and interpolation.
 
@@ -146,7 +137,7 @@ class SpatialLayer(Module):
 
     def inputs(self) -> Inputs:
         """What the ranks passed, in the dtype of torch's result: where autocast chooses another, it is the input it casts."""
-        inputs = agreed_inputs(type(self).__name__, self._distdl_structure, self.P_x)
+        inputs = agreed_inputs(self, self.P_x)
         return replace(inputs, dtype=self.result_dtype(inputs))
 
     def layouts(self, inputs: Inputs) -> tuple[Layout, Layout, list[Any]]:
@@ -159,7 +150,7 @@ class SpatialLayer(Module):
         geometries = [self.geometry(d, n, inputs) for d, n in enumerate(space)]
         return X, lay.balanced_blocks(grid, (batch, channels, *(g.outputs for g in geometries))), geometries
 
-    def _distdl_module_setup(self, input: tuple[Any, ...]) -> Any:
+    def _distdl_module_setup(self, input: tuple[Any, ...]) -> Call:
         inputs = self.inputs()
         X, Y, geometries = self.layouts(inputs)
         grid, space = X.grid, lay.global_shape_of(X)[2:]
@@ -172,25 +163,18 @@ class SpatialLayer(Module):
         views = [View(*view) for view in zip(geometries, space, box[2:], held[2:], whole, strict=True)]
         shape = lay.shape_of(box)
         local = self.local(views) if 0 not in shape else partial(connected_zeros, shape, linear=self.is_linear(views))
-        fetch = operator_between(X, Z, self, inputs.requires_grad)
-        return _Built(fetch, inputs.dtype, shape, local, inputs.requires_grad)
+        fetch, graph, dtype = operator_between(X, Z, self, inputs.requires_grad), inputs.requires_grad, inputs.dtype
 
-    def _distdl_rehearsal(self) -> Callable[[], None]:
-        return rehearsal(self, (self._distdl_plan.fetch, self._distdl_plan.dtype))
+        def run(layer: SpatialLayer, x: torch.Tensor) -> Any:
+            x = x.to(dtype)
+            # Also where nothing moves: a checkpoint around it runs the layer again on the ranks that have a graph.
+            y = local(anchored(x, graph) if fetch is None else fetch(x))
+            return with_places(y) if layer.return_indices else y
 
-    def _distdl_serial(self) -> Callable[..., Any]:
-        local = self._distdl_plan.local
-        return lambda layer, x: with_places(local(x)) if layer.return_indices else local(x)
+        return run
 
-    def forward(self, x: torch.Tensor) -> Any:
-        if not self._distdl_is_inside:
-            return with_places(x) if self.return_indices else x
-        built: _Built = self._distdl_plan
-        x = x.to(built.dtype)
-        # Also where nothing moves: a checkpoint around it runs the layer again on the ranks that have a graph.
-        z = anchored(x, built.graph) if built.fetch is None else built.fetch(x)
-        y = built.local(z)
-        return with_places(y) if self.return_indices else y
+    def _distdl_outside(self, x: torch.Tensor) -> Any:
+        return with_places(x) if self.return_indices else x
 
 
 def _reads(outputs: Dim, geometry: Geometry, length: int) -> Dim:

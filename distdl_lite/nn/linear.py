@@ -5,8 +5,7 @@ The weight lives on a work grid with the axes [*lead, out, in]; see `distdl_lite
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -16,22 +15,11 @@ from distdl_lite import layout as lay
 from distdl_lite.grid import Grid, balanced
 from distdl_lite.layout import Dim, Layout, Shape, balanced_blocks, ranges_of
 from distdl_lite.nn.kernel import operator_between
-from distdl_lite.nn.movement import agreed_inputs, computing_dtype, into, rehearsal, weight_dtype, whose_blocks
+from distdl_lite.nn.module import Call
+from distdl_lite.nn.movement import agreed_inputs, computing_dtype, into, weight_dtype, whose_blocks
 from distdl_lite.nn.options import integers
 from distdl_lite.nn.parameter import Layer, bias_bound, kaiming_bound, uniform
-from distdl_lite.operator import Operator
 from distdl_lite.partition import Partition
-
-
-@dataclass(frozen=True)
-class _Built:
-    """What forward needs for one structure."""
-
-    fetch: Operator | None
-    deliver: Operator | None
-    dtype: torch.dtype
-    out_dtype: torch.dtype
-    works: bool  # whether this rank is in the work grid
 
 
 class DistributedLinear(Layer):
@@ -105,7 +93,7 @@ class DistributedLinear(Layer):
 
     # ---- set-up ------------------------------------------------------------------------------------------------------
 
-    def layouts(self, shapes: dict[int, Shape]) -> tuple[Layout, Layout, Layout, Layout]:
+    def layouts(self, shapes: Mapping[int, Shape]) -> tuple[Layout, Layout, Layout, Layout]:
         """X, Z on the work grid, its partial outputs, and Y; pure."""
         X = lay.blocks(self.P_x.grid_of_ranks, lay.cuts_from_shapes(self.P_x.grid_of_ranks, shapes))
         *lead, features = lay.global_shape_of(X)
@@ -116,36 +104,26 @@ class DistributedLinear(Layer):
         Z, partial = Layout(self._work, (*leads, self._ins)), Layout(self._work, (*leads, self._outs))
         return X, Z, partial, balanced_blocks(self.P_y.grid_of_ranks, (*lead, self.out_features))
 
-    def _distdl_module_setup(self, input: tuple[Any, ...]) -> _Built:
+    def _distdl_module_setup(self, input: tuple[Any, ...]) -> Call:
         name = type(self).__name__
-        inputs = agreed_inputs(name, self._distdl_structure, self.P_x)
+        inputs = agreed_inputs(self, self.P_x)
         X, Z, partial, Y = self.layouts(inputs.shapes)
         graph = inputs.requires_grad or any(p.requires_grad for p in self.parameters())
         fetch = operator_between(X, Z, self, inputs.requires_grad)
         deliver = operator_between(partial, Y, self, graph)
         out_dtype = computing_dtype(name, inputs, weight_dtype(self))
-        works = self._work.index(self._distdl_transport.rank) is not None
-        return _Built(fetch, deliver, inputs.dtype, out_dtype, works)
+        rank, dtype = self._distdl_transport.rank, inputs.dtype
+        works, adds_bias = partial.box(rank) is not None, Y.box(rank) is not None
 
-    # ---- forward -----------------------------------------------------------------------------------------------------
+        def run(layer: DistributedLinear, x: torch.Tensor) -> torch.Tensor:
+            z = x if fetch is None else into(fetch, x, dtype)
+            bias = layer.use("bias") if adds_bias else None
+            if deliver is None:
+                return F.linear(z, layer.use("weight"), bias) if works else layer.given(z)
+            y = into(deliver, F.linear(z, layer.use("weight")) if works else z, out_dtype)
+            return y if bias is None else y + bias.to(y.dtype)
 
-    def _distdl_rehearsal(self) -> Callable[[], None]:
-        built: _Built = self._distdl_plan
-        return rehearsal(self, (built.fetch, built.dtype), (built.deliver, built.out_dtype))
-
-    def _distdl_serial(self) -> Callable[..., torch.Tensor]:
-        return lambda layer, x: F.linear(x, layer.held("weight"), layer.held("bias"))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if not self._distdl_is_inside:
-            return x
-        built: _Built = self._distdl_plan
-        z = x if built.fetch is None else into(built.fetch, x, built.dtype)
-        bias = self.use("bias") if self.P_y.active else None
-        if built.deliver is None:
-            return F.linear(z, self.use("weight"), bias) if built.works else self.given(z)
-        y = into(built.deliver, F.linear(z, self.use("weight")) if built.works else z, built.out_dtype)
-        return y if bias is None else y + bias.to(y.dtype)
+        return run
 
     def extra_repr(self) -> str:
         parts = [f"in_features={self.in_features}", f"out_features={self.out_features}", f"P_x={self.P_x.shape}"]

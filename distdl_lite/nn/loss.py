@@ -15,22 +15,22 @@ import torch.nn.functional as F
 
 from distdl_lite import layout as lay
 from distdl_lite.agreement import raise_together
-from distdl_lite.layout import Box, Shape
+from distdl_lite.autograd import reduce_from_team
+from distdl_lite.layout import Box, Layout, Shape
 from distdl_lite.nn.kernel import anchored, connected_zeros, wide
-from distdl_lite.nn.module import Module
+from distdl_lite.nn.module import Call, Module
 from distdl_lite.nn.movement import agreed_inputs
 from distdl_lite.nn.options import booleans, numbers
 from distdl_lite.partition import Partition
-from distdl_lite.shown import shown
 
 
 @dataclass(frozen=True)
-class _Built:
-    """What forward needs for one structure."""
+class Block:
+    """The block of the input that a rank has the terms of."""
 
     box: Box
     global_shape: Shape
-    graph: bool
+    graph: bool  # whether any rank's input or target requires grad
 
 
 class _DistributedLoss(Module):
@@ -82,24 +82,31 @@ class _DistributedLoss(Module):
 
     # ---- set-up ------------------------------------------------------------------------------------------------------
 
-    def _distdl_module_setup(self, input: tuple[Any, ...]) -> _Built:
-        name, grid = type(self).__name__, self.P_x.grid_of_ranks
-        inputs = agreed_inputs(name, self._distdl_structure, self.P_x)
-        targets = agreed_inputs(name, self._distdl_structure, self.P_x, position=1)
+    def _distdl_module_setup(self, input: tuple[Any, ...]) -> Call:
+        grid, rank = self.P_x.grid_of_ranks, self._distdl_transport.rank
+        inputs = agreed_inputs(self, self.P_x)
+        targets = agreed_inputs(self, self.P_x, position=1)
         X = lay.blocks(grid, lay.cuts_from_shapes(grid, inputs.shapes))
-        for rank, shape in inputs.shapes.items():
-            wanted = self._target_shape(shape, targets.shapes[rank], targets.dtype)
-            if targets.shapes[rank] != wanted:
-                raise self._refuse(
-                    f"rank {rank} passed a target of shape {tuple(targets.shapes[rank])}, with its input of shape "
-                    f"{tuple(shape)} it must be {tuple(wanted)}"
-                )
+        shape, target = inputs.shapes[rank], targets.shapes[rank]
+        wanted = self._target_shape(shape, target, targets.dtype)
+        if target != wanted:
+            raise self._refuse(
+                f"rank {rank} passed a target of shape {tuple(target)}, with its input of shape {tuple(shape)} it must "
+                f"be {tuple(wanted)}"
+            )
         for option in self._options:
             if isinstance(weight := getattr(self, option), torch.Tensor):
                 self._check_weight(option, weight, lay.global_shape_of(X))
+        if self._distdl_team.size == 1:
+            return type(self)._alone
+        return self._call(X, inputs.requires_grad or targets.requires_grad)
+
+    def _call(self, X: Layout, graph: bool) -> Call:
+        """What forward does on several ranks."""
         box = X.box(self._distdl_transport.rank)
         assert box is not None
-        return _Built(box, lay.global_shape_of(X), inputs.requires_grad or targets.requires_grad)
+        block = Block(box, lay.global_shape_of(X), graph)
+        return lambda layer, input, target: layer._reduced(input, target, block)
 
     def _target_shape(self, input: Shape, target: Shape, dtype: torch.dtype) -> Shape:
         """The shape a target block of this shape and dtype must have."""
@@ -117,55 +124,48 @@ class _DistributedLoss(Module):
 
     # ---- forward -----------------------------------------------------------------------------------------------------
 
-    def _distdl_serial(self) -> Callable[..., torch.Tensor]:
-        return type(self)._alone
-
     def _alone(self, input: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         options = {name: getattr(self, name) for name in self._options}
         return type(self).function(input, target, reduction=self.reduction, **options)
 
     def forward(self, input: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-        if not self._distdl_is_inside:
-            return self._outside(input)
-        built: _Built = self._distdl_plan
-        if len(self._distdl_team) == 1:
-            return self._alone(input, target)
-        input = anchored(input, built.graph)
-        if self.reduction == "none":
-            return self._terms(input, target, built)
-        return self._reduced(input, target, built)
+        """The loss of the input's blocks, given the target's."""
+        return self._distdl_run(input, target)
 
-    def _outside(self, input: torch.Tensor) -> torch.Tensor:
+    def _distdl_outside(self, input: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         if self.reduction == "none":
             return input
         zero = connected_zeros((), input, linear=True)
         return zero if zero.requires_grad else zero.requires_grad_(torch.is_grad_enabled())
 
-    def _reduced(self, input: torch.Tensor, target: torch.Tensor, built: _Built) -> torch.Tensor:
+    def _reduced(self, input: torch.Tensor, target: torch.Tensor, block: Block) -> torch.Tensor:
+        input = anchored(input, block.graph)
+        if self.reduction == "none":
+            return self._terms(input, target, block)
         dtype, error, failed = input.dtype, None, False
         try:
-            terms = self._terms(input, target, built)
+            terms = self._terms(input, target, block)
             dtype = terms.dtype
             total = terms.sum(dtype=wide(dtype)).double()
-            weight = self._weight(terms, target, built)
+            weight = self._weight(terms, target, block)
         except Exception as raised:  # raised again below, on all ranks
             error, failed = raised, True
             total = weight = torch.zeros((), dtype=torch.float64, device=input.device)
         parts = torch.stack([total, weight, torch.full_like(weight, failed)])
-        value, weight, failures = shown(parts, self._distdl_team, self._distdl_transport)
+        value, weight, failures = reduce_from_team(parts, self._distdl_team)
         if failures.item():
-            raise_together(self._distdl_transport, self._distdl_team, error, self._distdl_label)
+            raise_together(self._distdl_team, error, self._distdl_label)
         if self.reduction == "mean":
             value = value / weight.detach()
         elif self.reduction == "batchmean":
-            value = value / built.global_shape[0]
+            value = value / block.global_shape[0]
         return value.to(dtype)
 
-    def _terms(self, input: torch.Tensor, target: torch.Tensor, built: _Built) -> torch.Tensor:
+    def _terms(self, input: torch.Tensor, target: torch.Tensor, block: Block) -> torch.Tensor:
         """This rank's terms of the sum."""
-        return type(self).function(input, target, reduction="none", **self._local_options(built.box))
+        return type(self).function(input, target, reduction="none", **self._local_options(block.box))
 
-    def _weight(self, terms: torch.Tensor, target: torch.Tensor, built: _Built) -> torch.Tensor:
+    def _weight(self, terms: torch.Tensor, target: torch.Tensor, block: Block) -> torch.Tensor:
         """This rank's share of what a mean is divided by."""
         return torch.tensor(float(terms.numel()), dtype=torch.float64, device=terms.device)
 

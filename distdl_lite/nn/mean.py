@@ -3,26 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from distdl_lite import layout as lay
+from distdl_lite.autograd import reduce_from_team
 from distdl_lite.nn.kernel import anchored, wide
-from distdl_lite.nn.module import Module
+from distdl_lite.nn.module import Call, Module
 from distdl_lite.nn.movement import agreed_inputs
 from distdl_lite.nn.options import booleans, integers
 from distdl_lite.partition import Partition
-from distdl_lite.shown import shown
-
-
-@dataclass(frozen=True)
-class _Built:
-    team: tuple[int, ...]  # the ranks whose blocks are summed up with this one's
-    count: int
-    graph: bool
 
 
 class DistributedMean(Module):
@@ -67,29 +59,25 @@ class DistributedMean(Module):
         if any(not -P_x.dim <= d < P_x.dim for d in named) or len(set(self._dims)) != len(self._dims):
             raise self._refuse(f"dim={dim} are not different dims of a tensor of {P_x.dim} dims")
 
-    def _distdl_module_setup(self, input: tuple[Any, ...]) -> _Built:
-        inputs = agreed_inputs(type(self).__name__, self._distdl_structure, self.P_x)
+    def _distdl_module_setup(self, input: tuple[Any, ...]) -> Call:
+        inputs = agreed_inputs(self, self.P_x)
         if not (inputs.dtype.is_floating_point or inputs.dtype.is_complex):
             raise TypeError(f"{type(self).__name__}: the input has dtype {inputs.dtype}, which has no means")
         grid = self.P_x.grid_of_ranks
         n = lay.global_shape_of(lay.blocks(grid, lay.cuts_from_shapes(grid, inputs.shapes)))
         index = grid.index(self._distdl_transport.rank)
         assert index is not None
-        team = grid.members({axis: i for axis, i in enumerate(index) if axis not in self._dims})
-        return _Built(tuple(sorted(team)), math.prod(n[d] for d in self._dims), inputs.requires_grad)
+        ranks = grid.members({axis: i for axis, i in enumerate(index) if axis not in self._dims})
+        team, dims, keepdim = self._distdl_transport.team(ranks), self._dims, self.keepdim
+        if team.size == 1:
+            return lambda layer, x: x.mean(dims, keepdim)
+        count, graph = math.prod(n[d] for d in dims), inputs.requires_grad
 
-    def _distdl_serial(self) -> Callable[..., torch.Tensor]:
-        return lambda layer, x: x.mean(layer._dims, layer.keepdim)
+        def run(layer: DistributedMean, x: torch.Tensor) -> torch.Tensor:
+            part = anchored(x, graph).sum(dims, keepdim, dtype=wide(x.dtype))  # anchored for double backward
+            return (reduce_from_team(part, team) / count).to(x.dtype)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if not self._distdl_is_inside:
-            return x
-        built: _Built = self._distdl_plan
-        if len(built.team) == 1:
-            return x.mean(self._dims, self.keepdim)
-        x = anchored(x, built.graph)  # for double backward
-        part = x.sum(self._dims, self.keepdim, dtype=wide(x.dtype))
-        return (shown(part, built.team, self._distdl_transport) / built.count).to(x.dtype)
+        return run
 
     def extra_repr(self) -> str:
         return f"dim={self.dim}, keepdim={self.keepdim}, P_x={self.P_x.shape}"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,11 +10,11 @@ import torch
 
 from distdl_lite.agreement import check_alike
 from distdl_lite.layout import Layout, Shape, shape_of
-from distdl_lite.nn.module import Module
+from distdl_lite.nn.module import Call, Module
 from distdl_lite.operator import Operator
 from distdl_lite.partition import Partition
 from distdl_lite.plan import plan
-from distdl_lite.structure import Structure, TensorStructure
+from distdl_lite.structure import TensorStructure
 
 
 def zero_volume_tensor(
@@ -34,7 +34,8 @@ class Inputs:
 
     Attributes
     ----------
-    shapes : dict from world rank to tuple of int
+    shapes : Mapping from world rank to tuple of int
+        Of the first argument those of all ranks; of another one maybe this rank's alone.
     dtype : torch.dtype
     device : str
         Its type.
@@ -42,14 +43,14 @@ class Inputs:
         Whether any rank's input requires grad.
     """
 
-    shapes: dict[int, Shape]
+    shapes: Mapping[int, Shape]
     dtype: torch.dtype
     device: str
     requires_grad: bool
 
 
-def agreed_inputs(name: str, structure: Structure, P_x: Partition, position: int = 0) -> Inputs:
-    """The `position`-th tensor argument on the ranks of `P_x`.
+def agreed_inputs(layer: Module, P_x: Partition, position: int = 0) -> Inputs:
+    """The `position`-th tensor argument of a layer's call, on the ranks of `P_x`; for its set-up.
 
     Raises
     ------
@@ -59,29 +60,35 @@ def agreed_inputs(name: str, structure: Structure, P_x: Partition, position: int
         If dtypes, devices or numbers of dims differ between the ranks, or a rank outside `P_x` passed data. The text
         names the rank.
     """
+    name, structure = layer._distdl_label, layer._distdl_structure
     missing = TensorStructure(kind="nothing")
-    passed = {rank: s[position] if position < len(s) else missing for rank, s in structure.items()}
-    for rank, tensor in passed.items():
+    passed = {structure.rank: structure.mine} if structure.passed is None else structure.passed
+    tensors = {rank: told[position] if position < len(told) else missing for rank, told in passed.items()}
+    for rank, tensor in tensors.items():
         if tensor.kind != "Tensor":
             raise TypeError(
                 f"{name}: rank {rank} passed {tensor.kind}, a tensor is needed (dl.zero_volume_tensor() for none)"
             )
-    inside = {rank: passed[rank] for rank in P_x.ranks}
-    for rank, tensor in passed.items():
-        if rank not in inside and tensor.size and tensor.shape:
+        if tensor.size and tensor.shape and P_x.grid_of_ranks.position(rank) is None:
             raise ValueError(
                 f"{name}: rank {rank} passed a tensor of shape {tensor.shape}, but is outside {_plain(P_x)}, where "
                 f"P.block(shape) is None and dl.zero_volume_tensor() is passed"
             )
-    check_alike("dtype", {rank: tensor.dtype for rank, tensor in inside.items()})
-    check_alike("device", {rank: tensor.device for rank, tensor in inside.items()})
-    check_alike("number of dims", {rank: len(tensor.shape) for rank, tensor in inside.items()})
-    first = next(iter(inside.values()))
+    if structure.passed is None:
+        first = structure.alike[position]
+        own = {structure.rank: tensors[structure.rank].shape}
+        shapes, requires_grad = own if position else structure.shapes_over(P_x), first.requires_grad
+    else:
+        inside = {rank: tensors[rank] for rank in P_x.ranks}
+        check_alike("dtype", {rank: tensor.dtype for rank, tensor in inside.items()})
+        check_alike("device", {rank: tensor.device for rank, tensor in inside.items()})
+        check_alike("number of dims", {rank: len(tensor.shape) for rank, tensor in inside.items()})
+        first, shapes = next(iter(inside.values())), {rank: tensor.shape for rank, tensor in inside.items()}
+        requires_grad = any(tensor.requires_grad for tensor in tensors.values())
     assert first.dtype is not None
     if first.device == "meta" or (first.dtype.is_floating_point and first.dtype.itemsize == 1):
         raise TypeError(f"{name}: tensors of {first.dtype} on device {first.device} cannot be moved")
-    shapes = {rank: tensor.shape for rank, tensor in inside.items()}
-    return Inputs(shapes, first.dtype, first.device, any(tensor.requires_grad for tensor in passed.values()))
+    return Inputs(shapes, first.dtype, first.device, requires_grad)
 
 
 def _plain(P: Partition) -> str:
@@ -133,19 +140,6 @@ def into(operator: Operator, x: torch.Tensor, dtype: torch.dtype) -> torch.Tenso
     return operator(x)
 
 
-def rehearsal(layer: Any, *steps: tuple[Operator | None, torch.dtype]) -> Callable[[], None]:
-    """What runs operators, each with zeros of a dtype, and drops what comes. See `Module`."""
-    device = layer._distdl_structure[layer.P_x.ranks[0]][0].device
-    moving = [(operator, dtype) for operator, dtype in steps if operator is not None]
-
-    def rehearse() -> None:
-        for operator, dtype in moving:
-            shape = operator.plan.shape_in
-            operator.apply(torch.zeros((0,) if shape is None else shape, dtype=dtype, device=device))
-
-    return rehearse
-
-
 class Movement(Module):
     """Base of all primitives, and of users' own: override `layouts`.
 
@@ -173,29 +167,26 @@ class Movement(Module):
             "a Movement has a method layouts(shapes) that returns the layouts of input and output"
         )
 
-    def _distdl_module_setup(self, input: tuple[Any, ...]) -> tuple[Operator, torch.dtype]:
-        name = self._distdl_label
-        inputs = agreed_inputs(name, self._distdl_structure, self.P_x)
+    def _distdl_module_setup(self, input: tuple[Any, ...]) -> Call:
+        operator, dtype = self._operator(input[0])
+        return lambda layer, x: into(operator, x, dtype)
+
+    def _operator(self, x: torch.Tensor) -> tuple[Operator, torch.dtype]:
+        """The operator between the two layouts for this structure, and the dtype that it moves."""
+        name, transport = self._distdl_label, self._distdl_transport
+        inputs = agreed_inputs(self, self.P_x)
         X, Y = self.layouts(inputs.shapes)
-        for rank, shape in inputs.shapes.items():
-            if (box := X.box(rank)) is None or shape_of(box) != shape:
-                raise ValueError(f"{name}: rank {rank} holds shape {shape}, layouts() says {box and shape_of(box)}")
-        transport = self._distdl_transport
-        built = plan(X, Y, transport.rank)
+        rank = transport.rank
+        if rank in inputs.shapes and ((box := X.box(rank)) is None or shape_of(box) != inputs.shapes[rank]):
+            raise ValueError(
+                f"{name}: rank {rank} holds shape {inputs.shapes[rank]}, layouts() says {box and shape_of(box)}"
+            )
+        built = plan(X, Y, rank)
         if inputs.dtype is torch.bool and (X.overlaps or built.pattern.sums):
             raise TypeError(f"{name}: bool tensors can be moved but not added")
-        if self.preserve_batch and input[0].dim():
-            built = replace(built, nothing=(input[0].shape[0], 0))
+        if self.preserve_batch and x.dim():
+            built = replace(built, nothing=(x.shape[0], 0))
         return Operator(built, transport, name, inputs.requires_grad), inputs.dtype
-
-    def _distdl_rehearsal(self) -> Callable[[], None]:
-        return rehearsal(self, self._distdl_plan[:2])
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if not self._distdl_is_inside:
-            return x
-        operator, dtype = self._distdl_plan
-        return into(operator, x, dtype)
 
     def extra_repr(self) -> str:
         return f"P_x={self.P_x.shape}, P_y={self.P_y.shape}"

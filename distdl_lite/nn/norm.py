@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -187,17 +186,14 @@ class DistributedBatchNorm(_RunningNorm):
     def factor(self) -> float:
         return 1.0 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
 
-    def _distdl_serial(self) -> Callable[..., torch.Tensor] | None:
-        return None if super()._distdl_serial() is None else type(self).forward
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if self._distdl_is_inside and self.tracks and self.num_batches_tracked is not None:
+    def _run(self, x: torch.Tensor, built: Built) -> torch.Tensor:
+        if self.tracks and self.num_batches_tracked is not None:
             self.num_batches_tracked.add_(1)
-        return super().forward(x)
+        return super()._run(x, built)
 
     def saves_nothing(self) -> bool:
         """Of no values torch's returns a copy, times the weight if there is one."""
-        return weight_dtype(self) is None and not any(x.size for (x, *_) in self._distdl_structure.values())
+        return weight_dtype(self) is None and self._distdl_structure.is_empty
 
     def _distdl_recomputed(self, input: tuple[Any, ...]) -> tuple[Any, ...]:
         return input if self.saves_nothing() else super()._distdl_recomputed(input)

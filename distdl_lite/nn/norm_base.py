@@ -21,15 +21,19 @@ from distdl_lite.nn.parameter import Layer, constant
 from distdl_lite.operator import Operator
 from distdl_lite.partition import Partition
 from distdl_lite.plan import plan
+from distdl_lite.transport import Team
 
 
 @dataclass(frozen=True)
 class Built:
-    """What forward needs for one structure."""
+    """The call of a norm for one structure."""
 
     rows: Rows | None  # None where each rank computes alone
     fit: Operator | None  # from parameters as they are held to parameters as the input is cut
-    team: tuple[int, ...]  # the ranks with the same block of parameters
+    team: Team  # the ranks with the same block of parameters
+
+    def __call__(self, layer: Norm, x: torch.Tensor) -> torch.Tensor:
+        return layer._run(x, self)
 
 
 class Norm(Layer):
@@ -138,7 +142,8 @@ class Norm(Layer):
     # ---- set-up ------------------------------------------------------------------------------------------------------
 
     def _distdl_module_setup(self, input: tuple[Any, ...]) -> Built:
-        inputs = agreed_inputs(type(self).__name__, self._distdl_structure, self.P_x)
+        (x,) = input
+        inputs = agreed_inputs(self, self.P_x)
         grid = self.P_x.grid_of_ranks
         X = lay.blocks(grid, lay.cuts_from_shapes(grid, inputs.shapes))
         check_floating(self, inputs)
@@ -146,11 +151,11 @@ class Norm(Layer):
         self.check_shape(lay.global_shape_of(X))
         fit, index = self._fit(X), grid.index(self._distdl_transport.rank)
         assert index is not None
-        team = tuple(sorted(grid.members({a: index[a] for a in self._held_axes})))
+        team = self._distdl_transport.team(grid.members({a: index[a] for a in self._held_axes}))
         dims, count = self.rows(X)
         R = Layout(grid, (Dim(((0, self.numbers),)), *dims), tuple(a for d in dims for a in d.axes if not d.overlaps))
         is_empty = 0 in lay.global_shape_of(X)  # where the running statistics become nan, as torch's
-        needed = R.free_axes or (self.may_track and (fit is not None or len(team) > 1 or is_empty))
+        needed = R.free_axes or (self.may_track and (fit is not None or team.size > 1 or is_empty))
         if not (self.uses_batch and count and needed):
             return Built(None, fit, team)
         sizes = [grid.shape[a] for a in R.free_axes]
@@ -158,8 +163,8 @@ class Norm(Layer):
         if inputs.dtype is torch.float64 and self.numbers == 2:
             gather = self._sum_over(replace(R, dims=(Dim(((0, math.prod(sizes)),)), Dim(((0, 3),)), *dims)))
         position = ravel([index[a] for a in R.free_axes], sizes)
-        row_of = self.row_of(X.box_at(index), input[0].device)
-        summed = team if self.weights_are_per_row else (self._distdl_transport.rank,)
+        row_of = self.row_of(X.box_at(index), x.device)
+        summed = team if self.weights_are_per_row else self._distdl_transport.team((self._distdl_transport.rank,))
         graph = inputs.requires_grad or any(p.requires_grad for p in self.parameters())
         return Built(Rows(self._sum_over(R), gather, position, count, row_of, summed, graph), fit, team)
 
@@ -192,21 +197,12 @@ class Norm(Layer):
 
     # ---- forward -----------------------------------------------------------------------------------------------------
 
-    def _distdl_serial(self) -> Callable[..., torch.Tensor] | None:
-        built: Built = self._distdl_plan
-        if built.rows is not None:
-            return None
-        return lambda layer, x: layer.alone(x, layer.held("weight"), layer.held("bias"), *layer.running(built))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if not self._distdl_is_inside:
-            return x
-        built: Built = self._distdl_plan
+    def _run(self, x: torch.Tensor, built: Built) -> torch.Tensor:
         rows = built.rows
         if rows is None:
             return self._without_others(x, built)
         # The gradients of both are summed over the replicas, here or with the statistics'.
-        weight, bias = self._fitted(self.held if len(rows.team) > 1 else self.use, built)
+        weight, bias = self._fitted(self.held if rows.team.size > 1 else self.use, built)
         weight, bias = (None if t is None else self.per_channel(t, x) for t in (weight, bias))
         late: list[tuple[torch.Tensor, torch.Tensor]] = []
         track = partial(self.track, built) if self.tracks_early else lambda *statistics: late.append(statistics)

@@ -11,10 +11,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from distdl_lite.autograd import ANCHOR, Node, check_unbatched, copy_to_team, reduce_from_team
 from distdl_lite.layout import Shape
 from distdl_lite.nn.kernel import wide
-from distdl_lite.operator import ANCHOR, Node, Operator, check_unbatched
-from distdl_lite.shown import shown, used
+from distdl_lite.operator import Operator
+from distdl_lite.transport import Team
 
 _AT_ONCE = 2**18  # elements of a block in wide temporaries: 2 MiB of float64 stay in a cache
 _AT_ONCE_ON_DEVICES = 2**24  # where a launch costs more than a cache would give
@@ -44,7 +45,7 @@ class Rows:
         Values per row.
     row_of : tensor of int64 or None
         The row of each channel; None where each is one.
-    team : tuple of int
+    team : Team
         The ranks that the gradients of the weights are summed over in the same collective; this rank alone where the
         reducer does that.
     graph : bool
@@ -56,7 +57,7 @@ class Rows:
     position: int
     count: int
     row_of: torch.Tensor | None
-    team: tuple[int, ...]
+    team: Team
     graph: bool
 
     @property
@@ -258,7 +259,7 @@ def _backward(
     sums, of_elements = _sums(gradient, x, weight if by_element else None, mean, var, eps)
     # What the statistics take from the input's gradient: (x - mean) slope + offset, from sums over the row.
     factor = scale.new_ones(()) if weight is None or by_element else weight.double()
-    if len(rows.team) > 1:
+    if rows.team.size > 1:
         sums = of_weights = rows.summed(sums)
         sums = sums * factor
     else:
@@ -370,12 +371,12 @@ def _differentiable_backward(
     rows: Rows,
 ) -> tuple[torch.Tensor | None, ...]:
     """`_backward` through `_composed`, for gradients of gradients."""
-    team, transport = rows.team, rows.add_up.transport
+    team = rows.team
     held = [t if t is None or t.requires_grad else t.detach().requires_grad_() for t in (x, weight, bias)]
     x_used, *weights_used = (None if t is None else t.view_as(t) for t in held)
-    weights_used = [None if t is None else used(t, team, transport) for t in weights_used]
+    weights_used = [None if t is None else copy_to_team(t, team) for t in weights_used]
     y = _composed(x_used, *weights_used, mean, eps, rows)
     wanted = [t for t in (x_used, *weights_used) if t is not None]
     gx, *rest = torch.autograd.grad(y, wanted, gradient, create_graph=True)
-    sums = iter(shown(torch.stack(rest), team, transport) if rest else ())
+    sums = iter(reduce_from_team(torch.stack(rest), team) if rest else ())
     return gx, *(None if t is None else next(sums) for t in (weight, bias))

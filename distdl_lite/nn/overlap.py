@@ -18,10 +18,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch.autograd import forward_ad
 
+from distdl_lite.autograd import Node, check_unbatched, is_recording
 from distdl_lite.layout import Dim, Layout
-from distdl_lite.operator import Node, Operator, check_unbatched
+from distdl_lite.operator import Operator
 from distdl_lite.plan import Pattern, plan
 from distdl_lite.reducer import Reducer, Replicas, replicated
 from distdl_lite.transport import Transport
@@ -170,11 +170,6 @@ class Copied:
     kernel: Kernel
     graph: bool
 
-    @property
-    def fetches(self) -> Sequence[Operator | None]:
-        """The operators that forward applies, in their order."""
-        return (self.fetch,)
-
     def forward(
         self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
     ) -> tuple[torch.Tensor, Sequence[torch.Tensor]]:
@@ -203,11 +198,6 @@ class Overlapped:
     slabs: tuple[Slab, ...]
     kernel: Kernel
     graph: bool
-
-    @property
-    def fetches(self) -> Sequence[Operator | None]:
-        """The operators that forward applies, in their order."""
-        return tuple(slab.fetch for slab in self.slabs)
 
     def forward(
         self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
@@ -262,7 +252,7 @@ class Overlapped:
 
 @dataclass(frozen=True)
 class Fused:
-    """A convolution as one graph node, for one structure.
+    """A convolution as one graph node: the call for one structure.
 
     Attributes
     ----------
@@ -282,11 +272,11 @@ class Fused:
     replicas: tuple[Replicas, Replicas | None]
     reducer: Reducer
 
-    def __call__(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        learns = weight.requires_grad or (bias is not None and bias.requires_grad)
-        if not (torch.is_grad_enabled() and (learns or self.graph)) and forward_ad._current_level < 0:
-            return self.way.forward(x, weight, bias)[0]
-        return _Fused.apply(x, weight, bias, self.reducer.token, self)
+    def __call__(self, layer: Any, x: torch.Tensor) -> torch.Tensor:
+        weight, bias = layer.held("weight"), layer.held("bias")
+        if is_recording(weight, bias, self.reducer.token if self.graph else None):
+            return _Fused.apply(x, weight, bias, self.reducer.token, self)
+        return self.way.forward(x, weight, bias)[0]
 
 
 class _Fused(Node):
@@ -319,7 +309,7 @@ def _differentiable_backward(
     """By the plain composition, for gradients of gradients; all ranks move the input's if any of them wants it."""
     x = x.detach().requires_grad_() if how.graph and not x.requires_grad else x.view_as(x)
     learned = zip((weight, bias), how.replicas, strict=True)
-    given = [x, *(t if t is None else replicated(t, r, how.reducer.transport).view_as(t) for t, r in learned)]
+    given = [x, *(t if t is None else replicated(t, r).view_as(t) for t, r in learned)]
     y = how.compose(*given)
     wanted = [t for t in given if t is not None and t.requires_grad]
     found = iter(torch.autograd.grad(y, wanted, gradient, create_graph=True))

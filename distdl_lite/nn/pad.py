@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -13,20 +13,12 @@ import torch.nn.functional as F
 from distdl_lite import layout as lay
 from distdl_lite.layout import Dim, Layout, Shape
 from distdl_lite.nn.kernel import Local, connected_zeros, edge_pad, torch_dtype
-from distdl_lite.nn.module import Module
-from distdl_lite.nn.movement import agreed_inputs, rehearsal
+from distdl_lite.nn.module import Call, Module
+from distdl_lite.nn.movement import agreed_inputs
 from distdl_lite.nn.options import numbers, per_dim
 from distdl_lite.operator import Operator
 from distdl_lite.partition import Partition
 from distdl_lite.plan import plan
-
-
-@dataclass(frozen=True)
-class _Built:
-    crop: tuple[slice, ...] | None
-    fetch: Operator | None
-    dtype: torch.dtype
-    local: Local | None
 
 
 class _DistributedPad(Module):
@@ -74,8 +66,8 @@ class _DistributedPad(Module):
 
     # ---- set-up ------------------------------------------------------------------------------------------------------
 
-    def _distdl_module_setup(self, input: tuple[Any, ...]) -> _Built:
-        inputs = agreed_inputs(type(self).__name__, self._distdl_structure, self.P_x)
+    def _distdl_module_setup(self, input: tuple[Any, ...]) -> Call:
+        inputs = agreed_inputs(self, self.P_x)
         grid, rank, first = self.P_x.grid_of_ranks, self._distdl_transport.rank, self.P_x.dim - self.dims
         X = lay.blocks(grid, lay.cuts_from_shapes(grid, inputs.shapes))
         n = lay.global_shape_of(X)
@@ -92,10 +84,10 @@ class _DistributedPad(Module):
         assert index is not None
         mine, left, box, held = (layout.box_at(index) for layout in (X, kept, wanted, Z))
         if max(grid.shape[first:]) == 1 and X.dims[:first] == Y.dims[:first]:
-            return _Built(None, None, dtype, self._whole(lay.shape_of(box)))
+            return _call(None, None, dtype, self._whole(lay.shape_of(box)))
         crop = tuple(slice(c - a, d - a) for (a, _), (c, d) in zip(mine, left, strict=True))
         operator = Operator(plan(kept, Z, rank), self._distdl_transport, type(self).__name__, inputs.requires_grad)
-        return _Built(None if kept == X else crop, operator, dtype, self._edge(box, held, n))
+        return _call(None if kept == X else crop, operator, dtype, self._edge(box, held, n))
 
     def _padded_shape(self, shape: Shape, dtype: torch.dtype) -> Shape:
         """The shape of the padded tensor. Raises ValueError if torch refuses to pad."""
@@ -132,7 +124,7 @@ class _DistributedPad(Module):
         """torch's padding, of which no other rank holds anything."""
         if self.mode in ("reflect", "replicate") and 0 in shape:  # which torch refuses
             return lambda x: connected_zeros(shape, x)
-        return lambda x: F.pad(x, self.padding, self.mode, self.value)
+        return partial(F.pad, pad=self.padding, mode=self.mode, value=self.value)
 
     def _edge(self, wanted: lay.Box, held: lay.Box, shape: Shape) -> Local | None:
         """What is left to do beyond the edge of the tensor of the given shape."""
@@ -145,35 +137,30 @@ class _DistributedPad(Module):
             for piece in lay.uncovered(wanted, [tuple((0, n) for n in shape)])
         ]
 
+        value = self.value
+
         def fill(y: torch.Tensor) -> torch.Tensor:
             with torch.no_grad():  # the adjoint reads no gradient of points beyond the edge
                 for piece in outside:
-                    y[piece] = self.value
+                    y[piece] = value
             return y
 
         return fill
 
-    # ---- forward -----------------------------------------------------------------------------------------------------
-
-    def _distdl_rehearsal(self) -> Callable[[], None]:
-        return rehearsal(self, (self._distdl_plan.fetch, self._distdl_plan.dtype))
-
-    def _distdl_serial(self) -> Callable[..., torch.Tensor] | None:
-        local = self._distdl_plan.local
-        return (lambda layer, x: local(x)) if self._distdl_plan.fetch is None else None
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if not self._distdl_is_inside:
-            return x
-        built: _Built = self._distdl_plan
-        x = x.to(built.dtype)
-        if built.crop is not None:
-            x = x[built.crop]
-        y = x if built.fetch is None else built.fetch(x)
-        return y if built.local is None else built.local(y)
-
     def extra_repr(self) -> str:
         return f"padding={self.padding}, P_x={self.P_x.shape}"
+
+
+def _call(crop: tuple[slice, ...] | None, fetch: Operator | None, dtype: torch.dtype, local: Local | None) -> Call:
+    """Crop, fetch and finish a block of a dtype, as far as there is anything to do."""
+
+    def run(layer: Module, x: torch.Tensor) -> torch.Tensor:
+        x = x.to(dtype)
+        x = x if crop is None else x[crop]
+        y = x if fetch is None else fetch(x)
+        return y if local is None else local(y)
+
+    return run
 
 
 class _DistributedConstantPad(_DistributedPad):

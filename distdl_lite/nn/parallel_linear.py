@@ -2,13 +2,13 @@
 
 Shoeybi et al. 2019, "Megatron-LM", section 3, and Korthikanti et al. 2022, "Reducing activation recomputation in large
 transformer models", section 4.2.2, for the rows. A tensor that is whole along a line is one that each of its ranks is shown,
-and so is its gradient, as in `distdl_lite.shown`.
+and so is its gradient, as in `distdl_lite.autograd.reduce_from_team`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -16,16 +16,17 @@ import torch
 import torch.nn.functional as F
 
 from distdl_lite import layout as lay
+from distdl_lite.autograd import copy_to_team, reduce_from_team
 from distdl_lite.grid import Grid, balanced
 from distdl_lite.layout import Dim, Layout, Shape, ranges_of
 from distdl_lite.nn.kernel import Local, anchored, operator_between
+from distdl_lite.nn.module import Call
 from distdl_lite.nn.movement import agreed_inputs, computing_dtype, weight_dtype, whose_blocks
 from distdl_lite.nn.options import integers
 from distdl_lite.nn.parameter import Layer, bias_bound, kaiming_bound, uniform
 from distdl_lite.operator import Operator
 from distdl_lite.partition import Partition
 from distdl_lite.plan import plan
-from distdl_lite.shown import shown, used
 
 Cuts = Sequence[int]
 
@@ -60,17 +61,6 @@ def _along_lines(grid: Grid, lead: Sequence[Cuts], *last: Dim) -> Layout:
     """A layout whose ranks meet along their line alone; `last` are its last dims, `lead` cuts the others."""
     dims = [Dim(ranges_of(cut), (d,)) for d, cut in enumerate(lead[: grid.dim - len(last)])]
     return Layout(grid, (*dims, *last), tuple(range(grid.dim - 1)))
-
-
-@dataclass(frozen=True)
-class _Built:
-    """What forward needs for one structure: what is done before and after the product, and which of them needs a node."""
-
-    before: Local | None
-    after: Local | None
-    graph_before: bool
-    graph_after: bool
-    adds_bias: bool
 
 
 class _ParallelLinear(Layer):
@@ -137,12 +127,12 @@ class _ParallelLinear(Layer):
         return gather, keep
 
     def _over_line(self, function: Callable[..., torch.Tensor]) -> Local:
-        """`shown` or `used` over the ranks of this rank's line."""
+        """`reduce_from_team` or `copy_to_team` over the ranks of this rank's line."""
         transport = self._distdl_transport
-        return partial(function, team=line_of(self.P.grid_of_ranks, transport.rank), transport=transport)
+        return partial(function, team=transport.team(line_of(self.P.grid_of_ranks, transport.rank)))
 
-    def _distdl_module_setup(self, input: tuple[Any, ...]) -> _Built:
-        inputs = agreed_inputs(type(self).__name__, self._distdl_structure, self.P)
+    def _distdl_module_setup(self, input: tuple[Any, ...]) -> Call:
+        inputs = agreed_inputs(self, self.P)
         computing_dtype(type(self).__name__, inputs, weight_dtype(self))
         graph = inputs.requires_grad or any(p.requires_grad for p in self.parameters())
         steps = self._steps(inputs.shapes)
@@ -150,21 +140,15 @@ class _ParallelLinear(Layer):
             steps = None, None
         place = self._distdl_places.get("bias")
         adds_bias = place is not None and place.layout.grid.index(self._distdl_transport.rank) is not None
-        return _Built(*steps, inputs.requires_grad, graph, adds_bias)
+        (before, after), graph_before = steps, inputs.requires_grad
 
-    # ---- forward -----------------------------------------------------------------------------------------------------
+        def run(layer: _ParallelLinear, x: torch.Tensor) -> torch.Tensor:
+            x = anchored(x, graph_before)
+            z = x if before is None else before(x)
+            y = F.linear(z, layer.use("weight"), layer.use("bias") if adds_bias else None)
+            return y if after is None else after(anchored(y, graph))
 
-    def _distdl_serial(self) -> Callable[..., torch.Tensor]:
-        return lambda layer, x: F.linear(x, layer.held("weight"), layer.held("bias"))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if not self._distdl_is_inside:
-            return x
-        built: _Built = self._distdl_plan
-        x = anchored(x, built.graph_before)
-        z = x if built.before is None else built.before(x)
-        y = F.linear(z, self.use("weight"), self.use("bias") if built.adds_bias else None)
-        return y if built.after is None else built.after(anchored(y, built.graph_after))
+        return run
 
     def extra_repr(self) -> str:
         sizes = (f"in_features={self.in_features}", f"out_features={self.out_features}", f"P={self.P.shape}")
@@ -227,7 +211,7 @@ class DistributedColumnParallelLinear(_ParallelLinear):
 
     def _steps(self, shapes: Mapping[int, Shape]) -> tuple[Local | None, Local | None]:
         grid, lead, _ = self._lines(shapes, self.sequence_parallel, copied=True)
-        before: Local = self._over_line(used)
+        before: Local = self._over_line(copy_to_team)
         if self.sequence_parallel:
             ins = Dim(((0, self.in_features),))
             entire, parts = (_along_lines(grid, lead, rows, ins) for rows in _row_dims(lead[-1], grid))
@@ -304,7 +288,7 @@ class DistributedRowParallelLinear(_ParallelLinear):
         else:
             before = self._gathered_and_kept(entire, parts)[1]
         if not self.scatter_output:
-            return before, self._over_line(shown)
+            return before, self._over_line(reduce_from_team)
         cuts = [
             0,
             *(start + c for start, stop in ranges_of(lead[-1]) for c in balanced(stop - start, grid.shape[-1])[1:]),

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-import torch
-
 from distdl_lite import layout as lay
 from distdl_lite.grid import Grid, balanced
 from distdl_lite.layout import Layout, Shape
 from distdl_lite.nn.kernel import edge_pad
+from distdl_lite.nn.module import Call
 from distdl_lite.nn.movement import Movement, agreed_inputs, into
 from distdl_lite.partition import Partition, check_axes
 
@@ -317,28 +316,23 @@ class HaloExchange(Movement):
         X = lay.blocks(self.P_x.grid_of_ranks, lay.cuts_from_shapes(self.P_x.grid_of_ranks, shapes))
         return X, lay.haloed(X, self.halo, self.boundary)
 
-    def _distdl_module_setup(self, input: tuple[Any, ...]) -> Any:
-        operator, dtype = super()._distdl_module_setup(input)
-        inputs = agreed_inputs("HaloExchange", self._distdl_structure, self.P_x)
+    def _distdl_module_setup(self, input: tuple[Any, ...]) -> Call:
+        operator, dtype = self._operator(input[0])
+        inputs = agreed_inputs(self, self.P_x)
         X, Y = self.layouts(inputs.shapes)
         box, held = X.box(self._distdl_transport.rank), Y.box(self._distdl_transport.rank)
-        if box is None or held is None or self.boundary not in ("reflect", "replicate"):
-            return operator, dtype, None
+        assert box is not None
+        assert held is not None
         wanted = tuple(
             (start - left, stop + right) if start < stop else (start, stop)
             for (start, stop), (left, right) in zip(box, self.halo, strict=True)
         )
-        return operator, dtype, edge_pad(wanted, held, lay.global_shape_of(X), self.boundary)
-
-    def _distdl_rehearsal(self) -> Any:  # stands beside forward, for which it speaks: see Module
-        return super()._distdl_rehearsal()
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if not self._distdl_is_inside:
-            return x
-        operator, dtype, pad = self._distdl_plan
-        y = into(operator, x, dtype)
-        return y if pad is None else pad(y)
+        pad = None
+        if self.boundary in ("reflect", "replicate"):
+            pad = edge_pad(wanted, held, lay.global_shape_of(X), self.boundary)
+        if pad is None:
+            return lambda layer, x: into(operator, x, dtype)
+        return lambda layer, x: pad(into(operator, x, dtype))
 
     def extra_repr(self) -> str:
         return f"P_x={self.P_x.shape}, halo={self.halo}, boundary={self.boundary!r}"

@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 
+from distdl_lite.nn.module import Call
 from distdl_lite.nn.movement import zero_volume_tensor
 from distdl_lite.nn.primitives import Repartition
-from distdl_lite.operator import Operator
 from distdl_lite.partition import Partition
 
 
@@ -72,20 +72,18 @@ class _Rooted(Repartition):
         super().__init__(*((alone, P) if kind == "scatter" else (P, alone)), preserve_batch=False)
         self._distdl_label, self.root = kind, root
 
-    def _distdl_module_setup(self, input: tuple[Any, ...]) -> tuple[Operator, torch.dtype]:
+    def _distdl_module_setup(self, input: tuple[Any, ...]) -> Call:
         if self._distdl_label == "scatter":
-            self._check_scattered()
-        return super()._distdl_module_setup(input)
-
-    def _check_scattered(self) -> None:
-        for rank, (tensor,) in self._distdl_structure.items():
+            (tensor,), rank = self._distdl_structure.mine, self._distdl_transport.rank
             if rank == self.root and tensor.kind != "Tensor":
                 raise TypeError(self._misplaced(rank, tensor.kind))
             if rank != self.root and tensor.size and tensor.shape:
                 raise ValueError(self._misplaced(rank, f"a tensor of shape {tensor.shape}"))
-        shape = self._distdl_structure[self.root][0].shape
-        if len(shape) != self.P_y.dim:
-            raise ValueError(f"scatter: a tensor of shape {shape} cannot be cut over a grid of shape {self.P_y.shape}")
+            if rank == self.root and len(tensor.shape) != self.P_y.dim:
+                raise ValueError(
+                    f"scatter: a tensor of shape {tensor.shape} cannot be cut over a grid of shape {self.P_y.shape}"
+                )
+        return super()._distdl_module_setup(input)
 
     def _misplaced(self, rank: int, passed: str) -> str:
         rule = f"pass the whole tensor on rank {self.root}, None elsewhere"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,12 +10,13 @@ import torch
 
 from distdl_lite import layout as lay
 from distdl_lite.nn.kernel import check_floating, wide
-from distdl_lite.nn.module import Module
+from distdl_lite.nn.module import Call, Module
 from distdl_lite.nn.movement import agreed_inputs
 from distdl_lite.nn.options import integers
 from distdl_lite.operator import Operator
 from distdl_lite.partition import Partition
 from distdl_lite.plan import plan
+from distdl_lite.transport import Team
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,7 @@ class CutDim:
     """A cut dim, and the ranks that hold the parts of the same points along it."""
 
     dim: int
-    team: tuple[int, ...]
+    team: Team
     add_up: Operator
 
     def shifted(self, x: torch.Tensor) -> torch.Tensor:
@@ -37,15 +38,15 @@ class CutDim:
         return self.add_up(x.sum(self.dim, keepdim=True))
 
 
-def cut_dim(layer: Module, P_x: Partition, cuts: Sequence[Sequence[int]], dim: int, graph: bool) -> CutDim | None:
-    """The dim of blocks over `P_x` that are cut at `cuts`; None where it is whole."""
-    grid, transport = P_x.grid_of_ranks, layer._distdl_transport
+def cut_dim(layer: Module, X: lay.Layout, dim: int, graph: bool) -> CutDim | None:
+    """A dim of the blocks of `X`; None where it is whole."""
+    grid, transport = X.grid, layer._distdl_transport
     if grid.shape[dim] == 1:
         return None
-    points = [lay.Dim(((0, 1),)) if d == dim else lay.Dim(lay.ranges_of(cut), (d,)) for d, cut in enumerate(cuts)]
-    X = lay.Layout(grid, tuple(points), tuple(d for d in range(grid.dim) if d != dim))
-    add_up = Operator(plan(X, X, transport.rank), transport, type(layer).__name__, graph)
-    return CutDim(dim, X.replicas(transport.rank), add_up)
+    points = [lay.Dim(((0, 1),)) if d == dim else blocks for d, blocks in enumerate(X.dims)]
+    S = lay.Layout(grid, tuple(points), tuple(d for d in range(grid.dim) if d != dim))
+    add_up = Operator(plan(S, S, transport.rank), transport, type(layer).__name__, graph)
+    return CutDim(dim, transport.team(S.replicas(transport.rank)), add_up)
 
 
 def softmax(x: torch.Tensor, cut: CutDim) -> torch.Tensor:
@@ -97,23 +98,19 @@ class DistributedSoftmax(Module):
             raise self._refuse(f"dim={dim} is no axis of P_x of shape {P_x.shape}")
         self.P_x, self.dim = P_x, dim
 
-    def _distdl_module_setup(self, input: tuple[Any, ...]) -> tuple[CutDim | None]:
-        inputs = agreed_inputs(type(self).__name__, self._distdl_structure, self.P_x)
+    def _distdl_module_setup(self, input: tuple[Any, ...]) -> Call:
+        inputs = agreed_inputs(self, self.P_x)
         check_floating(self, inputs)
-        cuts = lay.cuts_from_shapes(self.P_x.grid_of_ranks, inputs.shapes)
-        return (cut_dim(self, self.P_x, cuts, self.dim % self.P_x.dim, inputs.requires_grad),)
-
-    def _distdl_serial(self) -> Callable[..., torch.Tensor]:
-        return lambda layer, x: layer._whole(x, layer.dim)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if not self._distdl_is_inside:
-            return x
-        (cut,) = self._distdl_plan
+        X = lay.blocks(self.P_x.grid_of_ranks, lay.cuts_from_shapes(self.P_x.grid_of_ranks, inputs.shapes))
+        cut = cut_dim(self, X, self.dim % self.P_x.dim, inputs.requires_grad)
         if cut is None:
-            return self._whole(x, self.dim)
-        dtype = self._whole(x.new_empty(0), 0).dtype  # autocast decides it
-        return self._cut(x.to(wide(x.dtype)), cut).to(dtype)
+            return lambda layer, x: layer._whole(x, layer.dim)
+
+        def run(layer: DistributedSoftmax, x: torch.Tensor) -> torch.Tensor:
+            dtype = layer._whole(x.new_empty(0), 0).dtype  # autocast decides it
+            return layer._cut(x.to(wide(x.dtype)), cut).to(dtype)
+
+        return run
 
     def extra_repr(self) -> str:
         return f"dim={self.dim}, P_x={self.P_x.shape}"

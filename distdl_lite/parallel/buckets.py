@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from distdl_lite.flat import cut, unflattened
+from distdl_lite.autograd import unflattened
+from distdl_lite.flat import cut
 from distdl_lite.transport.wire import wire_dtype
 
 _LARGE = 4096  # numbers in a gradient from which one pass over it takes longer than a call

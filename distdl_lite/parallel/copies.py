@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from distdl_lite.flat import flattened, unflattened
+from distdl_lite.autograd import flattened, unflattened
 from distdl_lite.transport import Transport
 
 

@@ -14,7 +14,7 @@ import torch
 from torch.utils._pytree import tree_leaves
 
 from distdl_lite.agreement import refused_together
-from distdl_lite.backward import at_end_of_backward, running_backward, running_backward_accumulates
+from distdl_lite.autograd import at_end_of_backward, running_backward, running_backward_accumulates
 from distdl_lite.nn.movement import zero_volume_tensor
 from distdl_lite.nn.parameter import Layer
 from distdl_lite.nn.sync_batch_norm import SyncBatchNorm

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.optim import optimizer as of_torch
 
-from distdl_lite.backward import running_backward
+from distdl_lite.autograd import running_backward
 from distdl_lite.parallel.synchroniser import Found, Synchroniser
 
 _FAILED = "DataParallel: backward failed on some rank, so its update is left out on all of them"

@@ -17,9 +17,10 @@ from torch._C import _are_functorch_transforms_active, _current_graph_task_id
 from torch.utils import _pytree as pytree
 
 from distdl_lite.agreement import check_alike
+from distdl_lite.autograd import ANCHOR, untraced
 from distdl_lite.nn.module import Module
 from distdl_lite.nn.movement import zero_volume_tensor
-from distdl_lite.operator import ANCHOR, Operator
+from distdl_lite.operator import Operator
 from distdl_lite.parallel.data_parallel import DataParallel
 from distdl_lite.parallel.local import Call, Leaf, Result, Run, apply, autocast_modes, local_gradients, slotted
 from distdl_lite.parallel.orders import Agreed, Order, Told, meet, unwrapped
@@ -28,7 +29,6 @@ from distdl_lite.parallel.rows import Cuts, Output, Report, Team, cut_rows, dim_
 from distdl_lite.parallel.settings import Settings
 from distdl_lite.partition import partition_of
 from distdl_lite.structure import TensorStructure
-from distdl_lite.untraced import untraced
 
 _NAME = "RootDataParallel"
 _KEPT_OPERATORS = 256

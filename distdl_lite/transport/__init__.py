@@ -7,15 +7,15 @@ agreements, set-up data and sums that no operator describes.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol
 
 import torch
 
+from distdl_lite.grid import compact
 from distdl_lite.plan import Plan
 from distdl_lite.transport.sums import Pending
-
-Team = Sequence[int]
+from distdl_lite.transport.team import Team
 
 
 class Channel(Protocol):
@@ -39,7 +39,7 @@ class RowsMoving(Protocol):
 
 
 class Transport(Protocol):
-    """The world as one rank sees it. Teams are sorted sequences of world ranks; all of a team make the same call."""
+    """The world as one rank sees it; all ranks of a team make the same calls."""
 
     rank: int
     size: int
@@ -49,32 +49,40 @@ class Transport(Protocol):
     def bind(self, plan: Plan, dtype: torch.dtype, device: torch.device) -> Channel:
         """Make the plan runnable; every rank of its legs' teams calls it."""
 
+    def team(self, ranks: Iterable[int]) -> Team:
+        """The one team of these ranks; this communicates nothing."""
+        known = compact(ranks if isinstance(ranks, range) else sorted(ranks))
+        teams: dict[Sequence[int], Team] = self.local.setdefault("teams", {})
+        return teams.get(known) or teams.setdefault(known, Team(self, known))
+
     def agree(self, team: Team, value: int) -> int:
         """The sum of the ranks' values modulo 2^64."""
-        if len(team) == 1:
+        if team.size == 1:
             return value
-        team = tuple(team)
         self.start_agreeing(team, value)
         return self.agreed(team)
 
-    def start_agreeing(self, team: tuple[int, ...], value: int) -> None:
+    def start_agreeing(self, team: Team, value: int) -> None:
         """Give this rank's value without waiting for the others'."""
 
-    def agreed(self, team: tuple[int, ...]) -> int:
+    def agreed(self, team: Team) -> int:
         """The sum that `start_agreeing` began."""
 
     def gather_objects(self, team: Team, value: Any) -> list[Any]:
-        """Every rank's host object, in the order of `team`."""
+        """Every rank's host object, in the order of the ranks."""
+
+    def maxima(self, team: Team, numbers: torch.Tensor) -> torch.Tensor:
+        """The greatest of the ranks' numbers at each place of a contiguous int64 host tensor, in that tensor; not counted."""
 
     def all_reduce(self, team: Team, tensor: torch.Tensor, op: str = "sum") -> torch.Tensor:
         """Sum, maximum ("max") or minimum ("min") over the team, into the contiguous tensor itself."""
 
-    def open_sums(self, team: tuple[int, ...], lane: str = "") -> None:
+    def open_sums(self, team: Team, lane: str = "") -> None:
         """Prepare for `start_sum`; all of the team call it, where none waits for another of them."""
 
     def start_sum(
         self,
-        team: tuple[int, ...],
+        team: Team,
         tensor: torch.Tensor,
         engine: str = "auto",
         lane: str = "",
@@ -90,7 +98,7 @@ class Transport(Protocol):
 
     def start_rounded_sum(
         self,
-        team: tuple[int, ...],
+        team: Team,
         tensor: torch.Tensor,
         left: torch.Tensor,
         dtype: torch.dtype,
@@ -108,16 +116,21 @@ class Transport(Protocol):
         """Fill the contiguous tensor with world rank `root`'s."""
 
     def exchange_rows(
-        self, team: Team, rows: torch.Tensor, sends: Sequence[int], into: torch.Tensor, receives: Sequence[int]
+        self,
+        ranks: Sequence[int],
+        rows: torch.Tensor,
+        sends: Sequence[int],
+        into: torch.Tensor,
+        receives: Sequence[int],
     ) -> RowsMoving:
         """Begin to send the rows of a tensor and to receive into another, which waits for no other rank.
 
-        Both are contiguous, and in the order of the ranks that the rows go to and come from: that of `team`, which need not
-        be sorted, as are the numbers of rows. The caller leaves both alone until all have arrived. Other calls of the
-        team may come between.
+        Both are contiguous, and in the order of the ranks that the rows go to and come from: that of `ranks`, which need not
+        be sorted, as are the numbers of rows. The caller leaves both alone until all have arrived. Other calls of these
+        ranks may come between.
         """
 
-    def user_communicator(self, team: Team) -> Any:
+    def user_communicator(self, ranks: Sequence[int]) -> Any:
         """A communicator for the user's own traffic, None where there is no MPI."""
 
 

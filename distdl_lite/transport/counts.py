@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import wraps
 from time import perf_counter
@@ -43,7 +43,7 @@ def counted(label: str | None = None) -> Callable[[Callable[..., Any]], Callable
 
     def decorate(method: Callable[..., Any]) -> Callable[..., Any]:
         @wraps(method)
-        def call(self: Any, team: Any, value: Any, *args: Any) -> Any:
+        def call(self: Any, team: Sequence[int], value: Any, *args: Any) -> Any:
             BEGUN[0] += 1
             if "tallies" not in self.local or len(team) == 1:
                 return method(self, team, value, *args)

@@ -158,24 +158,24 @@ class ThreadTransport(Transport):
         self.world, self.rank, self.size = world, rank, world.size
         self.local: dict[str, Any] = {}
         self._met: dict[tuple[tuple[int, ...], str], int] = defaultdict(int)
-        self._votes: dict[tuple[int, ...], _Meeting] = {}
 
-    def user_communicator(self, team: Team) -> None:
+    def user_communicator(self, ranks: Sequence[int]) -> None:
         return None
 
     def bind(self, plan: Plan, dtype: torch.dtype, device: torch.device) -> ThreadChannel:
         return ThreadChannel(self, plan, dtype, device)
 
-    def _meet(self, team: Team, value: Any, what: str) -> list[Any]:
+    def _meet(self, team: Sequence[int], value: Any, what: str) -> list[Any]:
         """What every rank of the team brings to its next meeting, in the order of the ranks."""
-        return self._met_all(self._arrive(tuple(sorted(team)), value, what), what)
+        return self._met_all(self._arrive(team, value, what), what)
 
-    def _arrive(self, team: tuple[int, ...], value: Any, what: str, lane: str = "") -> _Meeting:
+    def _arrive(self, team: Sequence[int], value: Any, what: str, lane: str = "") -> _Meeting:
         """Bring something to the team's next meeting; those of different lanes may come in any order."""
-        number = self._met[team, lane]
-        self._met[team, lane] += 1
-        self.world.meetings[team, lane, number][self.rank] = (what, value)
-        return team, lane, number
+        ranks = tuple(team)
+        number = self._met[ranks, lane]
+        self._met[ranks, lane] += 1
+        self.world.meetings[ranks, lane, number][self.rank] = (what, value)
+        return ranks, lane, number
 
     def _met_all(self, meeting: _Meeting, what: str) -> list[Any]:
         """Wait for the others."""
@@ -190,22 +190,25 @@ class ThreadTransport(Transport):
             raise RuntimeError(f"ranks {list(team)} meet in different calls: {dict(sorted(calls.items()))}")
         return [present[rank][1] for rank in team]
 
-    def start_agreeing(self, team: tuple[int, ...], value: int) -> None:
-        if team in self._votes:  # an error kept this rank from asking for the result
+    def start_agreeing(self, team: Team, value: int) -> None:
+        if team.vote is not None:  # an error kept this rank from asking for the result
             self.agreed(team)
-        self._votes[team] = self._arrive(team, value, "agreement")
+        team.vote = self._arrive(team, value, "agreement")
 
-    def agreed(self, team: tuple[int, ...]) -> int:
+    def agreed(self, team: Team) -> int:
         began = perf_counter()
-        values = self._met_all(self._votes.pop(team), "agreement")
+        vote, team.vote = team.vote, None
+        values = self._met_all(vote, "agreement")
         record(self.local, 0, 0, perf_counter() - began, 0, None)
         return sum(values) & _MASK
 
     @counted()
     def gather_objects(self, team: Team, value: Any) -> list[Any]:
-        found = self._meet(team, pickle.dumps(value), "gather of objects")
-        ordered = sorted(team)
-        return [pickle.loads(found[ordered.index(rank)]) for rank in team]
+        return [pickle.loads(found) for found in self._meet(team, pickle.dumps(value), "gather of objects")]
+
+    @counted()
+    def maxima(self, team: Team, numbers: torch.Tensor) -> torch.Tensor:
+        return reduce(torch.maximum, self._meet(team, numbers, f"maxima of {numbers.numel()} numbers"))
 
     @counted("sums")
     def all_reduce(self, team: Team, tensor: torch.Tensor, op: str = "sum") -> torch.Tensor:
@@ -214,12 +217,12 @@ class ThreadTransport(Transport):
         fold = {"sum": torch.add, "max": torch.maximum, "min": torch.minimum}[op]
         return tensor.copy_(reduce(fold, parts))
 
-    def open_sums(self, team: tuple[int, ...], lane: str = "") -> None:
+    def open_sums(self, team: Team, lane: str = "") -> None:
         pass
 
     def start_sum(
         self,
-        team: tuple[int, ...],
+        team: Team,
         tensor: torch.Tensor,
         engine: str = "auto",
         lane: str = "",
@@ -234,14 +237,14 @@ class ThreadTransport(Transport):
 
     def start_rounded_sum(
         self,
-        team: tuple[int, ...],
+        team: Team,
         tensor: torch.Tensor,
         left: torch.Tensor,
         dtype: torch.dtype,
         engine: str = "auto",
         lane: str = "",
     ) -> Pending:
-        if len(team) == 1 or not tensor.numel():
+        if team.size == 1 or not tensor.numel():
             left.zero_()
             return Done()
         if "tallies" in self.local:
@@ -251,18 +254,23 @@ class ThreadTransport(Transport):
     @counted("copies")
     def broadcast(self, team: Team, tensor: torch.Tensor, root: int) -> None:
         what = f"broadcast of {tensor.numel()} {tensor.dtype} from rank {root}"
-        sent = self._meet(team, tensor.clone() if self.rank == root else None, what)[sorted(team).index(root)]
+        sent = self._meet(team, tensor.clone() if self.rank == root else None, what)[team.index(root)]
         if self.rank != root:
             tensor.copy_(sent)
 
     @counted("rows")
     def exchange_rows(
-        self, team: Team, rows: torch.Tensor, sends: Sequence[int], into: torch.Tensor, receives: Sequence[int]
+        self,
+        ranks: Sequence[int],
+        rows: torch.Tensor,
+        sends: Sequence[int],
+        into: torch.Tensor,
+        receives: Sequence[int],
     ) -> RowsMovingHere:
         what = f"exchange of rows of shape {list(rows.shape[1:])} and {rows.dtype}"
-        parts = dict(zip(team, rows.clone().split(list(sends)), strict=True))
-        meeting = self._arrive(tuple(sorted(team)), parts, what, "rows")
-        return RowsMovingHere(self, tuple(team), meeting, what, into)
+        parts = dict(zip(ranks, rows.clone().split(list(sends)), strict=True))
+        meeting = self._arrive(sorted(ranks), parts, what, "rows")
+        return RowsMovingHere(self, tuple(ranks), meeting, what, into)
 
 
 class RowsMovingHere:
@@ -290,7 +298,7 @@ class _Sum:
     def __init__(
         self,
         transport: ThreadTransport,
-        team: tuple[int, ...],
+        team: Team,
         tensor: torch.Tensor,
         lane: str,
         then: Callable[[], Any] | None = None,
@@ -301,7 +309,7 @@ class _Sum:
         self._meeting: _Meeting | None = transport._arrive(team, sent, self._what, f"sums{lane}")
 
     def is_done(self) -> bool:
-        return self._meeting is None or len(self._transport.world.meetings[self._meeting]) == len(self._team)
+        return self._meeting is None or len(self._transport.world.meetings[self._meeting]) == self._team.size
 
     def wait(self, timeout: float | None = None) -> bool:
         if self._meeting is not None:
@@ -318,20 +326,20 @@ class _RoundedSum(_Sum):
     def __init__(
         self,
         transport: ThreadTransport,
-        team: tuple[int, ...],
+        team: Team,
         tensor: torch.Tensor,
         left: torch.Tensor,
         dtype: torch.dtype,
         lane: str,
     ) -> None:
-        sent = wire.rounded(tensor, dtype, len(team))
+        sent = wire.rounded(tensor, dtype, team.size)
         super().__init__(transport, team, sent, lane)
         self._given, self._left = tensor, left
         left.copy_(tensor - sent.view(-1)[: tensor.numel()])
 
     def wait(self, timeout: float | None = None) -> bool:
         if self._meeting is not None:
-            halves, size, ranks = self._tensor, self._given.numel(), len(self._team)
+            halves, size, ranks = self._tensor, self._given.numel(), self._team.size
             self._tensor = total = halves.to(self._given.dtype)
             super().wait()
             if ranks > 2:

@@ -200,16 +200,16 @@ def test_refusals(world: dl.Partition) -> None:
     R = world.grid((1, 1, 3))
     layer = DistributedConv1d(R, 1, 1, 3, dtype=torch.float64)
     assert_refused(world, R, lambda: layer(x[R.block(x.shape)]), "dtype torch.float32", TypeError)
-    missing = "DistributedConv1d.__init__() missing 3 required positional arguments: 'in_channels', 'out_channels', and"
+    missing = "__init__() missing 3 required positional arguments: 'in_channels', 'out_channels', and"
     assert_refused(world, R, lambda: DistributedConv1d(R), missing, TypeError)
     for kind in (DistributedConv2d, DistributedConvTranspose2d):
         for wrong, text in (
-            ((), "__init__() missing 4 required positional arguments: 'P_x', 'in_channels'"),
+            ((), ".__init__() missing 4 required positional arguments: 'P_x', 'in_channels'"),
             ((None, 1, 1, 1), ": P_x: a Partition is needed, not None"),
             (((1, 1, 2, 2), 1, 1, 1), ": a Partition is needed, not (1, 1, 2, 2)"),
             ((R, 1, 1, 1), ": P_x of shape (1, 1, 3) has 3 axes"),
         ):
-            named = f"{kind.__name__}{'' if text[0] == ':' else '.'}{text}"
+            named = text if text[0] == "." else f"{kind.__name__}{text}"
             assert_refused(world, R, lambda kind=kind, wrong=wrong: kind(*wrong), named, (TypeError, ValueError))
     assert "kernel_size" in inspect.signature(DistributedConv2d).parameters
 
@@ -234,8 +234,8 @@ def test_what_overlaps(world: dl.Partition) -> None:
         x = integers(*shape)[P.block(shape)].requires_grad_()
         with count() as c:
             layer(x).sum().backward()
-        fused = layer._distdl_plan.fused
-        assert (fused and len(fused.way.slabs)) == slabs, options
+        way = getattr(layer._distdl_plan, "way", None)
+        assert (way and len(way.slabs)) == slabs, options
         overlap.LEAST_BYTES = 1 << 40
         with count() as copied:
             copy.deepcopy(layer)(x).sum().backward()

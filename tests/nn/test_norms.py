@@ -239,7 +239,7 @@ def test_double_backward(world: Partition) -> None:
         for name, tensor in (*layer.named_parameters(), *layer.named_buffers()):
             value = tensor if tensor.grad is None else tensor.grad
             shared = layer._distdl_places[name].replicas.team
-            copies = world.world_transport.gather_objects(shared, value.detach().clone())
+            copies = shared.world.gather_objects(shared, value.detach().clone())
             assert all(torch.equal(copies[0], other) for other in copies)
 
 

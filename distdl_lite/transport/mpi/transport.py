@@ -56,72 +56,68 @@ class MPITransport(Transport):
         self.rank, self.size = self.comm.rank, self.comm.size
         self.proc_null: int = MPI.PROC_NULL
         self.local: dict[str, Any] = {}
-        self._teams: dict[tuple[int, ...], MPI.Comm] = {tuple(range(self.size)): self.comm}
-        self._votes: dict[tuple[int, ...], Vote] = {}
-        self._sums: dict[tuple[tuple[int, ...], str], tuple[MPI.Comm, Worker]] = {}
+        self.team(range(self.size)).comm = self.comm
+        self._workers: list[Worker] = []
         atexit.register(self._end)  # before MPI's own end, which was registered earlier
         self._row_teams: dict[tuple[int, ...], MPI.Comm] = {}
 
     def communicator(self, team: Team) -> MPI.Comm:
-        """The team's communicator; the team makes it together at first use, its ranks in sorted order."""
-        known = self._teams.get(team) if isinstance(team, tuple) else None
-        if known is not None:
-            return known
-        team = tuple(sorted(team))
-        if team not in self._teams:
-            group = self.comm.Get_group()
-            subgroup = group.Incl(team)
-            self._teams[team] = self.comm.Create_group(subgroup, tag=hash(team) % 32749)
-            subgroup.Free()
-            group.Free()
-        return self._teams[team]
+        """The team's communicator; the team makes it together at first use."""
+        if team.comm is None:
+            team.comm = self.user_communicator(team.ranks)
+        return team.comm
 
-    def user_communicator(self, team: Team) -> MPI.Comm:
+    def user_communicator(self, ranks: Sequence[int]) -> MPI.Comm:
         group = self.comm.Get_group()
-        subgroup = group.Incl(list(team))
-        made = self.comm.Create_group(subgroup, tag=hash(tuple(team)) % 32749)
+        subgroup = group.Incl(list(ranks))
+        made = self.comm.Create_group(subgroup, tag=hash(tuple(ranks)) % 32749)
         subgroup.Free()
         group.Free()
         return made
 
     def bind(self, plan: Plan, dtype: torch.dtype, device: torch.device) -> MPIChannel:
-        return MPIChannel(self.comm, self.communicator, plan, dtype, device)
+        return MPIChannel(self.comm, lambda ranks: self.communicator(self.team(ranks)), plan, dtype, device)
 
-    def start_agreeing(self, team: tuple[int, ...], value: int) -> None:
-        vote = self._votes.get(team)
-        if vote is None:
-            vote = self._votes[team] = Vote(self.communicator(team))
-        vote.start(value)
+    def start_agreeing(self, team: Team, value: int) -> None:
+        if team.vote is None:
+            team.vote = Vote(self.communicator(team))
+        team.vote.start(value)
 
-    def agreed(self, team: tuple[int, ...]) -> int:
+    def agreed(self, team: Team) -> int:
         began = perf_counter() if "tallies" in self.local else 0.0
-        value = self._votes[team].finish()
+        value: int = team.vote.finish()
         if began:
             record(self.local, 0, 0, perf_counter() - began, 0, None)
         return value
 
     @counted()
     def gather_objects(self, team: Team, value: Any) -> list[Any]:
-        ordered = sorted(team)
-        values = self.communicator(ordered).allgather(value)
-        return [values[ordered.index(rank)] for rank in team] if ordered != list(team) else values
+        values: list[Any] = self.communicator(team).allgather(value)
+        return values
+
+    @counted()
+    def maxima(self, team: Team, numbers: torch.Tensor) -> torch.Tensor:
+        if team.size > 1:
+            self.communicator(team).Allreduce(MPI.IN_PLACE, as_numbers(numbers), op=MPI.MAX)
+        return numbers
 
     @counted("sums")
     def all_reduce(self, team: Team, tensor: torch.Tensor, op: str = "sum") -> torch.Tensor:
-        if len(team) > 1 and tensor.numel():
+        if team.size > 1 and tensor.numel():
             sent = on_wire(tensor)
             self.communicator(team).Allreduce(MPI.IN_PLACE, as_numbers(sent), op=_OPS[op])
             if sent is not tensor:
                 tensor.copy_(sent)
         return tensor
 
-    def open_sums(self, team: tuple[int, ...], lane: str = "") -> None:
-        if (team, lane) not in self._sums:
-            self._sums[team, lane] = self.communicator(team).Dup(), Worker()
+    def open_sums(self, team: Team, lane: str = "") -> None:
+        if lane not in team.lanes:
+            team.lanes[lane] = self.communicator(team).Dup(), Worker()
+            self._workers.append(team.lanes[lane][1])
 
     def start_sum(
         self,
-        team: tuple[int, ...],
+        team: Team,
         tensor: torch.Tensor,
         engine: str = "auto",
         lane: str = "",
@@ -131,12 +127,12 @@ class MPITransport(Transport):
         BEGUN[0] += 1
         if engine in ("auto", "thread"):
             engine = "thread" if threads_may_call() else "poll"
-        if fill is not None and (engine != "thread" or len(team) == 1 or not tensor.is_cpu):
+        if fill is not None and (engine != "thread" or team.size == 1 or not tensor.is_cpu):
             fill()
             fill = None
-        if len(team) == 1 or not tensor.numel():
+        if team.size == 1 or not tensor.numel():
             return Done(then)
-        comm, worker = self._sums[team, lane]
+        comm, worker = team.lanes[lane]
         if "tallies" in self.local:
             record(self.local, 1, tensor.nbytes, 0.0, 1, "sums")
         if engine == "poll":
@@ -150,17 +146,17 @@ class MPITransport(Transport):
 
     def start_rounded_sum(
         self,
-        team: tuple[int, ...],
+        team: Team,
         tensor: torch.Tensor,
         left: torch.Tensor,
         dtype: torch.dtype,
         engine: str = "auto",
         lane: str = "",
     ) -> Pending:
-        if len(team) == 1 or not tensor.numel():
+        if team.size == 1 or not tensor.numel():
             left.zero_()
             return Done()
-        comm, worker = self._sums[team, lane]
+        comm, worker = team.lanes[lane]
         if "tallies" in self.local:
             record(self.local, 1, tensor.numel() * dtype.itemsize, 0.0, 1, "sums")
         # Never "poll": of two collectives MPI would not begin the second by itself.
@@ -176,7 +172,7 @@ class MPITransport(Transport):
     def _end(self) -> None:
         """Let MPI end although some rank took no part in a sum: the job would wait for it for ever."""
         end = perf_counter() + _SECONDS_AT_END
-        stopped = [worker.stop(end - perf_counter()) for _, worker in self._sums.values()]
+        stopped = [worker.stop(end - perf_counter()) for worker in self._workers]
         if not all(stopped):
             print(
                 f"rank {self.rank} ends while a sum that it started waits for other ranks", file=sys.stderr, flush=True
@@ -185,18 +181,24 @@ class MPITransport(Transport):
 
     @counted("copies")
     def broadcast(self, team: Team, tensor: torch.Tensor, root: int) -> None:
-        if len(team) > 1:
-            ordered = sorted(team)
+        if team.size > 1:
             sent = tensor.to("cpu").contiguous()
-            self.communicator(ordered).Bcast(as_bytes(sent), ordered.index(root))
+            self.communicator(team).Bcast(as_bytes(sent), team.index(root))
             if sent is not tensor:
                 tensor.copy_(sent)
 
     @counted("rows")
     def exchange_rows(
-        self, team: Team, rows: torch.Tensor, sends: Sequence[int], into: torch.Tensor, receives: Sequence[int]
+        self,
+        ranks: Sequence[int],
+        rows: torch.Tensor,
+        sends: Sequence[int],
+        into: torch.Tensor,
+        receives: Sequence[int],
     ) -> RowsMoving:
-        team = tuple(team)
-        if team not in self._row_teams:  # of its own: an exchange is under way while the team's other calls come and go
-            self._row_teams[team] = self.user_communicator(team)
-        return RowsMoving(self._row_teams[team], rows, sends, into, receives)
+        ranks = tuple(ranks)
+        if (
+            ranks not in self._row_teams
+        ):  # of its own: an exchange is under way while the ranks' other calls come and go
+            self._row_teams[ranks] = self.user_communicator(ranks)
+        return RowsMoving(self._row_teams[ranks], rows, sends, into, receives)

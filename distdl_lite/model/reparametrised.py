@@ -7,7 +7,7 @@ import torch
 from distdl_lite.layout import global_shape_of, shape_of
 
 
-def replaced_cut_weight(module: torch.nn.Module) -> ValueError | None:
+def reparametrised_cut_weight(module: torch.nn.Module) -> ValueError | None:
     """The error of a module with such a weight, if it has one.
 
     Of the tensors from which the weight is made now nobody knows how they are cut. Those of a weight that every rank holds

@@ -11,9 +11,10 @@ import torch
 
 from distdl_lite.agreement import raise_together
 from distdl_lite.layout import Layout
-from distdl_lite.nn.parameter import Place, team_of
-from distdl_lite.nn.replaced import replaced_cut_weight
-from distdl_lite.transport import Transport
+from distdl_lite.model.reparametrised import reparametrised_cut_weight
+from distdl_lite.model.weights import team_of
+from distdl_lite.nn.parameter import Place
+from distdl_lite.transport import Team
 
 # Their update of an element depends on that element alone, so it is the same on a block as on the whole weight.
 _ELEMENTWISE = {
@@ -21,18 +22,19 @@ _ELEMENTWISE = {
 }  # fmt: skip
 
 
-def _counted_once(module: torch.nn.Module, transport: Transport, team: tuple[int, ...]) -> Iterator[torch.Tensor]:
+def _counted_once(module: torch.nn.Module, team: Team) -> Iterator[torch.Tensor]:
     """This rank's gradients of which it is the first holder, as the ranks tell each other once for a module.
 
     A tied weight, which several layers have, counts once, and a plain torch parameter on the first rank that has it. So do
     lines, where each has a layer of its own.
     """
+    transport = team.world
     held = {id(p): (f"{path}.{name}", place, p) for path, name, place, p in reversed(list(_held(module)))}
     mine = [(name, place) for name, place, _ in held.values()]
     known = transport.local.setdefault("counted once", WeakKeyDictionary())
     places, counted = known.get(module, ([], set()))
     if transport.agree(team, int(places != mine)):  # a rank's module may have changed alone
-        raise_together(transport, team, replaced_cut_weight(module))
+        raise_together(team, reparametrised_cut_weight(module))
         told = transport.gather_objects(team, [(name, place and place.layout) for name, place in mine])
         first: dict[str, tuple[int, Layout | None]] = {}
         for rank, names in zip(team, told, strict=True):
@@ -41,7 +43,7 @@ def _counted_once(module: torch.nn.Module, transport: Transport, team: tuple[int
         counted = {
             name
             for name, place in mine
-            if transport.rank == (first[name][0] if place is None else min(place.replicas.team, default=-1))
+            if transport.rank == (first[name][0] if place is None else next(iter(place.replicas.team), -1))
             and first[name][1] == (place and place.layout)
         }
         known[module] = mine, counted
@@ -81,12 +83,13 @@ def grad_norm(module: torch.nn.Module, norm_type: float = 2.0) -> torch.Tensor:
     """
     if not norm_type > 0:
         raise ValueError(f"grad_norm: norm_type must be above 0, not {norm_type}")
-    transport, team = team_of(module)
+    team = team_of(module)
+    transport = team.world
     total = torch.zeros((), dtype=torch.float64)
     if transport.rank not in team:
         return total.to(_dtype_of(module))
     is_largest = math.isinf(norm_type)
-    for gradient in _counted_once(module, transport, team):
+    for gradient in _counted_once(module, team):
         norm = torch.linalg.vector_norm(gradient.detach(), norm_type, dtype=_wide(gradient.dtype)).to("cpu")
         total = torch.maximum(total, norm) if is_largest else total + norm.double() ** norm_type
     transport.all_reduce(team, total, "max" if is_largest else "sum")

@@ -12,8 +12,8 @@ import torch
 
 from distdl_lite.agreement import check_alike, raise_together
 from distdl_lite.layout import Layout, global_shape_of
-from distdl_lite.nn.gradient import check_optimizer
-from distdl_lite.nn.parameter import Spread, callers, gathered_from, spread
+from distdl_lite.model.gradient_norm import check_optimizer
+from distdl_lite.model.weights import Spread, callers, gathered_from, spread
 
 State = dict[str, Any]  # of an optimizer, or of one of its parameters by name
 Weight = tuple[torch.Tensor, str, tuple[Layout, ...]]  # a parameter, its name and where it lies
@@ -53,7 +53,8 @@ def serial_optimizer_state_dict(module: torch.nn.Module, optimizer: torch.optim.
         is neither a number nor of its weight's shape, or if ranks that share a weight have different numbers.
     """
     check_optimizer(optimizer)
-    transport, team, entries = callers(module, root)
+    team, entries = callers(module, root)
+    transport = team.world
     if transport.rank not in team:
         return {}
     weights = _weights(optimizer, entries)
@@ -100,7 +101,8 @@ def load_serial_optimizer_state_dict(
         shapes of the state do not fit.
     """
     check_optimizer(optimizer)
-    transport, team, entries = callers(module, root)
+    team, entries = callers(module, root)
+    transport = team.world
     if transport.rank not in team:
         return
     weights = _weights(optimizer, entries)
@@ -110,7 +112,7 @@ def load_serial_optimizer_state_dict(
             groups, states = _by_weight(optimizer, weights, state)
         except Exception as raised:
             error = raised
-    raise_together(transport, team, error, type(optimizer).__name__)
+    raise_together(team, error, type(optimizer).__name__)
     mine = groups, [_told(states_of_one, None) for states_of_one in states]
     groups, told = transport.gather_objects(team, mine)[team.index(root)]
     own: dict[int, State] = {}
@@ -119,7 +121,7 @@ def load_serial_optimizer_state_dict(
             if isinstance(part, _Block):
                 like = torch.empty_like(parameter, dtype=part.dtype, requires_grad=False)
                 source = states[number][key] if transport.rank == root else None
-                part = spread(transport, team, root, like, layouts, source)
+                part = spread(team, root, like, layouts, source)
             own.setdefault(number, {})[key] = part
     numbers = count()
     groups = [{**group, "params": [next(numbers) for _ in group["params"]]} for group in groups]
