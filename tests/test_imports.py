@@ -35,7 +35,6 @@ LEVELS = [
     "nn",
     "parallel/orders",
     "parallel/rows",
-    "parallel/settings",
     "parallel/replica",
     "parallel/local",
 ]

@@ -39,8 +39,6 @@ class Call:
         Of the rows over the ranks.
     news : News
         Of the weights.
-    changes : bytes or None
-        Of the module's settings.
     is_grad_enabled : bool
     autocast : dict from device type to dtype, None where it is off
     """
@@ -50,7 +48,6 @@ class Call:
     copied: dict[int, torch.Tensor]
     cuts: Cuts
     news: News
-    changes: bytes | None
     is_grad_enabled: bool
     autocast: dict[str, torch.dtype | None]
 

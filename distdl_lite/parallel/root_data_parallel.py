@@ -25,7 +25,6 @@ from distdl_lite.parallel.local import Call, Leaf, Result, Run, apply, autocast_
 from distdl_lite.parallel.orders import Agreed, Order, Told, meet, unwrapped
 from distdl_lite.parallel.replica import Weights
 from distdl_lite.parallel.rows import Cuts, Output, Report, Team, cut_rows, dim_in, outputs_of, refusal, rows_in, runs
-from distdl_lite.parallel.settings import Settings
 from distdl_lite.partition import partition_of
 from distdl_lite.structure import TensorStructure
 from distdl_lite.untraced import untraced
@@ -73,12 +72,14 @@ class RootDataParallel(torch.nn.Module):
 
     *Other ranks* take part in each forward and backward. Either they say so: ``dp()`` for a forward, and
     ``dp().sum().backward()`` for one that has a backward, in the root's order. Or they are in `serve`, and the root's script
-    runs as if it were alone: what it changes about the module from the first block of `serve` on, such as attributes, hooks
-    and layers, is pickled and sent with the next forward, or refused on all ranks if it cannot be.
+    runs as if it were alone.
 
     *Weights* travel where the root's have changed, and at the first call: one broadcast per dtype for the parameters, one for
     the buffers. The root compares bits, and keeps a copy for it. Gradients are added up on the root by one reduction per
-    dtype; an unused parameter gets none, as in the plain module. Training mode, grad mode and autocast are the root's.
+    dtype; an unused parameter gets none, as in the plain module. Training mode, ``requires_grad``, grad mode and autocast are
+    the root's. All else about the module, such as attributes, hooks and layers, is changed on all ranks, so before `serve`:
+    layers of other kinds, and options of torch's layers that they print, are then an error on all ranks, other changes are not
+    seen.
     Buffers that the module changes in forward stay changed on the root alone, which sees its own rows, as device 0 does
     under torch; attributes that it changes in forward are each rank's own, as are tensors that are no buffers. Dropout draws
     from each rank's own generator.
@@ -94,8 +95,6 @@ class RootDataParallel(torch.nn.Module):
 
     _team: Team
     _weights: Weights
-    _settings: Settings
-    _changes: list[bytes]  # of the root's settings, not yet made here
     _operators: OrderedDict[Any, Operator]
     _forwards: int  # counted by the root
     _served: dict[int, Run]  # by number, those that the root may yet go back through
@@ -205,8 +204,6 @@ class RootDataParallel(torch.nn.Module):
             told = Told.of(error, _NAME)
         self._forwards += 1
         order = self._meet("forward", self._forwards, call, told)
-        if order.content.changes is not None:
-            self._settings.note(self.module)
         run, result = self._run(order, tensors, weights)
         assert weights is not None
         assert result is not None
@@ -247,9 +244,8 @@ class RootDataParallel(torch.nn.Module):
         copied = {i: tensor.detach().cpu().clone() for i, tensor in enumerate(tensors) if not tensor.dim()}
         arguments = slotted(leaves, nesting)
         news, weights = self._weights.news(self.module)
-        changes = self._settings.changes(self.module) if self._blocks else None
         modes = torch.is_grad_enabled(), autocast_modes()
-        return Call(arguments, structures, copied, cuts, news, changes, *modes), weights
+        return Call(arguments, structures, copied, cuts, news, *modes), weights
 
     def _run(
         self, order: Order, tensors: list[torch.Tensor] | None = None, weights: list[torch.Tensor] | None = None
@@ -271,8 +267,6 @@ class RootDataParallel(torch.nn.Module):
         except BaseException as error:
             told = self._told(error)
         outputs = self._outputs(self._gather("outputs", order.number, report, told))
-        if self._is_root and self._blocks:
-            self._settings.note(self.module)  # what forward has changed, it may have on any rank
         local = None if result is None else result.tensors
         returned = [self._joined(*output, local and local[i]) for i, output in enumerate(outputs)]
         if not any(output.requires_grad for output, _ in outputs):
@@ -300,10 +294,6 @@ class RootDataParallel(torch.nn.Module):
     def _replica(self, call: Call, weights: list[torch.Tensor] | None) -> list[torch.Tensor]:
         """The module's weights for this forward: on the root aliases, so that hooks see the whole gradient alone."""
         if weights is None:
-            self._changes += [] if call.changes is None else [call.changes]
-            while self._changes:  # those too at which a forward before has failed
-                self.module = self._weights.adapt(self.module, self._changes[0])
-                del self._changes[0]
             return self._weights.install(self.module, call.news.training)
         return [w.detach().requires_grad_() if w.requires_grad and call.is_grad_enabled else w for w in weights]
 
@@ -460,9 +450,6 @@ class RootDataParallel(torch.nn.Module):
     def _enter(self, step: int) -> None:
         local = self._team.transport.local
         local[_BLOCKS] = self._blocks + step
-        for other in local[_CONTAINERS].values():
-            if other._is_root and not other._settings.is_known:
-                other._settings.note(other.module)
 
     def _answer_until_left(self) -> None:
         containers = self._team.transport.local[_CONTAINERS]
@@ -505,8 +492,6 @@ def _unused() -> dict[str, Any]:
     return {
         "_team": None,
         "_weights": Weights(),
-        "_settings": Settings(),
-        "_changes": [],
         "_operators": OrderedDict(),
         "_forwards": 0,
         "_served": {},
