@@ -6,12 +6,8 @@ exactly: 2^24 in float32, and still 256 in bfloat16, from which on it is the sam
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
-from distdl_lite.optim.flat import flats_of
-from distdl_lite.tagi.protocol import deltas_of, described
 from distdl_lite.tagi.sequential import Sequential
 from distdl_lite.transport import Transport
 from distdl_lite.transport.shared import shared_sums
@@ -29,7 +25,7 @@ class OwnDeltas:
 
     def _allot(self) -> None:
         like, ranks = self._model.flat_deltas(), len(self._team)
-        size = sum(delta.numel() for delta in deltas_of(self._model)) + ranks
+        size = sum(b.numel() for n, b in self._model.named_buffers() if "delta_" in n) + ranks
         self._shared = shared_sums(self._transport, self._team, size, like.dtype, like.device)
         self._flat = like.new_zeros(size) if self._shared is None else self._shared.mine
         self._model.place_deltas(self._flat)
@@ -37,7 +33,7 @@ class OwnDeltas:
         self._mine = torch.eye(ranks, dtype=like.dtype, device=like.device)[self._team.index(self._transport.rank)]
         self._told = {"deltas": f"{size - ranks} of {like.dtype} on {like.device.type}"}
 
-    def find(self, factor: float, rows: int | None) -> dict[str, str]:
+    def find(self, factor: float) -> dict[str, str]:
         """This rank's deltas times a factor; returns in words what ranks of like models have in common."""
         self._model.find_deltas(factor)  # which are linear in those of the output, the few that are multiplied
         self.rows, own = self._model.batch_size, self._flat
@@ -65,30 +61,6 @@ class OwnDeltas:
 
     def _tell(self) -> None:
         torch.mul(self._mine, min(self.rows, self._most), out=self._slots)
-
-
-class OthersDeltas:
-    """The deltas of a model that keeps to `distdl_lite.tagi.protocol`, which are copied into one message and back."""
-
-    def __init__(self, model: Any, transport: Transport, team: tuple[int, ...]) -> None:
-        self._model, self._transport, self._team = model, transport, team
-
-    def find(self, factor: float, rows: int | None) -> dict[str, str]:
-        if rows is None:
-            raise RuntimeError("backward needs a forward before it")
-        self._model.backward()
-        self._found, self.rows = deltas_of(self._model), rows
-        for delta in self._found:
-            delta.mul_(factor)
-        return described({f"delta {number}": delta for number, delta in enumerate(self._found)})
-
-    def sum(self) -> list[int]:
-        deltas = self._found
-        slots = (deltas[0] if deltas else torch.empty(0)).new_zeros(len(self._team))
-        slots[self._team.index(self._transport.rank)] = min(self.rows, _largest_exact(slots.dtype))
-        for flat in flats_of([*deltas, slots]):
-            flat.write(self._transport.all_reduce(self._team, flat.read()))
-        return list(map(int, slots.tolist()))
 
 
 def _largest_exact(dtype: torch.dtype) -> int:
