@@ -15,7 +15,6 @@ from distdl_lite.parallel.copies import broadcast
 from distdl_lite.partition import Partition, partition_of
 from distdl_lite.tagi.layers import Layer
 from distdl_lite.tagi.sequential import Sequential
-from distdl_lite.tagi.sums import OwnDeltas
 
 
 class DDPConfig:
@@ -145,8 +144,6 @@ class DDPSequential(torch.nn.Module):
         self._outputs: tuple[Any, Any] | None = None
         self._is_fresh = False
         self._steps, self._is_loaded = 0, False  # the latter since the last backward
-        self._deltas: OwnDeltas | None = None
-        self._prepare()
 
     def _check(self) -> None:
         """Raise for arguments that cannot be used, and put the model where it is to stay."""
@@ -162,12 +159,6 @@ class DDPSequential(torch.nn.Module):
     @property
     def _team(self) -> tuple[int, ...]:
         return tuple(sorted(self.config.P.ranks))
-
-    def _prepare(self) -> OwnDeltas:
-        """What sums the deltas; in a copy all ranks make it anew, together."""
-        if self._deltas is None:
-            self._deltas = OwnDeltas(self.model, self.config.P.world_transport, self._team)
-        return self._deltas
 
     # ---- pytagi's interface ------------------------------------------------------------------------------------------
 
@@ -199,12 +190,14 @@ class DDPSequential(torch.nn.Module):
             update; other kinds of errors are raised as they are. Also if they have taken different numbers of steps, hold
             models of different sizes or dtypes, or one has loaded what others have not.
         """
-        P, deltas, vote = self.config.P, self._prepare(), 0
+        P, vote = self.config.P, 0
         told = {"number of steps": str(self._steps)}
         error: Exception | None = None
         self._is_fresh = False
         try:
-            told |= deltas.find(1 / P.size if self.average else 1.0)
+            self.model.find_deltas(1 / P.size if self.average else 1.0)
+            deltas = self.model.flat_deltas(P.size)
+            told["deltas"] = f"{deltas.numel() - P.size} of {deltas.dtype} on {deltas.device.type}"
             vote = zlib.crc32(repr((told, self._is_loaded)).encode())
         except Exception as found:
             error = found
@@ -215,9 +208,22 @@ class DDPSequential(torch.nn.Module):
         if self._is_loaded or not is_agreed:
             self.check_replicas()
             self._is_loaded = False
-        sizes = deltas.sum() if P.size > 1 else [deltas.rows]
-        self.model.batch_size = max(sizes) if self.average else sum(sizes)
+        rows = self._summed(deltas)
+        self.model.batch_size = max(rows) if self.average else sum(rows)
         self._is_fresh = True
+
+    def _summed(self, deltas: torch.Tensor) -> list[int]:
+        """Sum the deltas over the ranks in place; returns the ranks' numbers of rows, which travel in the elements behind them.
+
+        A number is cut to what the dtype holds exactly: 2^24 in float32, and still 256 in bfloat16, from which on it is the same
+        to the cap.
+        """
+        P = self.config.P
+        rows = deltas[-P.size :].zero_()
+        rows[P.rank] = min(self.model.batch_size, int(2 / torch.finfo(deltas.dtype).eps))
+        if P.size > 1:
+            P.world_transport.all_reduce(self._team, deltas)
+        return list(map(int, rows.tolist()))
 
     def step(self) -> None:
         """Update the weights by the deltas, alike on all ranks.
@@ -258,10 +264,6 @@ class DDPSequential(torch.nn.Module):
     def get_device_with_index(self) -> str:
         """The model's device, such as "cuda:0"."""
         return str(self.model.device) if torch.cuda.device_count() else "cpu"
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Without what is shared with other ranks."""
-        return {**self.__dict__, "_deltas": None}
 
     # ---- the model's own ---------------------------------------------------------------------------------------------
 
