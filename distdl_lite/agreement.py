@@ -37,8 +37,7 @@ def raise_together(transport: Transport, team: Sequence[int], error: Exception |
 
     The lowest rank's error goes first. One that is more than a text becomes a RuntimeError.
     """
-    outcome = None if error is None else _told(error, name)
-    failures = [found for found in transport.gather_objects(team, outcome) if found is not None]
+    failures = [found for found in transport.gather_objects(team, as_raised(error, name)) if found is not None]
     if failures:
         kind, text = failures[0]
         # A refusal says all there is to say; the traceback of anything else may be of use.
@@ -62,8 +61,12 @@ def refused_together(P: Partition, name: str) -> Iterator[None]:
         raise_together(P.world_transport, sorted(P.ranks), error, name)
 
 
-def _told(error: Exception, name: str) -> tuple[type[Exception], str]:
-    kind, text = type(error), str(error.args[0] if isinstance(error, KeyError) and error.args else error)
-    if kind not in _PLAIN_ERRORS:
-        kind, text = RuntimeError, f"{kind.__name__}: {text}"
+def as_raised(error: BaseException | None, name: str) -> tuple[type[Exception], str] | None:
+    """The kind and the text with which all ranks raise an error of one of them; the text begins with a name."""
+    if error is None:
+        return None
+    text = str(error.args[0] if isinstance(error, KeyError) and error.args else error)
+    kind = next((kind for kind in _PLAIN_ERRORS if kind is type(error)), RuntimeError)
+    if kind is not type(error):
+        text = f"{type(error).__name__}: {text}"
     return kind, text if text.startswith(name) else f"{name}: {text}"

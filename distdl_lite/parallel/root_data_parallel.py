@@ -16,13 +16,13 @@ import torch
 from torch._C import _are_functorch_transforms_active, _current_graph_task_id
 from torch.utils import _pytree as pytree
 
-from distdl_lite.agreement import check_alike
+from distdl_lite.agreement import as_raised, check_alike
 from distdl_lite.nn.module import Module
 from distdl_lite.nn.movement import zero_volume_tensor
 from distdl_lite.operator import ANCHOR, Operator
 from distdl_lite.parallel.data_parallel import DataParallel
 from distdl_lite.parallel.local import Call, Leaf, Result, Run, apply, autocast_modes, local_gradients, slotted
-from distdl_lite.parallel.orders import Agreed, Order, Told, meet, unwrapped
+from distdl_lite.parallel.orders import Agreed, Order, meet, unwrapped
 from distdl_lite.parallel.replica import Weights
 from distdl_lite.parallel.rows import Cuts, Output, Report, Team, cut_rows, dim_in, outputs_of, refusal, rows_in, runs
 from distdl_lite.partition import partition_of
@@ -88,7 +88,8 @@ class RootDataParallel(torch.nn.Module):
     reductions, and one message per tensor and rank.
 
     An error of any rank's module, forward or backward, is raised on all of them, with the same type and text, which names the
-    replica. With one rank the module is called directly. A gradient of a gradient raises.
+    replica; one of a type of its own is a RuntimeError. With one rank the module is called directly. A gradient of a gradient
+    raises.
 
     ``state_dict()`` is that of `torch.nn.DataParallel`, with the prefix ``module.``; the root's is the one to save.
     """
@@ -123,24 +124,24 @@ class RootDataParallel(torch.nn.Module):
 
     def _construct(self, module: torch.nn.Module) -> None:
         """Check the arguments, together on all ranks of P, and agree on a number."""
-        transport, ranks, told = self.P.world_transport, tuple(self.P.ranks), None
+        transport, ranks, error = self.P.world_transport, tuple(self.P.ranks), None
         try:
             self._check(module)
-        except Exception as error:
-            told = Told.of(error, _NAME)
+        except Exception as found:
+            if not self.P.active:
+                raise
+            error = found
         if not self.P.active:
-            if told is not None:
-                raise Agreed(told)
             return
         settings = {"dim": self.dim, "device_ids": self.device_ids, "output_device": self.output_device}
-        mine = Order("construct", content=(transport.rank, settings, _last_number(transport)), error=told)
-        orders = meet(_NAME, transport, ranks, ranks[0], mine)
+        mine = Order("construct", content=(settings, _last_number(transport)), error=as_raised(error, _NAME))
+        orders = meet(_NAME, transport, ranks, ranks[0], mine, error)
         for name in settings:
             try:
-                check_alike(name, {rank: order.content[1][name] for rank, order in orders.items()})
-            except ValueError as error:
-                raise Agreed(Told.of(error, _NAME)) from error
-        transport.local[_NUMBER] = max(order.content[2] for order in orders.values())
+                check_alike(name, {rank: order.content[0][name] for rank, order in orders.items()})
+            except ValueError as found:
+                raise ValueError(f"{_NAME}: {found}") from None
+        transport.local[_NUMBER] = max(order.content[1] for order in orders.values())
 
     def _check(self, module: torch.nn.Module) -> None:
         if not isinstance(module, torch.nn.Module):
@@ -196,14 +197,14 @@ class RootDataParallel(torch.nn.Module):
             return self._forward_elsewhere(tensors)
 
     def _forward_on_root(self, leaves: list[Any], nesting: Any, tensors: list[torch.Tensor]) -> Any:
-        call = weights = told = None
+        call = weights = error = None
         try:
             self._check_surroundings()
             call, weights = self._call(leaves, nesting, tensors)
-        except Exception as error:
-            told = Told.of(error, _NAME)
+        except Exception as found:
+            error = found
         self._forwards += 1
-        order = self._meet("forward", self._forwards, call, told)
+        order = self._meet("forward", self._forwards, call, error)
         run, result = self._run(order, tensors, weights)
         assert weights is not None
         assert result is not None
@@ -221,16 +222,16 @@ class RootDataParallel(torch.nn.Module):
             )
 
     def _forward_elsewhere(self, tensors: list[torch.Tensor]) -> torch.Tensor:
-        told = None
+        error = None
         if any(tensor.numel() and tensor.dim() for tensor in tensors):
             shapes = ", ".join(str(tuple(tensor.shape)) for tensor in tensors)
-            text = f"rank {self._team.transport.rank} passed tensors of shapes {shapes}, but is not the root"
-            told = Told.of(ValueError(text), _NAME)
+            text = f"{_NAME}: rank {self._team.transport.rank} passed tensors of shapes {shapes}, but is not the root"
+            error = ValueError(text)
         if self._team.place is not None:
-            run, _ = self._run(self._meet("forward", error=told))
+            run, _ = self._run(self._meet("forward", error=error))
             return self._returned(run, tensors)[0]
-        if told is not None:
-            raise Agreed(told)
+        if error is not None:
+            raise error
         return zero_volume_tensor().requires_grad_(torch.is_grad_enabled())
 
     def _call(self, leaves: list[Any], nesting: Any, tensors: list[torch.Tensor]) -> tuple[Call, list[torch.Tensor]]:
@@ -255,7 +256,7 @@ class RootDataParallel(torch.nn.Module):
         self._weights.send(call.news, weights, self._weights_operator)
         cutters = [self._cutter(structure, call.cuts) for structure in call.tensors]
         blocks = [self._block(call, i, cutter, tensors) for i, cutter in enumerate(cutters)]
-        told = report = result = None
+        error = report = result = None
         replica: list[torch.Tensor] = []
         try:
             replica = self._replica(call, weights)
@@ -264,9 +265,9 @@ class RootDataParallel(torch.nn.Module):
                 aliases = {name: t for name, t in names if weights is not None and t.requires_grad}
                 result = apply(self.module, call, blocks, aliases if call.is_grad_enabled else {})
                 report = Report.of(result.nesting, result.items)
-        except BaseException as error:
-            told = self._told(error)
-        outputs = self._outputs(self._gather("outputs", order.number, report, told))
+        except BaseException as found:
+            error = found
+        outputs = self._outputs(self._gather("outputs", order.number, report, error))
         local = None if result is None else result.tensors
         returned = [self._joined(*output, local and local[i]) for i, output in enumerate(outputs)]
         if not any(output.requires_grad for output, _ in outputs):
@@ -301,7 +302,7 @@ class RootDataParallel(torch.nn.Module):
         try:
             outputs = outputs_of(reports, len(self._team.ranks), self.dim)
         except (TypeError, ValueError) as error:
-            raise Agreed(Told.of(error, _NAME)) from error
+            raise Agreed(type(error)(f"{_NAME}: {error}")) from error
         return [(output, self._rows_operator(output.shape, output.dim, output.cuts)) for output in outputs]
 
     def _joined(self, output: Output, operator: Operator, block: torch.Tensor | None) -> torch.Tensor:
@@ -331,13 +332,13 @@ class RootDataParallel(torch.nn.Module):
             operator.apply(_nothing_like(output) if gradients is None else gradients[i]) if given[i] else None
             for i, (output, operator) in enumerate(run.outputs)
         ]
-        told = None
+        error = None
         found: list[torch.Tensor | None] = [None] * len(run.leaves)
         try:
             found = local_gradients(run, received, keep)
-        except BaseException as error:
-            told = self._told(error)
-        masks = self._gather("gradients", run.number, [gradient is not None for gradient in found], told).values()
+        except BaseException as raised:
+            error = raised
+        masks = self._gather("gradients", run.number, [gradient is not None for gradient in found], error).values()
         used = [any(flags) for flags in zip(*masks, strict=True)]
         return self._summed(run, found, used)
 
@@ -372,24 +373,22 @@ class RootDataParallel(torch.nn.Module):
         assert self._team.place is not None
         return self._team.place
 
-    def _meet(self, kind: str, number: int = 0, content: Any = None, error: Told | None = None) -> Order:
+    def _meet(self, kind: str, number: int = 0, content: Any = None, error: Exception | None = None) -> Order:
         dropped = tuple(self._dropped)
         del self._dropped[: len(dropped)]
-        mine = Order(kind, self._number, number, content, error, dropped)
-        order = self._orders(mine)[self._team.root_rank]
+        mine = Order(kind, self._number, number, content, as_raised(error, _NAME), dropped)
+        order = self._orders(mine, error)[self._team.root_rank]
         self._team.transport.local[_IN_CALL] = order.kind != "leave"
         return order
 
-    def _gather(self, kind: str, number: int, value: Any, error: Told | None) -> dict[int, Any]:
-        """What ranks have, by position, without those that have None."""
-        orders = self._orders(Order(kind, self._number, number, value, error))
+    def _gather(self, kind: str, number: int, value: Any, error: BaseException | None) -> dict[int, Any]:
+        """What the ranks have, by position, without those that have None; the error is one of this rank's replica."""
+        where = f"{_NAME}: replica {self._place}, on rank {self._team.transport.rank}"
+        orders = self._orders(Order(kind, self._number, number, value, as_raised(error, where)), error)
         return {place: order.content for place, order in enumerate(orders.values()) if order.content is not None}
 
-    def _orders(self, mine: Order) -> dict[int, Order]:
-        return meet(_NAME, self._team.transport, self._team.ranks, self._team.root_rank, mine)
-
-    def _told(self, error: BaseException) -> Told:
-        return Told.of(error, f"{_NAME}: replica {self._place}, on rank {self._team.transport.rank}", traced=True)
+    def _orders(self, mine: Order, error: BaseException | None) -> dict[int, Order]:
+        return meet(_NAME, self._team.transport, self._team.ranks, self._team.root_rank, mine, error)
 
     def _weights_operator(self, size: int) -> Operator:
         return self._operator(("weights", size), lambda: self._team.weights_operator(size))
@@ -533,14 +532,14 @@ class _Returned(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
-        container, run, told = ctx.container, ctx.run, None
+        container, run, error = ctx.container, ctx.run, None
         try:
             _ = ctx.saved_tensors
-        except RuntimeError as error:  # a second backward through a graph that was not kept
-            told = Told.of(error, _NAME)
+        except RuntimeError as raised:  # a second backward through a graph that was not kept
+            error = raised
         content = _keeps_graph(), [gradient is not None for gradient in gradients]
         with container._together(), torch.no_grad():
-            order = container._meet("backward", run.number, content, told)
+            order = container._meet("backward", run.number, content, error)
             found = container._backward(run, order, gradients if ctx.empty is None else None)
         found = found if ctx.empty is None else ctx.empty
         if torch.is_grad_enabled() and found:
@@ -562,7 +561,7 @@ class _Once(torch.autograd.Function):
     def backward(ctx: Any, *gradients: torch.Tensor | None) -> Any:
         error = RuntimeError("a gradient of a gradient is not supported: its graph is on several ranks")
         with ctx.container._together():
-            ctx.container._meet("backward", ctx.number, error=Told.of(error, _NAME))
+            ctx.container._meet("backward", ctx.number, error=error)
 
 
 def _keeps_graph() -> bool:
