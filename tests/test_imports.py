@@ -37,6 +37,7 @@ LEVELS = [
     "parallel/rows",
     "parallel/replica",
     "parallel/local",
+    "parallel/joint",
 ]
 PURE = ["grid", "partition", "layout", "plan", "optim/schedule"]
 ANYTHING = ["__init__", "__main__", "testing", "pytest_plugin", "handwritten"]

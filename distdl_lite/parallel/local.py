@@ -35,6 +35,8 @@ class Call:
     tensors : tuple of TensorStructure
     copied : dict from number to Tensor
         Those without dims, which have no rows.
+    dim : int
+        Along which tensors are cut, and outputs put together.
     cuts : tuple of int
         Of the rows over the ranks.
     news : News
@@ -46,6 +48,7 @@ class Call:
     arguments: bytes
     tensors: tuple[TensorStructure, ...]
     copied: dict[int, torch.Tensor]
+    dim: int
     cuts: Cuts
     news: News
     is_grad_enabled: bool

@@ -9,6 +9,8 @@ from typing import Any
 
 from distdl_lite.transport import Transport
 
+NAME = "RootDataParallel"  # with which errors begin
+
 
 class Agreed(Exception):
     """Raised on all ranks together; the calls that a user makes raise its `error` in its place.
@@ -75,7 +77,7 @@ class Order:
 
 
 def meet(
-    name: str, transport: Transport, team: Sequence[int], root: int, mine: Order, error: BaseException | None = None
+    transport: Transport, team: Sequence[int], root: int, mine: Order, error: BaseException | None = None
 ) -> dict[int, Order]:
     """The orders of all of the team; `error` is what happened here.
 
@@ -94,6 +96,6 @@ def meet(
             raise Agreed(kind(text)) from error
     odd = [f"rank {rank} {order}" for rank, order in orders.items() if not order.fits(orders[root])]
     if odd:
-        text = f"{name}: the root, rank {root}, {orders[root]}, but {', '.join(odd)}"
+        text = f"{NAME}: the root, rank {root}, {orders[root]}, but {', '.join(odd)}"
         raise Agreed(RuntimeError(text), orders[root].kind == "leave")
     return orders

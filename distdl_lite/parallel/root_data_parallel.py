@@ -6,8 +6,7 @@ applied, the outputs' rows put together on the root. Backward is the adjoints in
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 from weakref import WeakValueDictionary, finalize
@@ -19,18 +18,14 @@ from torch.utils import _pytree as pytree
 from distdl_lite.agreement import as_raised, check_alike
 from distdl_lite.nn.module import Module
 from distdl_lite.nn.movement import zero_volume_tensor
-from distdl_lite.operator import ANCHOR, Operator
+from distdl_lite.operator import ANCHOR
 from distdl_lite.parallel.data_parallel import DataParallel
-from distdl_lite.parallel.local import Call, Leaf, Result, Run, apply, autocast_modes, local_gradients, slotted
-from distdl_lite.parallel.orders import Agreed, Order, meet, unwrapped
-from distdl_lite.parallel.replica import Weights
-from distdl_lite.parallel.rows import Cuts, Output, Report, Team, cut_rows, dim_in, outputs_of, refusal, rows_in, runs
+from distdl_lite.parallel.joint import Passes
+from distdl_lite.parallel.local import Result, Run
+from distdl_lite.parallel.orders import NAME, Agreed, Order, meet, unwrapped
+from distdl_lite.parallel.rows import Team
 from distdl_lite.partition import partition_of
-from distdl_lite.structure import TensorStructure
 from distdl_lite.untraced import untraced
-
-_NAME = "RootDataParallel"
-_KEPT_OPERATORS = 256
 
 
 class RootDataParallel(torch.nn.Module):
@@ -95,8 +90,7 @@ class RootDataParallel(torch.nn.Module):
     """
 
     _team: Team
-    _weights: Weights
-    _operators: OrderedDict[Any, Operator]
+    _passes: Passes
     _forwards: int  # counted by the root
     _served: dict[int, Run]  # by number, those that the root may yet go back through
     _dropped: list[int]  # on the root, numbers of those it will not
@@ -134,13 +128,13 @@ class RootDataParallel(torch.nn.Module):
         if not self.P.active:
             return
         settings = {"dim": self.dim, "device_ids": self.device_ids, "output_device": self.output_device}
-        mine = Order("construct", content=(settings, _last_number(transport)), error=as_raised(error, _NAME))
-        orders = meet(_NAME, transport, ranks, ranks[0], mine, error)
+        mine = Order("construct", content=(settings, _last_number(transport)), error=as_raised(error, NAME))
+        orders = meet(transport, ranks, ranks[0], mine, error)
         for name in settings:
             try:
                 check_alike(name, {rank: order.content[0][name] for rank, order in orders.items()})
             except ValueError as found:
-                raise ValueError(f"{_NAME}: {found}") from None
+                raise ValueError(f"{NAME}: {found}") from None
         transport.local[_NUMBER] = max(order.content[1] for order in orders.values())
 
     def _check(self, module: torch.nn.Module) -> None:
@@ -158,8 +152,6 @@ class RootDataParallel(torch.nn.Module):
         if self.output_device not in self.device_ids:
             raise ValueError(f"output_device={self.output_device} is not among device_ids={self.device_ids}")
 
-    # ---- life --------------------------------------------------------------------------------------------------------
-
     def _register(self) -> None:
         """Take the next number, by which the ranks know the container."""
         transport = self.P.world_transport
@@ -167,6 +159,7 @@ class RootDataParallel(torch.nn.Module):
         transport.local.setdefault(_CONTAINERS, WeakValueDictionary())[self._number] = self
         ranks = tuple(self.P.ranks[rank] for rank in self.device_ids)
         self._team = Team(transport, ranks, self.device_ids.index(self.output_device))
+        self._passes = Passes(self._team)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, **_unused()}
@@ -181,8 +174,6 @@ class RootDataParallel(torch.nn.Module):
     @property
     def _is_root(self) -> bool:
         return self._team.place == self._team.root
-
-    # ---- forward -----------------------------------------------------------------------------------------------------
 
     @untraced
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -200,12 +191,12 @@ class RootDataParallel(torch.nn.Module):
         call = weights = error = None
         try:
             self._check_surroundings()
-            call, weights = self._call(leaves, nesting, tensors)
+            call, weights = self._passes.call(self.module, self.dim, leaves, nesting, tensors)
         except Exception as found:
             error = found
         self._forwards += 1
         order = self._meet("forward", self._forwards, call, error)
-        run, result = self._run(order, tensors, weights)
+        run, result = self._forward(order, tensors, weights)
         assert weights is not None
         assert result is not None
         outputs = iter(self._returned(run, [tensor for tensor in (*weights, *tensors) if tensor.requires_grad]))
@@ -225,91 +216,19 @@ class RootDataParallel(torch.nn.Module):
         error = None
         if any(tensor.numel() and tensor.dim() for tensor in tensors):
             shapes = ", ".join(str(tuple(tensor.shape)) for tensor in tensors)
-            text = f"{_NAME}: rank {self._team.transport.rank} passed tensors of shapes {shapes}, but is not the root"
+            text = f"{NAME}: rank {self._team.transport.rank} passed tensors of shapes {shapes}, but is not the root"
             error = ValueError(text)
         if self._team.place is not None:
-            run, _ = self._run(self._meet("forward", error=error))
+            run, _ = self._forward(self._meet("forward", error=error))
             return self._returned(run, tensors)[0]
         if error is not None:
             raise error
         return zero_volume_tensor().requires_grad_(torch.is_grad_enabled())
 
-    def _call(self, leaves: list[Any], nesting: Any, tensors: list[torch.Tensor]) -> tuple[Call, list[torch.Tensor]]:
-        """What the root tells of a forward, and its weights."""
-        structures = tuple(TensorStructure.of(tensor) for tensor in tensors)
-        for number, structure in enumerate(structures):
-            error = refusal(structure, f"tensor {number} of the arguments")
-            if error is not None:
-                raise error
-        cuts = cut_rows(rows_in(structures, self.dim), len(self._team.ranks), self._team.root)
-        copied = {i: tensor.detach().cpu().clone() for i, tensor in enumerate(tensors) if not tensor.dim()}
-        arguments = slotted(leaves, nesting)
-        news, weights = self._weights.news(self.module)
-        modes = torch.is_grad_enabled(), autocast_modes()
-        return Call(arguments, structures, copied, cuts, news, *modes), weights
-
-    def _run(
+    def _forward(
         self, order: Order, tensors: list[torch.Tensor] | None = None, weights: list[torch.Tensor] | None = None
     ) -> tuple[Run, Result | None]:
-        """A forward, together on all ranks; also what the module returned on this one."""
-        call: Call = order.content
-        self._weights.send(call.news, weights, self._weights_operator)
-        cutters = [self._cutter(structure, call.cuts) for structure in call.tensors]
-        blocks = [self._block(call, i, cutter, tensors) for i, cutter in enumerate(cutters)]
-        error = report = result = None
-        replica: list[torch.Tensor] = []
-        try:
-            replica = self._replica(call, weights)
-            if runs(call.cuts, self._place, self._team.root):
-                names = [(name, t) for w, t in zip(self._weights.weights, replica, strict=True) for name in w.names]
-                aliases = {name: t for name, t in names if weights is not None and t.requires_grad}
-                result = apply(self.module, call, blocks, aliases if call.is_grad_enabled else {})
-                report = Report.of(result.nesting, result.items)
-        except BaseException as found:
-            error = found
-        outputs = self._outputs(self._gather("outputs", order.number, report, error))
-        local = None if result is None else result.tensors
-        returned = [self._joined(*output, local and local[i]) for i, output in enumerate(outputs)]
-        if not any(output.requires_grad for output, _ in outputs):
-            return Run(order.number, [], outputs, None, returned), result
-        leaves = [Leaf(w.structure, None, part) for w, part in zip(self._weights.weights, replica, strict=True)]
-        leaves += map(Leaf, call.tensors, cutters, blocks)
-        leaves = [leaf for leaf in leaves if leaf.structure.requires_grad]
-        return Run(order.number, leaves, outputs, local, returned), result
-
-    def _cutter(self, structure: TensorStructure, cuts: Cuts) -> Operator | None:
-        dim = dim_in(structure.shape, self.dim)
-        return None if dim is None else self._rows_operator(structure.shape, dim, cuts)
-
-    def _block(
-        self, call: Call, number: int, cutter: Operator | None, tensors: list[torch.Tensor] | None
-    ) -> torch.Tensor:
-        """This rank's part of a tensor argument, a leaf of its graph."""
-        structure = call.tensors[number]
-        if cutter is None:
-            block = call.copied[number].to(structure.device)
-        else:
-            block = cutter.apply(_nothing_like(structure) if tensors is None else tensors[number].detach())
-        return block.requires_grad_(call.is_grad_enabled and structure.requires_grad)
-
-    def _replica(self, call: Call, weights: list[torch.Tensor] | None) -> list[torch.Tensor]:
-        """The module's weights for this forward: on the root aliases, so that hooks see the whole gradient alone."""
-        if weights is None:
-            return self._weights.install(self.module, call.news.training)
-        return [w.detach().requires_grad_() if w.requires_grad and call.is_grad_enabled else w for w in weights]
-
-    def _outputs(self, reports: dict[int, Report]) -> list[tuple[Output, Operator]]:
-        try:
-            outputs = outputs_of(reports, len(self._team.ranks), self.dim)
-        except (TypeError, ValueError) as error:
-            raise Agreed(type(error)(f"{_NAME}: {error}")) from error
-        return [(output, self._rows_operator(output.shape, output.dim, output.cuts)) for output in outputs]
-
-    def _joined(self, output: Output, operator: Operator, block: torch.Tensor | None) -> torch.Tensor:
-        """An output, whole on the root."""
-        if block is None:
-            block = torch.empty(operator.plan.shape_out or (), dtype=output.dtype, device=output.device)
-        return operator.adjoint.apply(block.detach())
+        return self._passes.forward(self.module, order.number, order.content, self._gather, tensors, weights)
 
     def _returned(self, run: Run, passed: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
         """What goes out of forward, with the node whose backward all ranks run together."""
@@ -321,89 +240,22 @@ class RootDataParallel(torch.nn.Module):
         with torch.enable_grad():
             return _Returned.apply(self, run, differentiable, ANCHOR, *passed)
 
-    # ---- backward ----------------------------------------------------------------------------------------------------
-
-    def _backward(
-        self, run: Run, order: Order, gradients: Sequence[torch.Tensor | None] | None
-    ) -> list[torch.Tensor | None]:
-        """A backward, together on all ranks; the gradients of the leaves on the root."""
-        keep, given = order.content
-        received = [
-            operator.apply(_nothing_like(output) if gradients is None else gradients[i]) if given[i] else None
-            for i, (output, operator) in enumerate(run.outputs)
-        ]
-        error = None
-        found: list[torch.Tensor | None] = [None] * len(run.leaves)
-        try:
-            found = local_gradients(run, received, keep)
-        except BaseException as raised:
-            error = raised
-        masks = self._gather("gradients", run.number, [gradient is not None for gradient in found], error).values()
-        used = [any(flags) for flags in zip(*masks, strict=True)]
-        return self._summed(run, found, used)
-
-    def _summed(
-        self, run: Run, found: Sequence[torch.Tensor | None], used: Sequence[bool]
-    ) -> list[torch.Tensor | None]:
-        """Bring the ranks' gradients of the leaves to the root."""
-        groups: dict[Any, list[tuple[int, torch.Tensor]]] = {}
-        totals: list[torch.Tensor | None] = [None] * len(found)
-        for i, leaf in enumerate(run.leaves):
-            if not used[i]:
-                continue
-            gradient = found[i]
-            gradient = torch.zeros_like(leaf.part) if gradient is None else gradient
-            if leaf.cutter is not None:
-                totals[i] = leaf.cutter.adjoint.apply(gradient)
-            else:
-                groups.setdefault((leaf.structure.dtype, leaf.structure.device), []).append((i, gradient))
-        for members in groups.values():
-            flat = torch.cat([gradient.reshape(-1) for _, gradient in members])
-            total = self._weights_operator(len(flat)).adjoint.apply(flat)
-            if self._is_root:
-                parts = total.split([gradient.numel() for _, gradient in members])
-                for (i, gradient), part in zip(members, parts, strict=True):
-                    totals[i] = part.view(gradient.shape)
-        return totals
-
-    # ---- together ----------------------------------------------------------------------------------------------------
-
-    @property
-    def _place(self) -> int:
-        assert self._team.place is not None
-        return self._team.place
-
     def _meet(self, kind: str, number: int = 0, content: Any = None, error: Exception | None = None) -> Order:
         dropped = tuple(self._dropped)
         del self._dropped[: len(dropped)]
-        mine = Order(kind, self._number, number, content, as_raised(error, _NAME), dropped)
+        mine = Order(kind, self._number, number, content, as_raised(error, NAME), dropped)
         order = self._orders(mine, error)[self._team.root_rank]
         self._team.transport.local[_IN_CALL] = order.kind != "leave"
         return order
 
     def _gather(self, kind: str, number: int, value: Any, error: BaseException | None) -> dict[int, Any]:
         """What the ranks have, by position, without those that have None; the error is one of this rank's replica."""
-        where = f"{_NAME}: replica {self._place}, on rank {self._team.transport.rank}"
+        where = f"{NAME}: replica {self._team.place}, on rank {self._team.transport.rank}"
         orders = self._orders(Order(kind, self._number, number, value, as_raised(error, where)), error)
         return {place: order.content for place, order in enumerate(orders.values()) if order.content is not None}
 
     def _orders(self, mine: Order, error: BaseException | None) -> dict[int, Order]:
-        return meet(_NAME, self._team.transport, self._team.ranks, self._team.root_rank, mine, error)
-
-    def _weights_operator(self, size: int) -> Operator:
-        return self._operator(("weights", size), lambda: self._team.weights_operator(size))
-
-    def _rows_operator(self, *which: Any) -> Operator:
-        return self._operator(which, lambda: self._team.rows_operator(*which))
-
-    def _operator(self, key: Any, make: Callable[[], Operator]) -> Operator:
-        """The operator kept under a key, on all ranks alike."""
-        if key not in self._operators:
-            self._operators[key] = make()
-            if len(self._operators) > _KEPT_OPERATORS:
-                self._operators.popitem(last=False)
-        self._operators.move_to_end(key)
-        return self._operators[key]
+        return meet(self._team.transport, self._team.ranks, self._team.root_rank, mine, error)
 
     @contextmanager
     def serve(self) -> Iterator[bool]:
@@ -420,13 +272,13 @@ class RootDataParallel(torch.nn.Module):
         with unwrapped():
             if not self._is_root:
                 self._answer_until_left()
-        self._enter(1)
-        self._team.transport.local[_IN_CALL] = False
+        local = self._team.transport.local
+        local[_BLOCKS], local[_IN_CALL] = self._blocks + 1, False
         try:
             yield self._is_root
         finally:
-            self._enter(-1)
-            if self._is_root and len(self._team.ranks) > 1 and not self._team.transport.local.get(_IN_CALL):
+            local[_BLOCKS] -= 1
+            if self._is_root and len(self._team.ranks) > 1 and not local[_IN_CALL]:
                 with unwrapped():
                     self._meet("leave")
 
@@ -445,10 +297,6 @@ class RootDataParallel(torch.nn.Module):
     def _blocks(self) -> int:
         """How many blocks of `serve` the script is in."""
         return int(self._team.transport.local.get(_BLOCKS, 0))
-
-    def _enter(self, step: int) -> None:
-        local = self._team.transport.local
-        local[_BLOCKS] = self._blocks + step
 
     def _answer_until_left(self) -> None:
         containers = self._team.transport.local[_CONTAINERS]
@@ -469,11 +317,11 @@ class RootDataParallel(torch.nn.Module):
         if order.kind == "leave":
             self._left += 1
         elif order.kind == "forward":
-            run, _ = self._run(order)
+            run, _ = self._forward(order)
             if any(output.requires_grad for output, _ in run.outputs):
                 self._served[order.number] = run
         else:
-            self._backward(self._served[order.number], order, None)
+            self._passes.backward(self._served[order.number], *order.content, self._gather)
 
 
 _NUMBER = "number of the latest RootDataParallel"
@@ -490,18 +338,12 @@ def _unused() -> dict[str, Any]:
     """The attributes of a container that has not been called."""
     return {
         "_team": None,
-        "_weights": Weights(),
-        "_operators": OrderedDict(),
+        "_passes": None,
         "_forwards": 0,
         "_served": {},
         "_dropped": [],
         "_left": 0,
     }
-
-
-def _nothing_like(what: TensorStructure | Output) -> torch.Tensor:
-    """What a rank passes that holds nothing of a tensor."""
-    return torch.empty(0, dtype=what.dtype, device=what.device)
 
 
 class _Returned(torch.autograd.Function):
@@ -540,7 +382,8 @@ class _Returned(torch.autograd.Function):
         content = _keeps_graph(), [gradient is not None for gradient in gradients]
         with container._together(), torch.no_grad():
             order = container._meet("backward", run.number, content, error)
-            found = container._backward(run, order, gradients if ctx.empty is None else None)
+            given = gradients if ctx.empty is None else None
+            found = container._passes.backward(run, *order.content, container._gather, given)
         found = found if ctx.empty is None else ctx.empty
         if torch.is_grad_enabled() and found:
             found = _Once.apply(container, run.number, ANCHOR, *found)
