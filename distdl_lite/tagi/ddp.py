@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from collections.abc import Sequence as Items
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 
-from distdl_lite.agreement import check_alike, raise_together
+from distdl_lite.agreement import check_alike, raise_together, refused_together
 from distdl_lite.parallel.copies import broadcast
 from distdl_lite.partition import Partition, partition_of
 from distdl_lite.tagi.layers import Layer
@@ -52,7 +51,7 @@ class DDPConfig:
         self.backend = backend
         self.rank = self.P.rank if rank is None else rank
         self.world_size = self.P.size if world_size is None else world_size
-        with _together(self.P, "DDPConfig"):
+        with refused_together(self.P, "DDPConfig"):
             if not isinstance(device_ids, Iterable | None):
                 raise TypeError(f"DDPConfig: device_ids must be a list of integers, such as [0, 1], not {device_ids!r}")
             self.device_ids = None if device_ids is None else list(device_ids)
@@ -135,7 +134,7 @@ class DDPSequential(torch.nn.Module):
         super().__init__()
         self.config = DDPConfig() if config is None else config
         self.model, self.average = model, average
-        with _together(_told_of(self.config), "DDPSequential"):
+        with refused_together(_told_of(self.config), "DDPSequential"):
             self._check()
         P, arrays = self.config.P, model.state_dict()
         _check_alike(P, {"average": average, **_described(model)})
@@ -159,8 +158,6 @@ class DDPSequential(torch.nn.Module):
     @property
     def _team(self) -> tuple[int, ...]:
         return tuple(sorted(self.config.P.ranks))
-
-    # ---- pytagi's interface ------------------------------------------------------------------------------------------
 
     @property
     def output_z_buffer(self) -> Any:
@@ -265,8 +262,6 @@ class DDPSequential(torch.nn.Module):
         """The model's device, such as "cuda:0"."""
         return str(self.model.device) if torch.cuda.device_count() else "cpu"
 
-    # ---- the model's own ---------------------------------------------------------------------------------------------
-
     def parameters(self, recurse: bool = True) -> Any:
         """The model's."""
         return self.model.parameters()
@@ -299,17 +294,6 @@ def _described(model: Sequential) -> dict[str, str]:
         for name, t in model.state_dict().items()
     }
     return {**layers, **arrays}
-
-
-@contextmanager
-def _together(P: Partition, name: str) -> Iterator[None]:
-    """Raise on all ranks of P what is raised inside on one of them."""
-    error: Exception | None = None
-    try:
-        yield
-    except Exception as found:
-        error = found
-    raise_together(P.world_transport, P.ranks, error, name)
 
 
 def _check_alike(P: Partition, told: Mapping[str, Any], kind: type[Exception] = ValueError) -> None:

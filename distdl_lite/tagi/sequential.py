@@ -76,8 +76,6 @@ class Sequential(torch.nn.Sequential):
         self._forget()
         self.flat_deltas()
 
-    # ---- layers ------------------------------------------------------------------------------------------------------
-
     @property
     def layers(self) -> list[Any]:
         return list(self)
@@ -101,8 +99,6 @@ class Sequential(torch.nn.Sequential):
     @property
     def device(self) -> torch.device:
         return self.flat_deltas().device
-
-    # ---- the flat tensor ---------------------------------------------------------------------------------------------
 
     def flat_deltas(self, more: int = 0) -> torch.Tensor:
         """The one flat tensor that all layers' deltas are views of, and behind them so many more elements.
@@ -167,8 +163,6 @@ class Sequential(torch.nn.Sequential):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self.flat_deltas()
-
-    # ---- inference ---------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def forward(self, mu_x: Any, var_x: Any = None) -> tuple[Any, Any]:

@@ -258,9 +258,6 @@ def test_missing_observations_on_some_ranks(world: dl.Partition) -> None:
     assert same_everywhere(world, net)
 
 
-# ---- refusals --------------------------------------------------------------------------------------------------------
-
-
 @on_ranks(3, mpi=True)
 def test_wrong_configurations_are_refused_on_all_ranks(world: dl.Partition) -> None:
     odd = world.rank == 1
