@@ -12,7 +12,7 @@ from distdl_lite.operator import Operator
 from distdl_lite.parallel.local import Call, Leaf, Result, Run, apply, autocast_modes, local_gradients, slotted
 from distdl_lite.parallel.orders import NAME, Agreed
 from distdl_lite.parallel.replica import Weights
-from distdl_lite.parallel.rows import Output, Report, Team, cut_rows, dim_in, outputs_of, refusal, rows_in, runs
+from distdl_lite.parallel.rows import Output, Places, Report, cut_rows, dim_in, outputs_of, refusal, rows_in, runs
 from distdl_lite.structure import TensorStructure
 
 _KEPT_OPERATORS = 256
@@ -23,7 +23,7 @@ Gather = Callable[[str, int, Any, BaseException | None], dict[int, Any]]
 class Passes:
     """The forwards and backwards that a team makes together: the root gives tensors, weights and gradients, others None."""
 
-    def __init__(self, team: Team) -> None:
+    def __init__(self, team: Places) -> None:
         self._team, self._weights = team, Weights()
         self._weights_operator = lru_cache(_KEPT_OPERATORS)(team.weights_operator)
         self._rows_operator = lru_cache(_KEPT_OPERATORS)(team.rows_operator)

@@ -23,7 +23,7 @@ from distdl_lite.parallel.data_parallel import DataParallel
 from distdl_lite.parallel.joint import Passes
 from distdl_lite.parallel.local import Result, Run
 from distdl_lite.parallel.orders import NAME, Agreed, Order, meet, unwrapped
-from distdl_lite.parallel.rows import Team
+from distdl_lite.parallel.rows import Places
 from distdl_lite.partition import partition_of
 from distdl_lite.untraced import untraced
 
@@ -74,8 +74,7 @@ class RootDataParallel(torch.nn.Module):
     dtype; an unused parameter gets none, as in the plain module. Training mode, ``requires_grad``, grad mode and autocast are
     the root's. All else about the module, such as attributes, hooks and layers, is changed on all ranks, so before `serve`:
     layers of other kinds, and options of torch's layers that they print, are then an error on all ranks, other changes are not
-    seen.
-    Buffers that the module changes in forward stay changed on the root alone, which sees its own rows, as device 0 does
+    seen. Buffers that the module changes in forward stay changed on the root alone, which sees its own rows, as device 0 does
     under torch; attributes that it changes in forward are each rank's own, as are tensors that are no buffers. Dropout draws
     from each rank's own generator.
 
@@ -89,7 +88,7 @@ class RootDataParallel(torch.nn.Module):
     ``state_dict()`` is that of `torch.nn.DataParallel`, with the prefix ``module.``; the root's is the one to save.
     """
 
-    _team: Team
+    _team: Places
     _passes: Passes
     _forwards: int  # counted by the root
     _served: dict[int, Run]  # by number, those that the root may yet go back through
@@ -118,15 +117,14 @@ class RootDataParallel(torch.nn.Module):
 
     def _construct(self, module: torch.nn.Module) -> None:
         """Check the arguments, together on all ranks of P, and agree on a number."""
+        if not self.P.active:
+            self._check(module)
+            return
         transport, ranks, error = self.P.world_transport, tuple(self.P.ranks), None
         try:
             self._check(module)
         except Exception as found:
-            if not self.P.active:
-                raise
             error = found
-        if not self.P.active:
-            return
         settings = {"dim": self.dim, "device_ids": self.device_ids, "output_device": self.output_device}
         mine = Order("construct", content=(settings, _last_number(transport)), error=as_raised(error, NAME))
         orders = meet(transport, ranks, ranks[0], mine, error)
@@ -158,7 +156,7 @@ class RootDataParallel(torch.nn.Module):
         self._number = transport.local[_NUMBER] = _last_number(transport) + 1
         transport.local.setdefault(_CONTAINERS, WeakValueDictionary())[self._number] = self
         ranks = tuple(self.P.ranks[rank] for rank in self.device_ids)
-        self._team = Team(transport, ranks, self.device_ids.index(self.output_device))
+        self._team = Places(transport, ranks, self.device_ids.index(self.output_device))
         self._passes = Passes(self._team)
 
     def __getstate__(self) -> dict[str, Any]:
