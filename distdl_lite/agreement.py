@@ -65,8 +65,7 @@ def raise_together(team: Team, error: Exception | None, name: str = "") -> None:
     """
     if not team.world.agree(team, int(error is not None)):
         return
-    outcome = None if error is None else _told(error, name)
-    kind, text = next(found for found in team.world.gather_objects(team, outcome) if found is not None)
+    kind, text = next(found for found in team.world.gather_objects(team, as_raised(error, name)) if found is not None)
     # A refusal says all there is to say; the traceback of anything else may be of use.
     raise kind(text) from (None if isinstance(error, (TypeError, ValueError)) else error)
 
@@ -88,8 +87,12 @@ def refused_together(P: Partition, name: str) -> Iterator[None]:
         raise_together(P.team, error, name)
 
 
-def _told(error: Exception, name: str) -> tuple[type[Exception], str]:
-    kind, text = type(error), str(error.args[0] if isinstance(error, KeyError) and error.args else error)
-    if kind not in _PLAIN_ERRORS:
-        kind, text = RuntimeError, f"{kind.__name__}: {text}"
+def as_raised(error: BaseException | None, name: str) -> tuple[type[Exception], str] | None:
+    """The kind and the text with which all ranks raise an error of one of them; the text begins with a name."""
+    if error is None:
+        return None
+    text = str(error.args[0] if isinstance(error, KeyError) and error.args else error)
+    kind = next((kind for kind in _PLAIN_ERRORS if kind is type(error)), RuntimeError)
+    if kind is not type(error):
+        text = f"{type(error).__name__}: {text}"
     return kind, text if text.startswith(name) else f"{name}: {text}"

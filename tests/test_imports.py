@@ -35,9 +35,9 @@ LEVELS = [
     "nn",
     "parallel/orders",
     "parallel/rows",
-    "parallel/settings",
     "parallel/replica",
     "parallel/local",
+    "parallel/joint",
 ]
 PURE = ["grid", "partition", "layout", "plan", "optim/schedule"]
 ANYTHING = ["__init__", "__main__", "testing", "pytest_plugin", "handwritten"]

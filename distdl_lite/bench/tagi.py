@@ -13,33 +13,20 @@ from distdl_lite.tagi.ddp import DDPConfig, DDPSequential
 from distdl_lite.tagi.layers import Linear, ReLU
 from distdl_lite.tagi.sequential import Sequential
 from distdl_lite.tagi.updater import OutputUpdater
-from distdl_lite.transport.shared import shared_sums
 
 RANKS = 2, 3, 4
 _SIZES, _ROWS = (784, 256, 128, 11), 16
 
 
 def rows(P: Partition, seconds: float) -> list[Row]:
-    """A step with 16 rows a rank beside one without sums, then the sum beside MPI's."""
+    """A step with 16 rows a rank beside one without sums."""
     models = [DDPSequential(_network(), DDPConfig(P=P), average) for average in (False, True)]
     total, mean, plain = interleaved(P.comm, [*map(_step, models), _step(_network())], 3 * seconds)
     size = "-".join(map(str, _SIZES)) + f", {_ROWS} rows"
-    made = [
+    return [
         Row(f"step, {what}; other is one process", size, BOTH, ours, plain, bar="1.15 x", holds=ours <= 1.15 * plain)
         for what, ours in (("average=False", total), ("average=True", mean))
     ]
-    return [*made, _sum(P, seconds)]
-
-
-def _sum(P: Partition, seconds: float) -> Row:
-    team, n = tuple(sorted(P.ranks)), sum(2 * (a + 1) * b for a, b in itertools.pairwise(_SIZES))
-    flat = torch.zeros(n)
-    shared = shared_sums(P.world_transport, team, n, flat.dtype, flat.device)
-    calls = [lambda: P.world_transport.all_reduce(team, flat)]
-    if shared is not None:
-        calls.insert(0, shared.add_up)
-    times = interleaved(P.comm, calls, seconds)
-    return Row("its sum; other is MPI's", f"{flat.nbytes >> 10} KiB", "sum", times[0], times[-1])
 
 
 def _network() -> Sequential:

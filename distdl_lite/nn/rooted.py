@@ -105,8 +105,8 @@ def _moved(kind: str, x: torch.Tensor | None, P: Partition, root: int) -> torch.
     if not 0 <= root < world.size:
         raise ValueError(f"{kind}: root {root} is not a rank of a world of {world.size}")
     kept = world.local.setdefault("rooted", {})
-    if (kind, P, root) not in kept:
-        kept[kind, P, root] = _Rooted(kind, P, root)
-    layer = kept[kind, P, root]
+    layer = kept.get((kind, P, root))
+    if layer is None:
+        layer = kept[kind, P, root] = _Rooted(kind, P, root)
     # None stands for no data where there is to be none.
     return layer(zero_volume_tensor() if x is None and not layer.P_x.active else x)

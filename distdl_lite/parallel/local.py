@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import pickle
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -18,7 +19,6 @@ from torch.func import functional_call
 from torch.utils import _pytree as pytree
 
 from distdl_lite.operator import Operator
-from distdl_lite.parallel.orders import pickled
 from distdl_lite.parallel.replica import News
 from distdl_lite.parallel.rows import Cuts, Output
 from distdl_lite.structure import TensorStructure
@@ -35,12 +35,12 @@ class Call:
     tensors : tuple of TensorStructure
     copied : dict from number to Tensor
         Those without dims, which have no rows.
+    dim : int
+        Along which tensors are cut, and outputs put together.
     cuts : tuple of int
         Of the rows over the ranks.
     news : News
         Of the weights.
-    changes : bytes or None
-        Of the module's settings.
     is_grad_enabled : bool
     autocast : dict from device type to dtype, None where it is off
     """
@@ -48,9 +48,9 @@ class Call:
     arguments: bytes
     tensors: tuple[TensorStructure, ...]
     copied: dict[int, torch.Tensor]
+    dim: int
     cuts: Cuts
     news: News
-    changes: bytes | None
     is_grad_enabled: bool
     autocast: dict[str, torch.dtype | None]
 
@@ -107,7 +107,17 @@ def slotted(leaves: Sequence[Any], nesting: Any) -> bytes:
     """The arguments in bytes, with slots for tensors."""
     numbers = iter(range(len(leaves)))
     plain = [Slot(next(numbers)) if isinstance(value, torch.Tensor) else value for value in leaves]
-    return pickled(pytree.tree_unflatten(plain, nesting))
+    file = io.BytesIO()
+    _Pickler(file).dump(pytree.tree_unflatten(plain, nesting))
+    return file.getvalue()
+
+
+class _Pickler(pickle.Pickler):
+    """Refuses what would lose its gradient."""
+
+    def persistent_id(self, value: Any) -> None:
+        if isinstance(value, torch.Tensor) and value.requires_grad:
+            raise TypeError("a tensor that requires grad is inside an object that is no tuple, list or dict")
 
 
 def autocast_modes() -> dict[str, torch.dtype | None]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +10,6 @@ import torch
 
 from distdl_lite.operator import Operator
 from distdl_lite.parallel.rows import refusal
-from distdl_lite.parallel.settings import adapted
 from distdl_lite.structure import TensorStructure
 
 
@@ -31,6 +30,8 @@ class News:
     ----------
     weights : tuple of Weight, or None
         All of them, if names, shapes, dtypes, devices or requires_grad have changed.
+    layers : dict from name to kind and options, or None
+        All of them, if one has changed.
     training : tuple of bool
         Of all modules inside.
     groups : tuple of int
@@ -38,6 +39,7 @@ class News:
     """
 
     weights: tuple[Weight, ...] | None
+    layers: dict[str, str] | None
     training: tuple[bool, ...]
     groups: tuple[int, ...]
 
@@ -51,6 +53,7 @@ class Weights:
 
     def __init__(self) -> None:
         self.weights: tuple[Weight, ...] = ()
+        self._layers: dict[str, str] = {}
         self._values: list[torch.Tensor] = []
         self._parameters: list[torch.Tensor] = []
         self._is_installed = False
@@ -64,14 +67,17 @@ class Weights:
             for number, members in enumerate(_groups(weights))
             if not (known and all(_same_bits(tensors[i], self._values[i]) for i in members))
         ]
-        training = tuple(inner.training for inner in module.modules())
-        return News(None if known else weights, training, tuple(groups)), tensors
+        training, layers = tuple(inner.training for inner in module.modules()), _layers(module)
+        changed = None if layers == self._layers else layers
+        return News(None if known else weights, changed, training, tuple(groups)), tensors
 
     def send(self, news: News, tensors: Sequence[torch.Tensor] | None, operator: Callable[[int], Operator]) -> None:
         """Broadcast the groups that have changed; `tensors` are the root's, None elsewhere."""
         if news.weights is not None:
             self.weights = news.weights
             self._values = self._parameters = [torch.empty(0)] * len(self.weights)
+        if news.layers is not None:
+            self._layers, self._is_installed = news.layers, False
         groups = _groups(self.weights)
         for number in news.groups:
             members = [self.weights[i].structure for i in groups[number]]
@@ -97,9 +103,8 @@ class Weights:
         ValueError
             If the module is not built as the root's.
         """
-        inner = list(module.modules())
         if not self._is_installed:
-            self._check(module, len(inner) == len(training))
+            self._check(module)
             self._parameters = [
                 torch.nn.Parameter(value, weight.structure.requires_grad)
                 for weight, value in zip(self.weights, self._values, strict=True)
@@ -111,23 +116,23 @@ class Weights:
             if weight.is_buffer or not self._is_installed:
                 _put(module, weight, tensor)
             tensors.append(tensor)
-        for one, flag in zip(inner, training, strict=True):
-            one.training = flag
+        for inner, flag in zip(module.modules(), training, strict=True):
+            inner.training = flag
         self._is_installed = True
         return tensors
 
-    def adapt(self, module: torch.nn.Module, changes: bytes) -> torch.nn.Module:
-        """Make on another rank the root's changes of settings; returns the module, which may be another one."""
-        self._is_installed = False
-        return adapted(module, changes)
-
-    def _check(self, module: torch.nn.Module, as_many_modules: bool) -> None:
-        wanted = {name: weight.structure.shape for weight in self.weights for name in weight.names}
-        own = {name: tuple(tensor.shape) for name, tensor, _ in _named(module)}
-        odd = sorted(name for name in {*wanted, *own} if wanted.get(name) != own.get(name))
-        if odd or not as_many_modules:
-            texts = [f"{name} {own.get(name, 'missing')}, not {wanted.get(name, 'missing')}" for name in odd]
-            raise ValueError(f"the module is not the root's: {'; '.join(texts) or 'another number of modules inside'}")
+    def _check(self, module: torch.nn.Module) -> None:
+        shapes = {name: weight.structure.shape for weight in self.weights for name in weight.names}
+        own_shapes = {name: tuple(tensor.shape) for name, tensor, _ in _named(module)}
+        pairs: list[tuple[Mapping[str, Any], Mapping[str, Any]]]
+        pairs = [(shapes, own_shapes), (self._layers, _layers(module))]
+        for wanted, own in pairs:
+            odd = sorted(name for name in {*wanted, *own} if wanted.get(name) != own.get(name))
+            if odd:
+                texts = [f"{name} {own.get(name, 'missing')}, not {wanted.get(name, 'missing')}" for name in odd]
+                raise ValueError(
+                    f"the module is not the root's: {'; '.join(texts)}; change it on all ranks, before serve()"
+                )
 
 
 def _named(module: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor, bool]]:
@@ -137,6 +142,17 @@ def _named(module: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor, bool]]:
             for name, tensor in own.items():
                 if tensor is not None:
                     yield (f"{prefix}.{name}" if prefix else name), tensor, bool(is_buffer)
+
+
+def _layers(module: torch.nn.Module) -> dict[str, str]:
+    """The kinds of all modules inside, and the options of torch's own; a user's may print what forward changes."""
+    layers = {}
+    for path, inner in module.named_modules():
+        is_torchs = type(inner).extra_repr.__module__.startswith("torch.nn.modules.")
+        prints_tensors = isinstance(inner, (torch.nn.ParameterList, torch.nn.ParameterDict))
+        options = inner.extra_repr() if is_torchs and not prints_tensors else ""
+        layers[f"layer {path or 'itself'}"] = f"{type(inner).__name__}({options})"
+    return layers
 
 
 def _described(module: torch.nn.Module) -> tuple[tuple[Weight, ...], list[torch.Tensor]]:

@@ -6,8 +6,7 @@ applied, the outputs' rows put together on the root. Backward is the adjoints in
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 from weakref import WeakValueDictionary, finalize
@@ -16,22 +15,16 @@ import torch
 from torch._C import _are_functorch_transforms_active, _current_graph_task_id
 from torch.utils import _pytree as pytree
 
-from distdl_lite.agreement import check_alike
+from distdl_lite.agreement import as_raised, check_alike
 from distdl_lite.autograd import ANCHOR, untraced
 from distdl_lite.nn.module import Module
 from distdl_lite.nn.movement import zero_volume_tensor
-from distdl_lite.operator import Operator
 from distdl_lite.parallel.data_parallel import DataParallel
-from distdl_lite.parallel.local import Call, Leaf, Result, Run, apply, autocast_modes, local_gradients, slotted
-from distdl_lite.parallel.orders import Agreed, Order, Told, meet, unwrapped
-from distdl_lite.parallel.replica import Weights
-from distdl_lite.parallel.rows import Cuts, Output, Report, Team, cut_rows, dim_in, outputs_of, refusal, rows_in, runs
-from distdl_lite.parallel.settings import Settings
+from distdl_lite.parallel.joint import Passes
+from distdl_lite.parallel.local import Result, Run
+from distdl_lite.parallel.orders import NAME, Agreed, Order, meet, unwrapped
+from distdl_lite.parallel.rows import Places
 from distdl_lite.partition import partition_of
-from distdl_lite.structure import TensorStructure
-
-_NAME = "RootDataParallel"
-_KEPT_OPERATORS = 256
 
 
 class RootDataParallel(torch.nn.Module):
@@ -73,13 +66,14 @@ class RootDataParallel(torch.nn.Module):
 
     *Other ranks* take part in each forward and backward. Either they say so: ``dp()`` for a forward, and
     ``dp().sum().backward()`` for one that has a backward, in the root's order. Or they are in `serve`, and the root's script
-    runs as if it were alone: what it changes about the module from the first block of `serve` on, such as attributes, hooks
-    and layers, is pickled and sent with the next forward, or refused on all ranks if it cannot be.
+    runs as if it were alone.
 
     *Weights* travel where the root's have changed, and at the first call: one broadcast per dtype for the parameters, one for
     the buffers. The root compares bits, and keeps a copy for it. Gradients are added up on the root by one reduction per
-    dtype; an unused parameter gets none, as in the plain module. Training mode, grad mode and autocast are the root's.
-    Buffers that the module changes in forward stay changed on the root alone, which sees its own rows, as device 0 does
+    dtype; an unused parameter gets none, as in the plain module. Training mode, ``requires_grad``, grad mode and autocast are
+    the root's. All else about the module, such as attributes, hooks and layers, is changed on all ranks, so before `serve`:
+    layers of other kinds, and options of torch's layers that they print, are then an error on all ranks, other changes are not
+    seen. Buffers that the module changes in forward stay changed on the root alone, which sees its own rows, as device 0 does
     under torch; attributes that it changes in forward are each rank's own, as are tensors that are no buffers. Dropout draws
     from each rank's own generator.
 
@@ -87,16 +81,14 @@ class RootDataParallel(torch.nn.Module):
     reductions, and one message per tensor and rank.
 
     An error of any rank's module, forward or backward, is raised on all of them, with the same type and text, which names the
-    replica. With one rank the module is called directly. A gradient of a gradient raises.
+    replica; one of a type of its own is a RuntimeError. With one rank the module is called directly. A gradient of a gradient
+    raises.
 
     ``state_dict()`` is that of `torch.nn.DataParallel`, with the prefix ``module.``; the root's is the one to save.
     """
 
-    _team: Team
-    _weights: Weights
-    _settings: Settings
-    _changes: list[bytes]  # of the root's settings, not yet made here
-    _operators: OrderedDict[Any, Operator]
+    _team: Places
+    _passes: Passes
     _forwards: int  # counted by the root
     _served: dict[int, Run]  # by number, those that the root may yet go back through
     _dropped: list[int]  # on the root, numbers of those it will not
@@ -124,24 +116,23 @@ class RootDataParallel(torch.nn.Module):
 
     def _construct(self, module: torch.nn.Module) -> None:
         """Check the arguments, together on all ranks of P, and agree on a number."""
-        transport, ranks, told = self.P.world_transport, tuple(self.P.ranks), None
+        if not self.P.active:
+            self._check(module)
+            return
+        transport, ranks, error = self.P.world_transport, tuple(self.P.ranks), None
         try:
             self._check(module)
-        except Exception as error:
-            told = Told.of(error, _NAME)
-        if not self.P.active:
-            if told is not None:
-                raise Agreed(told)
-            return
+        except Exception as found:
+            error = found
         settings = {"dim": self.dim, "device_ids": self.device_ids, "output_device": self.output_device}
-        mine = Order("construct", content=(transport.rank, settings, _last_number(transport)), error=told)
-        orders = meet(_NAME, transport, ranks, ranks[0], mine)
+        mine = Order("construct", content=(settings, _last_number(transport)), error=as_raised(error, NAME))
+        orders = meet(transport, ranks, ranks[0], mine, error)
         for name in settings:
             try:
-                check_alike(name, {rank: order.content[1][name] for rank, order in orders.items()})
-            except ValueError as error:
-                raise Agreed(Told.of(error, _NAME)) from error
-        transport.local[_NUMBER] = max(order.content[2] for order in orders.values())
+                check_alike(name, {rank: order.content[0][name] for rank, order in orders.items()})
+            except ValueError as found:
+                raise ValueError(f"{NAME}: {found}") from None
+        transport.local[_NUMBER] = max(order.content[1] for order in orders.values())
 
     def _check(self, module: torch.nn.Module) -> None:
         if not isinstance(module, torch.nn.Module):
@@ -158,15 +149,14 @@ class RootDataParallel(torch.nn.Module):
         if self.output_device not in self.device_ids:
             raise ValueError(f"output_device={self.output_device} is not among device_ids={self.device_ids}")
 
-    # ---- life --------------------------------------------------------------------------------------------------------
-
     def _register(self) -> None:
         """Take the next number, by which the ranks know the container."""
         transport = self.P.world_transport
         self._number = transport.local[_NUMBER] = _last_number(transport) + 1
         transport.local.setdefault(_CONTAINERS, WeakValueDictionary())[self._number] = self
         ranks = tuple(self.P.ranks[rank] for rank in self.device_ids)
-        self._team = Team(transport, ranks, self.device_ids.index(self.output_device))
+        self._team = Places(transport, ranks, self.device_ids.index(self.output_device))
+        self._passes = Passes(self._team)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, **_unused()}
@@ -182,8 +172,6 @@ class RootDataParallel(torch.nn.Module):
     def _is_root(self) -> bool:
         return self._team.place == self._team.root
 
-    # ---- forward -----------------------------------------------------------------------------------------------------
-
     @untraced
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Apply the module; see the class. torch.compile does not look inside."""
@@ -197,17 +185,15 @@ class RootDataParallel(torch.nn.Module):
             return self._forward_elsewhere(tensors)
 
     def _forward_on_root(self, leaves: list[Any], nesting: Any, tensors: list[torch.Tensor]) -> Any:
-        call = weights = told = None
+        call = weights = error = None
         try:
             self._check_surroundings()
-            call, weights = self._call(leaves, nesting, tensors)
-        except Exception as error:
-            told = Told.of(error, _NAME)
+            call, weights = self._passes.call(self.module, self.dim, leaves, nesting, tensors)
+        except Exception as found:
+            error = found
         self._forwards += 1
-        order = self._meet("forward", self._forwards, call, told)
-        if order.content.changes is not None:
-            self._settings.note(self.module)
-        run, result = self._run(order, tensors, weights)
+        order = self._meet("forward", self._forwards, call, error)
+        run, result = self._forward(order, tensors, weights)
         assert weights is not None
         assert result is not None
         outputs = iter(self._returned(run, [tensor for tensor in (*weights, *tensors) if tensor.requires_grad]))
@@ -224,101 +210,22 @@ class RootDataParallel(torch.nn.Module):
             )
 
     def _forward_elsewhere(self, tensors: list[torch.Tensor]) -> torch.Tensor:
-        told = None
+        error = None
         if any(tensor.numel() and tensor.dim() for tensor in tensors):
             shapes = ", ".join(str(tuple(tensor.shape)) for tensor in tensors)
-            text = f"rank {self._team.transport.rank} passed tensors of shapes {shapes}, but is not the root"
-            told = Told.of(ValueError(text), _NAME)
+            text = f"{NAME}: rank {self._team.transport.rank} passed tensors of shapes {shapes}, but is not the root"
+            error = ValueError(text)
         if self._team.place is not None:
-            run, _ = self._run(self._meet("forward", error=told))
+            run, _ = self._forward(self._meet("forward", error=error))
             return self._returned(run, tensors)[0]
-        if told is not None:
-            raise Agreed(told)
+        if error is not None:
+            raise error
         return zero_volume_tensor().requires_grad_(torch.is_grad_enabled())
 
-    def _call(self, leaves: list[Any], nesting: Any, tensors: list[torch.Tensor]) -> tuple[Call, list[torch.Tensor]]:
-        """What the root tells of a forward, and its weights."""
-        structures = tuple(TensorStructure.of(tensor) for tensor in tensors)
-        for number, structure in enumerate(structures):
-            error = refusal(structure, f"tensor {number} of the arguments")
-            if error is not None:
-                raise error
-        cuts = cut_rows(rows_in(structures, self.dim), len(self._team.ranks), self._team.root)
-        copied = {i: tensor.detach().cpu().clone() for i, tensor in enumerate(tensors) if not tensor.dim()}
-        arguments = slotted(leaves, nesting)
-        news, weights = self._weights.news(self.module)
-        changes = self._settings.changes(self.module) if self._blocks else None
-        modes = torch.is_grad_enabled(), autocast_modes()
-        return Call(arguments, structures, copied, cuts, news, changes, *modes), weights
-
-    def _run(
+    def _forward(
         self, order: Order, tensors: list[torch.Tensor] | None = None, weights: list[torch.Tensor] | None = None
     ) -> tuple[Run, Result | None]:
-        """A forward, together on all ranks; also what the module returned on this one."""
-        call: Call = order.content
-        self._weights.send(call.news, weights, self._weights_operator)
-        cutters = [self._cutter(structure, call.cuts) for structure in call.tensors]
-        blocks = [self._block(call, i, cutter, tensors) for i, cutter in enumerate(cutters)]
-        told = report = result = None
-        replica: list[torch.Tensor] = []
-        try:
-            replica = self._replica(call, weights)
-            if runs(call.cuts, self._place, self._team.root):
-                names = [(name, t) for w, t in zip(self._weights.weights, replica, strict=True) for name in w.names]
-                aliases = {name: t for name, t in names if weights is not None and t.requires_grad}
-                result = apply(self.module, call, blocks, aliases if call.is_grad_enabled else {})
-                report = Report.of(result.nesting, result.items)
-        except BaseException as error:
-            told = self._told(error)
-        outputs = self._outputs(self._gather("outputs", order.number, report, told))
-        if self._is_root and self._blocks:
-            self._settings.note(self.module)  # what forward has changed, it may have on any rank
-        local = None if result is None else result.tensors
-        returned = [self._joined(*output, local and local[i]) for i, output in enumerate(outputs)]
-        if not any(output.requires_grad for output, _ in outputs):
-            return Run(order.number, [], outputs, None, returned), result
-        leaves = [Leaf(w.structure, None, part) for w, part in zip(self._weights.weights, replica, strict=True)]
-        leaves += map(Leaf, call.tensors, cutters, blocks)
-        leaves = [leaf for leaf in leaves if leaf.structure.requires_grad]
-        return Run(order.number, leaves, outputs, local, returned), result
-
-    def _cutter(self, structure: TensorStructure, cuts: Cuts) -> Operator | None:
-        dim = dim_in(structure.shape, self.dim)
-        return None if dim is None else self._rows_operator(structure.shape, dim, cuts)
-
-    def _block(
-        self, call: Call, number: int, cutter: Operator | None, tensors: list[torch.Tensor] | None
-    ) -> torch.Tensor:
-        """This rank's part of a tensor argument, a leaf of its graph."""
-        structure = call.tensors[number]
-        if cutter is None:
-            block = call.copied[number].to(structure.device)
-        else:
-            block = cutter.apply(_nothing_like(structure) if tensors is None else tensors[number].detach())
-        return block.requires_grad_(call.is_grad_enabled and structure.requires_grad)
-
-    def _replica(self, call: Call, weights: list[torch.Tensor] | None) -> list[torch.Tensor]:
-        """The module's weights for this forward: on the root aliases, so that hooks see the whole gradient alone."""
-        if weights is None:
-            self._changes += [] if call.changes is None else [call.changes]
-            while self._changes:  # those too at which a forward before has failed
-                self.module = self._weights.adapt(self.module, self._changes[0])
-                del self._changes[0]
-            return self._weights.install(self.module, call.news.training)
-        return [w.detach().requires_grad_() if w.requires_grad and call.is_grad_enabled else w for w in weights]
-
-    def _outputs(self, reports: dict[int, Report]) -> list[tuple[Output, Operator]]:
-        try:
-            outputs = outputs_of(reports, len(self._team.ranks), self.dim)
-        except (TypeError, ValueError) as error:
-            raise Agreed(Told.of(error, _NAME)) from error
-        return [(output, self._rows_operator(output.shape, output.dim, output.cuts)) for output in outputs]
-
-    def _joined(self, output: Output, operator: Operator, block: torch.Tensor | None) -> torch.Tensor:
-        """An output, whole on the root."""
-        if block is None:
-            block = torch.empty(operator.plan.shape_out or (), dtype=output.dtype, device=output.device)
-        return operator.adjoint.apply(block.detach())
+        return self._passes.forward(self.module, order.number, order.content, self._gather, tensors, weights)
 
     def _returned(self, run: Run, passed: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
         """What goes out of forward, with the node whose backward all ranks run together."""
@@ -330,91 +237,22 @@ class RootDataParallel(torch.nn.Module):
         with torch.enable_grad():
             return _Returned.apply(self, run, differentiable, ANCHOR, *passed)
 
-    # ---- backward ----------------------------------------------------------------------------------------------------
-
-    def _backward(
-        self, run: Run, order: Order, gradients: Sequence[torch.Tensor | None] | None
-    ) -> list[torch.Tensor | None]:
-        """A backward, together on all ranks; the gradients of the leaves on the root."""
-        keep, given = order.content
-        received = [
-            operator.apply(_nothing_like(output) if gradients is None else gradients[i]) if given[i] else None
-            for i, (output, operator) in enumerate(run.outputs)
-        ]
-        told = None
-        found: list[torch.Tensor | None] = [None] * len(run.leaves)
-        try:
-            found = local_gradients(run, received, keep)
-        except BaseException as error:
-            told = self._told(error)
-        masks = self._gather("gradients", run.number, [gradient is not None for gradient in found], told).values()
-        used = [any(flags) for flags in zip(*masks, strict=True)]
-        return self._summed(run, found, used)
-
-    def _summed(
-        self, run: Run, found: Sequence[torch.Tensor | None], used: Sequence[bool]
-    ) -> list[torch.Tensor | None]:
-        """Bring the ranks' gradients of the leaves to the root."""
-        groups: dict[Any, list[tuple[int, torch.Tensor]]] = {}
-        totals: list[torch.Tensor | None] = [None] * len(found)
-        for i, leaf in enumerate(run.leaves):
-            if not used[i]:
-                continue
-            gradient = found[i]
-            gradient = torch.zeros_like(leaf.part) if gradient is None else gradient
-            if leaf.cutter is not None:
-                totals[i] = leaf.cutter.adjoint.apply(gradient)
-            else:
-                groups.setdefault((leaf.structure.dtype, leaf.structure.device), []).append((i, gradient))
-        for members in groups.values():
-            flat = torch.cat([gradient.reshape(-1) for _, gradient in members])
-            total = self._weights_operator(len(flat)).adjoint.apply(flat)
-            if self._is_root:
-                parts = total.split([gradient.numel() for _, gradient in members])
-                for (i, gradient), part in zip(members, parts, strict=True):
-                    totals[i] = part.view(gradient.shape)
-        return totals
-
-    # ---- together ----------------------------------------------------------------------------------------------------
-
-    @property
-    def _place(self) -> int:
-        assert self._team.place is not None
-        return self._team.place
-
-    def _meet(self, kind: str, number: int = 0, content: Any = None, error: Told | None = None) -> Order:
+    def _meet(self, kind: str, number: int = 0, content: Any = None, error: Exception | None = None) -> Order:
         dropped = tuple(self._dropped)
         del self._dropped[: len(dropped)]
-        mine = Order(kind, self._number, number, content, error, dropped)
-        order = self._orders(mine)[self._team.root_rank]
+        mine = Order(kind, self._number, number, content, as_raised(error, NAME), dropped)
+        order = self._orders(mine, error)[self._team.root_rank]
         self._team.transport.local[_IN_CALL] = order.kind != "leave"
         return order
 
-    def _gather(self, kind: str, number: int, value: Any, error: Told | None) -> dict[int, Any]:
-        """What ranks have, by position, without those that have None."""
-        orders = self._orders(Order(kind, self._number, number, value, error))
+    def _gather(self, kind: str, number: int, value: Any, error: BaseException | None) -> dict[int, Any]:
+        """What the ranks have, by position, without those that have None; the error is one of this rank's replica."""
+        where = f"{NAME}: replica {self._team.place}, on rank {self._team.transport.rank}"
+        orders = self._orders(Order(kind, self._number, number, value, as_raised(error, where)), error)
         return {place: order.content for place, order in enumerate(orders.values()) if order.content is not None}
 
-    def _orders(self, mine: Order) -> dict[int, Order]:
-        return meet(_NAME, self._team.transport, self._team.ranks, self._team.root_rank, mine)
-
-    def _told(self, error: BaseException) -> Told:
-        return Told.of(error, f"{_NAME}: replica {self._place}, on rank {self._team.transport.rank}", traced=True)
-
-    def _weights_operator(self, size: int) -> Operator:
-        return self._operator(("weights", size), lambda: self._team.weights_operator(size))
-
-    def _rows_operator(self, *which: Any) -> Operator:
-        return self._operator(which, lambda: self._team.rows_operator(*which))
-
-    def _operator(self, key: Any, make: Callable[[], Operator]) -> Operator:
-        """The operator kept under a key, on all ranks alike."""
-        if key not in self._operators:
-            self._operators[key] = make()
-            if len(self._operators) > _KEPT_OPERATORS:
-                self._operators.popitem(last=False)
-        self._operators.move_to_end(key)
-        return self._operators[key]
+    def _orders(self, mine: Order, error: BaseException | None) -> dict[int, Order]:
+        return meet(self._team.transport, self._team.ranks, self._team.root_rank, mine, error)
 
     @contextmanager
     def serve(self) -> Iterator[bool]:
@@ -431,13 +269,13 @@ class RootDataParallel(torch.nn.Module):
         with unwrapped():
             if not self._is_root:
                 self._answer_until_left()
-        self._enter(1)
-        self._team.transport.local[_IN_CALL] = False
+        local = self._team.transport.local
+        local[_BLOCKS], local[_IN_CALL] = self._blocks + 1, False
         try:
             yield self._is_root
         finally:
-            self._enter(-1)
-            if self._is_root and len(self._team.ranks) > 1 and not self._team.transport.local.get(_IN_CALL):
+            local[_BLOCKS] -= 1
+            if self._is_root and len(self._team.ranks) > 1 and not local[_IN_CALL]:
                 with unwrapped():
                     self._meet("leave")
 
@@ -456,13 +294,6 @@ class RootDataParallel(torch.nn.Module):
     def _blocks(self) -> int:
         """How many blocks of `serve` the script is in."""
         return int(self._team.transport.local.get(_BLOCKS, 0))
-
-    def _enter(self, step: int) -> None:
-        local = self._team.transport.local
-        local[_BLOCKS] = self._blocks + step
-        for other in local[_CONTAINERS].values():
-            if other._is_root and not other._settings.is_known:
-                other._settings.note(other.module)
 
     def _answer_until_left(self) -> None:
         containers = self._team.transport.local[_CONTAINERS]
@@ -483,11 +314,11 @@ class RootDataParallel(torch.nn.Module):
         if order.kind == "leave":
             self._left += 1
         elif order.kind == "forward":
-            run, _ = self._run(order)
+            run, _ = self._forward(order)
             if any(output.requires_grad for output, _ in run.outputs):
                 self._served[order.number] = run
         else:
-            self._backward(self._served[order.number], order, None)
+            self._passes.backward(self._served[order.number], *order.content, self._gather)
 
 
 _NUMBER = "number of the latest RootDataParallel"
@@ -504,20 +335,12 @@ def _unused() -> dict[str, Any]:
     """The attributes of a container that has not been called."""
     return {
         "_team": None,
-        "_weights": Weights(),
-        "_settings": Settings(),
-        "_changes": [],
-        "_operators": OrderedDict(),
+        "_passes": None,
         "_forwards": 0,
         "_served": {},
         "_dropped": [],
         "_left": 0,
     }
-
-
-def _nothing_like(what: TensorStructure | Output) -> torch.Tensor:
-    """What a rank passes that holds nothing of a tensor."""
-    return torch.empty(0, dtype=what.dtype, device=what.device)
 
 
 class _Returned(torch.autograd.Function):
@@ -548,15 +371,16 @@ class _Returned(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
-        container, run, told = ctx.container, ctx.run, None
+        container, run, error = ctx.container, ctx.run, None
         try:
             _ = ctx.saved_tensors
-        except RuntimeError as error:  # a second backward through a graph that was not kept
-            told = Told.of(error, _NAME)
+        except RuntimeError as raised:  # a second backward through a graph that was not kept
+            error = raised
         content = _keeps_graph(), [gradient is not None for gradient in gradients]
         with container._together(), torch.no_grad():
-            order = container._meet("backward", run.number, content, told)
-            found = container._backward(run, order, gradients if ctx.empty is None else None)
+            order = container._meet("backward", run.number, content, error)
+            given = gradients if ctx.empty is None else None
+            found = container._passes.backward(run, *order.content, container._gather, given)
         found = found if ctx.empty is None else ctx.empty
         if torch.is_grad_enabled() and found:
             found = _Once.apply(container, run.number, ANCHOR, *found)
@@ -577,7 +401,7 @@ class _Once(torch.autograd.Function):
     def backward(ctx: Any, *gradients: torch.Tensor | None) -> Any:
         error = RuntimeError("a gradient of a gradient is not supported: its graph is on several ranks")
         with ctx.container._together():
-            ctx.container._meet("backward", ctx.number, error=Told.of(error, _NAME))
+            ctx.container._meet("backward", ctx.number, error=error)
 
 
 def _keeps_graph() -> bool:

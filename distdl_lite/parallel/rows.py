@@ -20,7 +20,7 @@ Cuts = tuple[int, ...]
 
 
 @dataclass(frozen=True)
-class Team:
+class Places:
     """The ranks of a container.
 
     Attributes

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from collections.abc import Sequence as Items
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 
-from distdl_lite.agreement import check_alike, raise_together
+from distdl_lite.agreement import check_alike, raise_together, refused_together
 from distdl_lite.parallel.copies import broadcast
 from distdl_lite.partition import Partition, partition_of
-from distdl_lite.tagi.protocol import arrays_of, checksums, deltas_of, described, kinds_of, missing_members
+from distdl_lite.tagi.layers import Layer
 from distdl_lite.tagi.sequential import Sequential
-from distdl_lite.tagi.sums import OthersDeltas, OwnDeltas
 
 
 class DDPConfig:
@@ -53,7 +51,7 @@ class DDPConfig:
         self.backend = backend
         self.rank = self.P.rank if rank is None else rank
         self.world_size = self.P.size if world_size is None else world_size
-        with _together(self.P, "DDPConfig"):
+        with refused_together(self.P, "DDPConfig"):
             if not isinstance(device_ids, Iterable | None):
                 raise TypeError(f"DDPConfig: device_ids must be a list of integers, such as [0, 1], not {device_ids!r}")
             self.device_ids = None if device_ids is None else list(device_ids)
@@ -103,8 +101,7 @@ class DDPSequential(torch.nn.Module):
     Parameters
     ----------
     model : Sequential
-        All ranks build the same; the values are those of the first rank, which are sent in one message. Or another
-        library's model: see `distdl_lite.tagi.protocol`.
+        All ranks build the same; the values are those of the first rank, which are sent in one message.
     config : DDPConfig, optional
     average : bool
 
@@ -113,8 +110,8 @@ class DDPSequential(torch.nn.Module):
     ValueError
         On all ranks if they hold different models, or are given different ``average``.
     TypeError
-        On all ranks if one's model lacks what is asked of it, or its `config` is something else: on those of the last
-        `DDPConfig` that this one has made. One that makes the default, None, where others have a smaller team's, waits.
+        On all ranks if one's `model` or `config` is something else, the latter on those of the last `DDPConfig` that this one
+        has made. One that makes the default, None, where others have a smaller team's, waits.
 
     Examples
     --------
@@ -133,51 +130,34 @@ class DDPSequential(torch.nn.Module):
     True
     """
 
-    def __init__(self, model: Any, config: DDPConfig | None = None, average: bool = True) -> None:
+    def __init__(self, model: Sequential, config: DDPConfig | None = None, average: bool = True) -> None:
         super().__init__()
         self.config = DDPConfig() if config is None else config
         self.model, self.average = model, average
-        with _together(_told_of(self.config), "DDPSequential"):
-            arrays = self._arrays()
-            kinds = kinds_of(model)
-        P = self.config.P
-        kind = "ours" if isinstance(model, Sequential) else "of another library"
-        _check_alike(P, {"average": average, "model": kind, **kinds, **described(arrays)})
+        with refused_together(_told_of(self.config), "DDPSequential"):
+            self._check()
+        P, arrays = self.config.P, model.state_dict()
+        _check_alike(P, {"average": average, **_described(model)})
         if P.size > 1:
             broadcast(P.world_transport, self._team, list(arrays.values()), P.ranks[0])
-        self._rows: int | None = None  # of the last forward
         self._outputs: tuple[Any, Any] | None = None
         self._is_fresh = False
         self._steps, self._is_loaded = 0, False  # the latter since the last backward
-        self._deltas: OwnDeltas | OthersDeltas | None = None
-        self._prepare()
 
-    def _arrays(self) -> dict[str, torch.Tensor]:
-        """The model's means and variances, where they are to stay; raises for what cannot be used."""
+    def _check(self) -> None:
+        """Raise for arguments that cannot be used, and put the model where it is to stay."""
         if not isinstance(self.config, DDPConfig):
             raise TypeError(f"config must be a DDPConfig, not {self.config!r}")
-        if lacks := missing_members(self.model):
-            raise TypeError(f"{type(self.model).__name__} has no {', '.join(lacks)}")
+        if not isinstance(self.model, Sequential):
+            raise TypeError(f"model must be a tagi.Sequential, not a {type(self.model).__name__}")
         if not isinstance(self.average, bool):
             raise TypeError(f"average must be a bool, not {self.average!r}")
-        if self.config.device is not None and isinstance(self.model, torch.nn.Module):
+        if self.config.device is not None:
             self.model.to(self.config.device)
-        arrays = dict(arrays_of(self.model))
-        deltas_of(self.model)
-        return arrays
 
     @property
     def _team(self) -> tuple[int, ...]:
         return tuple(sorted(self.config.P.ranks))
-
-    def _prepare(self) -> OwnDeltas | OthersDeltas:
-        """What sums the deltas; in a copy all ranks make it anew, together."""
-        if self._deltas is None:
-            kind = OwnDeltas if isinstance(self.model, Sequential) else OthersDeltas
-            self._deltas = kind(self.model, self.config.P.world_transport, self._team)
-        return self._deltas
-
-    # ---- pytagi's interface ------------------------------------------------------------------------------------------
 
     @property
     def output_z_buffer(self) -> Any:
@@ -191,9 +171,8 @@ class DDPSequential(torch.nn.Module):
 
     def forward(self, mu_x: Any, var_x: Any = None) -> tuple[Any, Any]:
         """The model's, of this rank's rows."""
-        self._outputs = self._rows = None
+        self._outputs = None
         self._outputs = self.model.forward(mu_x, var_x)
-        self._rows = len(mu_x)
         return self._outputs
 
     def backward(self) -> None:
@@ -208,12 +187,14 @@ class DDPSequential(torch.nn.Module):
             update; other kinds of errors are raised as they are. Also if they have taken different numbers of steps, hold
             models of different sizes or dtypes, or one has loaded what others have not.
         """
-        P, deltas, vote = self.config.P, self._prepare(), 0
+        P, vote = self.config.P, 0
         told = {"number of steps": str(self._steps)}
         error: Exception | None = None
         self._is_fresh = False
         try:
-            told |= deltas.find(1 / P.size if self.average else 1.0, self._rows)
+            self.model.find_deltas(1 / P.size if self.average else 1.0)
+            deltas = self.model.flat_deltas(P.size)
+            told["deltas"] = f"{deltas.numel() - P.size} of {deltas.dtype} on {deltas.device.type}"
             vote = zlib.crc32(repr((told, self._is_loaded)).encode())
         except Exception as found:
             error = found
@@ -224,10 +205,22 @@ class DDPSequential(torch.nn.Module):
         if self._is_loaded or not is_agreed:
             self.check_replicas()
             self._is_loaded = False
-        sizes = deltas.sum() if P.size > 1 else [deltas.rows]
-        if hasattr(self.model, "batch_size"):
-            self.model.batch_size = max(sizes) if self.average else sum(sizes)
+        rows = self._summed(deltas)
+        self.model.batch_size = max(rows) if self.average else sum(rows)
         self._is_fresh = True
+
+    def _summed(self, deltas: torch.Tensor) -> list[int]:
+        """Sum the deltas over the ranks in place; returns the ranks' numbers of rows, which travel in the elements behind them.
+
+        A number is cut to what the dtype holds exactly: 2^24 in float32, and still 256 in bfloat16, from which on it is the same
+        to the cap.
+        """
+        P = self.config.P
+        rows = deltas[-P.size :].zero_()
+        rows[P.rank] = min(self.model.batch_size, int(2 / torch.finfo(deltas.dtype).eps))
+        if P.size > 1:
+            P.world_transport.all_reduce(self._team, deltas)
+        return list(map(int, rows.tolist()))
 
     def step(self) -> None:
         """Update the weights by the deltas, alike on all ranks.
@@ -242,13 +235,6 @@ class DDPSequential(torch.nn.Module):
         self._is_fresh = False
         self.model.step()
         self._steps += 1
-
-    def train(self, mode: bool = True) -> DDPSequential:
-        """Training mode."""
-        super().train(mode)
-        if not isinstance(self.model, torch.nn.Module):
-            getattr(self.model, "train" if mode else "eval", lambda: None)()
-        return self
 
     def barrier(self) -> None:
         """Wait for all ranks, which call it together."""
@@ -274,13 +260,7 @@ class DDPSequential(torch.nn.Module):
 
     def get_device_with_index(self) -> str:
         """The model's device, such as "cuda:0"."""
-        return str(getattr(self.model, "device", "cpu")) if torch.cuda.device_count() else "cpu"
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Without what is shared with other ranks."""
-        return {**self.__dict__, "_deltas": None}
-
-    # ---- the model's own ---------------------------------------------------------------------------------------------
+        return str(self.model.device) if torch.cuda.device_count() else "cpu"
 
     def parameters(self, recurse: bool = True) -> Any:
         """The model's."""
@@ -297,18 +277,23 @@ class DDPSequential(torch.nn.Module):
 
     def check_replicas(self) -> None:
         """Raise RuntimeError, on all ranks, unless they hold the same means and variances, bit by bit; all ranks call it."""
-        _check_alike(self.config.P, checksums(dict(arrays_of(self.model))), RuntimeError)
+        bits = {name: t.cpu().contiguous().view(-1).view(torch.uint8) for name, t in self.model.state_dict().items()}
+        checksums = {name: f"of checksum {zlib.crc32(b.numpy()):08x}" for name, b in bits.items()}
+        _check_alike(self.config.P, checksums, RuntimeError)
 
 
-@contextmanager
-def _together(P: Partition, name: str) -> Iterator[None]:
-    """Raise on all ranks of P what is raised inside on one of them."""
-    error: Exception | None = None
-    try:
-        yield
-    except Exception as found:
-        error = found
-    raise_together(P.world_transport, P.ranks, error, name)
+def _described(model: Sequential) -> dict[str, str]:
+    """The layers, and the shapes and kinds of their means and variances, in words."""
+    layers = {
+        f"layer {name}": repr(layer) if isinstance(layer, Layer) else type(layer).__name__
+        for name, layer in model.named_modules()
+        if name
+    }
+    arrays = {
+        name: f"{tuple(t.shape)} of {str(t.dtype).removeprefix('torch.')} on {t.device.type}"
+        for name, t in model.state_dict().items()
+    }
+    return {**layers, **arrays}
 
 
 def _check_alike(P: Partition, told: Mapping[str, Any], kind: type[Exception] = ValueError) -> None:

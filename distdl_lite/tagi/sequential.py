@@ -76,8 +76,6 @@ class Sequential(torch.nn.Sequential):
         self._forget()
         self.flat_deltas()
 
-    # ---- layers ------------------------------------------------------------------------------------------------------
-
     @property
     def layers(self) -> list[Any]:
         return list(self)
@@ -102,24 +100,27 @@ class Sequential(torch.nn.Sequential):
     def device(self) -> torch.device:
         return self.flat_deltas().device
 
-    # ---- the flat tensor ---------------------------------------------------------------------------------------------
-
-    def flat_deltas(self) -> torch.Tensor:
-        """The one flat tensor that all layers' deltas are views of.
+    def flat_deltas(self, more: int = 0) -> torch.Tensor:
+        """The one flat tensor that all layers' deltas are views of, and behind them so many more elements.
 
         It is made anew where the layers are others or hold other tensors than its views, as after a cast, with the numbers that
         they hold.
+
+        Raises
+        ------
+        ValueError
+            If not all layers are of one dtype and on one device.
         """
         self._leaves = list(self.leaves())
         self._linears = [layer for layer in self._leaves if isinstance(layer, Linear)]
-        if not self.is_flat():
+        size = more + sum(delta.numel() for delta in self._held() if delta is not None)
+        if not self._is_flat() or self.flat.numel() < size:
             like = self._linears[0].mu_w if self._linears else torch.empty(0)
-            self.place_deltas(like.new_zeros(sum(delta.numel() for delta in self._held() if delta is not None)))
+            self._place_deltas(like.new_zeros(size))
         assert self.flat is not None
-        return self.flat
+        return self.flat[:size]
 
-    def is_flat(self) -> bool:
-        """Whether the deltas of the layers, which the last `flat_deltas` looked up, are views of `flat`."""
+    def _is_flat(self) -> bool:
         if self.flat is None or (self._linears and self.flat.dtype is not self._linears[0].mu_w.dtype):
             return False
         held = self._held()
@@ -128,14 +129,7 @@ class Sequential(torch.nn.Sequential):
     def _held(self) -> list[torch.Tensor | None]:
         return [layer._buffers[name] for layer in self._linears for name in _DELTAS]
 
-    def place_deltas(self, flat: torch.Tensor) -> None:
-        """Let the deltas, with the numbers that they have, be views of this tensor, which may have more elements.
-
-        Raises
-        ------
-        ValueError
-            If not all layers are of its dtype and on its device.
-        """
+    def _place_deltas(self, flat: torch.Tensor) -> None:
         kinds = {f"{t.dtype} on {t.device}" for t in (flat, *(layer.mu_w for layer in self._linears))}
         if len(kinds) > 1:
             raise ValueError(f"tagi.Sequential: all layers must be alike, not of {' and '.join(sorted(kinds))}")
@@ -169,8 +163,6 @@ class Sequential(torch.nn.Sequential):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self.flat_deltas()
-
-    # ---- inference ---------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def forward(self, mu_x: Any, var_x: Any = None) -> tuple[Any, Any]:

@@ -24,8 +24,6 @@ from distdl_lite.data import permutation
 
 Pair = tuple[torch.Tensor, torch.Tensor]
 
-# ---- data ------------------------------------------------------------------------------------------------------------
-
 
 class Problem(NamedTuple):
     """Rows to train with and to test with, standardised by those to train with; `unit` is a standard deviation of y."""
@@ -67,9 +65,6 @@ def standardised(
     unit = y_unit.item()
     centre = (x_mean[0].item(), x_unit[0].item(), y_mean.item())
     return Problem(name, (x[:train], y[:train]), (x[train:], y[train:]), hidden, epochs, noise / unit, unit, centre)
-
-
-# ---- training --------------------------------------------------------------------------------------------------------
 
 
 def network(problem: Problem, seed: int) -> tagi.Sequential:
@@ -127,9 +122,6 @@ def run(world: dl.Partition, options: argparse.Namespace) -> dict[str, tuple[flo
     if world.rank == 0 and options.out:
         draw(options.out, nets)
     return found
-
-
-# ---- the picture -----------------------------------------------------------------------------------------------------
 
 
 def draw(path: str, nets: list[tuple[Problem, Any]]) -> None:

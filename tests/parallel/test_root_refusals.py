@@ -53,10 +53,10 @@ def test_a_call_that_the_root_alone_has_left(world: dl.Partition) -> None:
     dp = dl.RootDataParallel(Where(world.rank), world)
     with dp.serve() as at_root:
         if at_root:
-            dp._block = None
+            dp._passes._block = None
             with pytest.raises(TypeError, match="NoneType"):
                 dp(torch.ones(()))
-            del dp._block
+            del dp._passes._block
             with pytest.raises(
                 RuntimeError, match=r"rank 0, is at forward of container \d+, but rank 1 is at outputs of forward 1 of"
             ):

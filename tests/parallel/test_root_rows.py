@@ -13,7 +13,7 @@ from roots import F64, Where, assert_same, build, gradients, real
 from torch import nn
 
 import distdl_lite as dl
-from distdl_lite.parallel.rows import Team, cut_rows
+from distdl_lite.parallel.rows import Places, cut_rows
 from distdl_lite.testing import adjoint_test, count
 
 
@@ -119,7 +119,7 @@ def test_between_distributed_layers(world: dl.Partition) -> None:
 def adjoints(world: dl.Partition) -> None:
     size = world.size
     for ranks, root in ((tuple(range(size)), 0), (tuple(range(size))[::-1], size - 1)):
-        team = Team(world.world_transport, ranks, root)
+        team = Places(world.world_transport, ranks, root)
         at_root = world.rank == team.root_rank
         for rows in (7, 1, 0):
             cuts = cut_rows(rows, size, root)

@@ -99,6 +99,41 @@ def test_serving(world: dl.Partition) -> None:
             pass
 
 
+@on_ranks(2, mpi=True)
+def test_what_a_script_may_change_about_the_module(world: dl.Partition) -> None:
+    """Its weights and modes; other layers are refused on all ranks, as long as they are there."""
+    net = build(lambda: nn.Sequential(nn.Linear(2, 2), nn.Dropout(1.0), nn.Tanh()))
+    dp, x = dl.RootDataParallel(net, world), real(4, 2)
+    changes = [
+        (lambda: setattr(net[1], "p", 0.5), "Dropout(p=1.0, inplace=False), not Dropout(p=0.5, inplace=False)"),
+        (lambda: net.append(nn.ReLU()), "layer 3 missing, not ReLU()"),
+        (lambda: setattr(net, "2", nn.Sigmoid()), "layer 2 Tanh(), not Sigmoid()"),
+    ]
+    with dp.serve() as at_root:
+        if at_root:
+            for change in (
+                net.eval,
+                net.train,
+                lambda: net[1].eval(),
+                lambda: net[0].bias.requires_grad_(False),
+                lambda: setattr(net[0], "weight", nn.Parameter(torch.ones(2, 2, dtype=F64))),
+            ):
+                change()
+                y, expected = dp(x), net(x)
+                assert_same(y, expected)
+                found = torch.autograd.grad(y.sum(), net[0].weight)
+                assert_same(found, torch.autograd.grad(expected.sum(), net[0].weight))
+            layers = dict(net._modules)
+            for change, text in changes:
+                change()
+                for _ in range(2):
+                    with pytest.raises(ValueError, match=r"replica 1, on rank 1: .* before serve\(\)") as raised:
+                        dp(x)
+                    assert text in str(raised.value)
+                net._modules, net[1].p = dict(layers), 1.0
+                assert_same(dp(x), net(x))
+
+
 @on_ranks(2)
 def test_served_graphs_are_let_go(world: dl.Partition) -> None:
     net = build(lambda: nn.Linear(2, 2))

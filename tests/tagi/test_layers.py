@@ -16,8 +16,6 @@ from gaussians import difference, linears, network, tagi, teach, weights
 ACTIVATIONS = ["ReLU", "MixtureReLU", "Tanh", "Sigmoid"]
 Pair = tuple[numpy.ndarray, numpy.ndarray]
 
-# ---- the equations, one number after another in float64 --------------------------------------------------------------
-
 
 def phi(a: float) -> float:
     return float(numpy.exp(-a * a / 2) / numpy.sqrt(2 * numpy.pi))
@@ -169,9 +167,6 @@ def test_the_moments_of_mixture_relu(dtype: torch.dtype) -> None:
     assert at_zero[1].tolist() == pytest.approx([1e-6] * 3)
 
 
-# ---- arrays ----------------------------------------------------------------------------------------------------------
-
-
 def test_arrays_of_any_kind() -> None:
     net, x = network(3, 4, 2), numpy.random.default_rng(0).normal(size=(6, 3))
     mean, variance = net(x)
@@ -256,9 +251,6 @@ def test_autocast_and_inference_mode_change_nothing() -> None:
         assert difference(teach(net, x, x[:, :2], steps=False), expected) == 0
     with torch.inference_mode():
         assert difference(net(x), expected) == 0
-
-
-# ---- life ------------------------------------------------------------------------------------------------------------
 
 
 def is_flat(net: Any) -> bool:
