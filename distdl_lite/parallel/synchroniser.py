@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import math
 import weakref
@@ -103,14 +104,11 @@ class Synchroniser:
         self.may_start = True  # before backward ends: the rows of all its forwards are known
         self.backward: int | None = None
         self.seen: dict[int, None] = {}  # parameters whose gradients have come in this backward
-        self._others = _synchronisers(transport)
-        self._others.add(self)
+        _synchronisers(transport).add(self)
         self.lane = f"copies {lane}"
         if len(team) > 1:
             transport.open_sums(team, self.lane)
-        self._numbers = {id(p): n for n, p in enumerate(parameters)}
         self.serial = next(_serials)  # the same order on all ranks
-        self._beside: list[Synchroniser] = []  # others of this backward that have a parameter in common
         self._known_buffers = self.buffers  # kept, lest others get their ids
         self._versions = self._buffer_versions()
         self._plan([n for n, p in enumerate(parameters) if p.requires_grad][::-1])
@@ -157,15 +155,12 @@ class Synchroniser:
             bucket.missing = len(bucket.numbers)
         self._aside: dict[int, torch.Tensor] = {}
         self._kept: dict[int, torch.Tensor] = {}
-        self._left: set[int] = set()  # to be summed by another
-        self._beside.clear()
         if not takes_part:
             return
         for number, parameter in enumerate(self.parameters):
             grad = parameter.grad
             if grad is not None and self._is_settled(grad):
                 self._aside[number], parameter.grad = grad, None
-        self._meet()
 
     def keep_what_weighs_nothing(self) -> None:
         """Put aside this rank's gradients, which count for nothing unless rows come: where no rank has any, they stay."""
@@ -191,59 +186,6 @@ class Synchroniser:
                 "and gone back through again beside others, use DataParallel(..., overlap=False)"
             )
         self.count += rows
-
-    def is_summed_by_another(self, number: int) -> bool:
-        """Whether another container with the same parameter is at it in this backward."""
-        parameter = self.parameters[number]
-        return any(other.is_open and any(p is parameter for p in other.parameters) for other in self._others)
-
-    def _meet(self) -> None:
-        """Leave what this and others of the backward have in common to the oldest of them."""
-        at_it = [other for other in self._others if other.is_open and other.backward == self.backward]
-        together = sorted((other for other in at_it if other.team == self.team), key=lambda other: other.serial)
-        for other in together if len(together) > 1 else ():
-            common = self._numbers.keys() & other._numbers.keys()
-            if other is self or not common:
-                continue
-            self._beside.append(other)
-            other._beside.append(self)
-            for key in common:
-                oldest = next(one for one in together if key in one._numbers)
-                for one in (self, other):
-                    if one is not oldest:
-                        one._leave(one._numbers[key], oldest, oldest._numbers[key])
-
-    def _leave(self, number: int, other: Synchroniser, its_number: int) -> None:
-        self._left.add(number)
-        for mine, its in ((self._aside, other._aside), (self._kept, other._kept)):
-            if number in mine:
-                its[its_number] = mine.pop(number)
-
-    def _agree_with(self, other: Synchroniser) -> None:
-        """Raise on all ranks unless the gradients of a parameter in common weigh the same in both, which have been summed."""
-        average = self.options.average
-        if (average, self._divides) == (other.options.average, other._divides):
-            if not self._divides or average == "ranks":
-                return
-            shares = [one._share for one in (self, other)]
-            differs = abs(shares[0] - shares[1]) > 1e-9 * abs(shares[0])
-            if average == "samples":  # "sum": totals alone matter
-                flag = torch.tensor([float(differs)], dtype=torch.float64)
-                differs = bool(self.transport.all_reduce(self.team, flag, "max"))
-            if not differs:
-                return
-        common = [self.names[n] for key, n in self._numbers.items() if key in other._numbers]
-        raise RuntimeError(
-            f"DataParallel: {', '.join(common)} is in two containers that one backward goes through, and whose gradients "
-            f'weigh differently: give both as many rows, use average="ranks", or put both modules into one container'
-        )
-
-    @property
-    def _share(self) -> float:
-        """What decides the weight of this rank's gradients in what was summed last."""
-        assert self._weighed is not None
-        weight = self._weighed[1] if self.options.average == "samples" else 1.0
-        return weight / self._total if self._total else 0.0
 
     def _is_settled(self, grad: torch.Tensor) -> bool:
         """Whether a gradient is the same on all ranks, and has not changed since, as far as the containers know."""
@@ -295,9 +237,8 @@ class Synchroniser:
             trained = [float(p.requires_grad) for p in self.parameters]
             changed = self._versions != self._buffer_versions()
             bucket.header = [float(self._takes_part), self._leads, float(changed), *trained]
-        left = self._left
         self._check_kept(bucket)
-        gradients = [self.parameters[n].grad if self._takes_part and n not in left else None for n in bucket.numbers]
+        gradients = [self.parameters[n].grad if self._takes_part else None for n in bucket.numbers]
         fill, flat = partial(bucket.pack, gradients, *self._weighed, mark), bucket.free()
         then = partial(self._unpack, place)
         if self.options.comm_hook is None and self.options.waits:
@@ -316,7 +257,7 @@ class Synchroniser:
     def _check_kept(self, bucket: Bucket) -> None:
         """Raise if hooks have taken gradients away, such as those of an optimizer that steps within backward."""
         for number in bucket.numbers if self._takes_part else ():
-            if number in self.seen and number not in self._left and self.parameters[number].grad is None:
+            if number in self.seen and self.parameters[number].grad is None:
                 raise RuntimeError(
                     f"DataParallel: the gradient of {self.names[number]} was taken away within backward, before it was "
                     f'summed over the ranks; step after backward, or with DataParallel(..., update="deferred")'
@@ -375,6 +316,7 @@ class Synchroniser:
 
     def leave(self) -> int:
         """Meet the other ranks before all set up anew; how many of them were in a backward instead, and ended it."""
+        _synchronisers(self.transport).discard(self)
         if len(self.team) == 1 or self.is_broken:
             return 0
         self.begin(None, takes_part=False)
@@ -454,9 +396,6 @@ class Synchroniser:
         self.is_open = False
         if self._takes_part:
             self.count, self.weight = 0.0, None
-        for other in self._beside:
-            if not other.is_open:
-                self._agree_with(other)
 
     def _unplanned(self) -> Found:
         """The sums of parameters that some rank trains since this backward."""
@@ -475,8 +414,6 @@ class Synchroniser:
         if not self._takes_part:
             return
         for number, value in found:
-            if number in self._left:
-                continue
             parameter, kept = self.parameters[number], self._kept.get(number)
             grad = self.added_up(number, parameter.grad if value is None else value)
             parameter.grad = grad
@@ -560,6 +497,18 @@ class _Both:
 def _synchronisers(transport: Transport) -> weakref.WeakSet[Synchroniser]:
     """Those of this rank that are alive."""
     return transport.local.setdefault("synchronisers", weakref.WeakSet())
+
+
+def in_others(transport: Transport, named: Sequence[tuple[str, torch.Tensor]]) -> list[str]:
+    """The names of parameters that another container of this rank has."""
+
+    def found() -> list[str]:
+        held = {id(p) for other in _synchronisers(transport) for p in other.parameters}
+        return [name for name, p in named if id(p) in held]
+
+    if found():
+        gc.collect()  # it may be one that nobody uses any more
+    return found()
 
 
 def lanes_in_use(transport: Transport, team: tuple[int, ...]) -> list[int]:

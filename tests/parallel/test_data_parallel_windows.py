@@ -248,7 +248,9 @@ def test_optimizers_go_on_from_where_the_last_rank_was(world: dl.Partition) -> N
         optimizers = [make(dp), make(single)]
         if not given:
             wrapped = dl.DataParallelOptimizer(optimizers[0], blocking=True)
-            dp = dl.DataParallel(dp.module, world, wrapped, blocking_parameter_updates=True)
+            module = dp.module
+            del dp
+            dp = dl.DataParallel(module, world, wrapped, blocking_parameter_updates=True)
         for number, steps in enumerate([(0, 2, 1), (3, 1, 0), (1, 1, 2), (2, 2, 2)]):
             data = [[draw(2, 3, seed=100 * number + 10 * r + s) for s in range(n)] for r, n in enumerate(steps)]
             with dp.join(*optimizers[:1] * given):
