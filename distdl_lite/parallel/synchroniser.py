@@ -93,6 +93,8 @@ class Synchroniser:
         self.names, self.parameters, self.late, self._find_buffers = names, parameters, frozenset(late), buffers
         self.transport, self.team, self.options = transport, team, options
         self._divides = not is_weighed and options.average != "none"
+        # The weights add up to one, so that what is in .grad on all ranks alike is still in their mean.
+        self._keeps_sums = self._divides and options.average != "sum"
         self.count = 0.0  # rows since the last sum
         self.weight: float | None = None  # in place of it
         self._knows_order = False  # in which the root's gradients come
@@ -157,10 +159,8 @@ class Synchroniser:
         self._kept: dict[int, torch.Tensor] = {}
         if not takes_part:
             return
-        for number, parameter in enumerate(self.parameters):
-            grad = parameter.grad
-            if grad is not None and self._is_settled(grad):
-                self._aside[number], parameter.grad = grad, None
+        for number, grad in self._settled():
+            self._aside[number], self.parameters[number].grad = grad, None
 
     def keep_what_weighs_nothing(self) -> None:
         """Put aside this rank's gradients, which count for nothing unless rows come: where no rank has any, they stay."""
@@ -187,26 +187,23 @@ class Synchroniser:
             )
         self.count += rows
 
-    def _is_settled(self, grad: torch.Tensor) -> bool:
-        """Whether a gradient is the same on all ranks, and has not changed since, as far as the containers know."""
-        return getattr(grad, _SETTLED, None) == self.team
+    def _settled(self) -> list[tuple[int, torch.Tensor]]:
+        """The gradients that are sums over the ranks, to which another sum is to be added."""
+        grads = () if self._keeps_sums else enumerate(p.grad for p in self.parameters)
+        return [(n, grad) for n, grad in grads if grad is not None and getattr(grad, _SETTLED, None) == self.team]
 
     def keep_local(self) -> None:
-        """Gradients come that are not to be summed yet: what was summed before counts as each rank's own from now on.
+        """Gradients come that are not to be summed yet: those that were zeroed are each rank's own from now on.
 
-        All of it, also where this rank gets no gradient, because others may.
+        All of them, also where this rank gets no gradient, because others may.
         """
-        grads = ((n, p.grad) for n, p in enumerate(self.parameters))
-        settled = [n for n, grad in grads if grad is not None and self._is_settled(grad)]
-        doubled = [] if self.options.average in ("samples", "ranks") else settled
-        name = next((self.names[n] for n in doubled if self.parameters[n].grad.any()), None)  # type: ignore[union-attr]
-        if name is not None:
-            raise RuntimeError(
-                f"DataParallel: {name}.grad holds a sum over ranks, to which a backward inside no_sync "
-                f'adds; with average="{self.options.average}" call zero_grad() before it'
-            )
-        for number in settled:
-            delattr(self.parameters[number].grad, _SETTLED)
+        for number, grad in self._settled():
+            if grad.any():
+                raise RuntimeError(
+                    f"DataParallel: {self.names[number]}.grad holds a sum over ranks, to which a backward inside no_sync "
+                    f'adds; with average="{self.options.average}" call zero_grad() before it'
+                )
+            delattr(grad, _SETTLED)
 
     def ready(self, number: int) -> None:
         """A gradient is there."""
@@ -417,7 +414,7 @@ class Synchroniser:
             parameter, kept = self.parameters[number], self._kept.get(number)
             grad = self.added_up(number, parameter.grad if value is None else value)
             parameter.grad = grad
-            if grad is not None and grad is not kept:
+            if grad is not None and grad is not kept and not self._keeps_sums:
                 setattr(grad, _SETTLED, self.team)
 
     def added_up(self, number: int, value: torch.Tensor | None) -> torch.Tensor | None:
