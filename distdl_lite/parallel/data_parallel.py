@@ -83,8 +83,7 @@ class DataParallel(torch.nn.Module):
     bucket_mb : float, optional
         MiB of gradients that are summed in one message, 4 by default.
     comm_hook : callable, optional
-        Called with each `Bucket` before it is summed, by all ranks; may change ``bucket.gradients`` in place. Those of
-        `distdl_lite.parallel.hooks` let gradients travel as halves.
+        Called with each `Bucket` before it is summed, by all ranks; may change ``bucket.gradients`` in place.
     timeout : float, optional
         Seconds to wait for other ranks before a TimeoutError, after which the container is of no more use, and the job ends
         with exit code 1 when this rank does. By default 1800 where a thread or MPI makes the sums, and no limit where

@@ -101,7 +101,6 @@ class Synchroniser:
         self._order: tuple[torch.Tensor, Pending] | None = None  # while it is on its way
         # Of gradients before their sum: about what the weights added up to last. A power of 2, which rounds nothing off.
         self._scale = 1.0
-        self._knows_scale = not self._divides
         self.is_open = self.is_broken = False
         self.may_start = True  # before backward ends: the rows of all its forwards are known
         self.backward: int | None = None
@@ -242,11 +241,9 @@ class Synchroniser:
             pending = self._sum(flat, fill, then)
         else:
             fill()
-            bucket.sent_as = None
             if self.options.comm_hook is not None:
                 self.options.comm_hook(bucket)
-            is_halved = bucket.sent_as and self._knows_scale
-            pending = self._sum_as_halves(bucket) if is_halved else self._sum(flat, then=then)
+            pending = self._sum(flat, then=then)
         self._pending.append(pending)
         if self.engine == "inline":
             self._wait(place)
@@ -273,16 +270,6 @@ class Synchroniser:
         self, flat: torch.Tensor, fill: Callable[[], None] | None = None, then: Callable[[], None] | None = None
     ) -> Pending:
         return self.transport.start_sum(self.team, flat, self._sum_engine(), self.lane, fill, then)
-
-    def _sum_as_halves(self, bucket: Bucket) -> Pending:
-        assert bucket.sent_as is not None
-        numbers, left, engine = bucket.gradients, torch.empty_like(bucket.gradients), self._sum_engine()
-        if bucket.sent_as is torch.float16 and numbers.numel():  # else what is out of range would be cut to it unseen
-            most = torch.finfo(torch.float16).max
-            if not torch.linalg.vector_norm(numbers, torch.inf) <= most:
-                numbers.masked_fill_(numbers.abs() > most, torch.nan)
-        halves = self.transport.start_rounded_sum(self.team, bucket.gradients, left, bucket.sent_as, engine, self.lane)
-        return _Both(halves, self._sum(bucket.tail))
 
     def _sum_engine(self) -> str:
         if self.engine == "inline" and self.options.timeout is not None:  # a blocking call could not be given up
@@ -389,7 +376,6 @@ class Synchroniser:
         self._plan_anew(self._trained)
         if self._divides and self._total:
             self._scale = 2.0 ** -round(math.log2(self._total))
-            self._knows_scale = True
         self.is_open = False
         if self._takes_part:
             self.count, self.weight = 0.0, None
@@ -476,19 +462,6 @@ class Synchroniser:
             average(self.transport, self.team, averaged)
             broadcast(self.transport, self.team, taken)
         self._known_buffers, self._versions = buffers, self._buffer_versions()
-
-
-class _Both:
-    """Two sums, the second of which is small and comes after the first."""
-
-    def __init__(self, first: Pending, second: Pending) -> None:
-        self._first, self._second = first, second
-
-    def is_done(self) -> bool:
-        return self._first.is_done() and self._second.is_done()
-
-    def wait(self, timeout: float | None = None) -> bool:
-        return self._first.wait(timeout) and self._second.wait(timeout)
 
 
 def _synchronisers(transport: Transport) -> weakref.WeakSet[Synchroniser]:
