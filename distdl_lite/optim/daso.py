@@ -218,8 +218,6 @@ class DASO(LocalSGD):
         if self.scheduler is not None and scheduler is not None:
             self.scheduler.load_state_dict(scheduler)
 
-    # ---- for DataParallelMultiGPU -----------------------------------------------------------------------------------
-
     def _prepare_gradients(self, closure: Callable[[], Any] | None) -> None:
         """Put the mean over the node into the gradients, in phases in which its ranks step together."""
         if closure is not None or "found_inf" in self.__dict__:

@@ -190,8 +190,6 @@ class LocalSGD(torch.optim.Optimizer):
                 for engine in dict.fromkeys((self.engine, "inline")):
                     self._transport.open_sums(team, _LANE.format(engine))
 
-    # ---- what is averaged ----------------------------------------------------------------------------------------------
-
     @property
     def _transport(self) -> Any:
         return self._P.world_transport
@@ -280,8 +278,6 @@ class LocalSGD(torch.optim.Optimizer):
             states = {tensor: before.state.pop(view) for tensor, view in old_views.items() if view in before.state}
             self.outer.state.update({views[tensor]: state for tensor, state in states.items() if tensor in views})
         self._outer_views = views
-
-    # ---- steps -----------------------------------------------------------------------------------------------------------
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Take the optimizer's step; then merge, begin or make the average that is due; returns what the optimizer does."""
@@ -438,8 +434,6 @@ class LocalSGD(torch.optim.Optimizer):
         told = self._transport.gather_objects(team, list(found))
         return [found[key] for key in told[0] if all(key in other for other in told)]
 
-    # ---- epochs ----------------------------------------------------------------------------------------------------------
-
     def next_epoch(self, loss: float | torch.Tensor | None = None) -> None:
         """End the epoch, and tell its loss on this rank, the mean of which over the ranks the schedule sees."""
         if loss is not None:
@@ -453,8 +447,6 @@ class LocalSGD(torch.optim.Optimizer):
             mine = float(loss.detach() if isinstance(loss, torch.Tensor) else loss)
         told = self._transport.gather_objects(self.levels.team, mine)
         return sum(told) / len(told)
-
-    # ---- as an optimizer -------------------------------------------------------------------------------------------------
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:

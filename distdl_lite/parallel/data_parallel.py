@@ -156,8 +156,6 @@ class DataParallel(torch.nn.Module):
         if self.P.active:
             self._prepare(at_start=True)
 
-    # ---- set-up ------------------------------------------------------------------------------------------------------
-
     @property
     def comm(self) -> Any:
         """The communicator of P, for the user's own traffic."""
@@ -308,8 +306,6 @@ class DataParallel(torch.nn.Module):
         for number in trained - sync.late - self._handles.keys():
             hook = _ReadyHook(weakref.ref(self), number)
             self._handles[number] = sync.parameters[number].register_post_accumulate_grad_hook(hook)
-
-    # ---- forward and backward ----------------------------------------------------------------------------------------
 
     def forward(self, *inputs: Any, **kwargs: Any) -> Any:
         """The module's, of this rank's rows."""
@@ -490,8 +486,6 @@ class DataParallel(torch.nn.Module):
             state = broadcast_structure(transport, sync.team, optimizer.state_dict(), root)
             if transport.rank != root:
                 optimizer.load_state_dict(state)
-
-    # ---- life --------------------------------------------------------------------------------------------------------
 
     def __getattr__(self, name: str) -> Any:
         """The module's attributes are the container's."""

@@ -140,8 +140,6 @@ class Synchroniser:
         """Whether sums start while backward runs, so that each gradient is to be told of by `ready`."""
         return self.options.overlap and self.engine != "inline"
 
-    # ---- one backward ------------------------------------------------------------------------------------------------
-
     def begin(self, backward: int | None, takes_part: bool = True) -> None:
         """Start a backward; one that failed before is completed without this rank's gradients."""
         if self.is_open:
@@ -442,8 +440,6 @@ class Synchroniser:
         (order, pending), self._order = self._order, None
         self._await(pending, "the order of the buckets", self.buckets[0])
         return order.tolist()
-
-    # ---- buffers -----------------------------------------------------------------------------------------------------
 
     @property
     def buffers(self) -> list[torch.Tensor]:

@@ -30,9 +30,6 @@ def compare(world: dl.Partition, make: Callable[[], nn.Module], loss: Loss, step
         assert_gradients(dp, single)
 
 
-# ---- several forwards ------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.check("A16")
 @on_ranks(2, mpi=True)
 def test_forwards_and_backwards_in_any_number(world: dl.Partition) -> None:
@@ -140,9 +137,6 @@ def test_adversaries_with_batch_norm(world: dl.Partition) -> None:
             judges[0].check_replicas()
 
 
-# ---- checkpoints -----------------------------------------------------------------------------------------------------
-
-
 class Checkpointed(nn.Module):
     """A layer used under a checkpoint, some times."""
 
@@ -193,9 +187,6 @@ def test_reentrant_checkpoints_of_a_layer_used_twice_need_the_end_of_backward(wo
     mean_square(dp(x[2 * world.rank :][:2])).backward()
     mean_square(single(x)).backward()
     assert_gradients(dp, single)
-
-
-# ---- gradients of gradients ------------------------------------------------------------------------------------------
 
 
 def penalty(f: nn.Module, x: torch.Tensor) -> torch.Tensor:

@@ -190,9 +190,6 @@ def test_sums_that_cannot_be_told_apart_are_refused(world: dl.Partition) -> None
             assert_gradients(dp, single)
 
 
-# ---- join ------------------------------------------------------------------------------------------------------------
-
-
 def epochs(world: dl.Partition, lengths: Sequence[Sequence[int]], rows: Sequence[int], **options: object) -> None:
     """Epochs of different lengths on the ranks; one process trains on the rows of those that still have some."""
     torch.manual_seed(0)
