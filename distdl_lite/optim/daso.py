@@ -10,7 +10,7 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from distdl_lite.agreement import refused_together
 from distdl_lite.optim.flat import Flat, average, average_flats
-from distdl_lite.optim.local_sgd import LocalSGD, is_averaged
+from distdl_lite.optim.local_sgd import LocalSGD
 from distdl_lite.optim.schedule import DASOSchedule, Skips, check_int
 from distdl_lite.partition import partition_of
 from distdl_lite.transport import Transport
@@ -50,7 +50,7 @@ class DASO(LocalSGD):
         So many ranks in a row count as a node; by default those of a host.
     steps_per_epoch : int, optional
         Sets `last_batch` to one less.
-    groups, average_state, buffers, engine, timeout
+    groups, buffers, engine, timeout
         As those of `LocalSGD`.
 
     Attributes
@@ -114,7 +114,7 @@ class DASO(LocalSGD):
                     raise TypeError(f"{name} must be a bool, not {value!r}")
             if steps_per_epoch is not None:
                 check_int("steps_per_epoch", steps_per_epoch, 1)
-            unknown = set(options) - {"groups", "average_state", "buffers", "engine", "timeout"}
+            unknown = set(options) - {"groups", "buffers", "engine", "timeout"}
             if unknown:
                 raise TypeError(f"DASO has no arguments {sorted(unknown)}")
             self.scheduler = _scheduler_of(scheduler, local_optimizer)
@@ -218,8 +218,6 @@ class DASO(LocalSGD):
         if self.scheduler is not None and scheduler is not None:
             self.scheduler.load_state_dict(scheduler)
 
-    # ---- for DataParallelMultiGPU -----------------------------------------------------------------------------------
-
     def _prepare_gradients(self, closure: Callable[[], Any] | None) -> None:
         """Put the mean over the node into the gradients, in phases in which its ranks step together."""
         if closure is not None or "found_inf" in self.__dict__:
@@ -243,7 +241,7 @@ class DASO(LocalSGD):
         states, scaler = self.optimizer.state, self._scaler
         learning = [p for flat in flats for p in flat.tensors]
         names = [sorted(states.get(p, {}), key=str) for p in learning]
-        rest = [{k: v for k, v in states.get(p, {}).items() if not is_averaged(v, p)} for p in learning]
+        rest = [{k: v for k, v in states.get(p, {}).items() if not _is_averaged(v, p)} for p in learning]
         mine = names, rest, None if scaler is None else scaler.state_dict()
         told = self._transport.gather_objects(self.levels.node, mine)
         for number, p in enumerate(learning):
@@ -254,7 +252,27 @@ class DASO(LocalSGD):
         if scaler is not None:
             scaler.load_state_dict(told[0][2])
         average_flats(self._transport, self.levels.node, flats)
-        average(self._transport, self.levels.node, self._common_state(self.levels.node))
+        average(self._transport, self.levels.node, self._common_state())
+
+    def _common_state(self) -> list[torch.Tensor]:
+        """The optimizer's states such as momentum; those that some rank of the node lacks are not averaged."""
+        found = {}
+        held = [p for group in self.optimizer.param_groups for p in group["params"]]  # a rank may freeze others
+        for number, p in enumerate(held):
+            for name, value in self.optimizer.state.get(p, {}).items():
+                if p.requires_grad and _is_averaged(value, p):
+                    found[number, name] = value
+        told = self._transport.gather_objects(self.levels.node, list(found))
+        return [found[key] for key in told[0] if all(key in other for other in told)]
+
+
+def _is_averaged(state: Any, parameter: torch.Tensor) -> bool:
+    """Whether an optimizer's state of a parameter is of its shape and kind, such as momentum."""
+    return (
+        isinstance(state, torch.Tensor)
+        and state.shape == parameter.shape
+        and (state.is_floating_point() or state.is_complex())
+    )
 
 
 def mean_gradients(transport: Transport, team: tuple[int, ...], parameters: Sequence[torch.Tensor]) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from distdl_lite.agreement import refused_together
-from distdl_lite.optim.flat import Flat, average, average_flats, flats_of
+from distdl_lite.optim.flat import Flat, average_flats, flats_of
 from distdl_lite.optim.levels import levels_of
 from distdl_lite.optim.schedule import Periodic, Schedule, Skips, check_int
 from distdl_lite.partition import partition_of
@@ -86,9 +86,6 @@ class LocalSGD(torch.optim.Optimizer):
         rounding keeps is sent with the next. float32 is the same as None: numbers travel as they are, halves as float32.
     buffers : iterable of torch.Tensor
         Floating-point tensors, such as running statistics, to be averaged and replaced together with the parameters.
-    average_state : bool
-        Also average the optimizer's floating-point state of the parameters' shape, such as momentum, where all ranks have it;
-        this waits for the others when an average begins.
     chunk : int, optional
         The most elements in a message. By default all parameters of a dtype are one.
     engine : str
@@ -155,7 +152,6 @@ class LocalSGD(torch.optim.Optimizer):
         outer: Callable[[list[torch.Tensor]], torch.optim.Optimizer] | torch.optim.Optimizer | None = None,
         wire: torch.dtype | None = None,
         buffers: Iterable[torch.Tensor] = (),
-        average_state: bool = False,
         chunk: int | None = None,
         engine: str = "auto",
         timeout: float | None = None,
@@ -166,11 +162,10 @@ class LocalSGD(torch.optim.Optimizer):
             _check_tensors(optimizer, self.buffers)
             schedule = Periodic(schedule) if isinstance(schedule, int) else schedule
             _check_settings(schedule, outer, merge, wire, engine)
-            _check_numbers(delay, chunk, ranks_per_node, timeout, average_state)
+            _check_numbers(delay, chunk, ranks_per_node, timeout)
         self.optimizer, self.schedule = optimizer, schedule
         self.delay, self.merge, self.chunk, self.timeout, self.engine = delay, merge, chunk, timeout, engine
         self.wire = wire if wire in _HALVES else None
-        self.average_state = average_state
         self.outer = outer if isinstance(outer, torch.optim.Optimizer) else None
         self._make_outer = None if outer is self.outer else outer
         self._outer_groups = [list(group["params"]) for group in self.outer.param_groups] if self.outer else []
@@ -189,8 +184,6 @@ class LocalSGD(torch.optim.Optimizer):
             if self.levels.rank in team:
                 for engine in dict.fromkeys((self.engine, "inline")):
                     self._transport.open_sums(team, _LANE.format(engine))
-
-    # ---- what is averaged ----------------------------------------------------------------------------------------------
 
     @property
     def _transport(self) -> Any:
@@ -239,7 +232,7 @@ class LocalSGD(torch.optim.Optimizer):
             "nodes": self.levels.nodes,
             "timeout": self.timeout is not None,
             "outer": self._has_outer,
-            **{name: getattr(self, name) for name in ("merge", "delay", "wire", "chunk", "engine", "average_state")},
+            **{name: getattr(self, name) for name in ("merge", "delay", "wire", "chunk", "engine")},
             "number of tensors": len(learning) + len(self.buffers),
             **{f"tensor {n}": (tuple(t.shape), t.dtype) for n, t in enumerate((*learning, *self.buffers))},
             **{f"the name of tensor {n}": names.get(id(p)) for n, p in enumerate(learning)},
@@ -280,8 +273,6 @@ class LocalSGD(torch.optim.Optimizer):
             states = {tensor: before.state.pop(view) for tensor, view in old_views.items() if view in before.state}
             self.outer.state.update({views[tensor]: state for tensor, state in states.items() if tensor in views})
         self._outer_views = views
-
-    # ---- steps -----------------------------------------------------------------------------------------------------------
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Take the optimizer's step; then merge, begin or make the average that is due; returns what the optimizer does."""
@@ -348,8 +339,6 @@ class LocalSGD(torch.optim.Optimizer):
         team = levels.crossing(self._averages) if is_shared else levels.team
         self._averages += 1
         flight = _Flight(self.steps, self.steps + delay, team, is_shared, [], [], [])
-        if self.average_state:
-            average(self._transport, levels.team, self._common_state(levels.team))
         engine = "inline" if not delay and self.timeout is None else self.engine
         for flat in self.flats:
             old = flat.read()
@@ -425,21 +414,6 @@ class LocalSGD(torch.optim.Optimizer):
             self.drain()
         self._since = self._since_local = 0
 
-    def _common_state(self, team: tuple[int, ...]) -> list[torch.Tensor]:
-        """The optimizer's states that are averaged; those that some rank of the team lacks are not."""
-        found = {}
-        held = [
-            p for group in self.optimizer.param_groups for p in group["params"]
-        ]  # of which a rank may freeze others
-        for number, p in enumerate(held):
-            for name, value in self.optimizer.state.get(p, {}).items():
-                if p.requires_grad and is_averaged(value, p):
-                    found[number, name] = value
-        told = self._transport.gather_objects(team, list(found))
-        return [found[key] for key in told[0] if all(key in other for other in told)]
-
-    # ---- epochs ----------------------------------------------------------------------------------------------------------
-
     def next_epoch(self, loss: float | torch.Tensor | None = None) -> None:
         """End the epoch, and tell its loss on this rank, the mean of which over the ranks the schedule sees."""
         if loss is not None:
@@ -453,8 +427,6 @@ class LocalSGD(torch.optim.Optimizer):
             mine = float(loss.detach() if isinstance(loss, torch.Tensor) else loss)
         told = self._transport.gather_objects(self.levels.team, mine)
         return sum(told) / len(told)
-
-    # ---- as an optimizer -------------------------------------------------------------------------------------------------
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
@@ -576,20 +548,13 @@ def _check_settings(schedule: Any, outer: Any, merge: Any, wire: Any, engine: An
             raise ValueError(f"{name} must be one of {known}, not {value!r}")
 
 
-def _check_numbers(delay: Any, chunk: Any, ranks_per_node: Any, timeout: Any, average_state: Any) -> None:
+def _check_numbers(delay: Any, chunk: Any, ranks_per_node: Any, timeout: Any) -> None:
     check_int("delay", delay, 0)
     for name, value in (("chunk", chunk), ("ranks_per_node", ranks_per_node)):
         if value is not None:
             check_int(name, value, 1)
     if timeout is not None and not isinstance(timeout, (int, float)):
         raise TypeError(f"timeout must be a number of seconds, not {timeout!r}")
-    if not isinstance(average_state, bool):
-        raise TypeError(f"average_state must be a bool, not {average_state!r}")
-
-
-def is_averaged(state: Any, parameter: torch.Tensor) -> bool:
-    """Whether an optimizer's state of a parameter is of its shape and kind, such as momentum."""
-    return isinstance(state, torch.Tensor) and state.shape == parameter.shape and not _is_exact(state)
 
 
 def _is_exact(tensor: torch.Tensor) -> bool:

@@ -1,5 +1,1 @@
 """Data-parallel containers."""
-
-from distdl_lite.parallel import hooks
-
-__all__ = ["hooks"]

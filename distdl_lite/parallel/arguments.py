@@ -129,6 +129,7 @@ def _check_options(team: tuple[int, ...], told: Sequence[Mapping[str, Any]]) -> 
 
 
 SPARSE = "DataParallel: sparse gradients are not summed; build {} with sparse=False"
+SHARED = "DataParallel: another container has {} already; put both modules into one container, or delete the other"
 _MIXED = (
     "DataParallel: the gradient of {} is summed over the batch axis by its layer, that of {} by the container, whose "
     'average="{}" has another scale: write average="none" and a loss over P, or build the distributed layers on the ranks that '
@@ -140,19 +141,23 @@ def check_same_module(
     transport: Transport,
     team: tuple[int, ...],
     tensors: Mapping[str, torch.Tensor],
-    sparse: list[str],
-    mixed: Sequence[str],
+    refusals: tuple[Sequence[str], Sequence[str], Sequence[str]],
     options: Mapping[str, Any],
 ) -> int:
-    """Raise on all of the team unless all hold the same tensors, none of them of a sparse layer; returns a free lane."""
+    """Raise on all of the team unless all hold the same tensors; returns a free lane.
+
+    None may be of a sparse layer, of two scales or in another container: the `refusals` are the names of those that are.
+    """
     mine = [(name, tuple(t.shape), str(t.dtype).removeprefix("torch."), *_elsewhere(t)) for name, t in tensors.items()]
-    told = transport.gather_objects(team, (mine, sparse, lanes_in_use(transport, team), options, mixed))
-    _check_options(team, [theirs for _, _, _, theirs, _ in told])
-    for _, theirs, _, _, both in told:
-        if theirs:
-            raise TypeError(SPARSE.format(theirs))
-        if both:
-            raise ValueError(_MIXED.format(*both, options["average"]))
+    told = transport.gather_objects(team, (mine, lanes_in_use(transport, team), options, refusals))
+    _check_options(team, [theirs for _, _, theirs, _ in told])
+    for *_, (sparse, mixed, shared) in told:
+        if sparse:
+            raise TypeError(SPARSE.format(sparse))
+        if mixed:
+            raise ValueError(_MIXED.format(*mixed, options["average"]))
+        if shared:
+            raise ValueError(SHARED.format(", ".join(shared)))
     first = told[0][0]
     for rank, (other, *_) in zip(team, told, strict=True):
         for a, b in zip(first, other, strict=False):
@@ -169,7 +174,7 @@ def check_same_module(
         raise ValueError(
             f"DataParallel: {', '.join(empty)} of all ranks is on the device meta, without data; use to_empty"
         )
-    in_use = [lane for _, _, lanes, _, _ in told for lane in lanes]
+    in_use = [lane for _, lanes, *_ in told for lane in lanes]
     return min(range(LANES), key=in_use.count)
 
 

@@ -59,11 +59,7 @@ class Bucket:
     gradients : torch.Tensor
         The flat part of the gradients, while the bucket is packed; those of 16 bits are summed in 32.
     dtype : torch.dtype
-    sent_as : torch.dtype or None
-        A half, if a hook lets the gradients travel as such.
     """
-
-    sent_as: torch.dtype | None = None
 
     def __init__(self, numbers: Sequence[int], parameters: Sequence[torch.Tensor], header: int = 0) -> None:
         self.numbers, self.header = tuple(numbers), [0.0] * header

@@ -19,6 +19,7 @@ from distdl_lite.nn.movement import zero_volume_tensor
 from distdl_lite.nn.parameter import Layer
 from distdl_lite.nn.sync_batch_norm import SyncBatchNorm
 from distdl_lite.parallel.arguments import (
+    SHARED,
     SPARSE,
     check_arguments,
     check_equal,
@@ -33,7 +34,7 @@ from distdl_lite.parallel.arguments import (
 from distdl_lite.parallel.buckets import Bucket
 from distdl_lite.parallel.copies import broadcast, broadcast_structure
 from distdl_lite.parallel.deferred import Deferral
-from distdl_lite.parallel.synchroniser import BAD_WEIGHT, Options, Synchroniser, as_weight
+from distdl_lite.parallel.synchroniser import BAD_WEIGHT, Options, Synchroniser, as_weight, in_others
 from distdl_lite.partition import partition_of
 
 _KIND = operator.attrgetter("dtype", "device", "shape")
@@ -82,8 +83,7 @@ class DataParallel(torch.nn.Module):
     bucket_mb : float, optional
         MiB of gradients that are summed in one message, 4 by default.
     comm_hook : callable, optional
-        Called with each `Bucket` before it is summed, by all ranks; may change ``bucket.gradients`` in place. Those of
-        `distdl_lite.parallel.hooks` let gradients travel as halves.
+        Called with each `Bucket` before it is summed, by all ranks; may change ``bucket.gradients`` in place.
     timeout : float, optional
         Seconds to wait for other ranks before a TimeoutError, after which the container is of no more use, and the job ends
         with exit code 1 when this rank does. By default 1800 where a thread or MPI makes the sums, and no limit where
@@ -92,8 +92,8 @@ class DataParallel(torch.nn.Module):
     Raises
     ------
     ValueError
-        On all ranks if they hold different modules, or layers that sum over the batch axis beside others whose gradients
-        get a mean; or if an argument of one of them is not among these.
+        On all ranks if they hold different modules, parameters that are in another container, or layers that sum over the
+        batch axis beside others whose gradients get a mean; or if an argument of one of them is not among these.
     TypeError
         For a layer with sparse gradients, or an argument of another type, on all ranks.
 
@@ -156,8 +156,6 @@ class DataParallel(torch.nn.Module):
         if self.P.active:
             self._prepare(at_start=True)
 
-    # ---- set-up ------------------------------------------------------------------------------------------------------
-
     @property
     def comm(self) -> Any:
         """The communicator of P, for the user's own traffic."""
@@ -181,6 +179,9 @@ class DataParallel(torch.nn.Module):
                 "DataParallel: parameters were replaced, or have another dtype or shape, on some ranks alone"
             )
         transport, team, self._sync, lane = self.P.world_transport, self._team(), None, 0
+        if self._deferral is not None:
+            self._deferral.remove()
+            self._deferral = None
         elsewhere = self._summed_by_layers(set(team))
         named = self._named_parameters(elsewhere)
         late = [number for number, (_, p) in enumerate(named) if id(p) in elsewhere]
@@ -191,7 +192,8 @@ class DataParallel(torch.nn.Module):
         self._couples = len(team) > 1 and has_sync_norm and self._options.average != "none"
         if len(team) > 1:
             mixed = self._of_two_scales(elsewhere)
-            lane = check_same_module(transport, team, tensors, self._sparse_layers(), mixed, self._agreed_options())
+            refusals = self._sparse_layers(), mixed, in_others(transport, named)
+            lane = check_same_module(transport, team, tensors, refusals, self._agreed_options())
             alike = tensors if at_start or self._options.sync_buffers != "none" else dict(named)
             if self._init == "broadcast":
                 broadcast(transport, team, list(alike.values()))
@@ -199,6 +201,8 @@ class DataParallel(torch.nn.Module):
                 check_equal(transport, team, alike)
         elif sparse := self._sparse_layers():
             raise TypeError(SPARSE.format(sparse))
+        elif shared := in_others(transport, named):
+            raise ValueError(SHARED.format(", ".join(shared)))
         for handle in self._handles.values():
             handle.remove()
         self._handles.clear()
@@ -210,8 +214,6 @@ class DataParallel(torch.nn.Module):
         )
         self._owners = [owned for module in modules for owned in (module._modules, module._parameters)]
         self._held, self._kinds = _values(self._owners), list(map(_KIND, parameters))
-        if self._deferral is not None:
-            self._deferral.remove()
         wants = self._update == "deferred" and len(team) > 1
         self._deferral = Deferral(self.module, self._sync, listed(self.optimizer)) if wants else None
 
@@ -304,8 +306,6 @@ class DataParallel(torch.nn.Module):
         for number in trained - sync.late - self._handles.keys():
             hook = _ReadyHook(weakref.ref(self), number)
             self._handles[number] = sync.parameters[number].register_post_accumulate_grad_hook(hook)
-
-    # ---- forward and backward ----------------------------------------------------------------------------------------
 
     def forward(self, *inputs: Any, **kwargs: Any) -> Any:
         """The module's, of this rank's rows."""
@@ -407,8 +407,6 @@ class DataParallel(torch.nn.Module):
             return
         if self._deferral is not None:
             self._deferral.came(number)
-        if not sync.is_open and sync.is_summed_by_another(number):
-            return
         if not sync.is_open:  # the outputs are out of sight, or backward does not go through them
             self._begin(running_backward(), self._latest)
             sync.count = sync.count or self._latest
@@ -488,8 +486,6 @@ class DataParallel(torch.nn.Module):
             state = broadcast_structure(transport, sync.team, optimizer.state_dict(), root)
             if transport.rank != root:
                 optimizer.load_state_dict(state)
-
-    # ---- life --------------------------------------------------------------------------------------------------------
 
     def __getattr__(self, name: str) -> Any:
         """The module's attributes are the container's."""

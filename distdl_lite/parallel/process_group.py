@@ -128,8 +128,6 @@ class MPIProcessGroup(dist.ProcessGroup):
         for device in DEVICES:
             self._register_backend(torch.device(device), dist.ProcessGroup.BackendType.CUSTOM, None)
 
-    # ---- what torch asks of a group ----------------------------------------------------------------------------------
-
     def getBackendName(self) -> str:
         return BACKEND
 
@@ -154,8 +152,6 @@ class MPIProcessGroup(dist.ProcessGroup):
 
     def _end_coalescing(self, device: torch.device) -> dist.Work:
         return _done(())
-
-    # ---- calls of MPI ------------------------------------------------------------------------------------------------
 
     def _run(self, name: str, *arguments: Any) -> None:
         """A call of all ranks; with a limit, once all of them have come."""
@@ -222,8 +218,6 @@ class MPIProcessGroup(dist.ProcessGroup):
         if whole.numel() != self.size() * part.numel() or whole.dtype is not part.dtype:
             wanted = f"{self.size()} times a {part.dtype} tensor of shape {tuple(part.shape)}"
             raise ValueError(f"a {whole.dtype} tensor of shape {tuple(whole.shape)} is not {wanted}")
-
-    # ---- collectives; c10d names them --------------------------------------------------------------------------------
 
     @untraced
     def broadcast(self, tensors: Tensors, opts: Any) -> dist.Work:
@@ -377,8 +371,6 @@ class MPIProcessGroup(dist.ProcessGroup):
     reduce_scatter_tensor_coalesced = reduce_scatter_single_coalesced
     alltoall_base = all_to_all_single
 
-    # ---- messages ----------------------------------------------------------------------------------------------------
-
     @untraced
     def send(self, tensors: Tensors, rank: int, tag: int) -> dist.Work:
         (tensor,) = tensors
@@ -489,9 +481,6 @@ def _future(result: Any) -> Future[Any]:
 def _done(result: Any) -> dist.Work:
     """A work object that has ended. It is none in Python: DDP crashes when such a one's future holds an error."""
     return _create_work_from_future(_future(list(result)))
-
-
-# ---- tensors and their bytes -------------------------------------------------------------------------------------------
 
 
 def _check_layout(tensor: torch.Tensor) -> None:

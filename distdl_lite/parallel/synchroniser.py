@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import math
 import weakref
@@ -92,25 +93,23 @@ class Synchroniser:
         self.names, self.parameters, self.late, self._find_buffers = names, parameters, frozenset(late), buffers
         self.transport, self.team, self.options = transport, team, options
         self._divides = not is_weighed and options.average != "none"
+        # The weights add up to one, so that what is in .grad on all ranks alike is still in their mean.
+        self._keeps_sums = self._divides and options.average != "sum"
         self.count = 0.0  # rows since the last sum
         self.weight: float | None = None  # in place of it
         self._knows_order = False  # in which the root's gradients come
         self._order: tuple[torch.Tensor, Pending] | None = None  # while it is on its way
         # Of gradients before their sum: about what the weights added up to last. A power of 2, which rounds nothing off.
         self._scale = 1.0
-        self._knows_scale = not self._divides
         self.is_open = self.is_broken = False
         self.may_start = True  # before backward ends: the rows of all its forwards are known
         self.backward: int | None = None
         self.seen: dict[int, None] = {}  # parameters whose gradients have come in this backward
-        self._others = _synchronisers(transport)
-        self._others.add(self)
+        _synchronisers(transport).add(self)
         self.lane = f"copies {lane}"
         if len(team) > 1:
             transport.open_sums(team, self.lane)
-        self._numbers = {id(p): n for n, p in enumerate(parameters)}
         self.serial = next(_serials)  # the same order on all ranks
-        self._beside: list[Synchroniser] = []  # others of this backward that have a parameter in common
         self._known_buffers = self.buffers  # kept, lest others get their ids
         self._versions = self._buffer_versions()
         self._plan([n for n, p in enumerate(parameters) if p.requires_grad][::-1])
@@ -141,8 +140,6 @@ class Synchroniser:
         """Whether sums start while backward runs, so that each gradient is to be told of by `ready`."""
         return self.options.overlap and self.engine != "inline"
 
-    # ---- one backward ------------------------------------------------------------------------------------------------
-
     def begin(self, backward: int | None, takes_part: bool = True) -> None:
         """Start a backward; one that failed before is completed without this rank's gradients."""
         if self.is_open:
@@ -157,15 +154,10 @@ class Synchroniser:
             bucket.missing = len(bucket.numbers)
         self._aside: dict[int, torch.Tensor] = {}
         self._kept: dict[int, torch.Tensor] = {}
-        self._left: set[int] = set()  # to be summed by another
-        self._beside.clear()
         if not takes_part:
             return
-        for number, parameter in enumerate(self.parameters):
-            grad = parameter.grad
-            if grad is not None and self._is_settled(grad):
-                self._aside[number], parameter.grad = grad, None
-        self._meet()
+        for number, grad in self._settled():
+            self._aside[number], self.parameters[number].grad = grad, None
 
     def keep_what_weighs_nothing(self) -> None:
         """Put aside this rank's gradients, which count for nothing unless rows come: where no rank has any, they stay."""
@@ -192,79 +184,23 @@ class Synchroniser:
             )
         self.count += rows
 
-    def is_summed_by_another(self, number: int) -> bool:
-        """Whether another container with the same parameter is at it in this backward."""
-        parameter = self.parameters[number]
-        return any(other.is_open and any(p is parameter for p in other.parameters) for other in self._others)
-
-    def _meet(self) -> None:
-        """Leave what this and others of the backward have in common to the oldest of them."""
-        at_it = [other for other in self._others if other.is_open and other.backward == self.backward]
-        together = sorted((other for other in at_it if other.team == self.team), key=lambda other: other.serial)
-        for other in together if len(together) > 1 else ():
-            common = self._numbers.keys() & other._numbers.keys()
-            if other is self or not common:
-                continue
-            self._beside.append(other)
-            other._beside.append(self)
-            for key in common:
-                oldest = next(one for one in together if key in one._numbers)
-                for one in (self, other):
-                    if one is not oldest:
-                        one._leave(one._numbers[key], oldest, oldest._numbers[key])
-
-    def _leave(self, number: int, other: Synchroniser, its_number: int) -> None:
-        self._left.add(number)
-        for mine, its in ((self._aside, other._aside), (self._kept, other._kept)):
-            if number in mine:
-                its[its_number] = mine.pop(number)
-
-    def _agree_with(self, other: Synchroniser) -> None:
-        """Raise on all ranks unless the gradients of a parameter in common weigh the same in both, which have been summed."""
-        average = self.options.average
-        if (average, self._divides) == (other.options.average, other._divides):
-            if not self._divides or average == "ranks":
-                return
-            shares = [one._share for one in (self, other)]
-            differs = abs(shares[0] - shares[1]) > 1e-9 * abs(shares[0])
-            if average == "samples":  # "sum": totals alone matter
-                flag = torch.tensor([float(differs)], dtype=torch.float64)
-                differs = bool(self.transport.all_reduce(self.team, flag, "max"))
-            if not differs:
-                return
-        common = [self.names[n] for key, n in self._numbers.items() if key in other._numbers]
-        raise RuntimeError(
-            f"DataParallel: {', '.join(common)} is in two containers that one backward goes through, and whose gradients "
-            f'weigh differently: give both as many rows, use average="ranks", or put both modules into one container'
-        )
-
-    @property
-    def _share(self) -> float:
-        """What decides the weight of this rank's gradients in what was summed last."""
-        assert self._weighed is not None
-        weight = self._weighed[1] if self.options.average == "samples" else 1.0
-        return weight / self._total if self._total else 0.0
-
-    def _is_settled(self, grad: torch.Tensor) -> bool:
-        """Whether a gradient is the same on all ranks, and has not changed since, as far as the containers know."""
-        return getattr(grad, _SETTLED, None) == self.team
+    def _settled(self) -> list[tuple[int, torch.Tensor]]:
+        """The gradients that are sums over the ranks, to which another sum is to be added."""
+        grads = () if self._keeps_sums else enumerate(p.grad for p in self.parameters)
+        return [(n, grad) for n, grad in grads if grad is not None and getattr(grad, _SETTLED, None) == self.team]
 
     def keep_local(self) -> None:
-        """Gradients come that are not to be summed yet: what was summed before counts as each rank's own from now on.
+        """Gradients come that are not to be summed yet: those that were zeroed are each rank's own from now on.
 
-        All of it, also where this rank gets no gradient, because others may.
+        All of them, also where this rank gets no gradient, because others may.
         """
-        grads = ((n, p.grad) for n, p in enumerate(self.parameters))
-        settled = [n for n, grad in grads if grad is not None and self._is_settled(grad)]
-        doubled = [] if self.options.average in ("samples", "ranks") else settled
-        name = next((self.names[n] for n in doubled if self.parameters[n].grad.any()), None)  # type: ignore[union-attr]
-        if name is not None:
-            raise RuntimeError(
-                f"DataParallel: {name}.grad holds a sum over ranks, to which a backward inside no_sync "
-                f'adds; with average="{self.options.average}" call zero_grad() before it'
-            )
-        for number in settled:
-            delattr(self.parameters[number].grad, _SETTLED)
+        for number, grad in self._settled():
+            if grad.any():
+                raise RuntimeError(
+                    f"DataParallel: {self.names[number]}.grad holds a sum over ranks, to which a backward inside no_sync "
+                    f'adds; with average="{self.options.average}" call zero_grad() before it'
+                )
+            delattr(grad, _SETTLED)
 
     def ready(self, number: int) -> None:
         """A gradient is there."""
@@ -295,20 +231,17 @@ class Synchroniser:
             trained = [float(p.requires_grad) for p in self.parameters]
             changed = self._versions != self._buffer_versions()
             bucket.header = [float(self._takes_part), self._leads, float(changed), *trained]
-        left = self._left
         self._check_kept(bucket)
-        gradients = [self.parameters[n].grad if self._takes_part and n not in left else None for n in bucket.numbers]
+        gradients = [self.parameters[n].grad if self._takes_part else None for n in bucket.numbers]
         fill, flat = partial(bucket.pack, gradients, *self._weighed, mark), bucket.free()
         then = partial(self._unpack, place)
         if self.options.comm_hook is None and self.options.waits:
             pending = self._sum(flat, fill, then)
         else:
             fill()
-            bucket.sent_as = None
             if self.options.comm_hook is not None:
                 self.options.comm_hook(bucket)
-            is_halved = bucket.sent_as and self._knows_scale
-            pending = self._sum_as_halves(bucket) if is_halved else self._sum(flat, then=then)
+            pending = self._sum(flat, then=then)
         self._pending.append(pending)
         if self.engine == "inline":
             self._wait(place)
@@ -316,7 +249,7 @@ class Synchroniser:
     def _check_kept(self, bucket: Bucket) -> None:
         """Raise if hooks have taken gradients away, such as those of an optimizer that steps within backward."""
         for number in bucket.numbers if self._takes_part else ():
-            if number in self.seen and number not in self._left and self.parameters[number].grad is None:
+            if number in self.seen and self.parameters[number].grad is None:
                 raise RuntimeError(
                     f"DataParallel: the gradient of {self.names[number]} was taken away within backward, before it was "
                     f'summed over the ranks; step after backward, or with DataParallel(..., update="deferred")'
@@ -335,16 +268,6 @@ class Synchroniser:
         self, flat: torch.Tensor, fill: Callable[[], None] | None = None, then: Callable[[], None] | None = None
     ) -> Pending:
         return self.transport.start_sum(self.team, flat, self._sum_engine(), self.lane, fill, then)
-
-    def _sum_as_halves(self, bucket: Bucket) -> Pending:
-        assert bucket.sent_as is not None
-        numbers, left, engine = bucket.gradients, torch.empty_like(bucket.gradients), self._sum_engine()
-        if bucket.sent_as is torch.float16 and numbers.numel():  # else what is out of range would be cut to it unseen
-            most = torch.finfo(torch.float16).max
-            if not torch.linalg.vector_norm(numbers, torch.inf) <= most:
-                numbers.masked_fill_(numbers.abs() > most, torch.nan)
-        halves = self.transport.start_rounded_sum(self.team, bucket.gradients, left, bucket.sent_as, engine, self.lane)
-        return _Both(halves, self._sum(bucket.tail))
 
     def _sum_engine(self) -> str:
         if self.engine == "inline" and self.options.timeout is not None:  # a blocking call could not be given up
@@ -375,6 +298,7 @@ class Synchroniser:
 
     def leave(self) -> int:
         """Meet the other ranks before all set up anew; how many of them were in a backward instead, and ended it."""
+        _synchronisers(self.transport).discard(self)
         if len(self.team) == 1 or self.is_broken:
             return 0
         self.begin(None, takes_part=False)
@@ -450,13 +374,9 @@ class Synchroniser:
         self._plan_anew(self._trained)
         if self._divides and self._total:
             self._scale = 2.0 ** -round(math.log2(self._total))
-            self._knows_scale = True
         self.is_open = False
         if self._takes_part:
             self.count, self.weight = 0.0, None
-        for other in self._beside:
-            if not other.is_open:
-                self._agree_with(other)
 
     def _unplanned(self) -> Found:
         """The sums of parameters that some rank trains since this backward."""
@@ -475,12 +395,10 @@ class Synchroniser:
         if not self._takes_part:
             return
         for number, value in found:
-            if number in self._left:
-                continue
             parameter, kept = self.parameters[number], self._kept.get(number)
             grad = self.added_up(number, parameter.grad if value is None else value)
             parameter.grad = grad
-            if grad is not None and grad is not kept:
+            if grad is not None and grad is not kept and not self._keeps_sums:
                 setattr(grad, _SETTLED, self.team)
 
     def added_up(self, number: int, value: torch.Tensor | None) -> torch.Tensor | None:
@@ -523,8 +441,6 @@ class Synchroniser:
         self._await(pending, "the order of the buckets", self.buckets[0])
         return order.tolist()
 
-    # ---- buffers -----------------------------------------------------------------------------------------------------
-
     @property
     def buffers(self) -> list[torch.Tensor]:
         return list({id(b): b for b in self._find_buffers() if b is not None}.values())
@@ -544,22 +460,21 @@ class Synchroniser:
         self._known_buffers, self._versions = buffers, self._buffer_versions()
 
 
-class _Both:
-    """Two sums, the second of which is small and comes after the first."""
-
-    def __init__(self, first: Pending, second: Pending) -> None:
-        self._first, self._second = first, second
-
-    def is_done(self) -> bool:
-        return self._first.is_done() and self._second.is_done()
-
-    def wait(self, timeout: float | None = None) -> bool:
-        return self._first.wait(timeout) and self._second.wait(timeout)
-
-
 def _synchronisers(transport: Transport) -> weakref.WeakSet[Synchroniser]:
     """Those of this rank that are alive."""
     return transport.local.setdefault("synchronisers", weakref.WeakSet())
+
+
+def in_others(transport: Transport, named: Sequence[tuple[str, torch.Tensor]]) -> list[str]:
+    """The names of parameters that another container of this rank has."""
+
+    def found() -> list[str]:
+        held = {id(p) for other in _synchronisers(transport) for p in other.parameters}
+        return [name for name, p in named if id(p) in held]
+
+    if found():
+        gc.collect()  # it may be one that nobody uses any more
+    return found()
 
 
 def lanes_in_use(transport: Transport, team: tuple[int, ...]) -> list[int]:

@@ -199,9 +199,6 @@ def test_state_dict(world: dl.Partition) -> None:
     assert (other.epoch, other.batch, other.losses) == (3, 3, (1.0,) * 3)
 
 
-# ---- the container -------------------------------------------------------------------------------------------------------
-
-
 def model_of(seed: int) -> torch.nn.Module:
     torch.manual_seed(seed)
     return torch.nn.Sequential(

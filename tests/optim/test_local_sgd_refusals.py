@@ -45,7 +45,6 @@ ARGUMENTS: list[tuple[Callable[[], Any], type[Exception], str]] = [
     (lambda: sgd(ranks_per_node=2.0), TypeError, "ranks_per_node must be an int, not 2.0"),
     (lambda: sgd(buffers=[3]), TypeError, "buffers must be floating-point tensors, not 3"),
     (lambda: sgd(buffers=[torch.ones(2).long()]), TypeError, "buffers must be floating-point tensors, not tensor"),
-    (lambda: sgd(average_state=1), TypeError, "average_state must be a bool, not 1"),
     (
         lambda: sgd(schedule=lambda *_: (2, 0.5, 0)).step(),
         TypeError,

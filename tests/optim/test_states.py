@@ -1,4 +1,4 @@
-"""States of averaging optimizers: which of them are averaged, and which are refused."""
+"""States of averaging optimizers that are refused."""
 
 from __future__ import annotations
 
@@ -9,20 +9,6 @@ import torch
 from ranks import on_ranks
 
 import distdl_lite as dl
-
-
-@on_ranks(2)
-def test_momentum_of_what_one_rank_has_frozen(world: dl.Partition) -> None:
-    """It is left alone, and that of the others is averaged with its own."""
-    a, b = (torch.nn.Parameter(torch.zeros(2)) for _ in range(2))
-    inner = torch.optim.SGD([a, b], lr=1.0, momentum=0.5)
-    optimizer = dl.LocalSGD(inner, 2, average_state=True)
-    for step in range(2):
-        a.requires_grad_(not (step and world.rank))
-        a.grad, b.grad = torch.full((2,), 10.0), torch.full((2,), 1.0 + world.rank)
-        optimizer.step()
-    assert inner.state[a]["momentum_buffer"].tolist() == [15.0, 15.0]
-    assert inner.state[b]["momentum_buffer"].tolist() == [2.25, 2.25]
 
 
 @on_ranks(2)

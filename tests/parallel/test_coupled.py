@@ -87,6 +87,10 @@ def test_refusals(world: dl.Partition) -> None:
         y.sum().backward()
     with pytest.raises(RuntimeError, match="join is not for it"), dp.join():
         pass
+    dp = dl.DataParallel(dl.SyncBatchNorm.convert(net(), world), world)  # gradients have their weights before the sum
+    dp(x).sum().backward()
+    with dp.no_sync(), pytest.raises(RuntimeError, match=r"grad holds a sum over ranks"):
+        dp(x).sum().backward()
 
 
 @on_ranks(4)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import random
 from collections.abc import Callable
 
 import pytest
@@ -14,7 +13,6 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import distdl_lite as dl
-from distdl_lite.testing import count
 
 OPTIONS = [{}, {"bucket_mb": 1e-4}, {"overlap": False}, {"average": "ranks"}]
 Loss = Callable[[nn.Module, torch.Tensor], torch.Tensor]
@@ -30,9 +28,6 @@ def compare(world: dl.Partition, make: Callable[[], nn.Module], loss: Loss, step
         loss(dp, x[rows * world.rank :][:rows]).backward()
         loss(single, x).backward()
         assert_gradients(dp, single)
-
-
-# ---- several forwards ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.check("A16")
@@ -142,127 +137,6 @@ def test_adversaries_with_batch_norm(world: dl.Partition) -> None:
             judges[0].check_replicas()
 
 
-@pytest.mark.check("A16")
-@on_ranks(2)
-def test_containers_that_share_parameters(world: dl.Partition) -> None:
-    for options in ({}, {"overlap": False}, {"bucket_mb": 1e-4}):
-        first, second = mlp(3, 4, 3), mlp(3, 4, 3)
-        second[2].weight = first[2].weight
-        whole = nn.ModuleList([first, second])
-        with torch.no_grad():
-            dps, single = [dl.DataParallel(part, **options) for part in whole], mlp(3, 4, 3)
-            singles = nn.ModuleList([single, mlp(3, 4, 3)])
-            singles[1][2].weight = single[2].weight
-        losses = [
-            lambda a, b, x: mean_square(a(x)),
-            lambda a, b, x: mean_square(b(x)),
-            lambda a, b, x: mean_square(a(x)) + mean_square(b(x)),
-            lambda a, b, x: mean_square(b(a(x))),
-        ]
-        for loss in losses:
-            x = draw(4, 3)
-            whole.zero_grad()
-            singles.zero_grad()
-            loss(*dps, x[2 * world.rank :][:2]).backward()
-            loss(*singles, x).backward()
-            assert_gradients(whole, singles)
-
-
-def tied() -> nn.ModuleList:
-    """Two networks with a weight in common."""
-    first, second = mlp(3, 4, 3), mlp(3, 4, 3)
-    second[2].weight = first[2].weight
-    return nn.ModuleList([first, second])
-
-
-WAYS = [("a",), ("b",), ("a", "b"), ("ab",), ("ba",), ("a+b",), ("b+a",)]
-
-
-@pytest.mark.check("A16")
-@on_ranks(2, mpi=True)
-def test_shared_parameters_under_every_average(world: dl.Partition) -> None:
-    """Gradients add up over backwards of one container, of the other, and of both, without zero_grad between."""
-
-    def loss(models: tuple[nn.Module, ...], way: str, x: torch.Tensor) -> torch.Tensor:
-        a, b = models
-        y = {"a": lambda: a(x), "b": lambda: b(x), "ab": lambda: b(a(x)), "ba": lambda: a(b(x))}
-        return sum(y[part]().square().sum() for part in way.split("+"))
-
-    options = [{}, {"bucket_mb": 1e-4}, {"overlap": False}]
-    cases = list(itertools.product(options, ("samples", "sum", "ranks", "none"), WAYS, WAYS))
-    for given, average, first, second in random.Random(0).sample(cases, 150):
-        whole, single = tied(), tied()
-        dps = tuple(dl.DataParallel(part, world, average=average, **given) for part in whole)
-        for way in (*first, *second):
-            x = draw(4, 3, seed=len(way))
-            loss(dps, way, x[2 * world.rank :][:2]).backward()
-            share = {"samples": 1 / 2, "sum": 1 / 4, "ranks": 1 / 2, "none": 1}[average]
-            (share * loss(tuple(single), way, x)).backward()
-        assert_gradients(whole, single)
-
-
-@pytest.mark.check("A16")
-@on_ranks(2, mpi=True)
-def test_shared_parameters_that_weigh_differently(world: dl.Partition) -> None:
-    """Are exact where weights play no part, and else refused, on all ranks, where they are not of one sum."""
-    x = draw(8, 3)
-    parts = [x.split([1, 2, 2, 3]), x.split([1, 3, 3, 1])]
-    for average, way in itertools.product(("samples", "sum", "ranks", "none"), (0, 1)):
-        whole, single = tied(), tied()
-        dps = [dl.DataParallel(part, world, average=average) for part in whole]
-        mine = [parts[way][2 * world.rank + i] for i in range(2)]
-        loss = sum(dp(rows).square().sum() for dp, rows in zip(dps, mine, strict=True))
-        if average == "samples" or (average == "sum" and way == 0):
-            with pytest.raises(
-                RuntimeError, match=r"2\.weight is in two containers .* whose gradients weigh differently"
-            ):
-                loss.backward()
-            whole.zero_grad()
-            mine = [x[2 * world.rank :][:2]] * 2
-            sum(dp(rows).square().sum() for dp, rows in zip(dps, mine, strict=True)).backward()
-            share = {"samples": 1 / 2, "sum": 1 / 4}[average]
-            (share * sum(model(x[:4]).square().sum() for model in single)).backward()
-        else:
-            loss.backward()
-            share = {"sum": 1 / 4, "ranks": 1 / 2, "none": 1}[average]
-            for r, (i, model) in itertools.product(range(2), enumerate(single)):
-                (share * model(parts[way][2 * r + i]).square().sum()).backward()
-        assert_gradients(whole, single)
-
-
-@pytest.mark.check("A16")
-@on_ranks(2)
-def test_windows_see_the_sums_of_another_container(world: dl.Partition) -> None:
-    for average in ("sum", "none"):
-        first, second = (dl.DataParallel(part, average=average) for part in tied())
-        first(draw(2, 3)).sum().backward()
-        with second.no_sync(), pytest.raises(RuntimeError, match=r"2\.weight.grad holds a sum over ranks"):
-            second(draw(2, 3)).sum().backward()
-
-
-@pytest.mark.check("A25")
-@on_ranks(2)
-def test_an_older_container_of_the_same_module_stays_out(world: dl.Partition) -> None:
-    for options in OPTIONS:
-        module = mlp(3, 4, 2)
-        old, single = twins(module, **options)
-        mean_square(old(draw(2, 3))).backward()
-        new = dl.DataParallel(module, **options)
-        for dp in (new, old, new):
-            x = draw(4, 3)
-            module.zero_grad()
-            single.zero_grad()
-            with count() as c:
-                mean_square(dp(x[2 * world.rank :][:2])).backward()
-            mean_square(single(x)).backward()
-            assert_gradients(module, single)
-            if not options:
-                assert c.collectives == 1
-
-
-# ---- checkpoints -----------------------------------------------------------------------------------------------------
-
-
 class Checkpointed(nn.Module):
     """A layer used under a checkpoint, some times."""
 
@@ -313,9 +187,6 @@ def test_reentrant_checkpoints_of_a_layer_used_twice_need_the_end_of_backward(wo
     mean_square(dp(x[2 * world.rank :][:2])).backward()
     mean_square(single(x)).backward()
     assert_gradients(dp, single)
-
-
-# ---- gradients of gradients ------------------------------------------------------------------------------------------
 
 
 def penalty(f: nn.Module, x: torch.Tensor) -> torch.Tensor:
