@@ -76,7 +76,7 @@ def adjoint_test(function: Callable[..., Any], *inputs: torch.Tensor, P: Partiti
     pairs = [(outputs, y), (x, gradients), (outputs, outputs), (y, y), (x, x), (gradients, gradients)]
     sums = torch.tensor([_dot(a, b) for a, b in pairs], dtype=torch.complex128)
     if P.active:
-        P.world_transport.all_reduce(sorted(P.ranks), sums)
+        P.world_transport.all_reduce(P.team, sums)
     forward, backward = sums[:2].tolist()
     norms = sums[2:].real.sqrt().tolist()
     scale = max(norms[0] * norms[1], norms[2] * norms[3])
@@ -213,7 +213,9 @@ def _named(tensor: torch.Tensor | None) -> str:
 
 def _raise_differences(world: Any, found: dict[str, str]) -> None:
     """Raise on all ranks what any of them found."""
-    everywhere = world.gather_objects(range(world.size), {name: text for name, text in found.items() if text})
+    everywhere = world.gather_objects(
+        world.team(range(world.size)), {name: text for name, text in found.items() if text}
+    )
     lines = [f"rank {rank}: {name}: {text}" for rank, texts in enumerate(everywhere) for name, text in texts.items()]
     if lines:
         raise AssertionError("the distributed layer does not equal the serial one\n" + "\n".join(lines))

@@ -112,7 +112,7 @@ def _setup_calls(transport: Any, call: Call) -> tuple[int, int]:
 def _dropped_layers(P: Partition, count: int = 3000) -> Row:
     """Construct, call and drop layers over the same teams; the registry of communicators must not grow."""
     rows, line = P.grid((P.size, 1)), P.grid((P.size,))
-    x, teams = torch.rand(2, 2), P.world_transport._teams
+    x, teams = torch.rand(2, 2), P.world_transport.local["teams"]
 
     def some(number: int) -> None:
         for _ in range(number):

@@ -201,7 +201,7 @@ class ShuffledLoader:
 
     def _agree(self, epoch: int) -> None:
         """Raise on all ranks if they are about to exchange rows for different epochs."""
-        transport, team = self._line.world_transport, tuple(sorted(self._line.ranks))
+        transport, team = self._line.world_transport, self._line.team
         mine = hash((epoch,)) % 2**64  # of an integer: the same in every process
-        if transport.agree(team, mine) != mine * len(team) % 2**64:
+        if transport.agree(team, mine) != mine * team.size % 2**64:
             check_alike("epoch", dict(zip(team, transport.gather_objects(team, epoch), strict=True)))

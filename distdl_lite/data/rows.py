@@ -101,14 +101,14 @@ class LocalRows:
     """
 
     def __init__(self, name: str, rows: Any, line: Partition, arguments: Callable[[], str]) -> None:
-        self.line, transport = line, line.world_transport
+        self.line = line
         error, mine = None, ("", 0, "")
         try:
             mine = (*_described(rows), arguments())
         except (TypeError, ValueError) as raised:
             error = raised
-        raise_together(transport, line.ranks, error, name)
-        found = dict(zip(line.ranks, transport.gather_objects(line.ranks, mine), strict=True))
+        raise_together(line.team, error, name)
+        found = dict(zip(line.ranks, line.allgather_data(mine) or (), strict=True))
         check_alike("tensors", {rank: tensors for rank, (tensors, _, _) in found.items()})
         check_alike("arguments", {rank: text for rank, (_, _, text) in found.items()})
         leaves, self._spec = tree_flatten(rows)
@@ -124,8 +124,8 @@ class LocalRows:
 
     def start(self, way: Route, leaving: Sequence[torch.Tensor], into: Sequence[torch.Tensor]) -> list[Any]:
         """Begin to exchange; both lists of tensors are left alone until all that this returns has arrived."""
-        exchange, team = self.line.world_transport.exchange_rows, tuple(self.line.ranks)
-        return [exchange(team, x, way.sends, y, way.receives) for x, y in zip(leaving, into, strict=True)]
+        exchange, ranks = self.line.world_transport.exchange_rows, self.line.ranks
+        return [exchange(ranks, x, way.sends, y, way.receives) for x, y in zip(leaving, into, strict=True)]
 
 
 def _described(rows: Any) -> tuple[str, int]:

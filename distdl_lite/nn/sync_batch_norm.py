@@ -127,7 +127,7 @@ class SyncBatchNorm(DistributedBatchNorm):
                 setattr(layer, name, None)
             elif P.active:
                 with torch.no_grad():
-                    P.world_transport.broadcast(tuple(sorted(P.ranks)), tensor, P.ranks[0])
+                    P.world_transport.broadcast(P.team, tensor, P.ranks[0])
                 setattr(layer, name, tensor)
         return layer
 

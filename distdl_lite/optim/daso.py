@@ -13,7 +13,7 @@ from distdl_lite.optim.flat import Flat, average, average_flats
 from distdl_lite.optim.local_sgd import LocalSGD
 from distdl_lite.optim.schedule import DASOSchedule, Skips, check_int
 from distdl_lite.partition import partition_of
-from distdl_lite.transport import Transport
+from distdl_lite.transport import Team, Transport
 
 _WIRES = torch.bfloat16, torch.half, torch.float
 
@@ -275,7 +275,7 @@ def _is_averaged(state: Any, parameter: torch.Tensor) -> bool:
     )
 
 
-def mean_gradients(transport: Transport, team: tuple[int, ...], parameters: Sequence[torch.Tensor]) -> None:
+def mean_gradients(transport: Transport, team: Team, parameters: Sequence[torch.Tensor]) -> None:
     """Put the mean over a node's ranks into ``.grad``; who has none counts as zeros, where none has one it stays None.
 
     So it does on a rank that has frozen the parameter, which the others go on to train.

@@ -72,9 +72,9 @@ def average(transport: Transport, team: Team, tensors: Iterable[torch.Tensor]) -
 
 def average_flats(transport: Transport, team: Team, flats: Iterable[Flat]) -> None:
     """The same for vectors."""
-    if len(team) > 1:
+    if team.size > 1:
         for flat in flats:
-            flat.write(transport.all_reduce(team, flat.read()) / len(team))
+            flat.write(transport.all_reduce(team, flat.read()) / team.size)
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:

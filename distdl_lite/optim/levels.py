@@ -10,8 +10,9 @@ from typing import Any
 
 from distdl_lite.optim.schedule import check_int
 from distdl_lite.partition import Partition
+from distdl_lite.transport import Team
 
-Teams = tuple[tuple[int, ...], ...]
+Nodes = tuple[tuple[int, ...], ...]
 
 
 @dataclass(frozen=True)
@@ -20,36 +21,41 @@ class Levels:
 
     Attributes
     ----------
-    rank : int
-        This rank in the world.
+    P : Partition
+        All ranks.
     nodes : tuple of tuples of int
         The world ranks of each node, sorted; a node may have one.
     """
 
-    rank: int
-    nodes: Teams
+    P: Partition
+    nodes: Nodes
+
+    @property
+    def rank(self) -> int:
+        """This rank in the world."""
+        return int(self.P.world_transport.rank)
 
     @cached_property
-    def team(self) -> tuple[int, ...]:
-        """All ranks."""
-        return tuple(sorted(rank for node in self.nodes for rank in node))
+    def team(self) -> Team:
+        """All ranks; this one alone if it is outside."""
+        return self.P.world_transport.team(rank for node in self.nodes for rank in node)
 
     @cached_property
-    def node(self) -> tuple[int, ...]:
+    def node(self) -> Team:
         """The ranks of this one's node."""
-        return next(node for node in self.nodes if self.rank in node)
+        return self.P.world_transport.team(next(node for node in self.nodes if self.rank in node))
 
     @cached_property
     def weight(self) -> float:
         """That of this rank's node in a sum over nodes: its ranks over the mean number of ranks of a node."""
-        return len(self.node) * len(self.nodes) / len(self.team)
+        return self.node.size * len(self.nodes) / self.team.size
 
     @cached_property
-    def crossings(self) -> Teams:
+    def crossings(self) -> tuple[Team, ...]:
         """The teams of ranks with the same place in their node, where every node has one."""
-        return tuple(tuple(sorted(ranks)) for ranks in zip(*self.nodes, strict=False))
+        return tuple(map(self.P.world_transport.team, zip(*self.nodes, strict=False)))
 
-    def crossing(self, turn: int) -> tuple[int, ...]:
+    def crossing(self, turn: int) -> Team:
         """The team that talks for the nodes at this turn; the load goes round."""
         return self.crossings[turn % len(self.crossings)]
 
@@ -72,11 +78,11 @@ def levels_of(P: Partition, groups: Any = "node", ranks_per_node: int | None = N
     TypeError, ValueError
         If `groups` does not say for each rank of `P` in which node it is.
     """
-    transport, team = P.world_transport, tuple(sorted(P.ranks))
+    transport, team = P.world_transport, P.team
     if ranks_per_node is not None:
         check_int("ranks_per_node", ranks_per_node, 1)
     if not P.active:
-        return Levels(transport.rank, ((transport.rank,),))
+        return Levels(P, ((transport.rank,),))
     # Always asked for, so that ranks with different arguments still meet.
     chosen = tuple(sorted(groups.ranks)) if isinstance(groups, Partition) else ()
     told = transport.gather_objects(team, (socket.gethostname(), chosen))
@@ -86,14 +92,14 @@ def levels_of(P: Partition, groups: Any = "node", ranks_per_node: int | None = N
     elif groups != "node":
         nodes = _listed(P, groups)
     elif ranks_per_node is not None:
-        nodes = [team[start : start + ranks_per_node] for start in range(0, len(team), ranks_per_node)]
+        nodes = [team[start : start + ranks_per_node] for start in range(0, team.size, ranks_per_node)]
     else:
         hosts = [host for host, _ in told]
         nodes = [
             [rank for rank, other in zip(team, hosts, strict=True) if other == host] for host in dict.fromkeys(hosts)
         ]
-    levels = Levels(transport.rank, tuple(tuple(sorted(node)) for node in nodes))
-    if levels.team != team:
+    levels = Levels(P, tuple(tuple(sorted(node)) for node in nodes))
+    if sorted(rank for node in levels.nodes for rank in node) != list(team):
         raise ValueError(f"groups {list(levels.nodes)} do not hold each of the ranks {list(team)} once")
     return levels
 

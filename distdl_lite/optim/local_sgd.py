@@ -13,6 +13,7 @@ from distdl_lite.optim.flat import Flat, average_flats, flats_of
 from distdl_lite.optim.levels import levels_of
 from distdl_lite.optim.schedule import Periodic, Schedule, Skips, check_int
 from distdl_lite.partition import partition_of
+from distdl_lite.transport import Team
 from distdl_lite.transport.sums import ENGINES, Pending
 
 _LANE = "averages by {}"  # Averages of several optimizers that different threads carry out must not meet.
@@ -40,7 +41,7 @@ class _Flight:
 
     began: int
     due: int
-    team: tuple[int, ...]
+    team: Team
     is_shared: bool  # whether a rank of each node takes part for the others
     old: list[torch.Tensor]
     sums: list[torch.Tensor]
@@ -351,7 +352,7 @@ class LocalSGD(torch.optim.Optimizer):
                 flight.pending += self._start(team, flat, sent, engine)
         self._flight = flight
 
-    def _start(self, team: tuple[int, ...], flat: Flat, sent: torch.Tensor, engine: str) -> list[Pending]:
+    def _start(self, team: Team, flat: Flat, sent: torch.Tensor, engine: str) -> list[Pending]:
         lane, size = _LANE.format(engine), self.chunk or sent.numel()
         pending = []
         for start in range(0, sent.numel(), max(size, 1)):
@@ -382,7 +383,7 @@ class LocalSGD(torch.optim.Optimizer):
                     f"was not there after {self.timeout} s: some rank did not take part"
                 )
         self._flight = None
-        if flight.is_shared and len(self.levels.node) > 1:
+        if flight.is_shared and self.levels.node.size > 1:
             talker = next(rank for rank in self.levels.node if rank in flight.team)
             for total in flight.sums:
                 self._transport.broadcast(self.levels.node, total, talker)

@@ -12,7 +12,7 @@ import torch
 from distdl_lite.parallel.deferred import DataParallelOptimizer
 from distdl_lite.parallel.synchroniser import LANES, lanes_in_use
 from distdl_lite.partition import Partition
-from distdl_lite.transport import Transport
+from distdl_lite.transport import Team, Transport
 from distdl_lite.transport.sums import ENGINES
 
 
@@ -116,12 +116,12 @@ def order(optimizers: Sequence[torch.optim.Optimizer], named: Iterable[tuple[str
     return found
 
 
-def check_same(transport: Transport, team: tuple[int, ...], mine: Mapping[str, Any]) -> None:
+def check_same(transport: Transport, team: Team, mine: Mapping[str, Any]) -> None:
     """Raise ValueError on all of the team unless all have the same; the first that differs is named."""
     _check_options(team, transport.gather_objects(team, mine))
 
 
-def _check_options(team: tuple[int, ...], told: Sequence[Mapping[str, Any]]) -> None:
+def _check_options(team: Team, told: Sequence[Mapping[str, Any]]) -> None:
     for rank, theirs in zip(team, told, strict=True):
         for name, a in told[0].items():
             if theirs.get(name) != a:
@@ -139,7 +139,7 @@ _MIXED = (
 
 def check_same_module(
     transport: Transport,
-    team: tuple[int, ...],
+    team: Team,
     tensors: Mapping[str, torch.Tensor],
     refusals: tuple[Sequence[str], Sequence[str], Sequence[str]],
     options: Mapping[str, Any],

@@ -9,12 +9,10 @@ import torch
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from distdl_lite.autograd import flattened, unflattened
-from distdl_lite.transport import Transport
+from distdl_lite.transport import Team, Transport
 
 
-def broadcast(
-    transport: Transport, team: tuple[int, ...], tensors: Sequence[torch.Tensor], root: int | None = None
-) -> None:
+def broadcast(transport: Transport, team: Team, tensors: Sequence[torch.Tensor], root: int | None = None) -> None:
     """Give all ranks of the team the values of its first rank, or another: one message for each dtype."""
     with torch.no_grad():
         for group in _alike([t.detach() for t in tensors]):
@@ -23,7 +21,7 @@ def broadcast(
             torch._foreach_copy_(group, list(unflattened(flat, group)))
 
 
-def broadcast_structure(transport: Transport, team: tuple[int, ...], value: Any, root: int) -> Any:
+def broadcast_structure(transport: Transport, team: Team, value: Any, root: int) -> Any:
     """A rank's structure of tensors and other objects: the root's own there, a like one elsewhere."""
     is_root = transport.rank == root
     told = transport.gather_objects(team, _empty(value, "meta") if is_root else None)

@@ -36,6 +36,7 @@ from distdl_lite.parallel.copies import broadcast, broadcast_structure
 from distdl_lite.parallel.deferred import Deferral
 from distdl_lite.parallel.synchroniser import BAD_WEIGHT, Options, Synchroniser, as_weight, in_others
 from distdl_lite.partition import partition_of
+from distdl_lite.transport import Team
 
 _KIND = operator.attrgetter("dtype", "device", "shape")
 
@@ -161,13 +162,13 @@ class DataParallel(torch.nn.Module):
         """The communicator of P, for the user's own traffic."""
         return self.P.comm
 
-    def _team(self) -> tuple[int, ...]:
+    def _team(self) -> Team:
         """The ranks along the batch axis."""
         P = self.P
         assert P.index is not None
         step = math.prod(P.shape[1:])
         first = P.rank - P.index[0] * step
-        return tuple(sorted(P.ranks[first + n * step] for n in range(P.shape[0])))
+        return P.world_transport.team(P.ranks[first + n * step] for n in range(P.shape[0]))
 
     def _prepare(self, at_start: bool = False) -> None:
         """Take the module's parameters as they are; the ranks along the batch axis call together."""
@@ -189,8 +190,8 @@ class DataParallel(torch.nn.Module):
         tensors = {**dict(named), **buffers}
         # It mixes the gradients of the ranks' own losses, which must have their weights by then.
         has_sync_norm = any(isinstance(layer, SyncBatchNorm) for layer in self.module.modules())
-        self._couples = len(team) > 1 and has_sync_norm and self._options.average != "none"
-        if len(team) > 1:
+        self._couples = team.size > 1 and has_sync_norm and self._options.average != "none"
+        if team.size > 1:
             mixed = self._of_two_scales(elsewhere)
             refusals = self._sparse_layers(), mixed, in_others(transport, named)
             lane = check_same_module(transport, team, tensors, refusals, self._agreed_options())
@@ -214,7 +215,7 @@ class DataParallel(torch.nn.Module):
         )
         self._owners = [owned for module in modules for owned in (module._modules, module._parameters)]
         self._held, self._kinds = _values(self._owners), list(map(_KIND, parameters))
-        wants = self._update == "deferred" and len(team) > 1
+        wants = self._update == "deferred" and team.size > 1
         self._deferral = Deferral(self.module, self._sync, listed(self.optimizer)) if wants else None
 
     @property
@@ -300,7 +301,7 @@ class DataParallel(torch.nn.Module):
         assert sync is not None
         if sync.is_broken:
             raise RuntimeError("DataParallel: an earlier sum was not completed by all ranks; end the job")
-        if len(sync.team) == 1 and self._options.average != "sum":
+        if sync.team.size == 1 and self._options.average != "sum":
             return
         trained = {n for n, p in enumerate(sync.parameters) if p.requires_grad}
         for number in trained - sync.late - self._handles.keys():
@@ -350,7 +351,7 @@ class DataParallel(torch.nn.Module):
     def _began(self, rows: int) -> None:
         """Backward has reached the outputs of a forward with so many rows."""
         sync, backward = self._sync, running_backward()
-        if sync is None or (len(sync.team) == 1 and self._options.average != "sum"):
+        if sync is None or (sync.team.size == 1 and self._options.average != "sum"):
             return
         if not running_backward_accumulates(sync.parameters):
             return
@@ -371,7 +372,7 @@ class DataParallel(torch.nn.Module):
         sync, average = self._sync, self._options.average
         assert sync is not None
         if average == "ranks":
-            return 1 / len(sync.team)
+            return 1 / sync.team.size
         if average == "sum" and not self._syncs:
             raise RuntimeError('DataParallel: with SyncBatchNorm inside, average="sum" allows no no_sync')
         weight = float(rows) if self.loss_weight is None else as_weight(self.loss_weight)
@@ -454,7 +455,7 @@ class DataParallel(torch.nn.Module):
         if self._couples:
             raise RuntimeError("DataParallel: SyncBatchNorm needs all ranks in every step; join is not for it")
         given, transport, sync = optimizers or listed(self.optimizer), self.P.world_transport, self._sync
-        if sync is None or len(sync.team) == 1:
+        if sync is None or sync.team.size == 1:
             yield
             return
         check_same(transport, sync.team, order(given, self.module.named_parameters()))
@@ -478,9 +479,9 @@ class DataParallel(torch.nn.Module):
             takes_part = sync.finish()
             steps_behind += 1
         place = sync.team.index(transport.rank)
-        nearest = torch.tensor([steps_behind * len(sync.team) + place])
+        nearest = torch.tensor([steps_behind * sync.team.size + place])
         transport.all_reduce(sync.team, nearest, "min")
-        root = sync.team[int(nearest) % len(sync.team)]
+        root = sync.team[int(nearest) % sync.team.size]
         broadcast(transport, sync.team, [*sync.parameters, *sync.buffers], root)
         for optimizer in given:
             state = broadcast_structure(transport, sync.team, optimizer.state_dict(), root)

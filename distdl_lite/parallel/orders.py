@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from distdl_lite.transport import Transport
+from distdl_lite.transport import Team
 
 NAME = "RootDataParallel"  # with which errors begin
 
@@ -76,9 +76,7 @@ class Order:
         return f"is at {self.kind}{which} of container {self.container}"
 
 
-def meet(
-    transport: Transport, team: Sequence[int], root: int, mine: Order, error: BaseException | None = None
-) -> dict[int, Order]:
+def meet(team: Team, root: int, mine: Order, error: BaseException | None = None) -> dict[int, Order]:
     """The orders of all of the team; `error` is what happened here.
 
     Raises
@@ -87,8 +85,8 @@ def meet(
         On all ranks, with the first one's error, or if one disagrees with the root. What ends the program on the root, such as
         SystemExit, stays what it is there.
     """
-    orders = dict(zip(team, transport.gather_objects(team, mine), strict=True))
-    if error is not None and not isinstance(error, Exception) and transport.rank == root:
+    orders = dict(zip(team, team.world.gather_objects(team, mine), strict=True))
+    if error is not None and not isinstance(error, Exception) and team.world.rank == root:
         raise Agreed(error)
     for order in orders.values():
         if order.error is not None:

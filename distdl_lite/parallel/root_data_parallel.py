@@ -126,7 +126,7 @@ class RootDataParallel(torch.nn.Module):
             error = found
         settings = {"dim": self.dim, "device_ids": self.device_ids, "output_device": self.output_device}
         mine = Order("construct", content=(settings, _last_number(transport)), error=as_raised(error, NAME))
-        orders = meet(transport, ranks, ranks[0], mine, error)
+        orders = meet(transport.team(ranks), ranks[0], mine, error)
         for name in settings:
             try:
                 check_alike(name, {rank: order.content[0][name] for rank, order in orders.items()})
@@ -252,7 +252,7 @@ class RootDataParallel(torch.nn.Module):
         return {place: order.content for place, order in enumerate(orders.values()) if order.content is not None}
 
     def _orders(self, mine: Order, error: BaseException | None) -> dict[int, Order]:
-        return meet(self._team.transport, self._team.ranks, self._team.root_rank, mine, error)
+        return meet(self._team.team, self._team.root_rank, mine, error)
 
     @contextmanager
     def serve(self) -> Iterator[bool]:

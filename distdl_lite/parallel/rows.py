@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from distdl_lite.layout import Shape
 from distdl_lite.operator import Operator
 from distdl_lite.plan import plan
 from distdl_lite.structure import TensorStructure
-from distdl_lite.transport import Transport
+from distdl_lite.transport import Team, Transport
 
 Cuts = tuple[int, ...]
 
@@ -35,6 +36,10 @@ class Places:
     transport: Transport
     ranks: tuple[int, ...]
     root: int
+
+    @cached_property
+    def team(self) -> Team:
+        return self.transport.team(self.ranks)
 
     @property
     def root_rank(self) -> int:

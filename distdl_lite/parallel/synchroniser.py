@@ -16,7 +16,7 @@ import torch
 from distdl_lite.optim.flat import average
 from distdl_lite.parallel.buckets import FIRST_BYTES, Bucket, filled
 from distdl_lite.parallel.copies import broadcast
-from distdl_lite.transport import Transport
+from distdl_lite.transport import Team, Transport
 from distdl_lite.transport.abort import fail_at_exit
 from distdl_lite.transport.sums import Pending
 from distdl_lite.transport.wire import wire_dtype
@@ -85,7 +85,7 @@ class Synchroniser:
         late: Iterable[int],
         buffers: Callable[[], Iterable[torch.Tensor | None]],
         transport: Transport,
-        team: tuple[int, ...],
+        team: Team,
         options: Options,
         lane: int,
         is_weighed: bool = False,
@@ -107,7 +107,7 @@ class Synchroniser:
         self.seen: dict[int, None] = {}  # parameters whose gradients have come in this backward
         _synchronisers(transport).add(self)
         self.lane = f"copies {lane}"
-        if len(team) > 1:
+        if team.size > 1:
             transport.open_sums(team, self.lane)
         self.serial = next(_serials)  # the same order on all ranks
         self._known_buffers = self.buffers  # kept, lest others get their ids
@@ -299,10 +299,10 @@ class Synchroniser:
     def leave(self) -> int:
         """Meet the other ranks before all set up anew; how many of them were in a backward instead, and ended it."""
         _synchronisers(self.transport).discard(self)
-        if len(self.team) == 1 or self.is_broken:
+        if self.team.size == 1 or self.is_broken:
             return 0
         self.begin(None, takes_part=False)
-        self._leads = -float(len(self.team))  # buffers may no longer fit those of others
+        self._leads = -float(self.team.size)  # buffers may no longer fit those of others
         return self.abandon()
 
     def finish(self) -> bool:
@@ -310,7 +310,7 @@ class Synchroniser:
         any_takes_part = self.start_rest()
         for place in range(1, len(self.buckets) - 1):  # while the last sum is under way
             self._results[place] = self._result(place)
-        if self.confirm() < len(self.team):
+        if self.confirm() < self.team.size:
             raise RuntimeError("DataParallel: backward failed on another rank, whose gradients are lacking")
         for place in range(len(self.buckets)):
             self.put(self.complete(place))
@@ -327,7 +327,7 @@ class Synchroniser:
         for number in {*self._aside, *self._kept} - self.places.keys():  # no longer trained
             self.put([(number, None)])
         self._start_order()
-        all_go_on = round(active) == len(self.team)
+        all_go_on = round(active) == self.team.size
         if changed and (all_go_on or (leads > 0 and self.options.sync_buffers == "root")):
             self.sync_buffers()  # else join makes all equal in the end
         return active > 0
@@ -337,7 +337,7 @@ class Synchroniser:
         last = len(self.buckets) - 1
         if last not in self._results:
             self._results[last] = self._result(last)
-        if self._marks < len(self.team):
+        if self._marks < self.team.size:
             self._give_up()
         elif not math.isfinite(self._total):
             self._give_up()
@@ -477,8 +477,8 @@ def in_others(transport: Transport, named: Sequence[tuple[str, torch.Tensor]]) -
     return found()
 
 
-def lanes_in_use(transport: Transport, team: tuple[int, ...]) -> list[int]:
+def lanes_in_use(transport: Transport, team: Team) -> list[int]:
     """The numbers of the lanes that a new container of the team should leave to others, as far as this rank knows."""
     alive = [(other.team, other.lane) for other in _synchronisers(transport)]
     used = [*alive, *transport.local.get("spoilt lanes", [])]
-    return [int(lane.split()[-1]) for others, lane in used if others == team]
+    return [int(lane.split()[-1]) for others, lane in used if others is team]

@@ -14,6 +14,7 @@ from distdl_lite.parallel.copies import broadcast
 from distdl_lite.partition import Partition, partition_of
 from distdl_lite.tagi.layers import Layer
 from distdl_lite.tagi.sequential import Sequential
+from distdl_lite.transport import Team
 
 
 class DDPConfig:
@@ -156,8 +157,8 @@ class DDPSequential(torch.nn.Module):
             self.model.to(self.config.device)
 
     @property
-    def _team(self) -> tuple[int, ...]:
-        return tuple(sorted(self.config.P.ranks))
+    def _team(self) -> Team:
+        return self.config.P.team
 
     @property
     def output_z_buffer(self) -> Any:
@@ -200,7 +201,7 @@ class DDPSequential(torch.nn.Module):
             error = found
         is_agreed = P.world_transport.agree(self._team, vote) == vote * P.size and error is None
         if not is_agreed:
-            raise_together(P.world_transport, P.ranks, error, f"DDPSequential: rank {P.rank}")
+            raise_together(P.team, error, f"DDPSequential: rank {P.rank}")
             _check_alike(P, told, RuntimeError)
         if self._is_loaded or not is_agreed:
             self.check_replicas()
