@@ -13,7 +13,7 @@ from distdl_lite.layout import Layout, Shape, shape_of
 from distdl_lite.nn.module import Module
 from distdl_lite.operator import Operator
 from distdl_lite.partition import Partition
-from distdl_lite.plan import plan
+from distdl_lite.plan import Plan, plan
 from distdl_lite.structure import Structure, TensorStructure
 
 
@@ -133,6 +133,11 @@ def into(operator: Operator, x: torch.Tensor, dtype: torch.dtype) -> torch.Tenso
     return operator(x)
 
 
+def keeping_batch(plan: Plan, shape: Shape) -> Plan:
+    """The plan, by which a rank that gets nothing returns ``(batch, 0)``, where it passed a tensor of this shape."""
+    return replace(plan, nothing=(shape[0], 0)) if shape else plan
+
+
 def rehearsal(layer: Any, *steps: tuple[Operator | None, torch.dtype]) -> Callable[[], None]:
     """What runs operators, each with zeros of a dtype, and drops what comes. See `Module`."""
     device = layer._distdl_structure[layer.P_x.ranks[0]][0].device
@@ -184,8 +189,8 @@ class Movement(Module):
         built = plan(X, Y, transport.rank)
         if inputs.dtype is torch.bool and (X.overlaps or built.pattern.sums):
             raise TypeError(f"{name}: bool tensors can be moved but not added")
-        if self.preserve_batch and input[0].dim():
-            built = replace(built, nothing=(input[0].shape[0], 0))
+        if self.preserve_batch:
+            built = keeping_batch(built, input[0].shape)
         return Operator(built, transport, name, inputs.requires_grad), inputs.dtype
 
     def _distdl_rehearsal(self) -> Callable[[], None]:
