@@ -229,7 +229,7 @@ class Partition:
     # ---- life --------------------------------------------------------------------------------------------------------
 
     def deactivate(self) -> None:
-        """Make this rank a rank outside the partition, from its own point of view."""
+        """Make this rank a rank outside the partition, from its own point of view; layers made with it go on as before."""
         self.active, self.rank, self.index, self._comm_cache = False, -1, None, None
 
     def __enter__(self) -> Partition:
@@ -382,9 +382,11 @@ def check_axes(axes: Iterable[int], dim: int) -> tuple[int, ...]:
 
 
 def partition_of(P: Any) -> Partition:
-    """A Partition as it is, that of a communicator, or the ambient world for None."""
+    """A Partition equal to `P`, which a later `P.deactivate()` leaves alone; that of a communicator, or the ambient world."""
     if isinstance(P, Partition):
-        return P
+        own = object.__new__(type(P))
+        own.__dict__.update(P.__dict__)
+        return own
     if P is not None and not hasattr(P, "Is_inter"):
         raise TypeError(f"a Partition or an MPI communicator is needed, not {P!r}")
     return Partition(P)

@@ -30,6 +30,7 @@ class _BuiltOverClasses(_Built):
     """Also the class dim if it is cut."""
 
     over_classes: CutDim | None
+    counts: bool  # whether this rank, of those that hold the same points, counts their weights
 
 
 class DistributedNLLLoss(_DistributedLoss):
@@ -92,7 +93,9 @@ class DistributedNLLLoss(_DistributedLoss):
         grid = self.P_x.grid_of_ranks
         cuts = lay.cuts_from_shapes(grid, {rank: tensors[0].shape for rank, tensors in self._distdl_structure.items()})
         over_classes = cut_dim(self, self.P_x, cuts, self._axis, built.graph)
-        return _BuiltOverClasses(built.box, built.global_shape, built.graph, over_classes)
+        index = grid.index(self._distdl_transport.rank)
+        counts = index is not None and index[self._axis] == 0
+        return _BuiltOverClasses(built.box, built.global_shape, built.graph, over_classes, counts)
 
     def _check_weight(self, name: str, weight: torch.Tensor, shape: Shape) -> None:
         if weight.shape != (shape[self._axis],):
@@ -149,11 +152,7 @@ class DistributedNLLLoss(_DistributedLoss):
     def _weight(self, terms: torch.Tensor, target: torch.Tensor, built: _BuiltOverClasses) -> torch.Tensor:
         is_counted = target != self.ignore_index
         weights = is_counted if self.weight is None else self.weight[target[is_counted]]
-        return weights.sum(dtype=torch.float64) * self._counts()
-
-    def _counts(self) -> bool:
-        """Whether this rank, of those that hold the same points, counts their weights."""
-        return self.P_x.index is not None and self.P_x.index[self._axis] == 0
+        return weights.sum(dtype=torch.float64) * built.counts
 
 
 class DistributedCrossEntropyLoss(DistributedNLLLoss):
@@ -219,4 +218,4 @@ class DistributedCrossEntropyLoss(DistributedNLLLoss):
     def _weight(self, terms: torch.Tensor, target: torch.Tensor, built: _BuiltOverClasses) -> torch.Tensor:
         if target.dim() == terms.dim():
             return super()._weight(terms, target, built)
-        return torch.full_like(terms.sum(), terms.numel() * self._counts(), dtype=torch.float64, requires_grad=False)
+        return torch.full_like(terms.sum(), terms.numel() * built.counts, dtype=torch.float64, requires_grad=False)

@@ -219,7 +219,8 @@ class Convolution(Layer):
         if built.fused is not None:
             return built.fused(x, self.held("weight"), self.held("bias"))
         z = x if built.fetch is None else into(built.fetch, x, built.dtype)
-        bias = self.use("bias") if self.P_y.active else None
+        has_output = built.shape is not None if built.deliver is None else built.deliver.plan.shape_out is not None
+        bias = self.use("bias") if has_output else None
         if built.deliver is None:
             return self._convolve(z, bias, built) if built.shape is not None else self.given(z)
         y = into(built.deliver, z if built.shape is None else self._convolve(z, None, built), built.out_dtype)

@@ -140,7 +140,7 @@ class DeepHalo(Module):
         """The steps of forward: layers, and runs of them."""
         steps: list[Call] = []
         for links in _runs(self):
-            is_run = len(links) > 1 and links[0][0].P_x.active
+            is_run = len(links) > 1 and self._distdl_transport.rank in links[0][0].P_x.ranks
             steps += [_Run(links, self.most)] if is_run else chain(*links)
         return steps
 

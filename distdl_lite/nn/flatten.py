@@ -23,6 +23,7 @@ from distdl_lite.partition import Partition
 class _Built:
     move: Operator | None
     dtype: torch.dtype
+    has_output: bool
 
 
 class DistributedFlatten(Module):
@@ -76,11 +77,12 @@ class DistributedFlatten(Module):
         inputs = agreed_inputs(type(self).__name__, self._distdl_structure, self.P_x)
         X = lay.blocks(self.P_x.grid_of_ranks, lay.cuts_from_shapes(self.P_x.grid_of_ranks, inputs.shapes))
         if self.P_y is None:
-            return _Built(None, inputs.dtype)
+            return _Built(None, inputs.dtype, True)
         shape, ones = self.P_y.shape, (1,) * (self._last - self._first)
         rows = Grid((*shape[: self._first + 1], *ones, *shape[self._first + 1 :]), self.P_y.ranks)
         Z = lay.balanced_blocks(rows, lay.global_shape_of(X))
-        return _Built(operator_between(X, Z, self, inputs.requires_grad), inputs.dtype)
+        has_output = Z.box(self._distdl_transport.rank) is not None
+        return _Built(operator_between(X, Z, self, inputs.requires_grad), inputs.dtype, has_output)
 
     def _distdl_rehearsal(self) -> Callable[[], None]:
         return rehearsal(self, (self._distdl_plan.move, self._distdl_plan.dtype))
@@ -93,7 +95,7 @@ class DistributedFlatten(Module):
             return x
         built: _Built = self._distdl_plan
         z = x if built.move is None else into(built.move, x, built.dtype)
-        return z.flatten(self._first, self._last) if (self.P_y or self.P_x).active else z
+        return z.flatten(self._first, self._last) if built.has_output else z
 
     def extra_repr(self) -> str:
         own = f"start_dim={self.start_dim}, end_dim={self.end_dim}, P_x={self.P_x.shape}"

@@ -141,7 +141,8 @@ class DistributedLinear(Layer):
             return x
         built: _Built = self._distdl_plan
         z = x if built.fetch is None else into(built.fetch, x, built.dtype)
-        bias = self.use("bias") if self.P_y.active else None
+        has_output = built.works if built.deliver is None else built.deliver.plan.shape_out is not None
+        bias = self.use("bias") if has_output else None
         if built.deliver is None:
             return F.linear(z, self.use("weight"), bias) if built.works else self.given(z)
         y = into(built.deliver, F.linear(z, self.use("weight")) if built.works else z, built.out_dtype)
