@@ -198,6 +198,13 @@ def test_communicators_of_the_user() -> None:
         assert MPI.Comm.Compare(team.comm, MPI.COMM_WORLD) != MPI.IDENT
     else:
         assert team.comm is None
+    if world.rank < 2:
+        for number in range(3000):  # MPICH has room for about 2,000 communicators
+            again = world.create_partition_inclusive([number % 2, 1 - number % 2]).grid((1, 2))
+            assert again.comm.rank == again.rank
+        assert again.comm is team.comm
+        team.comm.Free()  # as MPI allows, on all ranks of it
+        assert again.comm.allgather(world.rank) == [1, 0]
     half = MPI.COMM_WORLD.Split(world.rank % 2, world.rank)
     own = Partition(half)
     assert own == Partition(half)
