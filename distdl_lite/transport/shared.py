@@ -45,7 +45,7 @@ class SharedSums:
             self._first.add_(other)
         for other in self._others:
             other.copy_(self._first)
-        if "tallies" in self._transport.local:
+        if self._transport.local["tallies"]:
             record(self._transport.local, 1, self.mine.nbytes, 0.0, 1, "sums")
         self._transport.agree(self._team, 0)
 

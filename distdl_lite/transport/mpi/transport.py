@@ -12,7 +12,7 @@ import torch
 
 from distdl_lite.plan import Plan
 from distdl_lite.transport import Team, Transport, wire
-from distdl_lite.transport.counts import counted, record
+from distdl_lite.transport.counts import counted, of_process, record
 from distdl_lite.transport.mpi.buffers import MPI, as_bytes, as_numbers, on_wire
 from distdl_lite.transport.mpi.channel import MPIChannel
 from distdl_lite.transport.mpi.rows import RowsMoving
@@ -55,7 +55,7 @@ class MPITransport(Transport):
         self.comm = comm.Dup()
         self.rank, self.size = self.comm.rank, self.comm.size
         self.proc_null: int = MPI.PROC_NULL
-        self.local: dict[str, Any] = {}
+        self.local: dict[str, Any] = {"tallies": of_process}
         self._teams: dict[tuple[int, ...], MPI.Comm] = {tuple(range(self.size)): self.comm}
         self._votes: dict[tuple[int, ...], Vote] = {}
         self._sums: dict[tuple[tuple[int, ...], str], tuple[MPI.Comm, Worker]] = {}
@@ -94,7 +94,7 @@ class MPITransport(Transport):
         vote.start(value)
 
     def agreed(self, team: tuple[int, ...]) -> int:
-        began = perf_counter() if "tallies" in self.local else 0.0
+        began = perf_counter() if self.local["tallies"] else 0.0
         value = self._votes[team].finish()
         if began:
             record(self.local, 0, 0, perf_counter() - began, 0, None)
@@ -137,7 +137,7 @@ class MPITransport(Transport):
         if len(team) == 1 or not tensor.numel():
             return Done(then)
         comm, worker = self._sums[team, lane]
-        if "tallies" in self.local:
+        if self.local["tallies"]:
             record(self.local, 1, tensor.nbytes, 0.0, 1, "sums")
         if engine == "poll":
             sent = on_wire(tensor)
@@ -161,7 +161,7 @@ class MPITransport(Transport):
             left.zero_()
             return Done()
         comm, worker = self._sums[team, lane]
-        if "tallies" in self.local:
+        if self.local["tallies"]:
             record(self.local, 1, tensor.numel() * dtype.itemsize, 0.0, 1, "sums")
         # Never "poll": of two collectives MPI would not begin the second by itself.
         if engine in ("auto", "thread") and threads_may_call():
