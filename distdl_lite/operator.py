@@ -68,7 +68,7 @@ class Operator:
         channel = self._channels.get((x.dtype, x.device)) or self._bind(x)
         self._moving = channel
         try:
-            if "tallies" in self.transport.local:
+            if self.transport.local["tallies"]:
                 return self._counted_start(channel, x)
             return channel.start(x)
         except BaseException:
@@ -83,7 +83,7 @@ class Operator:
         channel, self._moving = self._moving, None
         if channel is None:
             raise RuntimeError(f"{self.label}: finished before it was started")
-        began = perf_counter() if "tallies" in self.transport.local else 0.0
+        began = perf_counter() if self.transport.local["tallies"] else 0.0
         y = channel.finish(pending) if into is None else channel.finish(pending, into)
         if began:
             record(self.transport.local, 0, 0, perf_counter() - began, 0, self.label)
@@ -92,7 +92,7 @@ class Operator:
     def apply(self, x: torch.Tensor) -> torch.Tensor:
         """Move `x` without autograd."""
         channel = self._channels.get((x.dtype, x.device))
-        if channel is None or self._moving is not None or "tallies" in self.transport.local:
+        if channel is None or self._moving is not None or self.transport.local["tallies"]:
             return self.finish(self.start(x))
         return channel.finish(channel.start(x))
 

@@ -67,7 +67,6 @@ class Partition:
         self.active = position is not None
         self.rank = -1 if position is None else position
         self.index = None if position is None else unravel(position, grid.shape)
-        self._comm_cache: Any = None
 
     def _derive(
         self, ranks: Iterable[int], shape: Sequence[int] | None = None, periods: Sequence[bool] | None = None
@@ -110,11 +109,15 @@ class Partition:
     def comm(self) -> Any:
         """A live mpi4py communicator over the team for the user's own traffic; None if inactive or without MPI.
 
-        It is made at first access, which the whole team must make together. The library never sends on it.
+        It is made at first access, which the whole team must make together, and shared by all partitions over the same
+        ranks in the same order: freeing it frees it for all of them. The library never sends on it.
         """
-        if self._comm_cache is None and self.active:
-            self._comm_cache = self.world_transport.user_communicator(self.ranks)
-        return self._comm_cache
+        if not self.active:
+            return None
+        made, team = self.world_transport.local.setdefault("communicators", {}), tuple(self.ranks)
+        if not made.get(team):  # one that has been freed is false, too
+            made[team] = self.world_transport.user_communicator(team)
+        return made[team]
 
     _comm = comm
 
@@ -231,8 +234,8 @@ class Partition:
     # ---- life --------------------------------------------------------------------------------------------------------
 
     def deactivate(self) -> None:
-        """Make this rank a rank outside the partition, from its own point of view."""
-        self.active, self.rank, self.index, self._comm_cache = False, -1, None, None
+        """Make this rank a rank outside the partition, from its own point of view; layers made with it go on as before."""
+        self.active, self.rank, self.index = False, -1, None
 
     def __enter__(self) -> Partition:
         return self
@@ -384,9 +387,11 @@ def check_axes(axes: Iterable[int], dim: int) -> tuple[int, ...]:
 
 
 def partition_of(P: Any) -> Partition:
-    """A Partition as it is, that of a communicator, or the ambient world for None."""
+    """A Partition equal to `P`, which a later `P.deactivate()` leaves alone; that of a communicator, or the ambient world."""
     if isinstance(P, Partition):
-        return P
+        own = object.__new__(type(P))
+        own.__dict__.update(P.__dict__)
+        return own
     if P is not None and not hasattr(P, "Is_inter"):
         raise TypeError(f"a Partition or an MPI communicator is needed, not {P!r}")
     return Partition(P)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from distdl_lite.partition import Partition
-from distdl_lite.transport import current
+from distdl_lite.transport import tallies
 from distdl_lite.transport.counts import Tally
 from distdl_lite.transport.threads import spmd
 
@@ -19,7 +19,7 @@ __all__ = ["adjoint_test", "assert_equals_serial", "count", "spmd"]
 
 @contextmanager
 def count() -> Iterator[Tally]:
-    """Count what this rank's transport moves while the block runs.
+    """Count what this rank moves while the block runs, over all communicators; the other ranks need not call it.
 
     Yields
     ------
@@ -33,16 +33,12 @@ def count() -> Iterator[Tally]:
     ...     y = layer(x)
     >>> c.messages, c.by_label["HaloExchange"].bytes  # doctest: +SKIP
     """
-    local, tally = current().local, Tally()
-    local["tallies"] = [*local.get("tallies", ()), tally]
+    opened, tally = tallies(), Tally()
+    opened.append(tally)
     try:
         yield tally
     finally:
-        left = [other for other in local["tallies"] if other is not tally]
-        if left:
-            local["tallies"] = left
-        else:
-            del local["tallies"]
+        opened.remove(tally)
 
 
 # ---- adjoints --------------------------------------------------------------------------------------------------------

@@ -9,11 +9,14 @@ from itertools import pairwise
 from typing import Any
 
 import pytest
+import torch
+from blocks import local
 from hypothesis import given
 from hypothesis import strategies as st
 from ranks import on_ranks
 
 import distdl_lite as dl
+import distdl_lite.nn as dnn
 from distdl_lite.grid import Grid, balanced, ravel, unravel
 from distdl_lite.partition import Partition
 from distdl_lite.testing import spmd
@@ -195,6 +198,13 @@ def test_communicators_of_the_user() -> None:
         assert MPI.Comm.Compare(team.comm, MPI.COMM_WORLD) != MPI.IDENT
     else:
         assert team.comm is None
+    if world.rank < 2:
+        for number in range(3000):  # MPICH has room for about 2,000 communicators
+            again = world.create_partition_inclusive([number % 2, 1 - number % 2]).grid((1, 2))
+            assert again.comm.rank == again.rank
+        assert again.comm is team.comm
+        team.comm.Free()  # as MPI allows, on all ranks of it
+        assert again.comm.allgather(world.rank) == [1, 0]
     half = MPI.COMM_WORLD.Split(world.rank % 2, world.rank)
     own = Partition(half)
     assert own == Partition(half)
@@ -203,3 +213,36 @@ def test_communicators_of_the_user() -> None:
         Partition(MPI.COMM_NULL)
     with pytest.raises(ValueError, match="partitions of different communicators"):
         own.create_partition_union(world)
+
+
+@on_ranks(4)
+def test_deactivated(world: Partition) -> None:
+    """What layers, containers and loaders do follows from the partition they were made with, whatever becomes of it."""
+    x = torch.rand(4, 2, 2, 4)
+
+    def outcomes(ends: bool) -> list[torch.Tensor]:
+        torch.manual_seed(0)
+        P, P_w, pair = world.grid((1, 2, 1, 1)), world.grid((2, 2, 1, 1)), world.grid((1, 2))
+        square, line = world.grid((2, 2)), world.grid((4,))
+        block, rows, half = local(P, x), local(square, x.flatten(1)), local(pair, x.flatten(1))
+        calls: list[tuple[torch.nn.Module, list[torch.Tensor]]] = [
+            (dnn.DistributedConv2d(P, 2, 2, 3, padding=1, P_y=P, P_w=P_w), [block]),
+            (dnn.DistributedLinear(pair, pair, square, 16, 3), [half]),
+            (dnn.DistributedCrossEntropyLoss(square), [rows, torch.tensor([0, 1])]),
+            (dnn.DistributedFlatten(P, P_y=pair), [block]),
+            (dl.DataParallel(torch.nn.Linear(8, 3), line), [rows]),
+        ]
+        loader = dl.data.ShuffledLoader(torch.arange(3) + 3 * world.rank, 2, line)
+        for partition in (P, P_w, pair, square, line) if ends else ():
+            partition.deactivate()
+        found = []
+        for layer, inputs in calls:
+            y = layer(*inputs)
+            if y.requires_grad:
+                y.sum().backward()
+            found += [y.detach(), *(p.grad for p in layer.parameters() if p.grad is not None)]
+        return [*found, *loader]
+
+    found, expected = outcomes(True), outcomes(False)
+    assert len(found) == len(expected)
+    assert all(map(torch.equal, found, expected))

@@ -135,3 +135,23 @@ def test_count_ends_with_its_block() -> None:
         return c.messages, c.collectives, list(c.by_label)
 
     assert spmd(2, body) == [(1, 1, ["AllSumReduce"])] * 2
+
+
+def test_count_begins_without_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """To make a world is for all of its ranks; the tally counts also what is made in the block."""
+    with monkeypatch.context() as patched:
+        patched.setattr("distdl_lite.transport.of_communicator", lambda comm: pytest.fail("a world is made"))
+        with count() as c:
+            pass
+    assert c.messages == 0
+
+
+@pytest.mark.mpi(min_size=2)
+def test_count_over_other_communicators() -> None:
+    from mpi4py import MPI
+
+    early = Partition(MPI.COMM_WORLD.Split(0))
+    with count() as c:
+        for P in (early, Partition(MPI.COMM_WORLD.Split(0)), Partition()):
+            dnn.AllSumReduce(P, [0])(torch.ones(3))
+    assert (c.messages, c.bytes > 0, list(c.by_label)) == (3, True, ["AllSumReduce"])

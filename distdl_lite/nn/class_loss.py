@@ -31,6 +31,7 @@ class _ClassBlock(Block):
     """Also the class dim if it is cut."""
 
     over_classes: CutDim | None
+    counts: bool  # whether this rank, of those that hold the same points, counts their weights
 
 
 class DistributedNLLLoss(_DistributedLoss):
@@ -92,7 +93,9 @@ class DistributedNLLLoss(_DistributedLoss):
         box = X.box(self._distdl_transport.rank)
         assert box is not None
         over_classes = cut_dim(self, X, self._axis, graph)
-        block = _ClassBlock(box, lay.global_shape_of(X), graph, over_classes)
+        index = X.grid.index(self._distdl_transport.rank)
+        counts = index is not None and index[self._axis] == 0
+        block = _ClassBlock(box, lay.global_shape_of(X), graph, over_classes, counts)
         return lambda layer, input, target: layer._reduced(input, target, block)
 
     def _check_weight(self, name: str, weight: torch.Tensor, shape: Shape) -> None:
@@ -150,11 +153,7 @@ class DistributedNLLLoss(_DistributedLoss):
     def _weight(self, terms: torch.Tensor, target: torch.Tensor, block: _ClassBlock) -> torch.Tensor:
         is_counted = target != self.ignore_index
         weights = is_counted if self.weight is None else self.weight[target[is_counted]]
-        return weights.sum(dtype=torch.float64) * self._counts()
-
-    def _counts(self) -> bool:
-        """Whether this rank, of those that hold the same points, counts their weights."""
-        return self.P_x.index is not None and self.P_x.index[self._axis] == 0
+        return weights.sum(dtype=torch.float64) * block.counts
 
 
 class DistributedCrossEntropyLoss(DistributedNLLLoss):
@@ -220,4 +219,4 @@ class DistributedCrossEntropyLoss(DistributedNLLLoss):
     def _weight(self, terms: torch.Tensor, target: torch.Tensor, block: _ClassBlock) -> torch.Tensor:
         if target.dim() == terms.dim():
             return super()._weight(terms, target, block)
-        return torch.full_like(terms.sum(), terms.numel() * self._counts(), dtype=torch.float64, requires_grad=False)
+        return torch.full_like(terms.sum(), terms.numel() * block.counts, dtype=torch.float64, requires_grad=False)

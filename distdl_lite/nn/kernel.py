@@ -13,7 +13,7 @@ import torch
 from distdl_lite import layout as lay
 from distdl_lite.layout import Dim, Layout, Range, Shape
 from distdl_lite.nn.module import Call, Module
-from distdl_lite.nn.movement import Inputs, agreed_inputs
+from distdl_lite.nn.movement import Inputs, agreed_inputs, keeping_batch
 from distdl_lite.operator import Operator
 from distdl_lite.partition import Partition
 from distdl_lite.plan import plan
@@ -25,8 +25,9 @@ def operator_between(X: Layout, Y: Layout, layer: Module, graph: bool) -> Operat
     """The operator from `X` to `Y`, None where every rank holds the same box in both."""
     if X.same_boxes(Y):
         return None
-    name = type(layer).__name__
-    return Operator(plan(X, Y, layer._distdl_transport.rank), layer._distdl_transport, name, graph)
+    transport = layer._distdl_transport
+    built = keeping_batch(plan(X, Y, transport.rank), layer._distdl_structure.mine[0].shape)
+    return Operator(built, transport, type(layer).__name__, graph)
 
 
 def anchored(x: torch.Tensor, graph: bool) -> torch.Tensor:

@@ -13,7 +13,7 @@ from distdl_lite.layout import Layout, Shape, shape_of
 from distdl_lite.nn.module import Call, Module
 from distdl_lite.operator import Operator
 from distdl_lite.partition import Partition
-from distdl_lite.plan import plan
+from distdl_lite.plan import Plan, plan
 from distdl_lite.structure import TensorStructure
 
 
@@ -140,6 +140,11 @@ def into(operator: Operator, x: torch.Tensor, dtype: torch.dtype) -> torch.Tenso
     return operator(x)
 
 
+def keeping_batch(plan: Plan, shape: Shape) -> Plan:
+    """The plan, by which a rank that gets nothing returns ``(batch, 0)``, where it passed a tensor of this shape."""
+    return replace(plan, nothing=(shape[0], 0)) if shape else plan
+
+
 class Movement(Module):
     """Base of all primitives, and of users' own: override `layouts`.
 
@@ -184,8 +189,8 @@ class Movement(Module):
         built = plan(X, Y, rank)
         if inputs.dtype is torch.bool and (X.overlaps or built.pattern.sums):
             raise TypeError(f"{name}: bool tensors can be moved but not added")
-        if self.preserve_batch and x.dim():
-            built = replace(built, nothing=(x.shape[0], 0))
+        if self.preserve_batch:
+            built = keeping_batch(built, x.shape)
         return Operator(built, transport, name, inputs.requires_grad), inputs.dtype
 
     def extra_repr(self) -> str:

@@ -14,6 +14,7 @@ import torch
 
 from distdl_lite.grid import compact
 from distdl_lite.plan import Plan
+from distdl_lite.transport.counts import Tally, of_process
 from distdl_lite.transport.sums import Pending
 from distdl_lite.transport.team import Team
 
@@ -44,7 +45,7 @@ class Transport(Protocol):
     rank: int
     size: int
     proc_null: int
-    local: dict[str, Any]  # this rank's registries, such as its reducer
+    local: dict[str, Any]  # this rank's registries, such as its reducer; under "tallies" those that are open
 
     def bind(self, plan: Plan, dtype: torch.dtype, device: torch.device) -> Channel:
         """Make the plan runnable; every rank of its legs' teams calls it."""
@@ -141,6 +142,12 @@ def current() -> Transport:
     """The ambient world: the threads of `spmd` inside one, else all MPI ranks."""
     transport = getattr(_ambient, "transport", None)
     return transport if transport is not None else of_communicator(None)
+
+
+def tallies() -> list[Tally]:
+    """Those open on this rank, which all of its transports add to. It makes no transport."""
+    transport = getattr(_ambient, "transport", None)
+    return of_process if transport is None else transport.local["tallies"]
 
 
 def enter(transport: Transport | None) -> None:

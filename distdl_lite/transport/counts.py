@@ -11,7 +11,7 @@ from typing import Any
 from distdl_lite.transport.waiting import BEGUN
 
 
-@dataclass
+@dataclass(eq=False)
 class Tally:
     """Messages sent (a collective counts one), bytes of payload handed to the transport, and seconds inside it."""
 
@@ -30,11 +30,14 @@ class Tally:
             self.by_label.setdefault(label, Tally()).add(messages, size, seconds, collectives, None)
 
 
+of_process: list[Tally] = []  # open on this process; over MPI it is one rank, whose transports share the list
+
+
 def record(
     local: dict[str, Any], messages: int, size: int, seconds: float, collectives: int, label: str | None
 ) -> None:
     """Add to every tally that is open on this rank."""
-    for tally in local.get("tallies", ()):
+    for tally in local["tallies"]:
         tally.add(messages, size, seconds, collectives, label)
 
 
@@ -45,7 +48,7 @@ def counted(label: str | None = None) -> Callable[[Callable[..., Any]], Callable
         @wraps(method)
         def call(self: Any, team: Sequence[int], value: Any, *args: Any) -> Any:
             BEGUN[0] += 1
-            if "tallies" not in self.local or len(team) == 1:
+            if not self.local["tallies"] or len(team) == 1:
                 return method(self, team, value, *args)
             began = perf_counter()
             result = method(self, team, value, *args)

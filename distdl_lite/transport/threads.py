@@ -156,7 +156,7 @@ class ThreadTransport(Transport):
 
     def __init__(self, world: World, rank: int) -> None:
         self.world, self.rank, self.size = world, rank, world.size
-        self.local: dict[str, Any] = {}
+        self.local: dict[str, Any] = {"tallies": []}
         self._met: dict[tuple[tuple[int, ...], str], int] = defaultdict(int)
 
     def user_communicator(self, ranks: Sequence[int]) -> None:
@@ -231,7 +231,7 @@ class ThreadTransport(Transport):
     ) -> Pending:
         if fill is not None:
             fill()
-        if "tallies" in self.local:
+        if self.local["tallies"]:
             record(self.local, 1, tensor.nbytes, 0.0, 1, "sums")
         return _Sum(self, team, tensor, lane, then)
 
@@ -247,7 +247,7 @@ class ThreadTransport(Transport):
         if team.size == 1 or not tensor.numel():
             left.zero_()
             return Done()
-        if "tallies" in self.local:
+        if self.local["tallies"]:
             record(self.local, 1, tensor.numel() * dtype.itemsize, 0.0, 1, "sums")
         return _RoundedSum(self, team, tensor, left, dtype, lane)
 

@@ -110,3 +110,29 @@ def test_autocast_leaves_what_torch_leaves(name: str, options: dict) -> None:
                 assert y.shape == wanted[P.block(wanted.shape)].shape
 
     test("threads")
+
+
+@on_ranks(4)
+def test_ranks_without_output_keep_the_batch(world: dl.Partition) -> None:
+    """A rank of the layer that gets nothing gets (batch, 0) like that of a primitive; with a graph, where others have one."""
+    P_x, P_y = world.grid((1, 1, 1, 2)), world.grid((1, 1, 1, 2), [2, 3])
+    line_x, line_y = world.grid((1, 2)), world.grid((1, 2), [2, 3])
+    layers = {
+        "repartition": (dnn.Repartition(P_x, P_y), P_x, (3, 4, 5, 6)),
+        "convolution": (dnn.DistributedConv2d(P_x, 4, 2, 3, P_y=P_y), P_x, (3, 4, 5, 6)),
+        "no channels": (dnn.DistributedConv2d(P_x, 0, 2, 3, P_y=P_y), P_x, (3, 0, 5, 6)),
+        "work": (dnn.DistributedConv2d(P_x, 4, 2, 3, P_y=P_y, P_w=world.grid((1, 1, 1, 2), [1, 2])), P_x, (3, 4, 5, 6)),
+        "transposed": (dnn.DistributedConvTranspose2d(P_x, 4, 2, 3, P_y=P_y), P_x, (3, 4, 5, 6)),
+        "linear": (dnn.DistributedLinear(line_x, line_y, None, 5, 3), line_x, (3, 5)),
+        "flatten": (dnn.DistributedFlatten(P_x, P_y=line_y), P_x, (3, 4, 5, 6)),
+    }
+    for name, (layer, P, shape) in layers.items():
+        for batch in (3, 1):
+            held = P.block((batch, *shape[1:]))
+            x = dl.zero_volume_tensor(batch) if held is None else torch.rand(batch, *shape[1:])[held]
+            y = layer(x.requires_grad_())
+            assert y.requires_grad, name
+            if world.rank in (0, 1):
+                assert y.shape == (batch, 0), (name, y.shape)
+            y.sum().backward()
+            assert x.grad.shape == x.shape, name

@@ -12,7 +12,7 @@ import torch
 
 from distdl_lite.plan import Plan
 from distdl_lite.transport import Team, Transport, wire
-from distdl_lite.transport.counts import counted, record
+from distdl_lite.transport.counts import counted, of_process, record
 from distdl_lite.transport.mpi.buffers import MPI, as_bytes, as_numbers, on_wire
 from distdl_lite.transport.mpi.channel import MPIChannel
 from distdl_lite.transport.mpi.rows import RowsMoving
@@ -55,7 +55,7 @@ class MPITransport(Transport):
         self.comm = comm.Dup()
         self.rank, self.size = self.comm.rank, self.comm.size
         self.proc_null: int = MPI.PROC_NULL
-        self.local: dict[str, Any] = {}
+        self.local: dict[str, Any] = {"tallies": of_process}
         self.team(range(self.size)).comm = self.comm
         self._workers: list[Worker] = []
         atexit.register(self._end)  # before MPI's own end, which was registered earlier
@@ -84,7 +84,7 @@ class MPITransport(Transport):
         team.vote.start(value)
 
     def agreed(self, team: Team) -> int:
-        began = perf_counter() if "tallies" in self.local else 0.0
+        began = perf_counter() if self.local["tallies"] else 0.0
         value: int = team.vote.finish()
         if began:
             record(self.local, 0, 0, perf_counter() - began, 0, None)
@@ -133,7 +133,7 @@ class MPITransport(Transport):
         if team.size == 1 or not tensor.numel():
             return Done(then)
         comm, worker = team.lanes[lane]
-        if "tallies" in self.local:
+        if self.local["tallies"]:
             record(self.local, 1, tensor.nbytes, 0.0, 1, "sums")
         if engine == "poll":
             sent = on_wire(tensor)
@@ -157,7 +157,7 @@ class MPITransport(Transport):
             left.zero_()
             return Done()
         comm, worker = team.lanes[lane]
-        if "tallies" in self.local:
+        if self.local["tallies"]:
             record(self.local, 1, tensor.numel() * dtype.itemsize, 0.0, 1, "sums")
         # Never "poll": of two collectives MPI would not begin the second by itself.
         if engine in ("auto", "thread") and threads_may_call():
