@@ -11,18 +11,20 @@ import torch
 
 @dataclass(frozen=True)
 class TensorStructure:
-    """What a rank tells the others about one tensor argument; ``kind`` names an argument that is no tensor."""
+    """What a rank tells the others about one argument; ``kind`` names one that is no tensor, `integers` are a list's."""
 
     shape: tuple[int, ...] = ()
     dtype: torch.dtype | None = None
     device: str = ""
     requires_grad: bool = False
     kind: str = "Tensor"
+    integers: tuple[int, ...] | None = None
 
     @staticmethod
     def of(value: Any) -> TensorStructure:
         if not isinstance(value, torch.Tensor):
-            return TensorStructure(kind=type(value).__name__)
+            listed = isinstance(value, (list, tuple)) and all(isinstance(item, int) for item in value)
+            return TensorStructure(kind=type(value).__name__, integers=tuple(value) if listed else None)
         if not is_plain(value):
             return TensorStructure(kind="a nested tensor" if value.is_nested else f"a tensor of {value.layout}")
         return TensorStructure(tuple(value.shape), value.dtype, value.device.type, value.requires_grad)
