@@ -220,3 +220,8 @@ class DistributedCrossEntropyLoss(DistributedNLLLoss):
         if target.dim() == terms.dim():
             return super()._weight(terms, target, block)
         return torch.full_like(terms.sum(), terms.numel() * block.counts, dtype=torch.float64, requires_grad=False)
+
+    def _mean(self, total: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        mean = super()._mean(total, weight)
+        # torch divides the terms of the labels by themselves, which is 0 / 0 where all weights are 0.
+        return mean + 0 / weight if self.label_smoothing else mean

@@ -114,6 +114,9 @@ class _DistributedConv(Convolution):
         in_dim = Dim(ins, (2,)) if axis == 2 else Dim(((0, self.in_channels // self.groups),))
         return Layout(self._work, (Dim(outs, (1,)), in_dim, *(Dim(((0, k),)) for k in self.kernel_size)))
 
+    def _output_space(self, space: Shape) -> Shape:
+        return tuple(self._output_length(d, n) for d, n in enumerate(space))
+
     def _output_length(self, d: int, n: int) -> int:
         length = n + sum(self.pads[d]) - self.dilation[d] * (self.kernel_size[d] - 1) - 1
         if length < 0:

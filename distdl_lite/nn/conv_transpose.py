@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import operator
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ import torch.nn.functional as F
 from distdl_lite import layout as lay
 from distdl_lite.layout import Dim, Layout, Shape
 from distdl_lite.nn.convolution import Convolution, Convolve, per_channel, with_bias
+from distdl_lite.nn.module import Call
 from distdl_lite.nn.options import per_dim
 from distdl_lite.partition import Partition
 
@@ -39,8 +41,9 @@ class _DistributedConvTranspose(Convolution):
     ------
     ValueError
         In the constructor if partitions do not fit each other or the dims, an option is one torch refuses, or a cut of
-        the features does not fall on group boundaries; at build if the input does not fit or the output has no points
-        (torch refuses that too, but for a batch of none and where oneDNN computes). On all ranks alike.
+        the features does not fall on group boundaries; at build if the input or `output_size` does not fit, or the
+        output has no points (torch refuses that too, but for a batch of none and where oneDNN computes). On all ranks
+        alike.
 
     Notes
     -----
@@ -95,15 +98,52 @@ class _DistributedConvTranspose(Convolution):
         out_dim = Dim(outs, (1,)) if axis == 2 else Dim(((0, self.out_channels // self.groups),))
         return Layout(self._work, (Dim(ins, (axis,)), out_dim, *(Dim(((0, k),)) for k in self.kernel_size)))
 
-    def _output_length(self, d: int, n: int) -> int:
-        k, s, p = self.kernel_size[d], self.stride[d], self.padding[d]
-        length = (n - 1) * s - 2 * p + self.dilation[d] * (k - 1) + self.output_padding[d] + 1
-        if n < 1 or length < 1:
+    def _output_space(self, space: Shape, output_size: Sequence[int] | None = None) -> Shape:
+        least = [self._least(d, n) for d, n in enumerate(space)]
+        if output_size is None:
+            lengths = [n + extra for n, extra in zip(least, self.output_padding, strict=True)]
+        else:
+            lengths = self._requested(output_size, space, least)
+        for d, (n, length) in enumerate(zip(space, lengths, strict=True)):
+            if n < 1 or length < 1:
+                raise self._refuse(
+                    f"dim {d + 2} of length {n} has no output with kernel_size={self.kernel_size[d]}, "
+                    f"stride={self.stride[d]}, padding={self.padding[d]}: calculated output size {length}. Output size is "
+                    f"too small"
+                )
+        return tuple(lengths)
+
+    def _least(self, d: int, n: int) -> int:
+        """The number of outputs of n inputs of a dim without output padding."""
+        return (n - 1) * self.stride[d] - 2 * self.padding[d] + self.dilation[d] * (self.kernel_size[d] - 1) + 1
+
+    def _requested(self, output_size: Sequence[int], space: Shape, least: Sequence[int]) -> list[int]:
+        """The lengths that forward was asked for. Raises ValueError, in torch's words, unless they can be had."""
+        lengths, dims = list(output_size), self.dims
+        if len(lengths) == dims + 2:
+            lengths = lengths[2:]
+        if len(lengths) != dims:
             raise self._refuse(
-                f"dim {d + 2} of length {n} has no output with kernel_size={k}, stride={s}, padding={p}: calculated "
-                f"output size {length}. Output size is too small"
+                f"for {dims + 2}D input, output_size must have {dims} or {dims + 2} elements (got {len(lengths)})"
             )
-        return length
+        most = [n + s - 1 for n, s in zip(least, self.stride, strict=True)]
+        if any(not a <= n <= b for a, n, b in zip(least, lengths, most, strict=True)):
+            raise self._refuse(
+                f"requested an output size of {lengths}, but valid sizes range from {list(least)} to {most} "
+                f"(for an input of {torch.Size(space)})"
+            )
+        return lengths
+
+    def _distdl_same(self, input: tuple[Any, ...], kwargs: Mapping[str, Any] | None) -> dict[str, Any]:
+        return {**super()._distdl_same(input, kwargs), "output_size": str(input[1:])}
+
+    def _distdl_module_setup(self, input: tuple[Any, ...]) -> Call:
+        if len(input) == 1 or input[1] is None:
+            return super()._distdl_module_setup(input)
+        size = input[1]
+        if not isinstance(size, (list, tuple)) or not all(hasattr(n, "__index__") for n in size):
+            raise self._refuse("output_size is neither a list nor a tuple of integers", TypeError)
+        return super()._distdl_module_setup(input, tuple(map(operator.index, size)))
 
     def _reads(self, d: int, n: int, cuts: Sequence[int]) -> Dim:
         if self._whole[d]:
@@ -115,9 +155,11 @@ class _DistributedConvTranspose(Convolution):
 
     def _convolution(self, box: lay.Box, held: lay.Box, global_shape: Shape, groups: int) -> Convolve:
         cut = [d for d, whole in enumerate(self._whole) if not whole]
-        padding, extra = (
-            [0 if d in cut else v[d] for d in range(self.dims)] for v in (self.padding, self.output_padding)
-        )
+        padding = [0 if d in cut else p for d, p in enumerate(self.padding)]
+        extra = [
+            0 if d in cut else stop - self._least(d, n)
+            for d, ((_, stop), n) in enumerate(zip(box[2:], global_shape[2:], strict=True))
+        ]
         # Where this rank's outputs stand among those that the held inputs reach, and how far they go beyond.
         window: list[slice] = [slice(None)] * (2 + self.dims)
         beyond = [0, 0] * self.dims  # of the last dim first, as torch wants it
@@ -151,6 +193,19 @@ class _DistributedConvTranspose(Convolution):
         """How many outputs the held inputs of a cut dim reach."""
         start, stop = held[2 + d]
         return (stop - start - 1) * self.stride[d] + self.dilation[d] * (self.kernel_size[d] - 1) + 1
+
+    def forward(self, x: torch.Tensor, output_size: Sequence[int] | None = None) -> torch.Tensor:
+        """The output, of the lengths asked for; set-up has looked at them.
+
+        Parameters
+        ----------
+        x : torch.Tensor
+            This rank's block.
+        output_size : list or tuple of int, optional
+            Of the whole output, the same on all ranks: a length per spatial dim, which may follow those of batch and
+            channels, as in torch; in place of `output_padding`.
+        """
+        return self._distdl_run(x)
 
     def _own_repr(self) -> list[str]:
         parts = [f"padding={self.padding}"] if any(self.padding) else []

@@ -36,7 +36,7 @@ Convolve = Callable[..., torch.Tensor]  # of the inputs held, weight and bias
 class Convolution(Layer):
     """Base of convolutions, transposed or not: the work grid, where weights live, fetch and deliver.
 
-    A subclass sets its options before it calls `_place`, and overrides `_weight_layout`, `_output_length`, `_reads` and
+    A subclass sets its options before it calls `_place`, and overrides `_weight_layout`, `_output_space`, `_reads` and
     `_convolution`.
     """
 
@@ -113,8 +113,8 @@ class Convolution(Layer):
         """The weight's blocks, for the ranges of output and input channels; `axis` of the work grid chooses the latter."""
         raise NotImplementedError
 
-    def _output_length(self, d: int, n: int) -> int:
-        """The number of outputs of a spatial dim of length n. Raises ValueError if it is too short."""
+    def _output_space(self, space: Shape) -> Shape:
+        """The numbers of outputs of the spatial dims. Raises ValueError if one is too short."""
         raise NotImplementedError
 
     def _reads(self, d: int, n: int, cuts: Sequence[int]) -> Dim:
@@ -127,14 +127,14 @@ class Convolution(Layer):
 
     # ---- set-up ------------------------------------------------------------------------------------------------------
 
-    def layouts(self, shapes: Mapping[int, Shape]) -> tuple[Layout, Layout, Layout, Layout]:
-        """X, Z, the work grid's partial outputs, and Y; pure."""
+    def layouts(self, shapes: Mapping[int, Shape], *wanted: Any) -> tuple[Layout, Layout, Layout, Layout]:
+        """X, Z, the work grid's partial outputs, and Y, for the output's lengths if they are wanted; pure."""
         X = lay.blocks(self.P_x.grid_of_ranks, lay.cuts_from_shapes(self.P_x.grid_of_ranks, shapes))
         batch, channels, *space = lay.global_shape_of(X)
         if channels != self.in_channels:
             found = f"the input has {channels} channels, in_channels={self.in_channels}"
             raise self._refuse(found + whose_blocks(self.P_x.shape[1]))
-        out_space = tuple(self._output_length(d, n) for d, n in enumerate(space))
+        out_space = self._output_space(space, *wanted)
         outs, ins, axis = self._channels
         batches = Dim(ranges_of(balanced(batch, self._work.shape[0])), (0,))
         cuts = [balanced(m, self._work.shape[3 + d]) for d, m in enumerate(out_space)]
@@ -144,9 +144,9 @@ class Convolution(Layer):
         Y = balanced_blocks(self.P_y.grid_of_ranks, (batch, self.out_channels, *out_space))
         return X, Z, partial, Y
 
-    def _distdl_module_setup(self, input: tuple[Any, ...]) -> Call:
+    def _distdl_module_setup(self, input: tuple[Any, ...], *wanted: Any) -> Call:
         inputs = agreed_inputs(self, self.P_x)
-        X, Z, partial, Y = self.layouts(inputs.shapes)
+        X, Z, partial, Y = self.layouts(inputs.shapes, *wanted)
         graph, rank = (
             inputs.requires_grad or any(p.requires_grad for p in self.parameters()),
             self._distdl_transport.rank,

@@ -156,7 +156,7 @@ class _DistributedLoss(Module):
         if failures.item():
             raise_together(self._distdl_team, error, self._distdl_label)
         if self.reduction == "mean":
-            value = value / weight.detach()
+            value = self._mean(value, weight.detach())
         elif self.reduction == "batchmean":
             value = value / block.global_shape[0]
         return value.to(dtype)
@@ -168,6 +168,10 @@ class _DistributedLoss(Module):
     def _weight(self, terms: torch.Tensor, target: torch.Tensor, block: Block) -> torch.Tensor:
         """This rank's share of what a mean is divided by."""
         return torch.tensor(float(terms.numel()), dtype=torch.float64, device=terms.device)
+
+    def _mean(self, total: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """The mean from the global sums of terms and of weights."""
+        return total / weight
 
     def extra_repr(self) -> str:
         options = [f"{name}={getattr(self, name)}" for name in self._options if name not in self._buffers]

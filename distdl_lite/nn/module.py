@@ -255,9 +255,9 @@ class Module(torch.nn.Module):
         for module in self.modules() if self._modules else (self,):
             parts.append(module.training)
             for p in module._parameters.values():
-                parts += (None,) if p is None else (p.requires_grad, p.dtype)
+                parts += (None,) if p is None else (p.shape, p.dtype, p.requires_grad)
             for b in module._buffers.values():
-                parts.append(None if b is None else b.dtype)
+                parts += (None,) if b is None else (b.shape, b.dtype)
         return parts
 
     # Set-up.
@@ -269,6 +269,9 @@ class Module(torch.nn.Module):
     def _distdl_module_setup(self, input: tuple[Any, ...]) -> Any:
         """Build what forward needs for this structure; see the class."""
         return _no_forward
+
+    def _distdl_check_weights(self) -> None:
+        """Raise ValueError if this rank's weights have not the shapes that set-up counts on."""
 
     def _distdl_module_teardown(self, input: tuple[Any, ...]) -> None:
         """Undo a set-up that returned None."""
@@ -295,6 +298,7 @@ class Module(torch.nn.Module):
                 check_alike(what, {rank: told[what] for rank, (_, told) in passed.items()})
             if team.size > 1 and transforms_are_active():
                 raise RuntimeError(TRANSFORMS)
+            self._distdl_check_weights()
             # Tensors made in inference mode could not be used outside it.
             with torch.inference_mode(False), torch.set_grad_enabled(is_grad_enabled()):
                 built.plan = self._distdl_module_setup(input)

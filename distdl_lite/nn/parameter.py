@@ -141,6 +141,21 @@ class Layer(Module):
         else:
             self.register_parameter(name, torch.nn.Parameter(block))
 
+    def _distdl_check_weights(self) -> None:
+        if len(self._distdl_team) == 1:  # where torch's function takes what it takes
+            return
+        rank = self._distdl_transport.rank
+        for name, tensor in (*self._parameters.items(), *self._buffers.items()):
+            place = self._distdl_places.get(name)
+            if place is None or tensor is None:
+                continue
+            box = place.layout.box(rank)
+            if tensor.numel() if box is None else tensor.shape != shape_of(box):
+                raise self._refuse(
+                    f"rank {rank} has a {name} of shape {tuple(tensor.shape)}; its part of the whole, of shape "
+                    f"{place.global_shape}, is {'nothing' if box is None else f'of shape {shape_of(box)}'}"
+                )
+
     def use(self, name: str) -> torch.Tensor | None:
         """A parameter for this forward, whose gradient will be the sum over its replicas."""
         parameter = self.held(name)

@@ -61,10 +61,13 @@ def convolved(
     options.update(bias=d.chance(0.7), dtype=dtype)
     x = d.integers(batch, ins, *space, dtype=dtype)
     cuts = d.cuts(x.shape, P_x.shape, uneven)
+    asks = d.chance(0.3) and "Transpose" in name
+    size = requested(d, space, options) if asks else None
+    asked = partial(Asked, size=size) if asks else lambda layer: layer
     return Twins(
-        described(name, (ins, outs, options), [x], cuts, *partitions),
-        lambda: getattr(dnn, f"Distributed{name}")(P_x, ins, outs, P_y=P_y, P_w=P_w, **options),
-        lambda: getattr(torch.nn, name)(ins, outs, **options),
+        described(name, (ins, outs, options, size), [x], cuts, *partitions),
+        lambda: asked(getattr(dnn, f"Distributed{name}")(P_x, ins, outs, P_y=P_y, P_w=P_w, **options)),
+        lambda: asked(getattr(torch.nn, name)(ins, outs, **options)),
         [x],
         [block(P_x, cuts)],
         even(P_y or P_x),
@@ -72,6 +75,27 @@ def convolved(
         EPS[dtype] if dtype is torch.bfloat16 else 0.0,
         refusals=("do not fall on the boundaries of groups", "has no output"),
     )
+
+
+class Asked(torch.nn.Module):
+    """A transposed convolution that is asked for outputs of some size."""
+
+    def __init__(self, layer: torch.nn.Module, size: Sequence[int]) -> None:
+        super().__init__()
+        self.layer, self.size = layer, size
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layer(x, output_size=self.size)
+
+
+def requested(d: Draw, space: Sequence[int], options: dict[str, Any]) -> tuple[int, ...]:
+    """Output lengths that the options mostly allow; those of batch and channels, which may come first, do not count."""
+    names = ("kernel_size", "stride", "padding", "dilation")
+    each = ([n] * len(space) if isinstance(n, int) else n for n in map(options.__getitem__, names))
+    least = [(n - 1) * s - 2 * p + gap * (k - 1) + 1 for n, k, s, p, gap in zip(space, *each, strict=True)]
+    wrong = d.chance(0.1)
+    lengths = [n + d.randrange(-wrong, s + wrong) for n, s in zip(least, options["stride"], strict=True)]
+    return d.each(d.choice((0, 0, 2)), 1, 5) + tuple(lengths)
 
 
 def partitions_of_convolution(d: Draw, dims: int) -> tuple[Any, Any, Any]:

@@ -50,7 +50,8 @@ def class_loss(d: Draw) -> Twins:
     dtype = d.choice((torch.float64, torch.float64, torch.float32))
     x = d.normal(*shape, dtype=dtype) * d.choice((1, 10))
     x = x.log_softmax(axis) if name == "NLL" else x
-    options: dict[str, Any] = {"weight": d.choice((None, d.normal(classes, dtype=dtype).abs()))}
+    weight = d.normal(classes, dtype=dtype).abs()
+    options: dict[str, Any] = {"weight": d.choice((None, weight, weight.where(weight > 0.7, 0)))}
     if name == "CrossEntropy":
         options["label_smoothing"] = d.choice((0.0, 0.0, 0.2, 1.0))
     without = [n for a, n in enumerate(shape) if a != axis]

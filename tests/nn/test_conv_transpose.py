@@ -9,7 +9,7 @@ import pytest
 import torch
 from convolutions import Case, assert_weighted_second_gradients, check, check_refused, run_random
 from ranks import on_ranks
-from twins import assert_refused, integers
+from twins import assert_refused, integers, with_integers
 
 import distdl_lite as dl
 from distdl_lite.nn.conv import DistributedConv1d
@@ -126,3 +126,41 @@ def test_refusals(world: dl.Partition) -> None:
     R = world.grid((1, 1, 3))
     layer = DistributedConvTranspose1d(R, 1, 1, 3, dtype=torch.float64)
     assert_refused(world, R, lambda: layer(x[R.block(x.shape)]), "dtype torch.float32", TypeError)
+
+
+SIZED = {"stride": (3, 2), "padding": 1, "dilation": (1, 2), "dtype": torch.float64}
+
+
+def check_output_sizes(world: dl.Partition, P: dl.CartesianPartition) -> None:
+    x, serial = integers(2, 2, 5, 4), with_integers(torch.nn.ConvTranspose2d(2, 3, 3, **SIZED))
+    layer = DistributedConvTranspose2d(P, 2, 3, 3, **SIZED)
+    dl.load_serial_state_dict(layer, serial.state_dict())
+    block = P.block(x.shape)
+    mine = dl.zero_volume_tensor(dtype=x.dtype) if block is None else x[block]
+    for size in ([13, 9], (15, 10), torch.Size((7, 7, 14, 9)), None):
+        leaf, whole = mine.clone().requires_grad_(), x.clone().requires_grad_()
+        y, z = layer(leaf, output_size=size), serial(whole, output_size=size)
+        y.square().sum().backward()
+        z.square().sum().backward()
+        if P.active:
+            assert torch.equal(y, z[P.block(z.shape)])
+            assert torch.equal(leaf.grad, whole.grad[block])
+        assert torch.equal(layer(leaf, size), y)
+    for size in ([16, 9], [13, 8], [13], [1, 13, 9]):
+        with pytest.raises(ValueError, match=r"output.size") as told:
+            serial(x, size)
+        text = str(told.value).removeprefix("ConvTranspose2D: ")
+        assert_refused(world, P, lambda size=size: layer(mine, size), text)
+    for size in (13, [13.0, 9.0], "13"):
+        assert_refused(world, P, lambda size=size: layer(mine, size), "neither a list nor a tuple", TypeError)
+    if P.size > 1:
+        for one, other in (([13, 9], [14, 9]), (13, None)):
+            size = one if world.rank == P.ranks[0] else other
+            assert_refused(world, P, lambda size=size: layer(mine, size), "the ranks disagree", (ValueError, TypeError))
+
+
+@on_ranks(3)
+def test_output_size(world: dl.Partition) -> None:
+    """Of the whole output, another one in each call, on several ranks and on one; what does not fit is refused as by torch."""
+    for grid in ((1, 1, 3, 1), (1, 1, 1, 2), (1, 1, 1, 1)):
+        check_output_sizes(world, world.grid(grid))

@@ -58,6 +58,9 @@ def over_classes() -> Iterator[tuple[str, dict[str, Any], torch.Tensor, torch.Te
         yield "CrossEntropy", {**options, "label_smoothing": 0.2}, x, t
     yield "CrossEntropy", {}, x, some
     yield "CrossEntropy", {}, x, torch.full_like(t, -100)
+    for smoothing in (0.0, 0.2, 1.0):
+        options = {"weight": torch.tensor([0.0, 2, 3], dtype=x.dtype), "label_smoothing": smoothing}
+        yield "CrossEntropy", options, x, torch.where(draw(5, 4) < 0.4, -100, 0)  # no target has weight
     yield "CrossEntropy", {}, x, draw(*SHAPE).softmax(1)
     yield "CrossEntropy", {"weight": weight, "label_smoothing": 0.3}, x, draw(*SHAPE).softmax(1)
 

@@ -413,6 +413,47 @@ def test_ranks_that_differentiate_otherwise_are_refused(world: Partition) -> Non
     check_ends(world, linear, linear)
 
 
+class Around(dnn.Module):
+    """A network whose layer rides on its agreement."""
+
+    def __init__(self, layer: torch.nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layer(x)
+
+
+WEIGHTS: list[tuple[str, int, Any]] = [  # a weight, the lengths that it gets on one rank, and its layer
+    ("weight", 2, lambda P: dnn.DistributedConv2d(P, 4, 4, 3, padding=1)),
+    ("bias", 5, lambda P: dnn.DistributedConvTranspose2d(P, 4, 4, 3)),
+    ("weight", 9, lambda P: DistributedLinear(P, None, None, 6, 4)),
+    ("weight", 1, lambda P: dnn.DistributedGroupNorm(P, 2, 4)),
+    ("running_var", 5, lambda P: DistributedBatchNorm(P, 4)),
+]
+
+
+@on_ranks(3)
+def test_a_weight_of_another_shape_is_refused(world: Partition) -> None:
+    """Where it is used, on all ranks, and no longer than it is there."""
+    P, x = world.grid((1, 1, 3, 1)), torch.rand(2, 4, 3, 6)
+    block = x[P.block(x.shape)]
+    for name, length, make in WEIGHTS:
+        layer = make(P)
+        for module in (layer, Around(layer)):
+            good, y = getattr(layer, name), module(block)
+            if world.rank == 1:
+                other = torch.rand([length] * good.dim())
+                setattr(layer, name, torch.nn.Parameter(other) if good.requires_grad else other)
+            text = rf"rank 1 has a {name} of shape \({length},.*its part of"
+            for _ in range(2):
+                with pytest.raises(ValueError, match=text) as found:
+                    module(block)
+                assert len(set(world.allgather_data(str(found.value)) or ())) == 1
+            setattr(layer, name, good)
+            torch.testing.assert_close(module(block), y, rtol=0, atol=0)
+
+
 @on_ranks(2)
 def test_ranks_that_make_a_layer_instead_are_refused(world: Partition) -> None:
     P = world.grid((2, 1, 1))
