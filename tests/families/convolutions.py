@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from generated import Draw, Twins, block, even
+from generated import SIZE, Draw, Twins, block, even
 
 import distdl_lite.nn as dnn
 from families.drawn import BATCHES, EPS, MOSTLY_DOUBLE, described, dims_drawn, points
@@ -47,11 +47,11 @@ def overlapping(d: Draw) -> Twins:
 
 
 def deep_halo(d: Draw) -> Twins:
-    """Two to four convolutions, mostly with an activation between them, that may share a halo; small integers stay exact."""
+    """Two to six convolutions, mostly with something behind them, that may share a halo, unless a pool ends it."""
     dims = dims_drawn(d)
     P = d.over(d.grid(dims + 2, {0: d.choice((1, 1, 1, 2)), 1: 2 if d.chance(0.1) else 1}))
     dtype, channels, layers = d.choice((torch.float64, torch.float64, torch.float32)), [2], list[Any]()
-    for _ in range(d.choice((2, 2, 3, 4))):
+    for _ in range(d.choice((2, 2, 3, 4, 6) if dims < 3 else (2, 3))):
         kernel, dilation = d.each(dims, 1, 2, 3, 3, 3, 5), d.each(dims, 1, 1, 1, 2)
         groups = d.choice((1, 1, 2)) if P.shape[1] == 1 else 1
         options, _ = of_convolution(d, dims, kernel, dilation)
@@ -62,21 +62,26 @@ def deep_halo(d: Draw) -> Twins:
         options.update(kernel_size=kernel, dilation=dilation, groups=groups, bias=d.chance(0.7), dtype=dtype)
         layers.append((channels[-1], d.choice((2, 4)), options))
         channels.append(layers[-1][1])
-    behind = [d.choice((["ReLU"], ["ReLU"], ["Hardtanh"], ["ReLU6", "Identity"], [])) for _ in layers]
-    x = d.integers(d.choice((2, 2, 3, 1, 2, 0)), 2, *points(d, dims, (9, 9, 6)[:dims]), dtype=dtype)
+    others = ["ReLU in place"] if P.size == SIZE else []  # elsewhere a leaf comes through
+    choices = ["ReLU"], ["ReLU"], ["Hardtanh"], ["ReLU6", "Identity"], ["Tanh", "GELU"], [], others
+    behind = [["MaxPool"] if d.chance(0.05) else d.choice(choices) for _ in layers]
+    least = (d.choice((9, 23)), 13, 7)[:dims]
+    x = d.integers(d.choice((2, 2, 3, 1, 2, 0)), 2, *points(d, dims, least), dtype=dtype)
     cuts, most = d.cuts(x.shape, P.shape, 0.1), d.choice((100.0, 100.0, 0.3))
 
-    def made(container: Any, convolution: Any) -> Any:
+    def made(container: Any, convolution: Any, pool: Any) -> Any:
+        kinds = {**vars(torch.nn), "MaxPool": pool, "ReLU in place": partial(torch.nn.ReLU, inplace=True)}
         found = []
         for (ins, outs, options), names in zip(layers, behind, strict=True):
-            found += [convolution(ins, outs, **options), *(getattr(torch.nn, name)() for name in names)]
+            found += [convolution(ins, outs, **options), *(kinds[name]() for name in names)]
         return container(*found)
 
-    kinds = getattr(dnn, f"DistributedConv{dims}d"), getattr(torch.nn, f"Conv{dims}d")
+    ours = [partial(getattr(dnn, f"Distributed{name}{dims}d"), P) for name in ("Conv", "MaxPool")]
+    theirs = [getattr(torch.nn, f"{name}{dims}d") for name in ("Conv", "MaxPool")]
     return Twins(
         described("DeepHalo", (layers, behind, most), [x], cuts, P),
-        lambda: made(partial(dnn.DeepHalo, most=most), partial(kinds[0], P)),
-        lambda: made(torch.nn.Sequential, kinds[1]),
+        lambda: made(partial(dnn.DeepHalo, most=most), *ours),
+        lambda: made(torch.nn.Sequential, *theirs),
         [x],
         [block(P, cuts)],
         even(P),

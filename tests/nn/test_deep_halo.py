@@ -5,33 +5,30 @@ from __future__ import annotations
 import copy
 import math
 import pickle
-import random
 from collections import OrderedDict
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 import pytest
 import torch
+from families import FAMILIES
+from generated import Draw
 from ranks import on_ranks
 from torch import nn
 from torch.nn.modules.module import register_module_forward_hook
 from torch.utils.checkpoint import checkpoint
 from traffic import numbers, traffic
-from twins import assert_refused, uneven
+from twins import assert_refused
 
 import distdl_lite as dl
 import distdl_lite.nn as dnn
 from distdl_lite.nn import deep_halo
-from distdl_lite.testing import assert_equals_serial, count, spmd
+from distdl_lite.testing import assert_equals_serial, count
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same'")
 
 Layers = Sequence[tuple[str, tuple[Any, ...], dict[str, Any]]]  # names, arguments and options, as of torch.nn
-GRIDS = {
-    1: [(1, 1, 4), (1, 1, 3), (2, 1, 2), (1, 1, 1)],
-    2: [(1, 1, 4, 1), (1, 1, 2, 2), (2, 1, 1, 2), (1, 1, 1, 3)],
-    3: [(1, 1, 2, 1, 2), (2, 1, 1, 2, 1)],
-}
 POINTWISE = sorted(kind.__name__ for kind in deep_halo._POINTWISE)
 ARGUMENTS = {"Threshold": (0.1, 0.5)}
 
@@ -71,90 +68,8 @@ def runs(container: Any) -> list[int]:
     return [len(step.steps) for step in steps if isinstance(step, deep_halo._Fused)]
 
 
-def assert_equal(
-    container: Any, serial: Any, x: torch.Tensor, P: Any, bounds: Any = None, tolerance: float = 1e-9
-) -> None:
-    first = nn.Identity() if bounds is None else dnn.Repartition(P, P, bounds=bounds)
-    assert_equals_serial(
-        nn.Sequential(first, container), nn.Sequential(nn.Identity(), serial), x, P, rtol=tolerance, atol=tolerance
-    )
-
-
-# ---- random lists ----------------------------------------------------------------------------------------------------
-
-
-def drawn(rng: random.Random, dims: int, length: int, in_place: bool) -> Layers:
-    """Convolutions with activations between some of them, and now and then a layer that ends a run."""
-    layers: list[Any] = []
-    channels = 2
-    for _ in range(length):
-        groups, outs = rng.choice([1, 1, 2]), rng.choice([2, 4])
-        padding = rng.choice([0, 1, 1, 2, "same", "valid", tuple(rng.choice([0, 1, 2]) for _ in range(dims))])
-        options = {
-            "padding": padding,
-            "stride": 1 if padding == "same" else rng.choice([1, 1, 1, 1, 2, 3]),
-            "dilation": rng.choice([1, 1, 2]),
-            "groups": groups,
-            "bias": rng.random() < 0.7,
-            "padding_mode": rng.choice(["zeros"] * 14 + ["circular"]),
-        }
-        layers.append((f"Conv{dims}d", (channels, outs, rng.choice([1, 2, 3, 3, 3, 4, 5])), options))
-        channels = outs
-        for _ in range(rng.choice([0, 1, 1, 2])):
-            name = rng.choice(POINTWISE + ["ReLU"] * 10)
-            options = {"inplace": True} if name == "ReLU" and in_place and rng.random() < 0.3 else {}
-            layers.append((name, ARGUMENTS.get(name, ()), options))
-        if rng.random() < 0.07:
-            layers.append(("MaxPool", (2,), {}))
-    return layers
-
-
-def accepts(layers: Layers, x: torch.Tensor) -> bool:
-    channels_of = x.dim() - 2
-    serial = nn.Sequential(
-        *(getattr(nn, name if name != "MaxPool" else f"MaxPool{channels_of}d")(*arguments, **options)
-          for name, arguments, options in layers)
-    ).double()  # fmt: skip
-    try:
-        y = serial(x)
-        y.sum().backward()  # which refuses a ReLU in place behind a layer that keeps its output
-        return bool(y.numel())
-    except (RuntimeError, ValueError, AssertionError):
-        return False
-
-
-@pytest.mark.parametrize("seed", range(3))
-def test_random(seed: int) -> None:
-    """Lists of layers, options, shapes, grids and blocks drawn at random are equal to the serial ones."""
-    rng, fused, number = random.Random(seed), 0, 22
-    while number:
-        dims = rng.choice([1, 1, 2, 2, 3])
-        grid = rng.choice(GRIDS[dims])
-        all_inside = math.prod(grid) == 4  # elsewhere a leaf comes through
-        layers = drawn(rng, dims, rng.choice([2, 3, 4, 6] if dims < 3 else [2, 3]), all_inside)
-        shape = (
-            rng.choice([1, 2, 3]),
-            2,
-            *(rng.choice([[9, 14, 23, 31], [7, 11, 16], [5, 8]][dims - 1]) for _ in range(dims)),
-        )
-        bounds = uneven(rng, shape, grid) if rng.random() < 0.25 else None
-        most = rng.choice([100.0, 100.0, 100.0, 0.5, 0.0])
-        if not accepts(layers, normal(*shape)):
-            continue
-
-        def body(world: dl.Partition, case: Any = (layers, grid, shape, bounds, most)) -> int:
-            layers, grid, shape, bounds, most = case
-            P = world.grid(grid)
-            container, serial = twins(P, layers, most)
-            assert_equal(container, serial, normal(*shape), P, bounds)
-            return len(runs(container)) if P.active else 0
-
-        try:
-            fused += max(spmd(4, body)) > 0
-        except Exception as error:
-            raise AssertionError(f"{layers}\n{grid} {shape} {bounds} {most}") from error
-        number -= 1
-    assert fused > 5
+def assert_equal(container: Any, serial: Any, x: torch.Tensor, P: Any, tolerance: float = 1e-9) -> None:
+    assert_equals_serial(container, serial, x, P, rtol=tolerance, atol=tolerance)
 
 
 @on_ranks(4, mpi=True)
@@ -179,6 +94,20 @@ def test_many(world: dl.Partition) -> None:
         container, serial = twins(P, layers)
         assert_equal(container, serial, normal(*shape), P)
         assert not P.active or runs(container) == expected, (grid, layers, runs(container))
+
+
+@on_ranks(4)
+def test_many_of_the_random_lists_share_a_halo(world: dl.Partition) -> None:
+    """Those that `generated` compares with the serial ones."""
+    found = 0
+    for number in range(20):
+        drawn = FAMILIES["deep_halo"](Draw(world, "deep_halo", number))
+        container, slices = drawn.layer(), drawn.take[0](drawn.inputs[0].shape)
+        if slices is not None:
+            with suppress(ValueError):
+                container(drawn.inputs[0][slices])
+                found += bool(runs(container))
+    assert max(world.allgather_data(found)) > 5
 
 
 @on_ranks(4)
