@@ -86,7 +86,7 @@ def deep_halo(d: Draw) -> Twins:
         [block(P, cuts)],
         even(P),
         [P],
-        EPS[dtype],
+        10 * EPS[dtype],
         refusals=("do not fall on the boundaries of groups", "has no output"),
     )
 
