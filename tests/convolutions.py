@@ -2,38 +2,13 @@
 
 from __future__ import annotations
 
-import random
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from twins import assert_refused, assert_starts_alike, assert_twins, integers, uneven, with_integers
+from twins import assert_refused, assert_starts_alike, assert_twins, integers, with_integers
 
 import distdl_lite as dl
 from distdl_lite.nn import conv, conv_transpose
-from distdl_lite.testing import spmd
-
-GRIDS: dict[int, list[tuple[Any, Any, Any]]] = {
-    1: [
-        ((1, 1, 4), None, None),
-        ((2, 1, 2), None, None),
-        ((1, 2, 2), None, None),
-        ((1, 2, 1), (1, 2, 1), (2, 2, 1)),
-        ((1, 1, 2), (1, 2, 2), (2, 1, 2)),
-        ((1, 2, 2), (1, 1, 2), (1, 2, 2)),
-        ((2, 2, 1), (2, 1, 1), (2, 1, 2, 1)),
-        ((1, 1, 1), (1, 4, 1), None),
-    ],
-    2: [
-        ((1, 1, 2, 2), None, None),
-        ((1, 1, 4, 1), None, None),
-        ((2, 1, 1, 2), None, None),
-        ((1, 2, 1, 2), None, None),
-        ((1, 2, 1, 1), (1, 2, 1, 1), (2, 2, 1, 1)),
-        ((1, 1, 1, 1), None, None),
-    ],
-    3: [((1, 1, 2, 1, 2), None, None), ((1, 2, 1, 2, 1), None, None)],
-}
 
 
 class Case(NamedTuple):
@@ -63,35 +38,6 @@ def check(world: dl.Partition, case: Case) -> None:
     assert torch.equal(torch.rand(1), after)
     assert_starts_alike(layer, serial, world.rank)
     assert_twins(layer, with_integers(serial), integers(*case.shape), P_x, P_y, case.bounds)
-
-
-def run_random(kind: str, seed: int, number: int, draw: Callable[[random.Random, int], dict[str, Any]]) -> None:
-    """Run random cases on four threads until so many were accepted by torch and by us."""
-    rng = random.Random(seed)
-    while number:
-        dims = rng.choice([1, 1, 2, 2, 3])
-        grids = rng.choice(GRIDS[dims])
-        channels = grids[1] or grids[0]
-        groups = 1 if grids[2] else rng.choice([1, 1, channels[1], 2 * channels[1]])
-        arguments = groups * rng.choice([1, 2, 3]), groups * rng.choice([1, 2, 4])
-        kernel = tuple(rng.choice([1, 2, 3, 4, 5]) for _ in range(dims))
-        options = {**draw(rng, dims), "groups": groups, "bias": rng.random() < 0.7}
-        shape = (rng.choice([1, 2, 3]), arguments[0], *(rng.choice([3, 5, 7, 8, 11]) for _ in range(dims)))
-        bounds = uneven(rng, shape, grids[0]) if rng.random() < 0.4 else None
-        case = Case(f"{kind}{dims}d", (*arguments, kernel), options, grids, shape, bounds)
-        if torch_accepts(case):
-            spmd(4, lambda world, case=case: check(world, case))
-            number -= 1
-        else:
-            spmd(4, lambda world, case=case: check_refused(world, case))
-
-
-def torch_accepts(case: Case) -> bool:
-    serial = getattr(torch.nn, case.name)(*case.arguments, dtype=torch.float64, **case.options)
-    try:
-        return bool(serial(integers(*case.shape)).numel())
-    except RuntimeError:
-        return False
 
 
 def check_refused(world: dl.Partition, case: Case, text: str = "dim ") -> None:

@@ -62,7 +62,7 @@ def norm(d: Draw, kind: str) -> Twins:
         block(P, cuts),
         [P],
         tolerance,
-        modes=(True, False),
+        modes=(True, True, False),
     )
 
 

@@ -17,9 +17,7 @@ def max_pool(d: Draw) -> Twins:
     options = {**sliding(d, dims), "dilation": d.each(dims, 1, 1, 2, 3), "return_indices": d.chance(0.3)}
     least = [gap * (k - 1) + 1 for gap, k in zip(options["dilation"], options["kernel_size"], strict=True)]
     x = image(d, dims, d.choice(MOSTLY_DOUBLE), least)
-    if d.chance(0.2):
-        x[x > 0.5] = d.choice((-torch.inf, torch.inf, torch.nan))
-    return spatial(d, f"MaxPool{dims}d", options, x, refusals=["has windows of nothing but padding"])
+    return spatial(d, f"MaxPool{dims}d", options, with_holes(d, x), refusals=["has windows of nothing but padding"])
 
 
 def avg_pool(d: Draw) -> Twins:
@@ -34,15 +32,17 @@ def avg_pool(d: Draw) -> Twins:
 def adaptive_pool(d: Draw) -> Twins:
     dims, kind, dtype = dims_drawn(d), d.choice(("Max", "Avg")), d.choice(MOSTLY_DOUBLE)
     sizes = d.each(dims, 1, 2, 3, 5, 7, *([None] if dims > 1 else []))
-    options = {"output_size": d.choice((sizes, d.choice((1, 2, 4))))}
-    tolerance = 0.0 if kind == "Max" else EPS[dtype]
-    return spatial(d, f"Adaptive{kind}Pool{dims}d", options, image(d, dims, dtype), tolerance)
+    options, x = {"output_size": d.choice((sizes, d.choice((1, 2, 4))))}, image(d, dims, dtype)
+    if kind == "Avg":
+        return spatial(d, f"AdaptiveAvgPool{dims}d", options, x, EPS[dtype])
+    options["return_indices"] = d.chance(0.3)
+    return spatial(d, f"AdaptiveMaxPool{dims}d", options, with_holes(d, x))
 
 
 def pad(d: Draw) -> Twins:
     kind = d.choice(("ZeroPad", "ConstantPad", "ReflectionPad", "ReplicationPad", "CircularPad"))
     dims, dtype = dims_drawn(d), d.choice((*MOSTLY_DOUBLE, torch.complex128, torch.int64))
-    some = tuple(d.choice((0, 0, 1, 2, 3, -1, -2)) for _ in range(2 * dims))
+    some = tuple(d.choice((0, 0, 1, 2, 3, 5, -1, -2)) for _ in range(2 * dims))
     options: dict[str, Any] = {"padding": d.choice((some, some, some, 1, 2))}
     leading = d.each(d.choice((1, 2)) if kind != "ConstantPad" else d.choice((0, 1, 2)), 0, 1, 2, 3)
     if kind == "ConstantPad":
@@ -59,7 +59,7 @@ def upsample(d: Draw) -> Twins:
     mode = d.choice(("nearest", "nearest-exact", linear, linear, "area", *(["bicubic"] if dims == 2 else [])))
     options: dict[str, Any] = {"mode": mode}
     if d.chance(0.5):
-        options["size"] = d.choice((d.each(dims, 1, 2, 3, 5, 7, 8, 13), d.choice((1, 4, 6))))
+        options["size"] = d.choice((d.each(dims, 1, 2, 3, 5, 7, 8, 13, 22), d.choice((1, 4, 6))))
     else:
         factors = d.each(dims, 0.5, 2.0, 2.0, 3.0, 1.7, 0.3, 1.0, 4.0, 2.05)
         options["scale_factor"] = d.choice((factors, d.choice((2, 2.0, 1.5))))
@@ -95,6 +95,13 @@ def spatial(
 def image(d: Draw, dims: int, dtype: torch.dtype, least: Sequence[int] = ()) -> torch.Tensor:
     shape = d.choice(BATCHES), d.choice((1, 2, 3, 4)), *points(d, dims, least)
     return d.integers(*shape, dtype=dtype) if d.chance(0.5) else d.normal(*shape, dtype=dtype)
+
+
+def with_holes(d: Draw, x: torch.Tensor) -> torch.Tensor:
+    """Now and then infinite, or no numbers, in some places."""
+    if d.chance(0.2):
+        x[x > 0.5] = d.choice((-torch.inf, torch.inf, torch.nan))
+    return x
 
 
 def sliding(d: Draw, dims: int) -> dict[str, Any]:

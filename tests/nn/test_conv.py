@@ -5,13 +5,12 @@ from __future__ import annotations
 import copy
 import inspect
 import pickle
-import random
 from functools import partial
 from typing import Any
 
 import pytest
 import torch
-from convolutions import Case, assert_weighted_second_gradients, check, check_refused, run_random
+from convolutions import Case, assert_weighted_second_gradients, check, check_refused
 from ranks import on_ranks
 from torch.utils.checkpoint import checkpoint
 from twins import assert_refused, assert_twins, integers, with_integers
@@ -25,29 +24,15 @@ from distdl_lite.testing import count
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same'")
 
 
-@pytest.fixture(autouse=True, params=[overlap.LEAST_BYTES, 0], ids=["copied", "overlapped"])
+@pytest.fixture(autouse=True)
 def _least_bytes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Small blocks are copied with their halos; here they also overlap, where they can."""
-    monkeypatch.setattr(overlap, "LEAST_BYTES", request.param)
+    """Small blocks are copied with their halos; here they overlap, where they can."""
+    monkeypatch.setattr(overlap, "LEAST_BYTES", getattr(request, "param", 0))
 
 
-def drawn_options(rng: random.Random, dims: int) -> dict[str, Any]:
-    def each(*choices: int) -> tuple[int, ...]:
-        return tuple(rng.choice(choices) for _ in range(dims))
-
-    padding = rng.choice([0, 1, 2, "same", "valid", each(0, 1, 2)])
-    return {
-        "stride": (1,) * dims if padding == "same" else each(1, 1, 2, 3),
-        "padding": padding,
-        "dilation": each(1, 1, 2),
-        "padding_mode": rng.choice(["zeros", "zeros", "circular", "reflect", "replicate"]),
-    }
-
-
-@pytest.mark.parametrize("seed", range(3))
-def test_random(seed: int) -> None:
-    """What torch accepts comes out equal, what it refuses is refused."""
-    run_random("Conv", seed, 40, drawn_options)
+both_ways = pytest.mark.parametrize(
+    "_least_bytes", [overlap.LEAST_BYTES, 0], ids=["copied", "overlapped"], indirect=True
+)
 
 
 SPACE = ((1, 1, 4), None, None)
@@ -74,6 +59,7 @@ CASES = [
 ]
 
 
+@both_ways
 @on_ranks(4, mpi=True)
 def test_awkward(world: dl.Partition) -> None:
     """Named cases, on threads and on MPI ranks."""
@@ -92,6 +78,7 @@ def test_placement(world: dl.Partition) -> None:
         assert_twins(layer, serial, integers(2, 2, 7), P_x, P_y)
 
 
+@both_ways
 @on_ranks(4)
 def test_second_gradients(world: dl.Partition) -> None:
     """A gradient penalty's gradients are the serial layer's."""
@@ -104,6 +91,7 @@ def test_second_gradients(world: dl.Partition) -> None:
     assert_weighted_second_gradients(layer, serial, x, P, world.rank)
 
 
+@both_ways
 @on_ranks(2)
 def test_second_gradients_of_unpacked_tensors(world: dl.Partition) -> None:
     """A checkpoint gives backward a copy of the weight: the sum over the replicas goes to the weight itself."""
@@ -127,6 +115,7 @@ def test_second_gradients_of_unpacked_tensors(world: dl.Partition) -> None:
         torch.testing.assert_close(*found, rtol=1e-11, atol=1e-11)
 
 
+@both_ways
 @on_ranks(2)
 def test_tensors(world: dl.Partition) -> None:
     """Strided inputs, inputs without grad on one rank, two forwards before two backwards, stride-0 gradients."""
@@ -244,6 +233,7 @@ def test_what_overlaps(world: dl.Partition) -> None:
         assert c.messages == copied.messages or "padding_mode" in options  # round a ring both sides come from one rank
 
 
+@both_ways
 @on_ranks(2)
 def test_an_input_without_gradient(world: dl.Partition) -> None:
     """Then no rank moves one; where one rank's requires grad, all do."""
@@ -263,6 +253,7 @@ def test_an_input_without_gradient(world: dl.Partition) -> None:
     assert world.rank == 0 or torch.equal(block.grad[0, 0, -1], serial.weight[:, 0, 1:].sum())
 
 
+@both_ways
 @on_ranks(2)
 def test_bfloat16_from_one_convolution_to_the_next(world: dl.Partition) -> None:
     """Under autocast the second one's input has the dtype of its output, but its weight has not."""

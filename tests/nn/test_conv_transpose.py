@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import random
 from typing import Any
 
 import pytest
 import torch
-from convolutions import Case, assert_weighted_second_gradients, check, check_refused, run_random
+from convolutions import Case, assert_weighted_second_gradients, check, check_refused
 from ranks import on_ranks
 from twins import assert_refused, integers, with_integers
 
@@ -15,23 +14,6 @@ import distdl_lite as dl
 from distdl_lite.nn.conv import DistributedConv1d
 from distdl_lite.nn.conv_transpose import DistributedConvTranspose1d, DistributedConvTranspose2d
 from distdl_lite.testing import count
-
-
-def drawn_options(rng: random.Random, dims: int) -> dict[str, Any]:
-    def each(*choices: int) -> tuple[int, ...]:
-        return tuple(rng.choice(choices) for _ in range(dims))
-
-    stride, dilation = each(1, 2, 2, 3), each(1, 1, 2)
-    extra = tuple(rng.randrange(max(s, d)) for s, d in zip(stride, dilation, strict=True))
-    padding = rng.choice([0, 1, each(0, 1, 2)])
-    return {"stride": stride, "padding": padding, "output_padding": extra, "dilation": dilation}
-
-
-@pytest.mark.parametrize("seed", range(2))
-def test_random(seed: int) -> None:
-    """What torch accepts comes out equal, what it refuses is refused."""
-    run_random("ConvTranspose", seed, 30, drawn_options)
-
 
 SPACE = ((1, 1, 4), None, None)
 CASES = [

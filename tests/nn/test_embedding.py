@@ -5,65 +5,21 @@ from __future__ import annotations
 import copy
 import itertools
 import pickle
-import random
 
 import pytest
 import torch
 from blocks import check_held
 from ranks import on_ranks
 from torch.utils.checkpoint import checkpoint
-from twins import assert_refused, integers, uneven, with_integers
+from twins import assert_refused
 
 import distdl_lite as dl
 import distdl_lite.nn as dnn
-from distdl_lite.grid import balanced
 from distdl_lite.nn.parameter import _drawn, normal
 from distdl_lite.partition import Partition
 from distdl_lite.testing import count
 
 Embedding = dnn.DistributedEmbedding
-GRIDS = (
-    ((4,), (2, 0, 3, 1)),
-    ((1, 3), (3, 0, 1)),
-    ((2, 2), (0, 1, 2, 3)),
-    ((1, 2, 2), (3, 1, 2, 0)),
-    ((3, 1), (0, 1, 2)),
-    ((1,), (2,)),
-)
-
-
-@on_ranks(4, mpi=True)
-def test_equals_serial(world: Partition) -> None:
-    rng = random.Random(0)
-    for number in range(90):
-        shape, ranks = GRIDS[number % len(GRIDS)]
-        P, cut = world.grid(shape, ranks), rng.choice(("vocabulary", "feature"))
-        n, dim = rng.choice(((7, 5), (3, 2), (12, 1), (1, 6)))
-        options = {
-            "padding_idx": rng.choice((None, 0, n - 1, -1, n // 2)),
-            "scale_grad_by_freq": rng.random() < 0.4,
-        }
-        serial = with_integers(torch.nn.Embedding(n, dim, **options, dtype=torch.float64))
-        layer = Embedding(P, n, dim, **options, cut=cut, dtype=torch.float64)
-        dl.load_serial_state_dict(layer, serial.state_dict())
-        lead = [rng.choice((0, 1, 2, 5, 9)) for _ in range(len(shape) - 1 + rng.randrange(2))]
-        cuts = uneven(rng, lead, (*(1,) * (len(lead) + 1 - P.dim), *shape[:-1]))
-        index = integers(*lead, low=0, high=n, dtype=rng.choice((torch.int32, torch.int64)))
-        g = integers(*lead, dim)
-        expected = serial(index)
-        expected.backward(g)
-        if not P.active:
-            y = layer(dl.zero_volume_tensor())
-            assert (y.numel(), y.dtype) == (0, torch.float64)
-            continue
-        at = (*(0,) * (len(lead) + 1 - P.dim), *P.index)
-        mine = tuple(slice(c[i], c[i + 1]) for c, i in zip(cuts, at, strict=False))
-        features = slice(*balanced(dim, shape[-1])[at[-1] :][:2]) if cut == "feature" else slice(None)
-        y = layer(index[mine])
-        assert torch.equal(y, expected[(*mine, features)])
-        y.backward(g[(*mine, features)])
-        tolerance = 1e-13 if options["scale_grad_by_freq"] else 0.0  # thirds
-        check_held(layer, serial, world.rank, rtol=tolerance, atol=tolerance)
 
 
 def test_normal_numbers_in_blocks() -> None:

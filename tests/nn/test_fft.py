@@ -3,25 +3,21 @@
 from __future__ import annotations
 
 import copy
-import math
 import pickle
-import random
 from typing import Any
 
-import pytest
 import torch
 from blocks import block, cuts_of, leaf
 from ranks import on_ranks
 from torch.utils.checkpoint import checkpoint
-from twins import assert_refused, uneven
+from twins import assert_refused
 
 import distdl_lite as dl
 import distdl_lite.nn as dnn
 from distdl_lite.grid import Grid
 from distdl_lite.nn import fft
-from distdl_lite.testing import adjoint_test, count, spmd
+from distdl_lite.testing import adjoint_test, count
 
-GRIDS = [(1, 1, 2, 2), (2, 1, 1, 2), (1, 2, 2), (4, 1, 1), (1, 1, 4), (1, 4), (2, 2), (1, 1, 1), (1, 3)]
 ROUNDING = 1e-13  # the order of the transforms differs
 
 
@@ -42,38 +38,6 @@ def assert_transformed(layer: fft.DistributedFFT, x: torch.Tensor, cuts: Any, P:
     whole.backward(g)
     y.backward(g[P.block(g.shape)])
     torch.testing.assert_close(x_local.grad, block(x_whole.grad, P, cuts), rtol=0, atol=ROUNDING * x.numel())
-
-
-@pytest.mark.parametrize("function", ["fft", "ifft", "rfft", "irfft"])
-def test_random(function: str) -> None:
-    """Any dims in any order, cut or padded lengths and norms; what cannot be done without a gather is refused."""
-    rng = random.Random(function)
-    done = 0
-    while done < 40:
-        grid = rng.choice(GRIDS)
-        shape = tuple(rng.choice([1, 2, 3, 5, 8]) for _ in grid)
-        dim = tuple(rng.sample(range(len(grid)), rng.randint(1, min(3, len(grid)))))
-        s = tuple(rng.choice([-1, 3, 4]) for _ in dim)
-        norm = rng.choice([None, "forward", "backward", "ortho"])
-        x = torch.randn(shape, dtype=torch.float64 if function == "rfft" or rng.random() < 0.3 else torch.complex128)
-        cuts = uneven(rng, shape, grid) if rng.random() < 0.5 else cuts_of(shape, grid)
-        try:
-            transform(x, function, dim, s, norm)
-        except RuntimeError:
-            continue
-
-        def body(world: dl.Partition, case: Any = (grid, function, dim, s, norm, x, cuts)) -> bool:
-            grid, function, dim, s, norm, x, cuts = case
-            P = world.grid(grid)
-            try:
-                assert_transformed(dnn.DistributedFFT(P, function, dim, s, norm), x, cuts, P)
-            except ValueError as error:
-                if "can be cut in place of" not in str(error):
-                    raise
-                return False
-            return True
-
-        done += all(spmd(math.prod(grid), body))
 
 
 @on_ranks(4, mpi=True)

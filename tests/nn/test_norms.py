@@ -6,6 +6,7 @@ Compared to 1e-9 in float64: sums of a few numbers near one, in another order th
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 import pickle
 import random
@@ -15,6 +16,8 @@ from typing import Any
 import pytest
 import torch
 from blocks import block, check_held, cuts_of, held, leaf
+from families import FAMILIES
+from generated import SIZE, run
 from ranks import on_ranks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
@@ -25,6 +28,7 @@ import distdl_lite.nn as dnn
 from distdl_lite.nn import normalised
 from distdl_lite.nn.normalised import _composed
 from distdl_lite.partition import Partition
+from distdl_lite.testing import spmd
 
 TOLERANCE = {"rtol": 1e-9, "atol": 1e-9}
 INSTANCE = {3: torch.nn.InstanceNorm1d, 4: torch.nn.InstanceNorm2d, 5: torch.nn.InstanceNorm3d}
@@ -58,77 +62,11 @@ def twins(P: Partition, kind: str, shape: tuple[int, ...], dtype: torch.dtype = 
     return serial, layer
 
 
-def drawn(rng: random.Random, kind: str) -> tuple[tuple[int, ...], dict[str, Any]]:
-    """A shape and options that torch takes."""
-    dims = rng.choice((3, 4, 5) if kind == "instance" else (1, 2, 3, 4) if kind in ("layer", "rms") else (2, 3, 4))
-    shape = [rng.randint(1, 5) for _ in range(dims)]
-    if rng.random() < 0.1:
-        shape[0] = 0
-    if kind in ("layer", "rms"):
-        shape[-1] = rng.randint(2, 7)  # of one value little is left but rounding errors
-        given = {"number": rng.randint(1, dims), "elementwise_affine": rng.random() < 0.8}
-        if kind == "layer":
-            given["bias"] = rng.random() < 0.7
-        return tuple(shape), {**given, "eps": rng.choice((1e-5, 0.1))}
-    options = {"number": rng.randint(1, 4), "affine": rng.random() < 0.8, "eps": rng.choice((1e-5, 0.1))}
-    if kind == "group":
-        shape[1] = options["number"] * rng.randint(2, 4)
-        return tuple(shape), options
-    shape[0], shape[-1] = max(shape[0], 1), rng.randint(2, 7)
-    return tuple(shape), {**options, "track_running_stats": rng.random() < 0.5, "momentum": rng.choice((None, 0.3))}
-
-
-def grid_of(rng: random.Random, dims: int, size: int) -> tuple[int, ...]:
-    """A grid of at most `size` ranks."""
-    while True:
-        shape = tuple(rng.choice((1, 1, 1, 2, 2, 3, 4)) for _ in range(dims))
-        if math.prod(shape) <= size:
-            return shape
-
-
-def compare(world: Partition, rng: random.Random, kind: str) -> None:
-    """Two steps of training and one of evaluation against torch."""
-    shape, given = drawn(rng, kind)
-    grid = grid_of(rng, len(shape), world.size)
-    P = world.grid(grid, rng.sample(range(world.size), math.prod(grid)))
-    serial, layer = twins(P, kind, shape, **given)
-    for training in (True, True, False):
-        serial.train(training)
-        layer.train(training)
-        cuts = cuts_of(shape, grid, rng if rng.random() < 0.6 else None)
-        whole, g = torch.randn(shape, dtype=torch.float64) * 3 + 50, torch.randn(shape, dtype=torch.float64)
-        x_serial, x = leaf(whole), leaf(block(whole, P, cuts))
-        y_serial, y = serial(x_serial), layer(x)
-        y_serial.backward(g)
-        y.backward(block(g, P, cuts))
-        if P.active:
-            torch.testing.assert_close(y, block(y_serial, P, cuts), **TOLERANCE)
-            torch.testing.assert_close(x.grad, block(x_serial.grad, P, cuts), **TOLERANCE)
-        check_held(layer, serial, world.rank, **TOLERANCE)
-
-
-@pytest.mark.parametrize("kind", ["layer", "rms", "group", "instance"])
-def test_equals_serial(kind: str) -> None:
-    @on_ranks(4)
-    def search(world: Partition) -> None:
-        rng = random.Random(kind)
-        for _ in range(40):
-            compare(world, rng, kind)
-
-    search("threads")
-
-
 def test_part_by_part(monkeypatch: pytest.MonkeyPatch) -> None:
     """Large blocks, of which no wide copy is made, by taking small ones for large."""
     monkeypatch.setattr(normalised, "_AT_ONCE", 5)
-
-    @on_ranks(4)
-    def search(world: Partition) -> None:
-        for seed in range(6):
-            for kind in ("layer", "rms", "group", "instance"):
-                compare(world, random.Random(seed), kind)
-
-    search("threads")
+    for family, number in itertools.product(("layer_norm", "rms_norm", "group_norm", "instance_norm"), range(6)):
+        spmd(SIZE, lambda world, case=(family, number): run(world, FAMILIES, *case))
     test_dtypes_formats_and_life("threads")
 
 

@@ -1,103 +1,23 @@
-"""Column and row parallel linear layers, with integers in float64: equal to the bit."""
+"""Column and row parallel linear layers: one behind the other, messages, start values, refusals."""
 
 from __future__ import annotations
 
 import copy
 import itertools
 import pickle
-import random
-from collections.abc import Sequence
-from typing import Any
 
 import torch
 from blocks import check_held, leaf
 from ranks import on_ranks
 from torch.utils.checkpoint import checkpoint
-from twins import assert_refused, integers, uneven, with_integers
+from twins import assert_refused
 
 import distdl_lite as dl
 import distdl_lite.nn as dnn
-from distdl_lite.grid import balanced
 from distdl_lite.partition import Partition
 from distdl_lite.testing import count
 
 Column, Row = dnn.DistributedColumnParallelLinear, dnn.DistributedRowParallelLinear
-GRIDS = (
-    ((4,), (2, 0, 3, 1)),
-    ((1, 3), (3, 0, 1)),
-    ((2, 2), (0, 1, 2, 3)),
-    ((1, 2, 2), (3, 1, 2, 0)),
-    ((2, 1, 2), (0, 2, 1, 3)),
-    ((3, 1), (0, 1, 2)),
-)
-SIZES = ((7, 5), (1, 8), (3, 2))  # in and out features
-
-
-class Blocks:
-    """This rank's blocks of tensors whose last leading dim, or features, may be cut over the line too."""
-
-    def __init__(self, P: Partition, lead: Sequence[Sequence[int]]) -> None:
-        self.P, self.line = P, P.shape[-1]
-        self.index = (0,) * (len(lead) + 1 - P.dim) + (P.index or (0,) * P.dim)
-        self.lead = lead
-
-    def __call__(self, x: torch.Tensor, features: Sequence[int] | None = None, rows: Any = None) -> torch.Tensor:
-        """`features` and `rows` are cut points over the line; those of the rows, by line, count from its first."""
-        if not self.P.active:
-            return x.new_empty(0)
-        at = [(cut[i], cut[i + 1]) for cut, i in zip(self.lead, self.index, strict=False)]
-        if rows is not None:
-            cut = rows[self.index[-2]]
-            at[-1] = (at[-1][0] + cut[self.index[-1]], at[-1][0] + cut[self.index[-1] + 1])
-        last = (0, x.shape[-1]) if features is None else tuple(features[self.index[-1] :][:2])
-        return x[tuple(slice(*r) for r in (*at, last))]
-
-
-def check(
-    kind: type, world: Partition, P: Partition, sizes: tuple[int, int], lead: tuple[int, ...], rng: random.Random
-) -> None:
-    """One layer with random options on random blocks against torch's."""
-    (n_in, n_out), options = sizes, [rng.random() < 0.5, rng.random() < 0.5 and len(lead) > 0]
-    bias = rng.random() < 0.8
-    serial = with_integers(torch.nn.Linear(n_in, n_out, bias, dtype=torch.float64))
-    layer = kind(P, n_in, n_out, bias, *options, dtype=torch.float64)
-    dl.load_serial_state_dict(layer, serial.state_dict())
-    axes = (*(1,) * (len(lead) + 1 - P.dim), *P.shape)
-    cuts = uneven(rng, lead, axes[:-1])
-    blocks, line = Blocks(P, cuts), P.shape[-1]
-    lengths = [b - a for a, b in itertools.pairwise(cuts[-1])] if lead else []
-    some = [uneven(rng, (n,), (line,))[0] for n in lengths]
-    even = [balanced(n, line) for n in lengths]
-    before: dict[str, Any] = {}
-    after: dict[str, Any] = {}
-    if kind is Column:
-        before = {"rows": some} if options[1] else {}
-        after = {} if options[0] else {"features": balanced(n_out, line)}
-    else:
-        before = {"features": uneven(rng, (n_in,), (line,))[0]} if options[0] else {}
-        after = {"rows": even} if options[1] else {}
-    x_global, g = integers(*lead, n_in), integers(*lead, n_out)
-    whole, mine = leaf(x_global), leaf(blocks(x_global, **before))
-    expected, y = serial(whole), layer(mine)
-    expected.backward(g)
-    if not P.active:
-        assert y.numel() == 0
-        return
-    assert torch.equal(y, blocks(expected, **after))
-    y.backward(blocks(g, **after))
-    assert torch.equal(mine.grad, blocks(whole.grad, **before))
-    check_held(layer, serial, world.rank)
-
-
-@on_ranks(4, mpi=True)
-def test_equals_serial(world: Partition) -> None:
-    rng = random.Random(0)
-    for number in range(120):
-        shape, ranks = GRIDS[number % len(GRIDS)]
-        P = world.grid(shape, ranks)
-        lead = tuple(rng.choice((0, 1, 2, 5, 7)) for _ in range(len(shape) - 1 + rng.randrange(3)))
-        for kind in (Column, Row):
-            check(kind, world, P, SIZES[rng.randrange(3)], lead, rng)
 
 
 @on_ranks(4, mpi=True)
@@ -117,13 +37,12 @@ def test_feed_forward_and_double_backward(world: Partition) -> None:
         )
         dl.load_serial_state_dict(net, serial.state_dict())
         serial.zero_grad()
-        blocks = Blocks(P, [balanced(4, shape[0])])
-        rows = {"rows": [balanced(4 // shape[0], shape[1])] * shape[0]} if cuts_rows else {}
-        whole, mine = leaf(x), leaf(blocks(x, **rows))
+        rows = slice(world.rank, world.rank + 1) if cuts_rows else P.block((4, 4))[0]
+        whole, mine = leaf(x), leaf(x[rows])
         for model, start in ((serial, whole), (net, mine)):
             (gradient,) = torch.autograd.grad(model(start).square().sum(), start, create_graph=True)
             gradient.square().sum().backward()
-        torch.testing.assert_close(mine.grad, blocks(whole.grad, **rows), rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(mine.grad, whole.grad[rows], rtol=1e-9, atol=1e-12)
         for i in (0, 2):  # sums in another order
             check_held(net[i], serial[i], world.rank, rtol=1e-9, atol=1e-12)
 

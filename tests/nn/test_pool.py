@@ -3,77 +3,24 @@
 from __future__ import annotations
 
 import copy
-import math
 import pickle
-import random
 from typing import Any
 
-import pytest
 import torch
 from ranks import on_ranks
 from torch.utils.checkpoint import checkpoint
-from twins import assert_refused, assert_second_gradients, assert_twins, integers, uneven
+from twins import assert_refused, assert_second_gradients, assert_twins, integers
 
 import distdl_lite as dl
-import distdl_lite.nn as dnn
 from distdl_lite.nn import adaptive_pool, pool
-from distdl_lite.testing import count, spmd
+from distdl_lite.testing import count
 
-GRIDS = {
-    1: [(1, 1, 4), (2, 1, 2), (1, 2, 2), (1, 1, 1), (1, 1, 3)],
-    2: [(1, 1, 2, 2), (1, 1, 4, 1), (2, 1, 1, 2), (1, 2, 1, 1), (1, 1, 1, 3)],
-    3: [(1, 1, 2, 1, 2), (1, 1, 3, 1, 1), (1, 1, 1, 2, 2)],
-}
 ROUNDING = 1e-14  # averages: the order of the sums differs
 
 
 def twin(name: str, P: dl.CartesianPartition, options: dict[str, Any]) -> tuple[torch.nn.Module, torch.nn.Module]:
     module = adaptive_pool if "Adaptive" in name else pool
     return getattr(module, f"Distributed{name}")(P, **options), getattr(torch.nn, name)(**options)
-
-
-def drawn_options(rng: random.Random, kind: str, dims: int) -> dict[str, Any]:
-    def each(*choices: Any) -> tuple[Any, ...]:
-        return tuple(rng.choice(choices) for _ in range(dims))
-
-    if kind.startswith("Adaptive"):
-        return {"output_size": each(1, 2, 3, 5, 7, None if dims > 1 else 4)}
-    kernel = each(1, 2, 3, 4)
-    options: dict[str, Any] = {
-        "kernel_size": kernel,
-        "stride": rng.choice([None, each(1, 2, 3)]),
-        "padding": tuple(rng.randint(0, k // 2) for k in kernel),
-        "ceil_mode": rng.random() < 0.5,
-    }
-    if kind == "MaxPool":
-        return {**options, "dilation": each(1, 1, 2)}
-    divisor = {"divisor_override": rng.choice([None, None, 3, -2])} if dims > 1 else {}
-    return {**options, "count_include_pad": rng.random() < 0.5, **divisor}
-
-
-@pytest.mark.parametrize("kind", ["MaxPool", "AvgPool", "AdaptiveMaxPool", "AdaptiveAvgPool"])
-def test_random(kind: str) -> None:
-    """What torch accepts comes out equal, ties and all."""
-    rng = random.Random(kind)
-    accepted = 0
-    while accepted < 40:
-        dims = rng.choice([1, 2, 2, 3])
-        grid, options = rng.choice(GRIDS[dims]), drawn_options(rng, kind, dims)
-        shape = (rng.choice([1, 2, 3]), rng.choice([1, 2, 3]), *(rng.choice([2, 3, 5, 7, 8, 11]) for _ in range(dims)))
-        x = integers(*shape) if rng.random() < 0.5 else torch.randn(shape, dtype=torch.float64)
-        bounds = uneven(rng, shape, grid) if rng.random() < 0.5 else None
-        try:
-            getattr(torch.nn, f"{kind}{dims}d")(**options)(x)
-        except RuntimeError:
-            continue
-        accepted += 1
-
-        def body(world: dl.Partition, case: Any = (f"{kind}{dims}d", grid, options, x, bounds)) -> None:
-            name, grid, options, x, bounds = case
-            P = world.grid(grid)
-            assert_twins(*twin(name, P, options), x, P, bounds=bounds, tolerance=0 if "Max" in name else ROUNDING)
-
-        spmd(math.prod(grid), body)
 
 
 CASES: list[tuple[str, dict[str, Any], tuple[int, ...], tuple[int, ...]]] = [
@@ -135,42 +82,6 @@ def test_dtypes(world: dl.Partition) -> None:
     assert torch.equal(layer(x[square.block(x.shape)]), serial(x)[square.block(x.shape)])
     for name in ("AvgPool1d", "MaxPool1d"):
         assert_twins(*twin(name, P, options), torch.randn(1, 2, 7).bfloat16(), P)
-
-
-@pytest.mark.parametrize("kind", ["MaxPool", "AdaptiveMaxPool"])
-def test_indices(kind: str) -> None:
-    """The places of the maxima, ties and NaNs too, are torch's in the global tensor, and the maxima have its gradient."""
-    rng = random.Random(4)
-    accepted = 0
-    while accepted < 40:
-        dims = rng.choice([1, 2, 2, 3])
-        grid, options = rng.choice(GRIDS[dims]), drawn_options(rng, kind, dims)
-        options["return_indices"] = True
-        shape = (rng.choice([1, 2]), rng.choice([1, 2]), *(rng.choice([2, 3, 5, 7, 8, 11]) for _ in range(dims)))
-        x = integers(*shape, dtype=rng.choice([torch.float64, torch.float32, torch.bfloat16]))
-        x[x == 2] = rng.choice([2.0, torch.nan, -torch.inf])
-        bounds = uneven(rng, shape, grid) if rng.random() < 0.5 else None
-        serial = getattr(torch.nn, f"{kind}{dims}d")(**options)
-        x_serial = x.clone().requires_grad_()
-        try:
-            wanted = serial(x_serial)
-        except RuntimeError:
-            continue
-        accepted += 1
-        wanted[0].sum().backward()
-        wanted = (*wanted, x_serial.grad)
-
-        def body(world: dl.Partition, case: Any = (f"{kind}{dims}d", grid, options, x, bounds, wanted)) -> None:
-            name, grid, options, x, bounds, wanted = case
-            P = world.grid(grid)
-            layer = twin(name, P, options)[0]
-            leaf = x[P.block(x.shape)].clone().requires_grad_()
-            y, places = layer(leaf if bounds is None else dnn.Repartition(P, P, bounds=bounds)(leaf))
-            y.sum().backward()
-            for found, whole in zip((y, places, leaf.grad), wanted, strict=True):
-                torch.testing.assert_close(found, whole[P.block(whole.shape)], rtol=0, atol=0, equal_nan=True)
-
-        spmd(math.prod(grid), body)
 
 
 @on_ranks(3)

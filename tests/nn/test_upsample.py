@@ -2,25 +2,15 @@
 
 from __future__ import annotations
 
-import math
-import random
 from typing import Any
 
-import pytest
 import torch
 from ranks import on_ranks
-from twins import assert_refused, assert_second_gradients, assert_twins, integers, uneven
+from twins import assert_refused, assert_second_gradients, assert_twins, integers
 
 import distdl_lite as dl
 from distdl_lite.nn.upsample import DistributedUpsample
-from distdl_lite.testing import count, spmd
-
-GRIDS = {
-    1: [(1, 1, 4), (2, 1, 2), (1, 2, 2), (1, 1, 1), (1, 1, 3)],
-    2: [(1, 1, 2, 2), (1, 1, 4, 1), (2, 1, 1, 2), (1, 2, 1, 1), (1, 1, 1, 3)],
-    3: [(1, 1, 2, 1, 2), (1, 1, 3, 1, 1), (1, 1, 1, 2, 2)],
-}
-LINEAR = {1: "linear", 2: "bilinear", 3: "trilinear"}
+from distdl_lite.testing import count
 
 
 def tolerance(mode: str, dtype: torch.dtype) -> float:
@@ -28,56 +18,6 @@ def tolerance(mode: str, dtype: torch.dtype) -> float:
     if mode.startswith("nearest"):
         return 0.0
     return 1e-12 if dtype is torch.float64 else 2e-5
-
-
-def drawn_options(rng: random.Random, mode: str, dims: int) -> dict[str, Any]:
-    def each(*choices: float) -> tuple[float, ...]:
-        return tuple(rng.choice(choices) for _ in range(dims))
-
-    options: dict[str, Any] = {"mode": mode}
-    if rng.random() < 0.5:
-        options["size"] = each(1, 2, 3, 5, 7, 8, 11, 16, 22)
-    else:
-        options["scale_factor"] = each(0.5, 2.0, 2.0, 3.0, 1.7, 0.3, 1.0, 4.0, 2.05)
-        options["recompute_scale_factor"] = rng.choice([None, True, False])
-    if mode not in ("nearest", "nearest-exact", "area"):
-        options["align_corners"] = rng.choice([None, True, False])
-    return options
-
-
-@pytest.mark.parametrize("kind", ["nearest", "nearest-exact", "linear", "bicubic", "area"])
-def test_random(kind: str) -> None:
-    """What both accept comes out equal."""
-    rng = random.Random(kind)
-    accepted = 0
-    while accepted < 30:
-        dims = 2 if kind == "bicubic" else rng.choice([1, 2, 2, 3])
-        grid = rng.choice(GRIDS[dims])
-        options = drawn_options(rng, LINEAR[dims] if kind == "linear" else kind, dims)
-        shape = (
-            rng.choice([1, 2, 3]),
-            rng.choice([1, 2, 3]),
-            *(rng.choice([1, 2, 3, 5, 7, 8, 11]) for _ in range(dims)),
-        )
-        x = torch.randn(shape, dtype=rng.choice([torch.float64, torch.float32]))
-        bounds = uneven(rng, shape, grid) if rng.random() < 0.5 else None
-
-        def body(world: dl.Partition, case: Any = (grid, options, x, bounds)) -> str | None:
-            grid, options, x, bounds = case
-            P = world.grid(grid)
-            try:
-                DistributedUpsample(P, **options)(x[P.block(x.shape)])
-            except ValueError as error:
-                return str(error)
-            serial = torch.nn.Upsample(**options)
-            atol = tolerance(options["mode"], x.dtype)
-            assert_twins(DistributedUpsample(P, **options), serial, x, P, bounds=bounds, tolerance=atol)
-            return None
-
-        refusals = spmd(math.prod(grid), body)
-        assert len(set(refusals)) == 1
-        accepted += refusals[0] is None
-        assert refusals[0] is None or "has no output" in refusals[0] or "torch's gradient" in refusals[0]
 
 
 CASES: list[tuple[dict[str, Any], tuple[int, ...], tuple[int, ...]]] = [
