@@ -201,7 +201,10 @@ class DistributedBatchNorm(_RunningNorm):
     def alone(self, x: torch.Tensor, *held: torch.Tensor | None) -> torch.Tensor:
         weight, bias, mean, var = held
         factor = self.factor() if self.tracks else 0.0
-        return F.batch_norm(x, mean, var, weight, bias, self.training or mean is None, factor, self.eps)
+        y = F.batch_norm(unhidden(x), mean, var, weight, bias, self.training or mean is None, factor, self.eps)
+        if 1 in x.shape and y.requires_grad:
+            y.register_hook(unhidden)
+        return y
 
 
 class DistributedInstanceNorm(_RunningNorm):
@@ -279,7 +282,18 @@ class DistributedInstanceNorm(_RunningNorm):
 
     def alone(self, x: torch.Tensor, *held: torch.Tensor | None) -> torch.Tensor:
         weight, bias, *running = held
-        return F.instance_norm(x, *running, weight, bias, self.uses_batch, self.factor(), self.eps)
+        # In four dims or more torch's kernel would mistake some memory; see `unhidden`.
+        y = F.instance_norm(x.flatten(2), *running, weight, bias, self.uses_batch, self.factor(), self.eps)
+        return y.view(x.shape)
+
+
+def unhidden(x: torch.Tensor) -> torch.Tensor:
+    """The same memory with strides that tell its order: those of dims of length one may not, and torch's kernel mistakes it."""
+    for place in (1, -1) if 1 in x.shape else ():
+        seen = x.movedim(1, place)
+        if seen.is_contiguous():
+            return seen.reshape(-1).view(seen.shape).movedim(place, 1)
+    return x
 
 
 def samples_as_channels(x: torch.Tensor) -> torch.Tensor:

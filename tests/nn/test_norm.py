@@ -264,21 +264,6 @@ def test_tracking_is_switched(world: Partition) -> None:
     torch.testing.assert_close(layer(block(x, P, cuts)), block(serial(x), P, cuts), **TOLERANCE)
 
 
-@on_ranks(2)
-def test_memory_that_torch_misreads(world: Partition) -> None:
-    """Dims of length one may hide the order of the others; torch's own layer gets such a block's gradients wrong."""
-    P, shape = world.grid((1, 1, 1, 2)), (1, 4, 1, 4)
-    serial, layer = twins(P, shape, {})
-    whole, g = torch.randn(shape, dtype=torch.float64), torch.randn(shape, dtype=torch.float64)
-    x_serial = leaf(whole)
-    x = leaf(block(whole, P, P.bounds(shape)).transpose(0, 3).contiguous().transpose(0, 3))
-    assert x.stride() == (1, 1, 1, 4)
-    serial(x_serial).backward(g)
-    layer(x).backward(block(g, P, P.bounds(shape)))
-    torch.testing.assert_close(x.grad, block(x_serial.grad, P, P.bounds(shape)), **TOLERANCE)
-    check_held(layer, serial, world.rank, **TOLERANCE)
-
-
 @on_ranks(4)
 def test_refusals(world: Partition) -> None:
     P = world.grid((2, 2, 1), (0, 1, 2, 3))

@@ -11,6 +11,7 @@ import math
 import pickle
 import random
 from collections.abc import Callable
+from itertools import product
 from typing import Any
 
 import pytest
@@ -43,12 +44,14 @@ def twins(P: Partition, kind: str, shape: tuple[int, ...], dtype: torch.dtype = 
         "rms": lambda: (shape[len(shape) - number :],),
         "group": lambda: (number, shape[1]),
         "instance": lambda: (shape[1],),
+        "batch": lambda: (shape[1],),
     }[kind]()
     ours, theirs = {
         "layer": (dnn.DistributedLayerNorm, torch.nn.LayerNorm),
         "rms": (dnn.DistributedRMSNorm, torch.nn.RMSNorm),
         "group": (dnn.DistributedGroupNorm, torch.nn.GroupNorm),
         "instance": (dnn.DistributedInstanceNorm, INSTANCE.get(len(shape))),
+        "batch": (dnn.DistributedBatchNorm, torch.nn.BatchNorm2d),
     }[kind]
     serial, layer = theirs(*arguments, dtype=dtype, **given), ours(P, *arguments, dtype=dtype, **given)
     if kind == "rms":
@@ -320,6 +323,47 @@ def test_dtypes_formats_and_life(world: Partition) -> None:
         with torch.no_grad():
             assert not layer(x).requires_grad
         assert f"P_x={grid}" in repr(layer)
+
+
+def in_order(x: torch.Tensor, dims: tuple[int, ...]) -> torch.Tensor:
+    """The same values, with dims from the outermost to the innermost in memory."""
+    return x.permute(dims).contiguous().permute([dims.index(d) for d in range(x.dim())])
+
+
+@on_ranks(2)
+def test_any_order_in_memory(world: Partition) -> None:
+    """Dims of length one may hide the order of the others: torch's own layers then get gradients wrong."""
+    orders = ((0, 1, 2, 3), (0, 2, 3, 1), (3, 0, 1, 2), (3, 0, 2, 1), (3, 1, 2, 0))
+    kinds: tuple[tuple[str, dict[str, Any], bool], ...] = (
+        ("batch", {}, True),
+        ("batch", {}, False),
+        ("instance", {"affine": True}, True),
+        ("instance", {"affine": True, "track_running_stats": True}, False),
+        ("layer", {"number": 2}, True),
+        ("rms", {"number": 2}, True),
+        ("group", {"number": 1}, True),
+    )
+    cases = (
+        ((2, 2, 2, 2), (2, 1, 1, 1)),
+        ((2, 2, 2, 2), (1, 1, 1, 2)),
+        ((1, 4, 1, 4), (1, 1, 1, 2)),
+        ((3, 2, 2, 1), (1,) * 4),
+    )
+    for (shape, grid), (kind, given, training) in product(cases, kinds):
+        P = world.grid(grid)
+        serial, layer = twins(P, kind, shape, **{"number": 0, **given})
+        whole, g = (torch.randn(shape, dtype=torch.float64) for _ in range(2))
+        x_serial, cuts = leaf(whole), P.bounds(shape)
+        serial.train(training)(x_serial).backward(g)
+        layer.train(training)
+        for of_x, of_g in product(orders, orders) if P.active else ():
+            x = in_order(block(whole, P, cuts), of_x).requires_grad_()
+            layer.zero_grad()
+            layer(x).backward(in_order(block(g, P, cuts), of_g))
+            torch.testing.assert_close(x.grad, block(x_serial.grad, P, cuts), **TOLERANCE)
+            torch.testing.assert_close(
+                layer.weight.grad, held(layer, "weight", serial.weight.grad, world.rank), **TOLERANCE
+            )
 
 
 @on_ranks(4)
