@@ -86,6 +86,7 @@ class Module(torch.nn.Module):
     depends on data, call `agree_each_layer`.
     """
 
+    _distdl_is_cut = True  # whether the first argument is in blocks over the first partition, one axis for each dim
     _distdl_free = frozenset[str]()  # options that only forward reads, which may be changed
     _distdl_key: int | None  # of the structure set up for
     _distdl_next_key: int  # of that agreed on
@@ -286,7 +287,8 @@ class Module(torch.nn.Module):
         P_x = self._distdl_partitions[0] if self._distdl_partitions else None
         same = self._distdl_same(input, kwargs)
         mine = tuple(map(TensorStructure.of, input))
-        structure, passed, error = exchanged(team, P_x, mine, str(same)), {}, None
+        structure = exchanged(team, P_x, mine, str(same)) if self._distdl_is_cut else None
+        passed, error = {}, None
         if structure is None:
             passed = dict(zip(team, team.world.gather_objects(team, (mine, same)), strict=True))
             structure = Structure(

@@ -46,6 +46,8 @@ class SyncBatchNorm(DistributedBatchNorm):
 
     _distdl_free = DistributedBatchNorm._distdl_free | {"P_x"}  # which follows the input
 
+    _distdl_is_cut = False  # but for the batch, in blocks of any shape
+
     def __init__(
         self,
         num_features: int,

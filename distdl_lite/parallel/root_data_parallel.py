@@ -249,7 +249,8 @@ class RootDataParallel(torch.nn.Module):
         """What the ranks have, by position, without those that have None; the error is one of this rank's replica."""
         where = f"{NAME}: replica {self._team.place}, on rank {self._team.transport.rank}"
         orders = self._orders(Order(kind, self._number, number, value, as_raised(error, where)), error)
-        return {place: order.content for place, order in enumerate(orders.values()) if order.content is not None}
+        found = [orders[rank].content for rank in self._team.ranks]
+        return {place: content for place, content in enumerate(found) if content is not None}
 
     def _orders(self, mine: Order, error: BaseException | None) -> dict[int, Order]:
         return meet(self._team.team, self._team.root_rank, mine, error)

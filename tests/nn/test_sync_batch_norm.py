@@ -171,7 +171,7 @@ def test_converted_network_trains_as_on_one_rank(world: Partition) -> None:
             if model is net:  # as a container would
                 for p in model.parameters():
                     if id(p) not in norms and p.grad is not None:
-                        world.world_transport.all_reduce(range(3), p.grad)
+                        world.world_transport.all_reduce(world.team, p.grad)
             run.step()
     wanted = serial.state_dict()
     for name, value in net.state_dict().items():

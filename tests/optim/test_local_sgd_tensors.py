@@ -96,7 +96,7 @@ def test_rounding_on_the_wire(world: dl.Partition) -> None:
             for step in range(100):
                 before = w.detach().clone()
                 w.grad = -1e-4 * start * (1 + 0.3 * world.rank)  # always rounded to the same side
-                both = world.world_transport.all_reduce((0, 1), -w.grad.double()) / 2
+                both = world.world_transport.all_reduce(world.team, -w.grad.double()) / 2
                 total += both
                 optimizer.step()
                 if step == 0 and dtype is torch.float64:

@@ -118,5 +118,5 @@ def test_a_global_loss_and_distributed_layers_beside_plain_ones(world: dl.Partit
     theirs(x).square().mean().backward()
     torch.testing.assert_close(conv.weight.grad, serial.weight.grad, rtol=1e-12, atol=1e-12)
     # along the space axis the scale's parts are the caller's to add up: each rank of a row of the grid has its own
-    total = P.world_transport.all_reduce(tuple(P.ranks), ours.scale.grad.clone()) / 2
+    total = P.world_transport.all_reduce(P.team, ours.scale.grad.clone()) / 2
     torch.testing.assert_close(total, theirs.scale.grad, rtol=1e-12, atol=1e-12)

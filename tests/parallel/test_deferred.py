@@ -694,6 +694,6 @@ def test_reading_on_one_rank_after_the_first_step(world: dl.Partition) -> None:
             train(world, dp, optimizer, 1)
             if world.rank == 0:
                 dp.state_dict()
-            world.world_transport.gather_objects(world.ranks, engine)
+            world.world_transport.gather_objects(world.team, engine)
             train(world, dp, optimizer, 2)
             dp.check_replicas()

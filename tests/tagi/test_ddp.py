@@ -242,7 +242,7 @@ def test_the_first_rank_of_a_partition_gives_the_weights(world: dl.Partition) ->
     net = ddp(P, network(3, 4, 2, seed=world.rank))
     assert all(map(torch.equal, weights(net), weights(network(3, 4, 2, seed=2))))
     net(torch.ones(2, 3))
-    assert "DDPSequential: rank 0: tagi: backward needs" in refusals(world, RuntimeError, net.backward)
+    assert "DDPSequential: rank 1: tagi: backward needs" in refusals(world, RuntimeError, net.backward)
 
 
 @on_ranks(3, mpi=True)
