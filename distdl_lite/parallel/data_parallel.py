@@ -386,6 +386,11 @@ class DataParallel(torch.nn.Module):
         if self._deferral is not None:
             self._deferral.begin_backward()
         self._sync.begin(backward)
+        if torch.is_grad_enabled():
+            self._sync.fail(
+                "DataParallel: backward(create_graph=True) would lose the graph of the gradients in their sum over the ranks; "
+                "torch.autograd.grad(..., create_graph=True) keeps that of the rank's own"
+            )
         self._sync.weight = self.loss_weight
         self._sync.count, self._unseen = self._sync.count + self._unseen, 0
         if not (self._sync.count + rows if self.loss_weight is None else self.loss_weight):
@@ -447,7 +452,7 @@ class DataParallel(torch.nn.Module):
         ValueError
             On all ranks, unless they name optimizers of the same types with the same parameters in the same order.
         RuntimeError
-            Inside the join of another container of these ranks.
+            Inside the join of another container of these ranks; and on all other ranks, if one of them raises inside.
         """
         if self.P.active:
             self._refresh()  # where it is a copy or has been loaded, as ranks that make no step must know
@@ -467,6 +472,9 @@ class DataParallel(torch.nn.Module):
         joined.append(sync.team)
         try:
             yield
+        except Exception as error:
+            self._leave_join(error)
+            raise
         finally:
             joined.remove(sync.team)
         self.synchronize()
@@ -486,6 +494,16 @@ class DataParallel(torch.nn.Module):
             state = broadcast_structure(transport, sync.team, optimizer.state_dict(), root)
             if transport.rank != root:
                 optimizer.load_state_dict(state)
+
+    def _leave_join(self, error: Exception) -> None:
+        """Let the other ranks, who are in a step or have ended, raise this rank's error, unless all have failed together."""
+        sync, deferral = self._sync, self._deferral
+        if sync is None or sync.is_broken or sync.has_failed:
+            return
+        with contextlib.suppress(Exception):
+            if deferral is not None and not deferral.is_interrupted:
+                deferral.flush()
+            sync.abandon(error)
 
     def __getattr__(self, name: str) -> Any:
         """The module's attributes are the container's."""
