@@ -89,18 +89,8 @@ class Bucket:
 
     @torch.no_grad()
     def pack(self, gradients: Sequence[torch.Tensor | None], factor: float, weight: float, mark: float) -> None:
-        """Fill in the local gradients times a factor. Without weight they are zeros, also where they are not numbers.
-
-        Raises
-        ------
-        TypeError
-            For a gradient that is not dense.
-        """
+        """Fill in the local gradients times a factor. Without weight they are zeros, also where they are not numbers."""
         given = [(view, g) for view, g in zip(self._views, gradients, strict=True) if g is not None and weight]
-        if sparse := [tuple(g.shape) for _, g in given if g.layout is not torch.strided]:
-            raise TypeError(
-                f"DataParallel: the gradient of a parameter of shape {sparse[0]} is sparse, and is not summed"
-            )
         if len(given) < len(gradients):
             self.gradients.zero_()
         if given and self.size > _LARGE * len(given) and all(g.dtype is self.dtype for _, g in given):

@@ -11,13 +11,14 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from distdl_lite.agreement import refused_together
 from distdl_lite.autograd import at_end_of_backward, running_backward, running_backward_accumulates
 from distdl_lite.nn.movement import zero_volume_tensor
 from distdl_lite.nn.parameter import Layer
 from distdl_lite.nn.sync_batch_norm import SyncBatchNorm
+from distdl_lite.operator import ANCHOR
 from distdl_lite.parallel.arguments import (
     SHARED,
     SPARSE,
@@ -61,8 +62,9 @@ class DataParallel(torch.nn.Module):
     blocking_parameter_updates : bool, optional
         Heat's word for `update`: False is "deferred", True "now".
     average : {"samples", "sum", "ranks", "none"}
-        "samples": each rank's loss is a mean over its rows, and weighs as many: the number of rows of the first tensor
-        argument, or what ``loss_weight`` is set to before backward, such as a number of tokens. "sum": each rank's loss is a sum
+        "samples": each rank's loss is a mean over its rows, and weighs as many: the size along `dim` of the first tensor that
+        has it, of the positional arguments and then those by name, whatever the others' sizes; or what ``loss_weight`` is set
+        to before backward, such as a number of tokens. "sum": each rank's loss is a sum
         over its rows; the sum of all is divided by the number of rows, which adds up over backwards inside `no_sync`.
         "ranks": the mean of the ranks' gradients, as torch's DistributedDataParallel. "none": their sum.
     sync_buffers : {"root", "mean", "none"}
@@ -104,6 +106,7 @@ class DataParallel(torch.nn.Module):
     the loss is a global one, as the distributed losses are, and parameters of other layers need ``average="none"``.
     `SyncBatchNorm` is for losses of each rank's own: with it inside, gradients get their weights when backward begins, for
     which 8 bytes are summed.
+    In training an output that depends on no parameter requires grad all the same, so that each rank can call backward.
     ``state_dict`` has the module's own names; with or without ``module.`` before them they can be loaded.
 
     Examples
@@ -316,7 +319,7 @@ class DataParallel(torch.nn.Module):
             self.synchronize()
             return self.module(*inputs, **kwargs)
         self._refresh()
-        output = self._call_module(*inputs, **kwargs)
+        output = self._joined(self._call_module(*inputs, **kwargs))
         self._watch(output, self._rows(inputs, kwargs))
         return output
 
@@ -328,6 +331,16 @@ class DataParallel(torch.nn.Module):
             return self.module(*inputs, **kwargs)
         finally:
             self._deferral.end_forward()
+
+    def _joined(self, output: Any) -> Any:
+        """The output; in training, one that depends on no parameter gets a graph, so that its backward meets the other ranks."""
+        sync = self._sync
+        assert sync is not None
+        if not self.training or len(sync.team) == 1 or not any(p.requires_grad for p in sync.parameters):
+            return output
+        if any(leaf.requires_grad for leaf in _tensors(output)):
+            return output
+        return tree_map_only(torch.Tensor, lambda x: _Joined.apply(x, ANCHOR), output)
 
     def _rows(self, inputs: Any, kwargs: Any) -> int:
         for leaf in _tensors((inputs, kwargs)):
@@ -387,6 +400,11 @@ class DataParallel(torch.nn.Module):
         if self._deferral is not None:
             self._deferral.begin_backward()
         self._sync.begin(backward)
+        if torch.is_grad_enabled():
+            self._sync.fail(
+                "DataParallel: backward(create_graph=True) would lose the graph of the gradients in their sum over the ranks; "
+                "torch.autograd.grad(..., create_graph=True) keeps that of the rank's own"
+            )
         self._sync.weight = self.loss_weight
         self._sync.count, self._unseen = self._sync.count + self._unseen, 0
         if not (self._sync.count + rows if self.loss_weight is None else self.loss_weight):
@@ -448,7 +466,7 @@ class DataParallel(torch.nn.Module):
         ValueError
             On all ranks, unless they name optimizers of the same types with the same parameters in the same order.
         RuntimeError
-            Inside the join of another container of these ranks.
+            Inside the join of another container of these ranks; and on all other ranks, if one of them raises inside.
         """
         if self.P.active:
             self._refresh()  # where it is a copy or has been loaded, as ranks that make no step must know
@@ -468,6 +486,9 @@ class DataParallel(torch.nn.Module):
         joined.append(sync.team)
         try:
             yield
+        except Exception as error:
+            self._leave_join(error)
+            raise
         finally:
             joined.remove(sync.team)
         self.synchronize()
@@ -487,6 +508,16 @@ class DataParallel(torch.nn.Module):
             state = broadcast_structure(transport, sync.team, optimizer.state_dict(), root)
             if transport.rank != root:
                 optimizer.load_state_dict(state)
+
+    def _leave_join(self, error: Exception) -> None:
+        """Let the other ranks, who are in a step or have ended, raise this rank's error, unless all have failed together."""
+        sync, deferral = self._sync, self._deferral
+        if sync is None or sync.is_broken or sync.has_failed:
+            return
+        with contextlib.suppress(Exception):
+            if deferral is not None and not deferral.is_interrupted:
+                deferral.flush()
+            sync.abandon(error)
 
     def __getattr__(self, name: str) -> Any:
         """The module's attributes are the container's."""
@@ -549,6 +580,18 @@ class DataParallel(torch.nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.P!r}, average={self._options.average!r}"
+
+
+class _Joined(torch.autograd.Function):
+    """The identity, of which the result requires grad and leads nowhere."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, anchor: torch.Tensor) -> torch.Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[None, None]:
+        return None, None
 
 
 class _OutputHook:

@@ -266,15 +266,18 @@ class Deferral:
     def _confirm(self, failed: bool, in_forward: bool = False) -> None:
         """Before any step is taken, raise on all ranks where backward has ended well on some of them only."""
         if failed or (self.places and not self._is_confirmed):
-            places, self.places = self.places, []
-            ended_well = self.sync.abandon() if failed else self.sync.confirm()
-            if ended_well == len(self.sync.team):
-                self.places, self._is_confirmed = places, True
-            else:
-                for number in list(self._stand_ins):
-                    self._withdraw(number)
-                if ended_well:
-                    self._tell(failed, in_forward)
+            places, self.places, self._is_confirmed = self.places, [], False
+            try:
+                ended_well = self.sync.abandon() if failed else self.sync.confirm()
+                self._is_confirmed = ended_well == len(self.sync.team)
+            finally:
+                if self._is_confirmed:
+                    self.places = places
+                else:
+                    for number in list(self._stand_ins):
+                        self._withdraw(number)
+            if ended_well and not self._is_confirmed:
+                self._tell(failed, in_forward)
         if in_forward and self._owes_error:
             self._owes_error = False
             raise RuntimeError(_FAILED)

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from distdl_lite.agreement import raise_together
 from distdl_lite.optim.flat import average
 from distdl_lite.parallel.buckets import FIRST_BYTES, Bucket, filled
 from distdl_lite.parallel.copies import broadcast
@@ -27,6 +28,10 @@ Found = list[tuple[int, torch.Tensor | None]]  # parameters' numbers, and the su
 INLINE_BYTES = 2 << 20
 SECONDS = 1800.0  # to wait for other ranks
 _SETTLED = "_distdl_settled"  # says of a gradient over which ranks it has been summed
+_CHANGED = (
+    "DataParallel: {} was changed, or its gradient taken away, within backward, before the gradient was summed over the ranks; "
+    "let optimizers step after backward"
+)
 BAD_WEIGHT = "DataParallel: the loss_weight of some rank is negative or not finite"
 _serials = itertools.count()
 LANES = 8  # containers whose sums may be under way at once; communicators are few
@@ -102,6 +107,7 @@ class Synchroniser:
         # Of gradients before their sum: about what the weights added up to last. A power of 2, which rounds nothing off.
         self._scale = 1.0
         self.is_open = self.is_broken = False
+        self.has_failed = False  # on all ranks, in the last backward
         self.may_start = True  # before backward ends: the rows of all its forwards are known
         self.backward: int | None = None
         self.seen: dict[int, None] = {}  # parameters whose gradients have come in this backward
@@ -146,6 +152,8 @@ class Synchroniser:
             self.abandon()
         self.is_open, self.backward, self._takes_part = True, backward, takes_part
         self._leads = float(takes_part and self.transport.rank == self.team[0])
+        self.has_failed, self._mark, self._error = False, 1.0, None
+        self._parameter_versions = [p._version for p in self.parameters]
         self.seen.clear()
         self._pending: list[Pending] = []
         self._unpacked: dict[int, tuple[list[torch.Tensor | None], float, float]] = {}
@@ -178,7 +186,7 @@ class Synchroniser:
         """Backward has reached a forward with so many rows."""
         weighs = self._divides and self.options.average != "ranks" and self.weight is None
         if rows and weighs and self._weighed is not None:
-            raise RuntimeError(
+            self.fail(
                 "DataParallel: backward reached another forward after sums had started: where the graph of a forward is kept "
                 "and gone back through again beside others, use DataParallel(..., overlap=False)"
             )
@@ -205,10 +213,11 @@ class Synchroniser:
     def ready(self, number: int) -> None:
         """A gradient is there."""
         if self.starts_early and number in self.seen:
-            raise RuntimeError(
+            self.fail(
                 f"DataParallel: the gradient of {self.names[number]} came twice in one backward, as under reentrant "
                 f"checkpoints: use checkpoint(..., use_reentrant=False), or DataParallel(..., overlap=False)"
             )
+            return
         self.seen[number] = None
         place = self.places.get(number)
         if place is not None and self.starts_early:
@@ -219,7 +228,12 @@ class Synchroniser:
                     break
                 self._start()
 
-    def _start(self, mark: float = 1.0) -> None:
+    def fail(self, error: str | Exception) -> None:
+        """Let the backward that is open end with an error on all ranks, which this rank's last sum tells them."""
+        self._error = self._error or (RuntimeError(error) if isinstance(error, str) else error)
+        self._mark = -float(len(self.team))
+
+    def _start(self) -> None:
         """Start the sum of the next bucket."""
         place = len(self._pending)
         bucket = self.buckets[place]
@@ -231,29 +245,40 @@ class Synchroniser:
             trained = [float(p.requires_grad) for p in self.parameters]
             changed = self._versions != self._buffer_versions()
             bucket.header = [float(self._takes_part), self._leads, float(changed), *trained]
-        self._check_kept(bucket)
-        gradients = [self.parameters[n].grad if self._takes_part else None for n in bucket.numbers]
-        fill, flat = partial(bucket.pack, gradients, *self._weighed, mark), bucket.free()
-        then = partial(self._unpack, place)
+        fill = partial(bucket.pack, self._gradients(bucket), *self._weighed)
+        flat, then = bucket.free(), partial(self._unpack, place)
         if self.options.comm_hook is None and self.options.waits:
-            pending = self._sum(flat, fill, then)
+            pending = self._sum(flat, partial(fill, self._mark), then)
         else:
-            fill()
-            if self.options.comm_hook is not None:
-                self.options.comm_hook(bucket)
+            fill(self._mark)
+            self._call_hook(bucket)
+            if self._error is not None:
+                fill(self._mark)
             pending = self._sum(flat, then=then)
         self._pending.append(pending)
         if self.engine == "inline":
             self._wait(place)
 
-    def _check_kept(self, bucket: Bucket) -> None:
-        """Raise if hooks have taken gradients away, such as those of an optimizer that steps within backward."""
-        for number in bucket.numbers if self._takes_part else ():
-            if number in self.seen and self.parameters[number].grad is None:
-                raise RuntimeError(
-                    f"DataParallel: the gradient of {self.names[number]} was taken away within backward, before it was "
-                    f'summed over the ranks; step after backward, or with DataParallel(..., update="deferred")'
-                )
+    def _call_hook(self, bucket: Bucket) -> None:
+        if self.options.comm_hook is not None:
+            try:
+                self.options.comm_hook(bucket)
+            except Exception as error:
+                self.fail(error)
+
+    def _gradients(self, bucket: Bucket) -> list[torch.Tensor | None]:
+        """This rank's, but for sparse ones, which are an error when backward ends."""
+        found = [self.parameters[n].grad if self._takes_part else None for n in bucket.numbers]
+        return [None if grad is None or grad.layout is not torch.strided else grad for grad in found]
+
+    def _check_parameters(self) -> None:
+        """Fail if hooks have changed parameters, such as those of an optimizer that steps, or a gradient is sparse."""
+        for number, (parameter, version) in enumerate(zip(self.parameters, self._parameter_versions, strict=True)):
+            grad = parameter.grad
+            if parameter._version != version or (grad is None and number in self.seen):
+                self.fail(_CHANGED.format(self.names[number]))
+            elif grad is not None and grad.layout is not torch.strided:
+                self.fail(TypeError(f"DataParallel: the gradient of {self.names[number]} is sparse, and is not summed"))
 
     def _weigh(self) -> tuple[float, float]:
         """By what the gradients are multiplied, and their weight in the mean."""
@@ -289,10 +314,17 @@ class Synchroniser:
                 f"some rank did not take part"
             )
 
-    def abandon(self) -> int:
-        """Complete a backward that failed, as other ranks do; on how many of them it has ended well."""
-        self._takes_part = False
-        self.start_rest(mark=0.0)
+    def abandon(self, error: Exception | None = None) -> int:
+        """Complete a backward that failed, as other ranks do; on how many of them it has ended well.
+
+        With an error, all of them raise it, wherever this rank has been.
+        """
+        if not self.is_open:
+            self.begin(None, takes_part=False)
+        self._takes_part, self._mark = False, min(self._mark, 0.0)
+        if error is not None:
+            self.fail(error)
+        self.start_rest()
         ended_well, self.is_open = self.confirm(), False
         return ended_well
 
@@ -317,10 +349,12 @@ class Synchroniser:
         self.close()
         return any_takes_part
 
-    def start_rest(self, mark: float = 1.0) -> bool:
+    def start_rest(self) -> bool:
         """Start all sums that have not, and do what other ranks must do too. Whether any rank took part."""
+        if self._takes_part:
+            self._check_parameters()
         while len(self._pending) < len(self.buckets):
-            self._start(mark)
+            self._start()
         self._results = {0: self._result(0)}
         active, leads, changed, *self._trained = self.buckets[0].header
         self.put(self._unplanned())
@@ -333,12 +367,20 @@ class Synchroniser:
         return active > 0
 
     def confirm(self) -> int:
-        """Wait until it is known on how many ranks backward has ended well; unless on all, its sums are of no use."""
+        """Wait until it is known on how many ranks backward has ended well; unless on all, its sums are of no use.
+
+        Raises
+        ------
+        Exception
+            That of a rank whose backward has failed as it should, on all ranks.
+        """
         last = len(self.buckets) - 1
         if last not in self._results:
             self._results[last] = self._result(last)
         if self._marks < self.team.size:
             self._give_up()
+            if self._marks < 0:
+                raise_together(self.transport, self.team, self._error, "DataParallel")
         elif not math.isfinite(self._total):
             self._give_up()
             raise ValueError(BAD_WEIGHT)
@@ -349,7 +391,7 @@ class Synchroniser:
             self._wait(place)
         self._end_order()
         self._results.clear()
-        self.is_open = False
+        self.is_open, self.has_failed = False, True
         self.count, self.weight = 0.0, None
 
     def complete(self, place: int) -> Found:
@@ -384,7 +426,7 @@ class Synchroniser:
         for n in [n for n, ranks in enumerate(self._trained) if ranks and n not in self.places]:
             bucket = Bucket([n], [self.parameters[n]])
             assert self._weighed is not None
-            bucket.pack([self.parameters[n].grad if self._takes_part else None], *self._weighed, 1.0)
+            bucket.pack(self._gradients(bucket), *self._weighed, 1.0)
             self._await(self._sum(bucket.flat), "a bucket of its own", bucket)
             found.append((n, bucket.unpack(self._divides, self._scale)[0][0]))
         return found

@@ -8,6 +8,7 @@ import itertools
 import math
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -217,14 +218,15 @@ def test_sparse_gradients_without_a_layer_that_says_so(world: dl.Partition) -> N
             super().__init__()
             self.table = nn.Parameter(draw(5, 2))
 
-        def forward(self, words: torch.Tensor) -> torch.Tensor:
-            return nn.functional.embedding(words, self.table, sparse=True)
+        def forward(self, words: torch.Tensor, sparse: bool) -> torch.Tensor:
+            return nn.functional.embedding(words, self.table, sparse=sparse)
 
     for engine in ENGINES:
         dp = dl.DataParallel(Words(), engine=engine, bucket_mb=1e-5)
-        text = "DataParallel: the gradient of a parameter of shape (5, 2) is sparse, and is not summed"
-        for _ in range(2):
-            refused(world, lambda dp=dp: dp(torch.tensor([1, 2])).sum().backward(), text, TypeError)
+        text = "DataParallel: the gradient of table is sparse, and is not summed"
+        for sparse in (True, world.rank == 1, world.rank == 0):
+            dp.zero_grad()
+            refused(world, lambda dp=dp, s=sparse: dp(torch.tensor([1, 2]), s).sum().backward(), text, TypeError)
 
 
 @pytest.mark.check("A20")
@@ -371,10 +373,12 @@ def test_steps_within_backward(world: dl.Partition) -> None:
     for engine, wraps_first in itertools.product(ENGINES, (True, False)):
         module, seen = mlp(3, 2), list[torch.Tensor]()
 
-        def step(parameter: torch.Tensor) -> None:
-            with torch.no_grad():
-                parameter -= 0.1 * parameter.grad
-            parameter.grad = None
+        def step(drops: bool, parameter: torch.Tensor) -> None:
+            if drops:
+                parameter.grad = None
+            else:
+                with torch.no_grad():
+                    parameter -= 0.1 * parameter.grad
 
         def look(parameter: torch.Tensor, seen: list[torch.Tensor] = seen) -> None:
             seen.append(parameter.grad.clone())
@@ -387,7 +391,74 @@ def test_steps_within_backward(world: dl.Partition) -> None:
         assert seen
         for handle in handles:
             handle.remove()
-        for p in module.parameters():
-            p.register_post_accumulate_grad_hook(step)
-        with pytest.raises(RuntimeError, match=r"was taken away within backward, before it was summed over the ranks"):
-            dp(x).sum().backward()
+        text = "0.weight was changed, or its gradient taken away, within backward, before the gradient was summed"
+        for drops, alone in itertools.product((False, True), repeat=2):
+            dp.zero_grad()
+            steps = () if alone and world.rank else module.parameters()
+            handles = [p.register_post_accumulate_grad_hook(partial(step, drops)) for p in steps]
+            refused(world, lambda dp=dp, x=x: dp(x).sum().backward(), text, RuntimeError)
+            for handle in handles:
+                handle.remove()
+
+
+@on_ranks(2)
+def test_an_optimizer_that_steps_in_a_hook(world: dl.Partition) -> None:
+    for update in ("now", "deferred"):
+        layer = nn.Linear(1, 1, bias=False)
+        nn.init.ones_(layer.weight)
+        optimizer = dl.DataParallelOptimizer(torch.optim.SGD(layer.parameters(), 0.5))
+        dp = dl.DataParallel(layer, world, optimizer, update=update)
+        layer.weight.register_post_accumulate_grad_hook(lambda p, optimizer=optimizer: optimizer.step())
+
+        def step(dp: dl.DataParallel = dp) -> None:
+            dp(torch.tensor([[1.0 + 2 * world.rank]])).sum().backward()
+            dp.synchronize()
+
+        refused(
+            world, step, "DataParallel: weight was changed, or its gradient taken away, within backward", RuntimeError
+        )
+
+
+@pytest.mark.filterwarnings("ignore:Using backward:UserWarning")
+@on_ranks(2)
+def test_gradients_of_which_the_graph_is_asked_for(world: dl.Partition) -> None:
+    """It would be lost in the sum; also where one rank alone asks."""
+    for alone, update, engine in itertools.product((False, True), ("now", "deferred"), ("inline", "thread")):
+        optimizer = dl.DataParallelOptimizer(torch.optim.SGD((model := mlp(1, 2, 1)).parameters(), 0.5))
+        dp = dl.DataParallel(model, world, optimizer, update=update, engine=engine, bucket_mb=1e-5)
+
+        def step(dp: dl.DataParallel = dp, graph: bool = not (alone and world.rank)) -> None:
+            mean_square(dp(draw(1, 1))).backward(create_graph=graph)
+            dp.synchronize()
+
+        for _ in range(2):
+            refused(world, step, "DataParallel: backward(create_graph=True) would lose the graph", RuntimeError)
+            dp.zero_grad()
+        x = draw(1, 1)
+        (gradient,) = torch.autograd.grad(dp(x).sum(), model[0].weight, create_graph=True)
+        (dp(x).sum() + gradient.square().sum()).backward()
+        dp.synchronize()
+        dp.check_replicas()
+
+
+@on_ranks(3, mpi=True)
+def test_comm_hooks_that_raise(world: dl.Partition) -> None:
+    """On one rank or all, at any bucket: all ranks raise, and go on from there."""
+    for engine, who, number in itertools.product(ENGINES, ([1], [0, 1, 2]), (0, 1, 3)):
+        breaks = [True]
+
+        def hook(bucket: Any, who: list[int] = who, number: int = number, breaks: list[bool] = breaks) -> None:
+            bucket.gradients.mul_(2)
+            if breaks[0] and world.rank in who and number in bucket.numbers:
+                raise ZeroDivisionError("no such part")
+
+        dp, single = twins(mlp(3, 4, 2), world, engine=engine, bucket_mb=1e-5, comm_hook=hook)
+        x = draw(6, 3)
+        mine = x[2 * world.rank :][:2]
+        text = "DataParallel: ZeroDivisionError: no such part"
+        refused(world, lambda dp=dp, x=mine: mean_square(dp(x)).backward(), text, RuntimeError)
+        breaks[0] = False
+        dp.zero_grad()
+        mean_square(dp(mine)).backward()
+        (2 * mean_square(single(x))).backward()
+        assert_gradients(dp, single)

@@ -236,17 +236,3 @@ def test_gradients_that_are_returned_are_local(world: dl.Partition) -> None:
     mean_square(dp(mine)).backward()
     mean_square(single(x)).backward()
     assert_gradients(dp, single)
-
-
-@pytest.mark.filterwarnings("ignore:Using backward.. with create_graph=True:UserWarning")
-@pytest.mark.check("A18")
-@on_ranks(2)
-def test_backward_that_creates_a_graph(world: dl.Partition) -> None:
-    dp, single = twins(mlp(3, 4, 2))
-    x = draw(4, 3)
-    for _ in range(2):
-        mean_square(dp(x[2 * world.rank :][:2])).backward(create_graph=True)
-        mean_square(single(x)).backward(create_graph=True)
-        assert_gradients(dp, single)
-    for parameter in (*dp.parameters(), *single.parameters()):
-        parameter.grad = None

@@ -109,3 +109,31 @@ def test_another_dim_holds_the_batch(world: dl.Partition) -> None:
         mean_square(dp(torch.tensor([5]), x.split([1, 4], 1)[world.rank])).backward()
         mean_square(single(torch.tensor([5]), x)).backward()
         assert_gradients(dp, single)
+
+
+@on_ranks(3, mpi=True)
+def test_outputs_that_depend_on_no_parameter(world: dl.Partition) -> None:
+    """On one rank or all: in training each rank can go back through them."""
+
+    class Choice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = mlp(3, 3)
+
+        def forward(self, x: torch.Tensor, uses: bool) -> dict[str, torch.Tensor]:
+            return {"y": self.layer(x) if uses else 2 * x, "place": torch.arange(len(x))}
+
+    x = draw(6, 3)
+    mine = x[2 * world.rank :][:2]
+    for options, idle in itertools.product(({}, {"engine": "thread", "bucket_mb": 1e-5}), ([1], [0, 2], [0, 1, 2])):
+        dp, single = twins(Choice(), world, **options)
+        output = dp(mine, world.rank not in idle)
+        assert not output["place"].requires_grad
+        mean_square(output["y"]).backward()
+        loss = sum(mean_square(single(x[2 * r :][:2], True)["y"]) / 3 for r in range(3) if r not in idle)
+        if len(idle) < 3:
+            loss.backward()
+        assert_gradients(dp, single)
+        assert not dp.eval()(mine, False)["y"].requires_grad
+        dp.train().requires_grad_(False)
+        assert not dp(mine, False)["y"].requires_grad

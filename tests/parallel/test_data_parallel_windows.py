@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import re
 from collections.abc import Sequence
@@ -12,6 +13,7 @@ import torch
 from copies import assert_gradients, assert_parameters, draw, mean_square, mlp, train, twins
 from ranks import on_ranks
 from torch import nn
+from twins import assert_refused
 
 import distdl_lite as dl
 from distdl_lite.testing import count, spmd
@@ -288,6 +290,49 @@ def test_joins_that_do_not_fit(world: dl.Partition) -> None:
         mean_square(dp(draw(6, 3)[2 * world.rank :][:2])).backward()
     mean_square(single(draw(6, 3))).backward()
     assert_gradients(dp, single)
+
+
+@pytest.mark.check("A7")
+@pytest.mark.filterwarnings("ignore:Using backward:UserWarning")
+@on_ranks(3, mpi=True)
+def test_a_rank_that_raises_inside_a_join(world: dl.Partition) -> None:
+    """The others get its text where they are: in backward, in the next forward or at the end of the loop."""
+    wheres = ("loop", "backward", "no_sync", "together")
+    for update, engine, failing, where in itertools.product(
+        ("now", "deferred"), ("inline", "thread"), (0, 1, 2), wheres
+    ):
+        module = mlp(3, 4, 2)
+        optimizer = dl.DataParallelOptimizer(torch.optim.SGD(module.parameters(), 0.1))
+        dp = dl.DataParallel(module, world, optimizer, update=update, engine=engine, bucket_mb=1e-5)
+
+        def loop(
+            dp: dl.DataParallel = dp, optimizer: Any = optimizer, failing: int = failing, where: str = where
+        ) -> None:
+            with dp.join():
+                for step in range([1, 2, 4][world.rank]):
+                    optimizer.zero_grad()
+                    rows = draw(2, 3).requires_grad_()
+                    if step == 0 and where == "backward" and world.rank == failing:
+                        rows.register_hook(lambda g: 1 / 0)
+                    with dp.no_sync() if where == "no_sync" and world.rank == failing else contextlib.nullcontext():
+                        dp(rows).square().sum().backward(create_graph=where == "together")
+                    optimizer.step()
+                    if world.rank == failing and where != "together":
+                        _ = 1 / 0
+
+        if where == "together":
+            assert_refused(world, world, loop, "backward(create_graph=True) would lose", RuntimeError)
+        elif world.rank == failing:
+            with pytest.raises(ZeroDivisionError):
+                loop()
+        else:
+            with pytest.raises(RuntimeError, match=r"^DataParallel: ZeroDivisionError: division by zero$"):
+                loop()
+        dp.zero_grad()
+        with dp.join():
+            dp(draw(1, 3)).sum().backward()
+        dp.synchronize()
+        dp.check_replicas()
 
 
 @pytest.mark.check("A7")
