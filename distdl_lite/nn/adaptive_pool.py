@@ -27,7 +27,7 @@ from distdl_lite.nn.kernel import (
     windows,
 )
 from distdl_lite.nn.movement import Inputs, rehearsal
-from distdl_lite.nn.options import integers
+from distdl_lite.nn.options import integers, listed
 from distdl_lite.operator import Operator
 from distdl_lite.partition import Partition
 
@@ -143,7 +143,7 @@ class _DistributedAdaptivePool(SpatialLayer):
 
     def __init__(self, P_x: Partition, output_size: int | Sequence[int | None] | None) -> None:
         super().__init__(P_x, type(self).dims)
-        sizes = tuple(output_size) if isinstance(output_size, Sequence) else (output_size,) * self.dims
+        sizes = listed(output_size, self.dims)
         if len(sizes) != self.dims:
             raise self._refuse(f"output_size={output_size!r} does not have {self.dims} numbers")
         for size in sizes:
