@@ -6,6 +6,7 @@ A `Partition` is a grid together with the world its ranks belong to, seen from o
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -13,11 +14,12 @@ from typing import Any, NamedTuple
 from distdl_lite.grid import Grid, balanced, compact, ravel, unravel
 
 
-def _integers(name: str, values: Iterable[int]) -> list[int]:
-    """Raises a TypeError that names the argument if it is no sequence, such as one number or "2x2"."""
-    if not isinstance(values, Iterable) or isinstance(values, str):
-        raise TypeError(f"{name}={values!r} is no sequence of integers")
-    return [int(value) for value in values]
+def integers_of(name: str, values: Iterable[int]) -> list[int]:
+    """Raises a TypeError that names the argument if it is no sequence of integers, such as one number or "2x2"."""
+    try:
+        return [operator.index(value) for value in values]
+    except TypeError:
+        raise TypeError(f"{name}={values!r} is no sequence of integers") from None
 
 
 class Line(NamedTuple):
@@ -134,7 +136,7 @@ class Partition:
         return self._derive(self._chosen(ranks))
 
     def _chosen(self, ranks: Iterable[int]) -> list[int]:
-        chosen = _integers("ranks", ranks)
+        chosen = integers_of("ranks", ranks)
         outside = sorted({rank for rank in chosen if not 0 <= rank < self.size})
         if outside:
             raise ValueError(f"ranks {outside} are not in a partition of {self.size} ranks")
@@ -166,7 +168,7 @@ class Partition:
         ValueError
             If the product of `shape` is not the number of ranks, or `periods` has another length.
         """
-        shape = tuple(_integers("shape", shape))
+        shape = tuple(integers_of("shape", shape))
         if any(n < 1 for n in shape) or (self.size and math.prod(shape) != self.size):
             raise ValueError(f"a grid of shape {shape} does not fit a partition of {self.size} ranks")
         if periods is not None and len(periods) != len(shape):
@@ -187,7 +189,7 @@ class Partition:
         ValueError
             If there are too few ranks, or `ranks` does not fill the shape.
         """
-        shape = tuple(_integers("shape", shape))
+        shape = tuple(integers_of("shape", shape))
         needed = math.prod(shape)
         if ranks is None and needed > self.size:
             hint = f": start it with mpirun -n {needed}" if self.size == self.world_transport.size else ""
@@ -377,7 +379,7 @@ def check_axes(axes: Iterable[int], dim: int) -> tuple[int, ...]:
     ValueError
         If an axis is not in ``range(-dim, dim)`` or named twice.
     """
-    axes = _integers("axes", axes)
+    axes = integers_of("axes", axes)
     if any(not -dim <= axis < dim for axis in axes):
         raise ValueError(f"axes {axes} are not all axes of a partition of {dim} axes")
     axes = [axis % dim for axis in axes]

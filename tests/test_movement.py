@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
+import numpy
 import pytest
 import torch
 from blocks import NOTHING, grown, local
@@ -419,3 +420,23 @@ def test_forward_mode_is_refused() -> None:
 
     with forward_ad.dual_level():  # one for the whole process
         spmd(2, body)
+
+
+@on_ranks(2)
+def test_numbers_of_numpy(world: Partition) -> None:
+    """Halos, shapes, ranks, axes and bounds as arrays; numbers that are no integers are refused, not cut."""
+    array = numpy.array
+    P, x = world.grid(array([1, 2]), ranks=array([1, 0]), periods=array([False, True])), torch.ones(1, 3)
+    for halo in (array([[0, 0], [1, 2]]), [(0, 0), array([1, 2])], (numpy.int64(0), (1, numpy.int32(2)))):
+        layer = dnn.HaloExchange(P, halo, "zeros")
+        assert repr(layer) == repr(dnn.HaloExchange(P, (0, (1, 2)), "zeros"))
+        assert torch.equal(layer(x), dnn.HaloExchange(P, (0, (1, 2)), "zeros")(x))
+    assert dnn.HaloExchange(P, array([0, 1]))(x).shape == (1, 4)
+    move = dnn.Repartition(P, P, bounds=(array([0, 1]), array([0, 4, 6])))
+    assert move(x).shape == (1, 4 if P.rank == 0 else 2)
+    assert dnn.AllSumReduce(P, axes_reduce=array([1]))(x).tolist() == [[2.0] * 3]
+    with pytest.raises(ValueError, match="does not fit a partition of shape"):
+        dnn.HaloExchange(P, array([0.5, 1.0]))
+    for attempt in (lambda: world.grid((1, 2.5)), lambda: world.create_partition_inclusive([0.5])):
+        with pytest.raises(TypeError, match="no sequence of integers"):
+            attempt()

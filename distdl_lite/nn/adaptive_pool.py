@@ -26,9 +26,15 @@ from distdl_lite.nn.kernel import (
     wide,
     windows,
 )
+<<<<<<< HEAD
 from distdl_lite.nn.module import Call, Module
 from distdl_lite.nn.movement import Inputs
 from distdl_lite.nn.options import integers
+=======
+from distdl_lite.nn.movement import Inputs, rehearsal
+from distdl_lite.nn.options import integers, listed
+from distdl_lite.operator import Operator
+>>>>>>> b9d9c537f9165f1305cea3c75e0c109bd18d2420
 from distdl_lite.partition import Partition
 
 _MAX_POOLS = {1: F.adaptive_max_pool1d, 2: F.adaptive_max_pool2d, 3: F.adaptive_max_pool3d}
@@ -143,7 +149,7 @@ class _DistributedAdaptivePool(SpatialLayer):
 
     def __init__(self, P_x: Partition, output_size: int | Sequence[int | None] | None) -> None:
         super().__init__(P_x, type(self).dims)
-        sizes = tuple(output_size) if isinstance(output_size, Sequence) else (output_size,) * self.dims
+        sizes = listed(output_size, self.dims)
         if len(sizes) != self.dims:
             raise self._refuse(f"output_size={output_size!r} does not have {self.dims} numbers")
         for size in sizes:

@@ -15,7 +15,7 @@ from distdl_lite.nn import overlap
 from distdl_lite.nn.convolution import Convolution, Convolve
 from distdl_lite.nn.kernel import edge_pad
 from distdl_lite.nn.movement import Inputs
-from distdl_lite.nn.options import per_dim
+from distdl_lite.nn.options import per_dim, plain
 from distdl_lite.operator import Operator
 from distdl_lite.partition import Partition
 from distdl_lite.reducer import reducer_of
@@ -80,7 +80,7 @@ class _DistributedConv(Convolution):
         self.kernel_size = per_dim(self, self.dims, "kernel_size", kernel_size)
         self.stride = per_dim(self, self.dims, "stride", stride)
         self.dilation = per_dim(self, self.dims, "dilation", dilation)
-        self.padding, self.padding_mode = padding, padding_mode
+        self.padding, self.padding_mode = plain(padding), padding_mode
         self._check_options()
         self.pads = self._pads()
         self._place(bias, device, dtype)

@@ -16,7 +16,7 @@ from distdl_lite.layout import Dim, Shape
 from distdl_lite.nn.kernel import Local, operator_between, torch_dtype
 from distdl_lite.nn.module import Call, Module
 from distdl_lite.nn.movement import agreed_inputs
-from distdl_lite.nn.options import integers
+from distdl_lite.nn.options import integers, listed
 from distdl_lite.operator import Operator
 from distdl_lite.partition import Partition
 
@@ -90,8 +90,8 @@ class DistributedFFT(Module):
     ) -> None:
         super().__init__(P_x)
         self.P_x, self.function, self.norm = P_x, function, norm
-        self.dim = tuple(dim) if isinstance(dim, Sequence) else (dim,)
-        self.s = (-1,) * len(self.dim) if s is None else tuple(s) if isinstance(s, Sequence) else (s,)
+        self.dim = listed(dim)
+        self.s = (-1,) * len(self.dim) if s is None else listed(s)
         for name, values in (("dim", self.dim), ("s", self.s)):
             for value in values:
                 integers(self, **{name: value})

@@ -10,7 +10,7 @@ import torch
 from distdl_lite.layout import Dim, Layout, Shape
 from distdl_lite.nn.kernel import wide
 from distdl_lite.nn.norm_base import Norm
-from distdl_lite.nn.options import integers
+from distdl_lite.nn.options import integers, listed
 from distdl_lite.partition import Partition
 
 
@@ -28,7 +28,7 @@ class _LastDimsNorm(Norm):
         dtype: torch.dtype | None,
     ) -> None:
         super().__init__(P_x, eps)
-        sizes = tuple(normalized_shape) if isinstance(normalized_shape, Sequence) else (normalized_shape,)
+        sizes = listed(normalized_shape)
         for n in sizes:
             integers(self, 0, normalized_shape=n)
         self.normalized_shape, self.elementwise_affine = sizes, elementwise_affine

@@ -13,7 +13,7 @@ from distdl_lite.autograd import reduce_from_team
 from distdl_lite.nn.kernel import anchored, wide
 from distdl_lite.nn.module import Call, Module
 from distdl_lite.nn.movement import agreed_inputs
-from distdl_lite.nn.options import booleans, integers
+from distdl_lite.nn.options import booleans, integers, listed
 from distdl_lite.partition import Partition
 
 
@@ -51,7 +51,7 @@ class DistributedMean(Module):
     def __init__(self, P_x: Partition, dim: int | Sequence[int] | None = None, keepdim: bool = False) -> None:
         super().__init__(P_x)
         self.P_x, self.dim, self.keepdim = P_x, dim, keepdim
-        named = () if dim is None else tuple(dim) if isinstance(dim, Sequence) else (dim,)
+        named = () if dim is None else listed(dim)
         for d in named:
             integers(self, dim=d)
         booleans(self, keepdim=keepdim)

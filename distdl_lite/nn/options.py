@@ -10,6 +10,17 @@ from typing import Any
 from distdl_lite.nn.module import Module
 
 
+def plain(value: Any) -> Any:
+    """An option; a number or an array of NumPy as Python's own numbers."""
+    return value.tolist() if hasattr(value, "tolist") else value
+
+
+def listed(value: Any, dims: int = 1) -> tuple[Any, ...]:
+    """One option for each dim, from several, in a sequence or an array, or from one for all."""
+    value = plain(value)
+    return tuple(map(plain, value)) if isinstance(value, Iterable) and not isinstance(value, str) else (value,) * dims
+
+
 def integers(layer: Module, least: int | None = None, **options: Any) -> None:
     """Raise TypeError unless each option is an integer, ValueError unless it is at least `least`, 0 or 1."""
     for name, value in options.items():
@@ -20,7 +31,7 @@ def integers(layer: Module, least: int | None = None, **options: Any) -> None:
 
 def per_dim(layer: Module, dims: int, name: str, value: int | Sequence[int], least: int | None = 1) -> tuple[int, ...]:
     """An integer per spatial dim, from one of them or one for all."""
-    values = tuple(value) if isinstance(value, Iterable) and not isinstance(value, str) else (value,) * dims
+    values = listed(value, dims)
     rule = f"{name}={value!r} is neither an integer nor {dims} of them"
     if not all(map(_is_integer, values)):
         raise layer._refuse(rule, TypeError)
@@ -31,7 +42,11 @@ def per_dim(layer: Module, dims: int, name: str, value: int | Sequence[int], lea
 
 
 def _is_integer(value: Any) -> bool:
-    return hasattr(value, "__index__") and not isinstance(value, bool)
+    try:
+        operator.index(value)
+    except TypeError:
+        return False
+    return not isinstance(value, bool)
 
 
 def _check_least(layer: Module, name: str, value: Any, smallest: int, least: int | None) -> None:

@@ -11,7 +11,8 @@ from distdl_lite.layout import Layout, Shape
 from distdl_lite.nn.kernel import edge_pad
 from distdl_lite.nn.module import Call
 from distdl_lite.nn.movement import Movement, agreed_inputs, into
-from distdl_lite.partition import Partition, check_axes
+from distdl_lite.nn.options import listed, plain
+from distdl_lite.partition import Partition, check_axes, integers_of
 
 
 def _matched_axes(name: str, small: Grid, large: Grid) -> tuple[int, ...]:
@@ -264,7 +265,7 @@ class Repartition(Movement):
         super().__init__(P_x, P_y, preserve_batch)
         if P_x.dim != P_y.dim:
             raise ValueError(f"Repartition: partitions of shape {P_x.shape} and {P_y.shape} differ in number of axes")
-        self.output_bounds = None if bounds is None else tuple(tuple(int(c) for c in cut) for cut in bounds)
+        self.output_bounds = None if bounds is None else tuple(tuple(integers_of("bounds", cut)) for cut in bounds)
 
     def layouts(self, shapes: Mapping[int, Shape]) -> tuple[Layout, Layout]:
         X = lay.blocks(self.P_x.grid_of_ranks, lay.cuts_from_shapes(self.P_x.grid_of_ranks, shapes))
@@ -304,7 +305,8 @@ class HaloExchange(Movement):
         super().__init__(P_x, P_x)
         if not isinstance(halo, Iterable):
             raise TypeError(f"HaloExchange: halo={halo!r} is no sequence, a number or a pair for each dim is needed")
-        pairs = [tuple(h) if isinstance(h, Sequence) else (h, h) for h in halo]
+        halo = plain(halo)
+        pairs = [listed(h, 2) for h in halo]
         fits = all(len(pair) == 2 and all(isinstance(h, int) and h >= 0 for h in pair) for pair in pairs)
         if len(pairs) != P_x.dim or not fits:
             raise ValueError(f"HaloExchange: a halo of {list(halo)} does not fit a partition of shape {P_x.shape}")

@@ -21,6 +21,7 @@ from distdl_lite.layout import Range
 from distdl_lite.nn.adaptive_pool import Adaptive, averaged, is_mean
 from distdl_lite.nn.kernel import Geometry, Local, SpatialLayer, View, check_floating, torch_dtype, wide, windows
 from distdl_lite.nn.movement import Inputs
+from distdl_lite.nn.options import listed, plain
 from distdl_lite.partition import Partition
 
 _LINEAR = {1: "linear", 2: "bilinear", 3: "trilinear"}
@@ -97,7 +98,8 @@ class DistributedUpsample(SpatialLayer):
         recompute_scale_factor: bool | None = None,
     ) -> None:
         super().__init__(P_x, P_x.dim - 2)
-        self.size, self.scale_factor, self.mode, self.align_corners = size, scale_factor, mode, align_corners
+        self.size, self.scale_factor = plain(size), plain(scale_factor)
+        self.mode, self.align_corners = mode, align_corners
         self.recompute_scale_factor = recompute_scale_factor
         self._check_mode()
         self._sizes = self._per_dim("size", size, Integral)
@@ -119,7 +121,7 @@ class DistributedUpsample(SpatialLayer):
 
     def _per_dim(self, name: str, value: Any, kind: type) -> tuple[Any, ...]:
         """A positive number of a kind per dim, or None for each where the option is not given."""
-        values = tuple(value) if isinstance(value, Sequence) and not isinstance(value, str) else (value,) * self.dims
+        values = listed(value, self.dims)
         words = "integers" if kind is Integral else "finite numbers"
         rule = f"{name}={value!r} is not {self.dims} positive {words}, nor one for all"
         if value is not None and any(isinstance(v, bool) or not isinstance(v, kind) for v in values):

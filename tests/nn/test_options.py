@@ -5,9 +5,11 @@ from __future__ import annotations
 import copy
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import product
+from typing import Any
 
+import numpy
 import pytest
 import torch
 from layers import Case, X, blocks_of, inputs_of, make_layer, outcome
@@ -155,6 +157,41 @@ def test_torch_is_the_judge(case: Case) -> None:
             assert option in text or not (theirs and ours == "constructor"), where
 
     spmd(2, body)
+
+
+def _in_numpy(value: Any) -> Any:
+    """Integers of NumPy, and sequences of them as an array."""
+    if type(value) is int:
+        return numpy.int64(value)
+    if isinstance(value, tuple) and value and all(type(v) is int for v in value):
+        return numpy.array(value)
+    return value
+
+
+def _output(make: Callable[[], Any], inputs: list[torch.Tensor]) -> Any:
+    """What a new layer makes of its inputs, or the kind of its refusal."""
+    torch.manual_seed(0)
+    try:
+        return make()(*inputs)
+    except (TypeError, ValueError, RuntimeError, IndexError) as error:
+        return type(error)
+
+
+@on_ranks(2)
+def test_numbers_of_numpy(world: dl.Partition) -> None:
+    """They are taken for Python's own, and so are arrays for sequences."""
+    for case in CASES:
+        tried = [(option, value) for option, values in case.tried.items() for value in values]
+        for option, value in tried:
+            options = {**case.base, option: value}
+            given = {name: _in_numpy(value) for name, value in options.items()}
+            made, P = make_layer(case, world, options, -1)
+            inputs = blocks_of(case, inputs_of(case), P)
+            expected, found = (_output(make, inputs) for make in (made, make_layer(case, world, given, -1)[0]))
+            if isinstance(expected, torch.Tensor):
+                torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
+            else:
+                assert found is expected, (case, given)
 
 
 @on_ranks(2)
