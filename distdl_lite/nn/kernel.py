@@ -214,7 +214,7 @@ def torch_dtype(layer: Module, inputs: Inputs, dims: int, function: Callable[[to
     """
     try:
         made = function(torch.zeros((1,) * dims, dtype=inputs.dtype, device=inputs.device))
-    except RuntimeError as error:
+    except (RuntimeError, TypeError) as error:
         raise layer._refuse(f"the input has dtype {inputs.dtype}: {error}", TypeError) from error
     return (made if isinstance(made, torch.Tensor) else made[0]).dtype
 

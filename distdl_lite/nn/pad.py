@@ -91,8 +91,11 @@ class _DistributedPad(Module):
 
     def _padded_shape(self, shape: Shape, dtype: torch.dtype) -> Shape:
         """The shape of the padded tensor. Raises ValueError if torch refuses to pad."""
+        sides = zip(shape[::-1], self.padding[::2], self.padding[1::2], strict=False)
+        # torch 2.14 refuses to make nothing by reflection on the meta device alone.
+        device = "cpu" if any(n + left + right == 0 for n, left, right in sides) else "meta"
         try:
-            found = F.pad(torch.empty(shape, dtype=dtype, device="meta"), self.padding, self.mode, self.value)
+            found = F.pad(torch.empty(shape, dtype=dtype, device=device), self.padding, self.mode, self.value)
         except (RuntimeError, IndexError, ValueError) as error:
             raise self._refuse(f"padding={self.padding} of a tensor of shape {shape}: {error}") from error
         return tuple(found.shape)

@@ -62,6 +62,7 @@ CHANGES: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 WIDER = {
     *((kind, "no channels") for kind in ("MaxPool", "AvgPool", "AdaptiveMaxPool", "Upsample")),
     ("InstanceNorm", "no batch"),
+    ("GroupNorm", "no features"),  # since torch 2.14
     ("Dropout", "complex64"),
 }
 # What torch takes and we do not: promotion, averages of integers, other dims than the partition has axes, targets that
