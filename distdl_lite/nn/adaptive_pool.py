@@ -26,15 +26,9 @@ from distdl_lite.nn.kernel import (
     wide,
     windows,
 )
-<<<<<<< HEAD
 from distdl_lite.nn.module import Call, Module
 from distdl_lite.nn.movement import Inputs
-from distdl_lite.nn.options import integers
-=======
-from distdl_lite.nn.movement import Inputs, rehearsal
 from distdl_lite.nn.options import integers, listed
-from distdl_lite.operator import Operator
->>>>>>> b9d9c537f9165f1305cea3c75e0c109bd18d2420
 from distdl_lite.partition import Partition
 
 _MAX_POOLS = {1: F.adaptive_max_pool1d, 2: F.adaptive_max_pool2d, 3: F.adaptive_max_pool3d}

@@ -168,6 +168,7 @@ def test_many_optimizers_leave_nothing(world: dl.Partition) -> None:
     def threads() -> int:
         return sum(thread.name == "distdl_lite sums" for thread in threading.enumerate())
 
+    assert world.team.size == 2
     registries, before = [*world.world_transport.local], threads()
     for _ in range(100):
         train(world, dl.LocalSGD(plain(0.1, *start_of(0)), 2, delay=1, P=world), range(3))
