@@ -27,7 +27,7 @@ def example(name: str) -> ModuleType:
 def test_denoise_has_one_loss_curve_on_every_grid(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     denoise = example("denoise")
     picture = tmp_path / "denoise.png"
-    options = denoise.parse(["--size", "56x72", "--steps", "6", "--out", str(picture)])
+    options = denoise.parse(["--size", "40x56", "--steps", "4", "--out", str(picture)])
 
     def losses(world: dl.Partition, grid: tuple[int, int]) -> list[float]:
         return denoise.run(world.grid((1, 1, *grid)), options)

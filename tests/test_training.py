@@ -157,7 +157,7 @@ def check_on_threads(task: str, recipe: str, grid: Grid, dtype: torch.dtype, ste
     on_threads(grid, check, task, recipe, grid, dtype, steps)
 
 
-# ---- 50 steps --------------------------------------------------------------------------------------------------------
+# ---- 20 steps --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -167,7 +167,7 @@ def check_on_threads(task: str, recipe: str, grid: Grid, dtype: torch.dtype, ste
 )
 @pytest.mark.parametrize("task", TASKS)
 def test_everything_in_float64(task: str, grid: Grid, recipe: str) -> None:
-    check_on_threads(task, recipe, grid, torch.float64, steps=50)
+    check_on_threads(task, recipe, grid, torch.float64, steps=20)
 
 
 @pytest.mark.parametrize(
@@ -182,7 +182,7 @@ def test_everything_in_float64(task: str, grid: Grid, recipe: str) -> None:
     ids=str,
 )
 def test_losses_in_float32(task: str, grid: Grid, recipe: str) -> None:
-    check_on_threads(task, recipe, grid, torch.float32, steps=50)
+    check_on_threads(task, recipe, grid, torch.float32, steps=20)
 
 
 @pytest.mark.mpi(min_size=4)

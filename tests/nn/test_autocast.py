@@ -117,9 +117,9 @@ def part(x: torch.Tensor, cuts: Cuts, index: Sequence[int], dropped: Sequence[in
 
 def compare(case: Case, x: torch.Tensor, P: dl.CartesianPartition, cuts: Cuts, where: str) -> None:
     """Check a layer's result and its input's gradient."""
-    torch.manual_seed(3)
+    torch.default_generator.manual_seed(3)
     layer = (case.make or getattr(dnn, f"Distributed{case.name}"))(P, **case.options)
-    torch.manual_seed(3)
+    torch.default_generator.manual_seed(3)
     serial = case.serial(**case.options)
     whole, block = (t.clone().requires_grad_() for t in (x, part(x, cuts, P.index)))
     target = () if case.target is None else (case.target(x),)

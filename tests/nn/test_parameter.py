@@ -119,7 +119,7 @@ def nets(world: Partition, grid: tuple[int, int]) -> tuple[torch.nn.Module, torc
 
 @on_ranks(4, mpi=True)
 def test_training_is_serial_training(world: Partition) -> None:
-    """50 steps stay within 1e-6: rounding of sums in another order grows from 1e-16 on the way."""
+    """20 steps stay within 1e-6: rounding of sums in another order grows from 1e-16 on the way."""
     optimizers = (torch.optim.SGD, {"lr": 0.05, "momentum": 0.9}), (torch.optim.AdamW, {"lr": 1e-2})
     for number, grid in enumerate(GRIDS):
         for optimizer, options in optimizers if grid == (2, 2) else optimizers[number % 2 :][:1]:
@@ -128,7 +128,7 @@ def test_training_is_serial_training(world: Partition) -> None:
             steps = [optimizer(net.parameters(), **options) for net in (serial, ours)]
             dl.check_optimizer(steps[1])
             generator = torch.Generator().manual_seed(0)
-            for _ in range(50):
+            for _ in range(20):
                 x = torch.randn(2, 2, 5, 6, dtype=torch.float64, generator=generator)
                 t = torch.randn(2, 3, 5, 4, dtype=torch.float64, generator=generator)
                 wanted = torch.nn.functional.mse_loss(serial(x), t)
