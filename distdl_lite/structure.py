@@ -120,8 +120,7 @@ def exchanged(team: Team, P: Partition | None, mine: tuple[TensorStructure, ...]
     numbers += [n for length in lengths for n in length]
     flags = [not is_usual, *(i < len(mine) and mine[i].requires_grad for i in range(_MOST_ARGUMENTS))]
     negatives = [n if n == _UNSET else -n for n in (_number(same), *numbers)]
-    vector = torch.tensor([*flags, _number(same), *numbers, *negatives], dtype=torch.long)
-    found = team.world.maxima(team, vector).tolist()
+    found = team.world.maxima(team, [*flags, _number(same), *numbers, *negatives])
     flags, values = found[: len(flags)], found[len(flags) :]
     values, negatives = values[: len(negatives)], values[len(negatives) :]
     if flags[0] or any(a != (b if b == _UNSET else -b) for a, b in zip(values, negatives, strict=True)):

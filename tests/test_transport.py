@@ -170,7 +170,7 @@ def test_calls_that_no_operator_describes(world: dl.Partition) -> None:
     assert transport.agree(everyone, 2**63) == 0
     assert transport.agree(transport.team([transport.rank]), 7) == 7
     assert transport.gather_objects(everyone, f"from {transport.rank}") == [f"from {r}" for r in range(SIZE)]
-    assert transport.maxima(everyone, torch.tensor([transport.rank, -transport.rank])).tolist() == [3, 0]
+    assert transport.maxima(everyone, [transport.rank, -transport.rank]) == [3, 0]
     for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.int64):
         x = torch.tensor([[transport.rank, -transport.rank]], dtype=dtype)
         for op, wanted in (("sum", [[6, -6]]), ("max", [[3, 0]]), ("min", [[0, -3]])):

@@ -72,8 +72,8 @@ class Transport(Protocol):
     def gather_objects(self, team: Team, value: Any) -> list[Any]:
         """Every rank's host object, in the order of the ranks."""
 
-    def maxima(self, team: Team, numbers: torch.Tensor) -> torch.Tensor:
-        """The greatest of the ranks' numbers at each place of a contiguous int64 host tensor, in that tensor; not counted."""
+    def maxima(self, team: Team, numbers: Sequence[int]) -> list[int]:
+        """The greatest of the ranks' numbers at each place, of 64 bits; not counted."""
 
     def all_reduce(self, team: Team, tensor: torch.Tensor, op: str = "sum") -> torch.Tensor:
         """Sum, maximum ("max") or minimum ("min") over the team, into the contiguous tensor itself."""

@@ -207,8 +207,9 @@ class ThreadTransport(Transport):
         return [pickle.loads(found) for found in self._meet(team, pickle.dumps(value), "gather of objects")]
 
     @counted()
-    def maxima(self, team: Team, numbers: torch.Tensor) -> torch.Tensor:
-        return reduce(torch.maximum, self._meet(team, numbers, f"maxima of {numbers.numel()} numbers"))
+    def maxima(self, team: Team, numbers: Sequence[int]) -> list[int]:
+        told = self._meet(team, numbers, f"maxima of {len(numbers)} numbers")
+        return [max(both) for both in zip(*told, strict=True)]
 
     @counted("sums")
     def all_reduce(self, team: Team, tensor: torch.Tensor, op: str = "sum") -> torch.Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import sys
+from array import array
 from collections.abc import Callable, Sequence
 from time import perf_counter
 from typing import Any
@@ -96,10 +97,11 @@ class MPITransport(Transport):
         return values
 
     @counted()
-    def maxima(self, team: Team, numbers: torch.Tensor) -> torch.Tensor:
+    def maxima(self, team: Team, numbers: Sequence[int]) -> list[int]:
+        found = array("q", numbers)
         if team.size > 1:
-            self.communicator(team).Allreduce(MPI.IN_PLACE, as_numbers(numbers), op=MPI.MAX)
-        return numbers
+            self.communicator(team).Allreduce(MPI.IN_PLACE, [MPI.memory.frombuffer(found), MPI.INT64_T], op=MPI.MAX)
+        return found.tolist()
 
     @counted("sums")
     def all_reduce(self, team: Team, tensor: torch.Tensor, op: str = "sum") -> torch.Tensor:
