@@ -60,6 +60,23 @@ def may_recompute() -> bool:
     return is_grad_enabled() and _top_saved_tensors_default_hooks(False) is not None
 
 
+def saved_here(x: torch.Tensor) -> torch.Tensor:
+    """The identity, which saves a tensor; its output may be overwritten like its input."""
+    return _Saved.apply(x, None if x.requires_grad else ANCHOR)
+
+
+class _Saved(Node):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, anchor: torch.Tensor | None) -> torch.Tensor:
+        ctx.save_for_backward(NOTHING)
+        return x.detach()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, None]:
+        _ = ctx.saved_tensors
+        return gradient if ctx.needs_input_grad[0] else None, None
+
+
 def reduce_from_team(part: torch.Tensor, team: Team) -> torch.Tensor:
     """The sum of the ranks' parts, one number that every rank of the team is shown; differentiable, to any order.
 

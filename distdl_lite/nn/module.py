@@ -5,27 +5,20 @@ from __future__ import annotations
 import inspect
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import cache, wraps
+from functools import wraps
 from typing import Any
 
 import torch
-from torch import Tensor, is_grad_enabled, strided
+from torch import Tensor, is_grad_enabled
 
-from distdl_lite.agreement import call_of, check_alike, check_met, raise_together
-from distdl_lite.autograd import (
-    ANCHOR,
-    NOTHING,
-    TRANSFORMS,
-    Node,
-    any_autocast_is_enabled,
-    may_recompute,
-    transforms_are_active,
-    untraced,
-)
+from distdl_lite.agreement import call_of, check_met, raise_together
+from distdl_lite.autograd import TRANSFORMS, may_recompute, saved_here, transforms_are_active, untraced
 from distdl_lite.nn.network import Place, ride_of, riding
+from distdl_lite.nn.options import fixed_options, is_same
 from distdl_lite.partition import Partition, check_same_world, union_of_teams
-from distdl_lite.structure import Structure, TensorStructure, autocast, exchanged, hashable, hashed
+from distdl_lite.structure import Structure, exchanged, hashed, parts_of_call
 from distdl_lite.transport import Team, Transport, current
 
 Call = Callable[..., Any]  # of a layer and its input: what set-up returns
@@ -125,7 +118,7 @@ class Module(torch.nn.Module):
 
     def __setattr__(self, name: str, value: Any) -> None:
         """As torch's, but for options that plans and weights follow from: another value would not count, or count in part."""
-        if name in self.__dict__ and name in _fixed_options(type(self)) and not _is_same(value, self.__dict__[name]):
+        if name in self.__dict__ and name in fixed_options(type(self)) and not is_same(value, self.__dict__[name]):
             raise self._refuse(
                 f"{name} is fixed by the constructor; make a new layer with {name}={value!r}", AttributeError
             )
@@ -170,8 +163,10 @@ class Module(torch.nn.Module):
 
     def _distdl_forward_pre_hook(self, input: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, Any]:
         """Agree on the structure of this call, and set up for it unless that was done before; returns forward's arguments."""
-        if kwargs:
-            input, kwargs = self._distdl_positional(input, kwargs)
+        if kwargs:  # positional ones first, also where the caller named them
+            with suppress(TypeError):  # forward itself will say what is wrong
+                bound = inspect.signature(self.forward).bind(*input, **kwargs)
+                input, kwargs = bound.args, bound.kwargs
         if self._distdl_team is None:
             self._distdl_resolve()
         if not self._distdl_is_inside:
@@ -185,16 +180,6 @@ class Module(torch.nn.Module):
                 self.__dict__["_distdl_built"] = kept
             self.__dict__["_distdl_key"] = self._distdl_next_key
         return (self._distdl_recomputed(input) if may_recompute() else input), kwargs
-
-    def _distdl_positional(
-        self, input: tuple[Any, ...], kwargs: Mapping[str, Any]
-    ) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
-        """The arguments as forward takes them: positional ones first, also where the caller named them."""
-        try:
-            bound = inspect.signature(self.forward).bind(*input, **kwargs)
-        except TypeError:  # forward itself will say what is wrong
-            return input, kwargs
-        return bound.args, bound.kwargs
 
     def _distdl_resolve(self) -> None:
         """Find the ranks that agree and set up together: those of this module's partitions and of the layers' inside."""
@@ -225,7 +210,7 @@ class Module(torch.nn.Module):
         place = None if ride is None else ride.place(self)
         key = None if ride is None else ride.keys.get(place)  # type: ignore[arg-type]
         if key is None:
-            parts = self._distdl_local_parts(input, kwargs)
+            parts = parts_of_call(self, self._distdl_number, self._distdl_transport.rank, input, kwargs)
             if parts != self._distdl_parts:
                 self.__dict__.update(_distdl_parts=parts, _distdl_vote=hashed(parts))
             key = self._distdl_transport.agree(team, self._distdl_vote)
@@ -233,33 +218,6 @@ class Module(torch.nn.Module):
                 ride.keys[place] = key  # type: ignore[index]
         self.__dict__["_distdl_next_key"] = key
         return key != self._distdl_key
-
-    def _distdl_local_parts(self, input: tuple[Any, ...], kwargs: Mapping[str, Any] | None = None) -> list[Any]:
-        """All that this rank's structure consists of.
-
-        Every call of a layer asks for it; where the caches are cold, each name that is looked up takes 0.5 us.
-        """
-        parts: list[Any] = [
-            self._distdl_transport.rank,
-            self._distdl_number,
-            is_grad_enabled(),
-            any_autocast_is_enabled() and autocast(),
-            transforms_are_active(),
-        ]
-        for value in input:
-            if isinstance(value, Tensor) and value.layout is strided and not value.is_nested:
-                parts += (value.shape, value.dtype, value.device, value.requires_grad)
-            else:
-                parts.append(hashable(value))
-        if kwargs:
-            parts.append(hashable(kwargs))
-        for module in self.modules() if self._modules else (self,):
-            parts.append(module.training)
-            for p in module._parameters.values():
-                parts += (None,) if p is None else (p.shape, p.dtype, p.requires_grad)
-            for b in module._buffers.values():
-                parts += (None,) if b is None else (b.shape, b.dtype)
-        return parts
 
     # Set-up.
 
@@ -285,19 +243,10 @@ class Module(torch.nn.Module):
         self.__dict__.update(_distdl_key=None, _distdl_built=_NOTHING_BUILT)
         check_met(team, label, call_of(label, self._distdl_number))
         P_x = self._distdl_partitions[0] if self._distdl_partitions else None
-        same = self._distdl_same(input, kwargs)
-        mine = tuple(map(TensorStructure.of, input))
-        structure = exchanged(team, P_x, mine, str(same)) if self._distdl_is_cut else None
-        passed, error = {}, None
-        if structure is None:
-            passed = dict(zip(team, team.world.gather_objects(team, (mine, same)), strict=True))
-            structure = Structure(
-                team.world.rank, mine, passed={rank: tensors for rank, (tensors, _) in passed.items()}
-            )
+        structure = exchanged(team, P_x, self._distdl_is_cut, input, self._distdl_same(input, kwargs), label)
         built = self.__dict__["_distdl_built"] = _Built(None, structure)
+        error = None
         try:
-            for what in same if passed else ():
-                check_alike(what, {rank: told[what] for rank, (_, told) in passed.items()})
             if team.size > 1 and transforms_are_active():
                 raise RuntimeError(TRANSFORMS)
             self._distdl_check_weights()
@@ -335,23 +284,10 @@ class Module(torch.nn.Module):
         none, would not recompute, and the others would wait for it in the layer's agreement.
         """
         wanted = self._distdl_structure.requires_grad
-        if not (wanted and self._distdl_partitions and self._distdl_team.size > 1 and _has_gradients(input[0])):
+        has_gradients = isinstance(input[0], Tensor) and (input[0].is_floating_point() or input[0].is_complex())
+        if not (wanted and self._distdl_partitions and self._distdl_team.size > 1 and has_gradients):
             return input
-        return _Saved.apply(input[0], None if input[0].requires_grad else ANCHOR), *input[1:]
-
-
-class _Saved(Node):
-    """The identity with a saved tensor; its output may be overwritten like its input."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, anchor: Tensor | None) -> Tensor:
-        ctx.save_for_backward(NOTHING)
-        return x.detach()
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, None]:
-        _ = ctx.saved_tensors
-        return gradient if ctx.needs_input_grad[0] else None, None
+        return saved_here(input[0]), *input[1:]
 
 
 _NOTHING_BUILT = _Built(None, Structure(-1, ()))
@@ -359,10 +295,6 @@ _NOTHING_BUILT = _Built(None, Structure(-1, ()))
 
 def _no_forward(layer: Module, *input: Any) -> Any:
     raise NotImplementedError(f"{type(layer).__name__} has neither a forward nor a set-up that returns a call")
-
-
-def _has_gradients(value: Any) -> bool:
-    return isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex())
 
 
 def _unbuilt() -> dict[str, Any]:
@@ -378,15 +310,3 @@ def _unbuilt() -> dict[str, Any]:
         "_distdl_transport": None,
         "_distdl_is_inside": False,
     }
-
-
-@cache
-def _fixed_options(kind: type) -> frozenset[str]:
-    """The arguments of the constructors of the library's own layers that this is one of, but for the free ones."""
-    own = [base for base in kind.__mro__ if base.__module__.startswith("distdl_lite.nn.") and "__init__" in vars(base)]
-    given = [parameter for base in own for parameter in inspect.signature(base).parameters.values()]
-    return frozenset(p.name for p in given if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)) - kind._distdl_free
-
-
-def _is_same(one: Any, other: Any) -> bool:
-    return one is other or (type(one) is type(other) and bool(one == other))

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
 import operator
 from collections.abc import Iterable, Sequence
+from functools import cache
 from numbers import Real
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from distdl_lite.nn.module import Module
+if TYPE_CHECKING:
+    from distdl_lite.nn.module import Module
 
 
 def plain(value: Any) -> Any:
@@ -66,3 +69,17 @@ def booleans(layer: Module, **options: Any) -> None:
     for name, value in options.items():
         if not isinstance(value, bool):
             raise layer._refuse(f"{name}={value!r} is neither True nor False", TypeError)
+
+
+@cache
+def fixed_options(kind: type) -> frozenset[str]:
+    """The arguments of the constructors of the library's own layers that this is one of, but for the free ones."""
+    own = [base for base in kind.__mro__ if base.__module__.startswith("distdl_lite.nn.") and "__init__" in vars(base)]
+    given = [parameter for base in own for parameter in inspect.signature(base).parameters.values()]
+    free: frozenset[str] = kind._distdl_free  # type: ignore[attr-defined]
+    return frozenset(p.name for p in given if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)) - free
+
+
+def is_same(one: Any, other: Any) -> bool:
+    """Whether an option is given the value that it has."""
+    return one is other or (type(one) is type(other) and bool(one == other))
