@@ -90,7 +90,7 @@ class Structure:
 
 _MOST_ARGUMENTS = 4
 _MORE_DIMS = 8  # of a tensor, before those that the partition has axes for
-_UNSET = -(2**62)
+UNSET = -(2**62)
 _DTYPES = list(dict.fromkeys(v for _, v in sorted(vars(torch).items()) if isinstance(v, torch.dtype)))
 _DEVICES = ["cpu", "cuda", "meta", "mps", "xpu"]
 
@@ -134,10 +134,10 @@ def _by_axis(team: Team, P: Partition | None, mine: tuple[TensorStructure, ...],
         None on all ranks where that is not so, something else differs, or `same` does.
     """
     is_usual = len(mine) <= _MOST_ARGUMENTS and all(_is_usual(tensor) for tensor in mine)
-    numbers = [_UNSET] * _MOST_ARGUMENTS
+    numbers = [UNSET] * _MOST_ARGUMENTS
     lengths: list[list[int]] = []
     if P is not None:
-        lengths = [[_UNSET] * n for n in ((1,) * _MORE_DIMS + P.shape)]
+        lengths = [[UNSET] * n for n in ((1,) * _MORE_DIMS + P.shape)]
         if P.index is not None and is_usual and mine:
             numbers[: len(mine)] = map(_number_of, mine)
             shape = mine[0].shape
@@ -147,13 +147,13 @@ def _by_axis(team: Team, P: Partition | None, mine: tuple[TensorStructure, ...],
                 lengths[-axis][index[-axis]] = shape[-axis]
     numbers += [n for length in lengths for n in length]
     flags = [not is_usual, *(i < len(mine) and mine[i].requires_grad for i in range(_MOST_ARGUMENTS))]
-    negatives = [n if n == _UNSET else -n for n in (_number(same), *numbers)]
+    negatives = [n if n == UNSET else -n for n in (_number(same), *numbers)]
     found = team.world.maxima(team, [*flags, _number(same), *numbers, *negatives])
     flags, values = found[: len(flags)], found[len(flags) :]
     values, negatives = values[: len(negatives)], values[len(negatives) :]
-    if flags[0] or any(a != (b if b == _UNSET else -b) for a, b in zip(values, negatives, strict=True)):
+    if flags[0] or any(a != (b if b == UNSET else -b) for a, b in zip(values, negatives, strict=True)):
         return None
-    codes = [code for code in values[1 : 1 + _MOST_ARGUMENTS] if code != _UNSET]
+    codes = [code for code in values[1 : 1 + _MOST_ARGUMENTS] if code != UNSET]
     alike = tuple(replace(_tensor_of(code), requires_grad=bool(f)) for code, f in zip(codes, flags[1:], strict=False))
     if P is None or not alike:
         return Structure(team.world.rank, mine, alike)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import sys
 import time
 from collections.abc import Iterator
 
@@ -245,3 +246,28 @@ def test_a_backward_inside_a_backward(world: Partition) -> None:
         loss_of(models, x, inside(at)).backward()
         check(models)
         check(inner)
+
+
+@on_ranks(2, mpi=True)
+def test_a_frame_of_an_ended_backward_that_somebody_keeps(world: Partition) -> None:
+    """Monitors that look at stacks keep frames, and with them what these refer to: the backward has ended all the same."""
+    models, x, kept = models_of(world, 8), x_of(world.rank), []
+    transport = world.world_transport
+    asked = transport.agreed
+
+    def agreed(team: object) -> int:
+        if world.rank == 0:
+            kept.append(sys._getframe(1))
+        return asked(team)
+
+    transport.agreed = agreed
+    try:
+        for _ in range(4):
+            loss_of(models, x).backward()
+            assert not reducer_of(transport).running()
+            for model in models:
+                assert torch.equal(model.weight.grad, sum(x_of(rank) for rank in range(2)))
+                model.weight.grad = None
+    finally:
+        del transport.agreed
+    assert reducer_of(transport).planned

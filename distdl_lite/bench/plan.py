@@ -11,7 +11,8 @@ import torch
 
 from distdl_lite import layout as lay
 from distdl_lite import nn as dnn
-from distdl_lite.bench.table import Call, Row
+from distdl_lite.bench.stub import world_of
+from distdl_lite.bench.table import Call, Row, interleaved
 from distdl_lite.grid import Grid
 from distdl_lite.partition import Partition
 from distdl_lite.plan import plan
@@ -30,7 +31,57 @@ def rows(P: Partition, seconds: float) -> list[Row]:
         "plan: halo": lambda: plan(_blocks(grid, shape), lay.haloed(_blocks(grid, shape), [(1, 1)] * 2), n // 2),
     }
     rows = [row for what, build in cases.items() for row in _cost_of_plan(what, build)]
-    return [*rows, *_setup_rows(P), _dropped_layers(P)]
+    return [*rows, *_scaling_rows(), *_setup_rows(P), _dropped_layers(P)]
+
+
+def _scaling_rows() -> list[Row]:
+    """What a rank of many does by itself: an unchanged forward, and set-up with the cut points."""
+    sides = 2, 32, 256
+    calls: dict[str, list[Call]] = {"halo: unchanged forward": [], "20 layers: unchanged forward": []}
+    x, found = torch.rand(6, 7), []
+    for side in sides:
+        P = world_of(side * side).grid((side, side))
+        halo, network = dnn.HaloExchange(P, (1, 1)), _Network(*(dnn.HaloExchange(P, (1, 1)) for _ in range(20)))
+        for what, layer in zip(calls, (halo, network), strict=True):
+            calls[what].append(lambda layer=layer: layer(x))  # type: ignore[misc]
+    for what, turns in calls.items():
+        times = interleaved(_Alone(), turns, 1.0)
+        for side, taken in zip(sides[1:], times[1:], strict=True):
+            size = f"{side * side} : 4 ranks"
+            found.append(Row(what, size, "time", taken, times[0], "us", "1.2 x", taken < 1.2 * times[0]))
+    P = world_of(256 * 256).grid((256, 256))
+    for what, make in (
+        ("halo", lambda: dnn.HaloExchange(P, (1, 1))),
+        ("repartition", lambda: dnn.Repartition(P, P.grid((128, 512)))),
+    ):
+        layer = make()
+        before, began = P.world_transport.received, perf_counter()
+        layer(x)
+        taken, received = 1e3 * (perf_counter() - began), P.world_transport.received - before
+        found.append(Row(f"{what}: set-up", "65536 ranks", "time", taken, None, "ms", "40 ms", taken < 40))
+        found.append(Row(f"{what}: set-up", "65536 ranks", "numbers received", received, None, "", "", None))
+    return found
+
+
+class _Alone:
+    """A communicator of one rank."""
+
+    def Barrier(self) -> None:
+        pass
+
+    def allgather(self, value: Any) -> list[Any]:
+        return [value]
+
+
+class _Network(dnn.Module):
+    def __init__(self, *layers: dnn.Module) -> None:
+        super().__init__()
+        self.layers = torch.nn.ModuleList(layers)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x = layer(x)[:6, :7]
+        return x
 
 
 def _blocks(grid: Grid, shape: Sequence[int]) -> lay.Layout:
