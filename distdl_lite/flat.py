@@ -43,3 +43,17 @@ def flattened(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
 def unflattened(flat: torch.Tensor, tensors: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
     """Views of a flat tensor of the shapes of these."""
     return torch._C._nn.unflatten_dense_tensors(flat, tensors)  # type: ignore[attr-defined]
+
+
+def unwritable(named: Iterable[tuple[str, torch.Tensor]]) -> str:
+    """The reason why tensors cannot take the values of other ranks, with their names; none if all of them can."""
+    if names := ", ".join(name for name, tensor in named if not is_writable(tensor)):
+        return f"{names} cannot take the values of other ranks: it is sparse or expanded; use what to_dense() or clone() gives"
+    return ""
+
+
+def is_writable(tensor: torch.Tensor) -> bool:
+    """Whether each element of a tensor has a place of its own in memory."""
+    if tensor.layout is not torch.strided:
+        return False
+    return all(step or size < 2 for step, size in zip(tensor.stride(), tensor.shape, strict=True))
