@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
+import torch
+
 Item = TypeVar("Item")
 
 
@@ -31,3 +33,17 @@ def cut(
         bucket.append(item)
         latest[kind(item)] = bucket, filled + nbytes(item)
     return made
+
+
+def unwritable(named: Iterable[tuple[str, torch.Tensor]]) -> str:
+    """The reason why tensors cannot take the values of other ranks, with their names; none if all of them can."""
+    if names := ", ".join(name for name, tensor in named if not is_writable(tensor)):
+        return f"{names} cannot take the values of other ranks: it is sparse or expanded; use what to_dense() or clone() gives"
+    return ""
+
+
+def is_writable(tensor: torch.Tensor) -> bool:
+    """Whether each element of a tensor has a place of its own in memory."""
+    if tensor.layout is not torch.strided:
+        return False
+    return all(step or size < 2 for step, size in zip(tensor.stride(), tensor.shape, strict=True))

@@ -43,7 +43,7 @@ class Flat:
         """Put the numbers back; what was frozen meanwhile stays as it is."""
         for tensor, part in zip(self.tensors, self.parts(values), strict=True):
             if tensor.requires_grad or not self.learns:
-                _real(tensor).copy_(part)
+                tensor.detach().copy_(torch.complex(*part.unbind(-1)) if tensor.is_complex() else part)
 
     def target(self, mean: torch.Tensor) -> torch.Tensor:
         """The point to merge, from the mean of what `contribution` gave."""
@@ -84,4 +84,4 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
 
 def _real(tensor: torch.Tensor) -> torch.Tensor:
     tensor = tensor.detach()
-    return torch.view_as_real(tensor) if tensor.is_complex() else tensor
+    return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from distdl_lite.agreement import refused_together
+from distdl_lite.flat import unwritable
 from distdl_lite.optim.flat import Flat, average_flats, flats_of
 from distdl_lite.optim.levels import levels_of
 from distdl_lite.optim.schedule import Periodic, Schedule, Skips, check_int
@@ -533,6 +534,8 @@ def _check_tensors(optimizer: Any, buffers: Iterable[Any]) -> None:
     for buffer in buffers:
         if not isinstance(buffer, torch.Tensor) or _is_exact(buffer):
             raise TypeError(f"buffers must be floating-point tensors, not {buffer!r}")
+    if reason := unwritable((f"buffer {number}", buffer) for number, buffer in enumerate(buffers)):
+        raise ValueError(reason)
 
 
 def _check_settings(schedule: Any, outer: Any, merge: Any, wire: Any, engine: Any) -> None:

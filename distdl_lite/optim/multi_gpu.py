@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from distdl_lite.agreement import refused_together
+from distdl_lite.flat import unwritable
 from distdl_lite.optim.daso import DASO
 from distdl_lite.parallel.copies import broadcast
 from distdl_lite.partition import partition_of
@@ -66,6 +67,8 @@ def _check(module: Any, optimizer: Any, comm: Any) -> None:
         raise TypeError(f"module must be a torch.nn.Module, not {module!r}")
     if not isinstance(optimizer, DASO):
         raise TypeError(f"optimizer must be a DASO, not {optimizer!r}")
+    if reason := unwritable([*module.named_parameters(), *module.named_buffers()]):
+        raise ValueError(reason)
     if comm is not None:
         P = partition_of(comm)
         if tuple(sorted(P.ranks)) != tuple(sorted(optimizer._P.ranks)) or P.world_transport is not optimizer._transport:

@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 
+from distdl_lite.flat import unwritable
 from distdl_lite.parallel.deferred import DataParallelOptimizer
-from distdl_lite.parallel.synchroniser import LANES, lanes_in_use
+from distdl_lite.parallel.synchroniser import LANES, in_others, lanes_in_use
 from distdl_lite.partition import Partition
 from distdl_lite.transport import Team, Transport
 from distdl_lite.transport.sums import ENGINES
@@ -128,8 +129,6 @@ def _check_options(team: Team, told: Sequence[Mapping[str, Any]]) -> None:
                 raise ValueError(f"DataParallel: rank {rank} has {name}={theirs.get(name)!r}, rank {team[0]} {a!r}")
 
 
-SPARSE = "DataParallel: sparse gradients are not summed; build {} with sparse=False"
-SHARED = "DataParallel: another container has {} already; put both modules into one container, or delete the other"
 _MIXED = (
     "DataParallel: the gradient of {} is summed over the batch axis by its layer, that of {} by the container, whose "
     'average="{}" has another scale: write average="none" and a loss over P, or build the distributed layers on the ranks that '
@@ -137,27 +136,41 @@ _MIXED = (
 )
 
 
+def refusal_of(
+    transport: Transport,
+    parameters: Sequence[tuple[str, torch.Tensor]],
+    written: Iterable[tuple[str, torch.Tensor]],
+    sparse: Sequence[str],
+    mixed: Sequence[str],
+    average: str,
+) -> Exception | None:
+    """An error for sparse layers, parameters of two scales or in two containers, and tensors that cannot be written to."""
+    if sparse:
+        return TypeError(f"DataParallel: sparse gradients are not summed; build {sparse} with sparse=False")
+    if mixed:
+        return ValueError(_MIXED.format(*mixed, average))
+    if shared := ", ".join(in_others(transport, parameters)):
+        return ValueError(
+            f"DataParallel: another container has {shared} already; put both modules into one container, or delete the other"
+        )
+    reason = unwritable(written)
+    return ValueError(f"DataParallel: {reason}") if reason else None
+
+
 def check_same_module(
     transport: Transport,
     team: Team,
     tensors: Mapping[str, torch.Tensor],
-    refusals: tuple[Sequence[str], Sequence[str], Sequence[str]],
+    refusal: Exception | None,
     options: Mapping[str, Any],
 ) -> int:
-    """Raise on all of the team unless all hold the same tensors; returns a free lane.
-
-    None may be of a sparse layer, of two scales or in another container: the `refusals` are the names of those that are.
-    """
+    """Raise on all of the team unless all hold the same tensors, which none of them refuses; returns a free lane."""
     mine = [(name, tuple(t.shape), str(t.dtype).removeprefix("torch."), *_elsewhere(t)) for name, t in tensors.items()]
-    told = transport.gather_objects(team, (mine, lanes_in_use(transport, team), options, refusals))
+    told = transport.gather_objects(team, (mine, lanes_in_use(transport, team), options, refusal))
     _check_options(team, [theirs for _, _, theirs, _ in told])
-    for *_, (sparse, mixed, shared) in told:
-        if sparse:
-            raise TypeError(SPARSE.format(sparse))
-        if mixed:
-            raise ValueError(_MIXED.format(*mixed, options["average"]))
-        if shared:
-            raise ValueError(SHARED.format(", ".join(shared)))
+    for *_, refused in told:
+        if refused is not None:
+            raise refused
     first = told[0][0]
     for rank, (other, *_) in zip(team, told, strict=True):
         for a, b in zip(first, other, strict=False):
@@ -193,7 +206,8 @@ def check_equal(transport: Transport, team: Sequence[int], tensors: Mapping[str,
 
 
 def _bytes(tensor: torch.Tensor) -> Any:
-    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    values = tensor.detach().resolve_conj().resolve_neg().cpu().contiguous()
+    return values.reshape(-1).view(torch.uint8).numpy()
 
 
 def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:

@@ -16,9 +16,10 @@ def broadcast(transport: Transport, team: Team, tensors: Sequence[torch.Tensor],
     """Give all ranks of the team the values of its first rank, or another: one message for each dtype."""
     with torch.no_grad():
         for group in _alike([t.detach() for t in tensors]):
-            flat = flattened(group)
+            flat = flattened([t.resolve_conj().resolve_neg() for t in group])
             transport.broadcast(team, flat, team[0] if root is None else root)
-            torch._foreach_copy_(group, list(unflattened(flat, group)))
+            for tensor, values in zip(group, unflattened(flat, group), strict=True):
+                tensor.copy_(values)
 
 
 def broadcast_structure(transport: Transport, team: Team, value: Any, root: int) -> Any:

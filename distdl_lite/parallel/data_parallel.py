@@ -20,8 +20,6 @@ from distdl_lite.nn.parameter import Layer
 from distdl_lite.nn.sync_batch_norm import SyncBatchNorm
 from distdl_lite.operator import ANCHOR
 from distdl_lite.parallel.arguments import (
-    SHARED,
-    SPARSE,
     check_arguments,
     check_equal,
     check_ranks,
@@ -30,12 +28,13 @@ from distdl_lite.parallel.arguments import (
     listed,
     order,
     owners,
+    refusal_of,
     update_of,
 )
 from distdl_lite.parallel.buckets import Bucket
 from distdl_lite.parallel.copies import broadcast, broadcast_structure
 from distdl_lite.parallel.deferred import Deferral
-from distdl_lite.parallel.synchroniser import BAD_WEIGHT, Options, Synchroniser, as_weight, in_others
+from distdl_lite.parallel.synchroniser import BAD_WEIGHT, Options, Synchroniser, as_weight
 from distdl_lite.partition import partition_of
 from distdl_lite.transport import Team
 
@@ -96,7 +95,8 @@ class DataParallel(torch.nn.Module):
     ------
     ValueError
         On all ranks if they hold different modules, parameters that are in another container, or layers that sum over the
-        batch axis beside others whose gradients get a mean; or if an argument of one of them is not among these.
+        batch axis beside others whose gradients get a mean; for a sparse or expanded buffer that is to get other ranks' values;
+        or if an argument of one of them is not among these.
     TypeError
         For a layer with sparse gradients, or an argument of another type, on all ranks.
 
@@ -194,19 +194,18 @@ class DataParallel(torch.nn.Module):
         # It mixes the gradients of the ranks' own losses, which must have their weights by then.
         has_sync_norm = any(isinstance(layer, SyncBatchNorm) for layer in self.module.modules())
         self._couples = team.size > 1 and has_sync_norm and self._options.average != "none"
-        if team.size > 1:
-            mixed = self._of_two_scales(elsewhere)
-            refusals = self._sparse_layers(), mixed, in_others(transport, named)
-            lane = check_same_module(transport, team, tensors, refusals, self._agreed_options())
-            alike = tensors if at_start or self._options.sync_buffers != "none" else dict(named)
+        is_many, o = team.size > 1, self._options
+        alike = tensors if o.sync_buffers != "none" or (at_start and self._init != "none") else dict(named)
+        mixed, written = (self._of_two_scales(elsewhere), alike.items()) if is_many else ([], ())
+        refusal = refusal_of(transport, named, written, self._sparse_layers(), mixed, o.average)
+        if is_many:
+            lane = check_same_module(transport, team, tensors, refusal, self._agreed_options())
             if self._init == "broadcast":
                 broadcast(transport, team, list(alike.values()))
             elif self._init == "check":
                 check_equal(transport, team, alike)
-        elif sparse := self._sparse_layers():
-            raise TypeError(SPARSE.format(sparse))
-        elif shared := in_others(transport, named):
-            raise ValueError(SHARED.format(", ".join(shared)))
+        elif refusal is not None:
+            raise refusal
         for handle in self._handles.values():
             handle.remove()
         self._handles.clear()

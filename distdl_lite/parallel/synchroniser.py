@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from distdl_lite.agreement import raise_together
+from distdl_lite.flat import is_writable
 from distdl_lite.optim.flat import average
 from distdl_lite.parallel.buckets import FIRST_BYTES, Bucket, filled
 from distdl_lite.parallel.copies import broadcast
@@ -243,8 +244,11 @@ class Synchroniser:
                 self._take_back()
         if place == 0:
             trained = [float(p.requires_grad) for p in self.parameters]
-            changed = self._versions != self._buffer_versions()
-            bucket.header = [float(self._takes_part), self._leads, float(changed), *trained]
+            changed = float(self._versions != self._buffer_versions())
+            if changed and not all(map(is_writable, self.buffers)):
+                self.fail("DataParallel: forward has put a sparse or expanded tensor into a buffer's place")
+                changed = -float(len(self.team))  # so that no rank waits for this one to take part
+            bucket.header = [float(self._takes_part), self._leads, changed, *trained]
         fill = partial(bucket.pack, self._gradients(bucket), *self._weighed)
         flat, then = bucket.free(), partial(self._unpack, place)
         if self.options.comm_hook is None and self.options.waits:
@@ -362,7 +366,7 @@ class Synchroniser:
             self.put([(number, None)])
         self._start_order()
         all_go_on = round(active) == self.team.size
-        if changed and (all_go_on or (leads > 0 and self.options.sync_buffers == "root")):
+        if changed > 0 and (all_go_on or (leads > 0 and self.options.sync_buffers == "root")):
             self.sync_buffers()  # else join makes all equal in the end
         return active > 0
 

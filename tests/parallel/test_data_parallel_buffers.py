@@ -10,6 +10,7 @@ import torch
 from copies import draw, mean_square, twins
 from ranks import on_ranks
 from torch import nn
+from twins import assert_refused
 
 import distdl_lite as dl
 from distdl_lite.testing import count, spmd
@@ -129,3 +130,62 @@ def test_a_rank_keeps_buffers_of_its_own(world: dl.Partition) -> None:
         dp(draw(4, 3).to(dp.running_mean)).sum().backward()
         dp.eval()
         assert (dp.running_mean > 0.5).all() == bool(world.rank)
+
+
+class Holder(nn.Module):
+    """Its forward changes a buffer, or puts another one in its place."""
+
+    def __init__(self, buffer: torch.Tensor, later: torch.Tensor | None = None) -> None:
+        super().__init__()
+        self.layer, self.later = nn.Linear(1, 1), later
+        self.register_buffer("inner", buffer)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.inner = 2 * self.inner if self.later is None else self.later
+        return self.layer(x)
+
+
+def odd(kind: str, factor: int) -> torch.Tensor:
+    numbers = factor * torch.tensor([1 + 2j, 3 - 1j])
+    kinds = {"conj": numbers.conj(), "neg": numbers.conj().imag, "sparse": numbers.to_sparse()}
+    return kinds[kind] if kind in kinds else torch.full((1,), factor).expand(3)
+
+
+@on_ranks(2, mpi=True)
+def test_views_that_are_conjugate_or_negative(world: dl.Partition) -> None:
+    for kind, mode, init in itertools.product(("conj", "neg"), ("root", "mean"), ("broadcast", "check", "none")):
+        module = Holder(odd(kind, 1 + 2 * world.rank if init != "check" else 1))
+        dp = dl.DataParallel(module, world, sync_buffers=mode, init=init)
+        if init != "none":
+            dp.check_replicas()
+            assert torch.equal(module.inner, odd(kind, 1))
+        module.inner = odd(kind, 1 + 2 * world.rank)
+        dp(torch.ones(1, 1)).sum().backward()
+        assert torch.equal(module.inner, odd(kind, 2 if mode == "root" else 4))
+        dp.check_replicas()
+    for kind in ("conj", "neg"):
+        module = Holder(odd(kind, 1 + 2 * world.rank))
+        optimizer = dl.LocalSGD(torch.optim.SGD(module.parameters(), 0.1), 1, P=world, buffers=[module.inner])
+        optimizer.synchronise()
+        assert torch.equal(module.inner, odd(kind, 2))
+
+
+@on_ranks(2)
+def test_buffers_that_cannot_be_written_to_are_named(world: dl.Partition) -> None:
+    text = "inner cannot take the values of other ranks: it is sparse or expanded"
+    for kind, alone in itertools.product(("sparse", "expanded"), (False, True)):
+        made = odd(kind, 1).to_dense().clone() if alone and world.rank else odd(kind, 1)
+        assert_refused(world, world, lambda m=made: dl.DataParallel(Holder(m), world), f"DataParallel: {text}")
+        dl.DataParallel(Holder(made, made), world, sync_buffers="none", init="none")(torch.ones(1, 1)).sum().backward()
+        dp = dl.DataParallel(Holder(odd(kind, 1).to_dense().clone(), made), world)
+        text_later = "DataParallel: forward has put a sparse or expanded tensor into a buffer's place"
+        for _ in range(2):
+            step = lambda dp=dp: dp(torch.ones(1, 1)).sum().backward()  # noqa: E731
+            assert_refused(world, world, step, text_later, RuntimeError)
+        module = Holder(made)
+        optimizer = dl.DASO(torch.optim.SGD(module.parameters(), 0.1), 2, world, steps_per_epoch=2)
+        make = lambda m=module, o=optimizer: dl.DataParallelMultiGPU(m, o)  # noqa: E731
+        assert_refused(world, world, make, f"DataParallelMultiGPU: {text}")
+    options = {"P": world, "buffers": [torch.ones(1), torch.ones(1).expand(2)]}
+    make = lambda: dl.LocalSGD(torch.optim.SGD(module.parameters(), 0.1), 1, **options)  # noqa: E731
+    assert_refused(world, world, make, f"LocalSGD: {text.replace('inner', 'buffer 1')}")
