@@ -6,6 +6,7 @@ from distdl_lite.nn.gradient import check_optimizer, clip_grad_norm_, grad_norm
 from distdl_lite.nn.movement import zero_volume_tensor
 from distdl_lite.nn.optimizer_state import load_serial_optimizer_state_dict, serial_optimizer_state_dict
 from distdl_lite.nn.parameter import load_serial_state_dict, serial_state_dict
+from distdl_lite.nn.replicas import check_replicas, synchronise_replicas
 from distdl_lite.nn.rooted import gather, scatter
 from distdl_lite.nn.sync_batch_norm import SyncBatchNorm
 from distdl_lite.operator import Operator
