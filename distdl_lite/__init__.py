@@ -4,6 +4,7 @@ from distdl_lite import data, nn, tagi, testing
 from distdl_lite.layout import Layout
 from distdl_lite.model.gradient_norm import check_optimizer, clip_grad_norm_, grad_norm
 from distdl_lite.model.optimizer_state import load_serial_optimizer_state_dict, serial_optimizer_state_dict
+from distdl_lite.model.replicas import check_replicas, synchronise_replicas
 from distdl_lite.model.weights import load_serial_state_dict, serial_state_dict
 from distdl_lite.nn.movement import zero_volume_tensor
 from distdl_lite.nn.rooted import gather, scatter

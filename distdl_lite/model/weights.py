@@ -21,7 +21,7 @@ from distdl_lite.transport import Team, Transport
 Entry = tuple[str, torch.Tensor, Place | None]
 
 
-def _entries(module: torch.nn.Module) -> Iterator[Entry]:
+def entries_of(module: torch.nn.Module) -> Iterator[Entry]:
     """The names and tensors of ``state_dict()`` with their places; the same names in the same order on all ranks.
 
     It is asked itself, since containers leave their prefix out of it, and do first what they have deferred.
@@ -85,7 +85,7 @@ def callers(module: torch.nn.Module, root: int, of_all_lines: bool = True) -> tu
     """
     team = team_of(module)
     world = team.world
-    entries = list(_entries(module))
+    entries = list(entries_of(module))
     if not of_all_lines and _is_of_other_lines(root, team, entries):
         return world.team(()), []
     others = {rank for _, _, place in entries if place and place.line for rank in place.line.everywhere}

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 
 from distdl_lite.flat import unwritable
+from distdl_lite.model.replicas import checksum
 from distdl_lite.parallel.deferred import DataParallelOptimizer
 from distdl_lite.parallel.synchroniser import LANES, in_others, lanes_in_use
 from distdl_lite.partition import Partition
@@ -198,16 +198,11 @@ def _elsewhere(tensor: torch.Tensor) -> list[str]:
 
 def check_equal(transport: Transport, team: Sequence[int], tensors: Mapping[str, torch.Tensor]) -> None:
     """Raise RuntimeError on all of the team unless all hold the same values, bit by bit."""
-    told = transport.gather_objects(team, {name: zlib.crc32(_bytes(t)) for name, t in tensors.items()})
+    told = transport.gather_objects(team, {name: checksum(t) for name, t in tensors.items()})
     names = dict.fromkeys(name for one in told for name in one)
     different = [name for name in names if len({one.get(name) for one in told}) > 1]
     if different:
         raise RuntimeError(f"DataParallel: the ranks {list(team)} hold different values of {', '.join(different)}")
-
-
-def _bytes(tensor: torch.Tensor) -> Any:
-    values = tensor.detach().resolve_conj().resolve_neg().cpu().contiguous()
-    return values.reshape(-1).view(torch.uint8).numpy()
 
 
 def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:

@@ -335,7 +335,7 @@ class DataParallel(torch.nn.Module):
         """The output; in training, one that depends on no parameter gets a graph, so that its backward meets the other ranks."""
         sync = self._sync
         assert sync is not None
-        if not self.training or len(sync.team) == 1 or not any(p.requires_grad for p in sync.parameters):
+        if not self.training or sync.team.size == 1 or not any(p.requires_grad for p in sync.parameters):
             return output
         if any(leaf.requires_grad for leaf in _tensors(output)):
             return output

@@ -232,7 +232,7 @@ class Synchroniser:
     def fail(self, error: str | Exception) -> None:
         """Let the backward that is open end with an error on all ranks, which this rank's last sum tells them."""
         self._error = self._error or (RuntimeError(error) if isinstance(error, str) else error)
-        self._mark = -float(len(self.team))
+        self._mark = -float(self.team.size)
 
     def _start(self) -> None:
         """Start the sum of the next bucket."""
@@ -247,7 +247,7 @@ class Synchroniser:
             changed = float(self._versions != self._buffer_versions())
             if changed and not all(map(is_writable, self.buffers)):
                 self.fail("DataParallel: forward has put a sparse or expanded tensor into a buffer's place")
-                changed = -float(len(self.team))  # so that no rank waits for this one to take part
+                changed = -float(self.team.size)  # so that no rank waits for this one to take part
             bucket.header = [float(self._takes_part), self._leads, changed, *trained]
         fill = partial(bucket.pack, self._gradients(bucket), *self._weighed)
         flat, then = bucket.free(), partial(self._unpack, place)
