@@ -107,6 +107,17 @@ def classes(x: torch.Tensor) -> torch.Tensor:
     return (x[:, 0] * 4).long()
 
 
+class Around(dnn.Module):
+    """A network whose layer rides on its agreement."""
+
+    def __init__(self, layer: torch.nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: torch.Tensor) -> Any:
+        return self.layer(x)
+
+
 def part(x: torch.Tensor, cuts: Cuts, index: Sequence[int], dropped: Sequence[int] = ()) -> torch.Tensor:
     """A block of a tensor that lacks some of the dims that are cut."""
     if not x.dim():
@@ -158,3 +169,29 @@ def test_every_layer_gives_what_torch_gives(dims: int) -> None:
                         compare(case, values.to(dtype), P, cuts, f"{case} of {dtype} cut along {axis} at {last}")
 
     test("threads")
+
+
+@on_ranks(2)
+def test_calls_of_one_layer_in_turn(world: dl.Partition) -> None:
+    """With autocast and without, in a composite and on one rank too: torch's dtype for every layer of space."""
+    shape, in_turn = (1, 4, 6, 5, 4), (True, False, True, True)
+    x = torch.rand(shape).bfloat16()
+    for case in (case for case in cases(3, shape) if case.balanced and case.make is None and case.name != "FFT"):
+        serial = case.serial(**case.options)
+        for grid in ((1, 1, 2, 1, 1), (1, 1, 1, 1, 1)):
+            P = world.grid(grid, range(max(grid)) if max(grid) > 1 else [world.rank])
+            layer = getattr(dnn, f"Distributed{case.name}")(P, **case.options)
+            for module in (layer, Around(layer)):
+                for on in in_turn:
+                    with torch.autocast("cpu", torch.bfloat16, enabled=on):
+                        found = [dtype_of(call, t) for call, t in ((serial, x), (module, x[P.block(shape)]))]
+                    assert found[0] is found[1], (str(case), grid, on, found)
+
+
+def dtype_of(call: Callable[[torch.Tensor], Any], x: torch.Tensor) -> torch.dtype | None:
+    """The dtype of a result, None if there is none."""
+    try:
+        y = call(x)
+    except (RuntimeError, TypeError):
+        return None
+    return (y[0] if isinstance(y, tuple) else y).dtype
