@@ -147,6 +147,7 @@ def mpirun(count: int, *words: str, **others: str) -> subprocess.CompletedProces
     return run([found, "-n", str(count), sys.executable, *words], **variables, **others)
 
 
+@pytest.mark.jobs
 def test_info_on_two_ranks_prints_once() -> None:
     done = mpirun(2, "-m", "distdl_lite", "info")
     assert done.returncode == 0, done.stderr
@@ -154,6 +155,7 @@ def test_info_on_two_ranks_prints_once() -> None:
     assert "ranks:          2\n" in done.stdout
 
 
+@pytest.mark.jobs
 def test_bench_refuses_a_number_of_ranks_that_does_not_fit() -> None:
     done = mpirun(3, "-m", "distdl_lite", "bench", "primitives")
     assert done.returncode != 0
@@ -175,6 +177,7 @@ P.allgather_data(0)
 """
 
 
+@pytest.mark.jobs
 @pytest.mark.parametrize("failing", ["fail()", "threading.Thread(target=fail).start()"])
 def test_a_rank_that_raises_ends_the_job(failing: str) -> None:
     done = mpirun(2, "-c", _RAISE.format(failing))
@@ -182,6 +185,7 @@ def test_a_rank_that_raises_ends_the_job(failing: str) -> None:
     assert "RuntimeError: only this rank" in done.stderr
 
 
+@pytest.mark.jobs
 def test_a_rank_that_is_killed_ends_the_job() -> None:
     """In the middle: the other waits for it in a layer."""
     done = mpirun(2, "-c", _RAISE.format("import os, signal; os.kill(os.getpid(), signal.SIGKILL)"))
@@ -244,6 +248,7 @@ world.Barrier()
 """
 
 
+@pytest.mark.jobs
 @pytest.mark.parametrize(
     "calls",
     ["gloo()", "gloo(); dl.abort_on_exception()", "dl.MPIProcessGroup.init()"],

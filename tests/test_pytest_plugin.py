@@ -12,6 +12,8 @@ import pytest
 
 from distdl_lite import pytest_plugin
 
+pytestmark = pytest.mark.jobs
+
 SETTINGS = """
 [pytest]
 addopts = -p plugin -p no:cacheprovider --color=no

@@ -27,6 +27,7 @@ print("rank", P.rank, "ends")
 """
 
 
+@pytest.mark.jobs
 @pytest.mark.parametrize(
     ("call", "where"),
     [

@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 from test_pytest_plugin import mpirun
 
+pytestmark = pytest.mark.jobs
+
 ROOT = Path(__file__).parents[2]
 FAILS = """
 import os, signal, sys, time, torch
