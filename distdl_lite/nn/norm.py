@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 from distdl_lite import layout as lay
 from distdl_lite.layout import Dim, Layout, Shape
+from distdl_lite.nn.kernel import anchored
 from distdl_lite.nn.movement import weight_dtype
 from distdl_lite.nn.norm_base import Built, Norm
 from distdl_lite.nn.options import integers, numbers
@@ -196,7 +197,10 @@ class DistributedBatchNorm(_RunningNorm):
         return weight_dtype(self) is None and self._distdl_structure.is_empty
 
     def _distdl_recomputed(self, input: tuple[Any, ...]) -> tuple[Any, ...]:
-        return input if self.saves_nothing() else super()._distdl_recomputed(input)
+        if not self.saves_nothing():
+            return super()._distdl_recomputed(input)
+        # What follows may save tensors, and so run the layer again: on all ranks or none, as all have a graph or none has.
+        return (anchored(input[0], any(x.requires_grad for (x, *_) in self._distdl_structure.values())),)
 
     def alone(self, x: torch.Tensor, *held: torch.Tensor | None) -> torch.Tensor:
         weight, bias, mean, var = held

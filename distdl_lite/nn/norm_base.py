@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -97,6 +97,11 @@ class Norm(Layer):
         """Whether they may be in this mode, as `track_running_stats` can be switched."""
         return False
 
+    def blocks(self, shapes: Mapping[int, Shape]) -> Layout:
+        """How the input lies over the grid, from the ranks' local shapes."""
+        grid = self.P_x.grid_of_ranks
+        return lay.blocks(grid, lay.cuts_from_shapes(grid, shapes))
+
     def check_shape(self, shape: Shape) -> None:
         """Raise what torch would for an input of this global shape."""
 
@@ -144,8 +149,8 @@ class Norm(Layer):
     def _distdl_module_setup(self, input: tuple[Any, ...]) -> Built:
         (x,) = input
         inputs = agreed_inputs(self, self.P_x)
-        grid = self.P_x.grid_of_ranks
-        X = lay.blocks(grid, lay.cuts_from_shapes(grid, inputs.shapes))
+        X = self.blocks(inputs.shapes)
+        grid = X.grid
         check_floating(self, inputs)
         self._check_dtype(inputs)
         self.check_shape(lay.global_shape_of(X))

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.lazy import LazyModuleMixin
 
-from distdl_lite.layout import Shape
+from distdl_lite.layout import Layout, Shape
 from distdl_lite.nn.norm import DistributedBatchNorm
 from distdl_lite.partition import Partition, partition_of
 
@@ -17,8 +19,8 @@ class SyncBatchNorm(DistributedBatchNorm):
     """Batch normalisation over the samples of all ranks: torch.nn.SyncBatchNorm on any device, for any local batches.
 
     Input and output ``(N, C, *space)`` with any number of spatial dims; ranks may have different numbers of samples, also
-    none. It equals torch's BatchNorm1d/2d/3d on the whole batch in every option, gradient and running statistic, as each
-    rank's values count alike.
+    none, and samples of different sizes unless `P` cuts space. It equals torch's BatchNorm1d/2d/3d on the whole batch in
+    every option, gradient and running statistic, as each rank's values count alike.
 
     Parameters
     ----------
@@ -72,6 +74,12 @@ class SyncBatchNorm(DistributedBatchNorm):
 
     def _distdl_options(self) -> str:
         return super()._distdl_options().rpartition(", P_x=")[0]
+
+    def blocks(self, shapes: Mapping[int, Shape]) -> Layout:
+        if math.prod(self.P_x.shape[2:]) == 1 and len({shape[2:] for shape in shapes.values()}) > 1:
+            # Only the number of values counts: each point of a sample may be a sample.
+            shapes = {rank: (n * math.prod(s), c, *[1] * len(s)) for rank, (n, c, *s) in shapes.items()}
+        return super().blocks(shapes)
 
     def check_shape(self, shape: Shape) -> None:
         if len(shape) < 2:

@@ -109,6 +109,38 @@ def test_grids_and_teams(world: Partition) -> None:
         check_held(layer, serial, world.rank, **TOLERANCE)
 
 
+@on_ranks(4, mpi=True)
+def test_samples_of_different_sizes(world: Partition) -> None:
+    """As images of several scales, or speech: equal to torch's on all points as one sample."""
+    cases = (
+        ((4,), [(2, 3, 4, 5), (1, 3, 2, 2), (0, 3, 7, 1), (3, 3, 1, 9)]),
+        ((4,), [(2, 3, 5), (0, 3, 0), (1, 3, 0), (1, 3, 1)]),
+        ((2, 2), [(2, 2, 4, 5), (2, 1, 4, 5), (1, 2, 3, 2), (1, 1, 3, 2)]),  # channels cut too
+    )
+    for grid, shapes in cases:
+        P = world.grid(grid)
+        lines = [shapes[rank :: grid[1]] for rank in range(grid[1])] if len(grid) > 1 else [shapes]
+        parts = [[torch.randn(shape, dtype=torch.float64) for shape in line] for line in lines]
+        flat = [torch.cat([x.movedim(1, 0).flatten(1) for x in line], 1) for line in parts]
+        whole = leaf(torch.cat(flat).unsqueeze(0))
+        serial, layer = torch.nn.BatchNorm1d(3, dtype=torch.float64), dl.SyncBatchNorm(3, P=P, dtype=torch.float64)
+        line, index = (world.rank % grid[-1], world.rank // grid[-1]) if len(grid) > 1 else (0, world.rank)
+        x = leaf(parts[line][index])
+        first, start = (
+            sum(shape[1] for shape in shapes[:line]),
+            sum(y.numel() // y.shape[1] for y in parts[line][:index]),
+        )
+        mine = slice(None), slice(first, first + x.shape[1]), slice(start, start + x.numel() // x.shape[1])
+        for training in (True, False):
+            y_whole, y = serial.train(training)(whole), layer.train(training)(x)
+            whole.grad = x.grad = None
+            (y_whole**3).sum().backward()
+            (y**3).sum().backward()
+            for found, wanted in ((y, y_whole), (x.grad, whole.grad)):
+                torch.testing.assert_close(found.movedim(1, 0).flatten(1), wanted[mine][0], **TOLERANCE)
+            check_held(layer, serial, world.rank, **TOLERANCE)
+
+
 class Net(torch.nn.Module):
     """Norms of two kinds, one of them used twice, one frozen, one in another dtype."""
 
@@ -229,6 +261,14 @@ def test_refusals(world: Partition) -> None:
     cases = (
         (lambda: layer(one), "SyncBatchNorm: Expected more than 1 value per channel when training, got input size"),
         (lambda: layer(torch.rand(2, 4)), "SyncBatchNorm: the input of shape (4, 4) has (4,) where weights have (3,)"),
+        (
+            lambda: layer(torch.rand(1, 2 + world.rank, 1 + world.rank)),
+            "SyncBatchNorm: the blocks form no tensor product",
+        ),
+        (
+            lambda: layer(torch.rand(1 - world.rank, 3, 1 + world.rank)),
+            "SyncBatchNorm: Expected more than 1 value per channel",
+        ),
         (lambda: layer(torch.rand(4)), "SyncBatchNorm: expected at least 2D input (got 1D input)"),
         (lambda: layer(torch.rand((2, 3) if world.rank else (2, 3, 1))), "SyncBatchNorm: the ranks disagree"),
         (
