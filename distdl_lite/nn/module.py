@@ -261,17 +261,19 @@ class Module(torch.nn.Module):
             if len(self._distdl_kept) > _CACHED_STRUCTURES:
                 self._distdl_kept.popitem(last=False)
 
+    def _distdl_options(self) -> str:
+        """The options of the library's layers, which ranks gave the constructor; what a user's prints may differ."""
+        return self.extra_repr() if type(self).extra_repr.__module__.startswith("distdl_lite.") else ""
+
     def _distdl_same(self, input: tuple[Any, ...], kwargs: Mapping[str, Any] | None) -> dict[str, Any]:
         """What must be the same on all ranks, in words."""
-        # Of the library's layers these are what the ranks gave the constructor; a user's may print what differs.
-        options = self.extra_repr() if type(self).extra_repr.__module__.startswith("distdl_lite.") else ""
         words = ["training" if self.training else "evaluation"]
         words += [] if is_grad_enabled() else ["no grad"]
         words += [f"autocast on {kind}" for kind in ("cpu", "cuda") if torch.is_autocast_enabled(kind)]
         words += ["torch.func"] if transforms_are_active() else []
         words += [f"{name} frozen" for name, p in self._parameters.items() if p is not None and not p.requires_grad]
         return {
-            "options": options,
+            "options": self._distdl_options(),
             "mode": ", ".join(words),
             "number of arguments": len(input),
             "keywords": list(kwargs or ()),

@@ -200,7 +200,7 @@ class DistributedBatchNorm(_RunningNorm):
         if not self.saves_nothing():
             return super()._distdl_recomputed(input)
         # What follows may save tensors, and so run the layer again: on all ranks or none, as all have a graph or none has.
-        return (anchored(input[0], any(x.requires_grad for (x, *_) in self._distdl_structure.values())),)
+        return (anchored(input[0], self._distdl_structure.requires_grad),)
 
     def alone(self, x: torch.Tensor, *held: torch.Tensor | None) -> torch.Tensor:
         weight, bias, mean, var = held
