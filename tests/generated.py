@@ -133,6 +133,8 @@ class Twins:
         Training or not.
     refusals : tuple of str
         What the layer refuses although torch does not.
+    expands : bool
+        Whether the first input may be constant along a dim, of which memory then holds one.
     """
 
     text: str
@@ -145,6 +147,7 @@ class Twins:
     tolerance: float = 0.0
     modes: tuple[bool, ...] = (True,)
     refusals: tuple[str, ...] = ()
+    expands: bool = True
 
 
 Family = Callable[[Draw], Twins]
@@ -260,13 +263,20 @@ def _share_weights(d: Draw, layer: torch.nn.Module, serial: torch.nn.Module, tol
 
 
 class _How:
-    """How a layer is called: the memory of its inputs, which of them require grad on which ranks, a checkpoint, the gradient."""
+    """How a layer is called: the memory of its inputs, which of them require grad on which ranks, a checkpoint, the gradient.
+
+    torch gets contiguous memory: its own kernels misread strides where a dim has length 1.
+    """
 
     def __init__(self, d: Draw, twins: Twins) -> None:
         self.twins = twins
-        self.memory = d.choice(["contiguous", "contiguous", "transposed", "sliced"])
+        self.memory = d.choice(MEMORIES)
+        self.inputs = list(twins.inputs)
+        x = twins.inputs[0]
+        if self.memory == "expanded" and twins.expands and x.dim() and x.numel():
+            self.inputs[0] = x.narrow(d.randrange(x.dim()), 0, 1).expand(x.shape)
         self.wants = [self._requiring(d, x) for x in twins.inputs]
-        self.upstream = d.choice(["integers", "integers", "one number", "transposed"])
+        self.upstream = d.choice(MEMORIES)
         self.d, self.dtype_outside = d, d.choice([None, twins.inputs[0].dtype])
         # Statistics are updated again where a backward of the layer, too, recomputes.
         team = {rank for P in twins.team for rank in P.ranks}
@@ -281,33 +291,50 @@ class _How:
         return set(d.choice([range(SIZE)] * 4 + [(), d.sample(range(SIZE), 1), d.sample(range(SIZE), 2)]))
 
     def whole(self) -> list[torch.Tensor]:
-        return [
-            x.detach().clone().requires_grad_(bool(wants))
-            for x, wants in zip(self.twins.inputs, self.wants, strict=True)
-        ]
+        return [laid(x, "").requires_grad_(bool(wants)) for x, wants in zip(self.inputs, self.wants, strict=True)]
 
     def mine(self, rank: int) -> list[torch.Tensor]:
         found = []
-        for x, take, wants in zip(self.twins.inputs, self.twins.take, self.wants, strict=True):
+        for x, take, wants in zip(self.inputs, self.twins.take, self.wants, strict=True):
             slices = take(x.shape)
-            x = dl.zero_volume_tensor(dtype=self.dtype_outside) if slices is None else self._laid(x[slices])
+            if slices is None:
+                x = dl.zero_volume_tensor(dtype=self.dtype_outside)
+            else:
+                x = laid(x[slices], self.memory, f"{self.twins.text} {rank}")
             can = x.is_floating_point() or x.is_complex()
             found.append(x.detach().requires_grad_(can and rank in wants))
         return found
 
-    def _laid(self, x: torch.Tensor) -> torch.Tensor:
-        if self.memory == "transposed" and x.dim() > 1 and 1 not in x.shape:  # else torch's batch norm misreads it
-            return x.transpose(0, -1).clone(memory_format=torch.contiguous_format).transpose(0, -1)
-        if self.memory == "sliced":
-            return torch.stack([x, x], -1)[..., 0]
-        return x.clone(memory_format=torch.contiguous_format)
-
     def gradient(self, y: torch.Tensor) -> torch.Tensor:
-        """The gradient of the whole output."""
-        if self.upstream == "one number":
-            return y.new_full((), 3).expand(y.shape)
-        g = self.d.integers(*y.shape, dtype=y.dtype)
-        return g.mT.contiguous().mT if self.upstream == "transposed" and y.dim() > 1 and 1 not in y.shape else g
+        """The gradient of the whole output, maybe one number."""
+        return y.new_full(y.shape, 3) if self.upstream == "expanded" else self.d.integers(*y.shape, dtype=y.dtype)
+
+    def gradient_here(self, g: torch.Tensor, slices: Slices | None, z: torch.Tensor, rank: int) -> torch.Tensor:
+        """This rank's block of it, in the memory that was drawn."""
+        if slices is None:
+            return torch.zeros_like(z)
+        if self.upstream == "expanded":
+            return g.new_full((), 3).expand(z.shape)
+        return laid(g[slices], self.upstream, f"{rank} {self.twins.text}")
+
+
+MEMORIES = ("contiguous", "contiguous", "permuted", "permuted", "channels_last", "sliced", "expanded")
+
+
+def laid(x: torch.Tensor, memory: str, seed: str = "") -> torch.Tensor:
+    """The tensor, of no graph, in other memory: its dims in another order, or every second number of it."""
+    x = x.detach()
+    if memory == "expanded":
+        return x
+    if memory == "sliced":
+        return torch.stack([x, x], -1)[..., 0]
+    order = list(range(x.dim()))
+    if memory == "permuted":
+        random.Random(seed).shuffle(order)
+    elif memory == "channels_last" and x.dim() > 2:
+        order = [0, *order[2:], 1]
+    back = [order.index(d) for d in range(x.dim())]
+    return x.permute(order).clone(memory_format=torch.contiguous_format).permute(back)
 
 
 def _differences(
@@ -329,7 +356,7 @@ def _differences(
         ys[0].backward(g)
     slices = twins.give(ys[0].shape)
     if zs[0].requires_grad:
-        _, error = _attempt(zs[0].backward, torch.zeros_like(zs[0]) if slices is None else g[slices])
+        _, error = _attempt(zs[0].backward, how.gradient_here(g, slices, zs[0], rank))
         if error:
             yield f"in backward {error}"
             return

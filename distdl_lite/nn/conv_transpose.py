@@ -115,7 +115,7 @@ class _DistributedConvTranspose(Convolution):
 
     def _least(self, d: int, n: int) -> int:
         """The number of outputs of n inputs of a dim without output padding."""
-        return (n - 1) * self.stride[d] - 2 * self.padding[d] + self.dilation[d] * (self.kernel_size[d] - 1) + 1
+        return self._reach(d, n) - 2 * self.padding[d]
 
     def _requested(self, output_size: Sequence[int], space: Shape, least: Sequence[int]) -> list[int]:
         """The lengths that forward was asked for. Raises ValueError, in torch's words, unless they can be had."""
@@ -165,7 +165,7 @@ class _DistributedConvTranspose(Convolution):
         beyond = [0, 0] * self.dims  # of the last dim first, as torch wants it
         is_cropped = False
         for d in cut:
-            first, reach = self._first(d, held), self._reach(d, held)
+            first, reach = self._first(d, held), self._reach(d, held[2 + d][1] - held[2 + d][0])
             start, stop = box[2 + d][0] - first, box[2 + d][1] - first
             window[2 + d] = slice(max(start, 0), min(stop, reach))
             right = 2 * (self.dims - d) - 1
@@ -189,10 +189,9 @@ class _DistributedConvTranspose(Convolution):
         """The first output that the held inputs of a cut dim reach."""
         return held[2 + d][0] * self.stride[d] - self.padding[d]
 
-    def _reach(self, d: int, held: lay.Box) -> int:
-        """How many outputs the held inputs of a cut dim reach."""
-        start, stop = held[2 + d]
-        return (stop - start - 1) * self.stride[d] + self.dilation[d] * (self.kernel_size[d] - 1) + 1
+    def _reach(self, d: int, n: int) -> int:
+        """How many outputs n inputs of a dim reach, padding among them."""
+        return (n - 1) * self.stride[d] + self.dilation[d] * (self.kernel_size[d] - 1) + 1
 
     def forward(self, x: torch.Tensor, output_size: Sequence[int] | None = None) -> torch.Tensor:
         """The output, of the lengths asked for; set-up has looked at them.
