@@ -11,32 +11,19 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch.utils._pytree import tree_leaves, tree_map_only
 
 from distdl_lite.agreement import refused_together
 from distdl_lite.autograd import at_end_of_backward, running_backward, running_backward_accumulates
 from distdl_lite.nn.movement import zero_volume_tensor
-from distdl_lite.nn.parameter import Layer
 from distdl_lite.nn.sync_batch_norm import SyncBatchNorm
-from distdl_lite.operator import ANCHOR
-from distdl_lite.parallel.arguments import (
-    check_arguments,
-    check_equal,
-    check_ranks,
-    check_same,
-    check_same_module,
-    listed,
-    order,
-    owners,
-    refusal_of,
-    update_of,
-)
+from distdl_lite.parallel.alike import agreed, check_equal, line_of, summed_by_container, summed_by_layers, told_of
+from distdl_lite.parallel.arguments import check_arguments, check_ranks, listed, update_of
 from distdl_lite.parallel.buckets import Bucket
-from distdl_lite.parallel.copies import broadcast, broadcast_structure
 from distdl_lite.parallel.deferred import Deferral
-from distdl_lite.parallel.synchroniser import BAD_WEIGHT, Options, Synchroniser, as_weight
+from distdl_lite.parallel.hooks import OutputHook, ReadyHook, rows_of, tensors_in, with_graph
+from distdl_lite.parallel.join import joined
+from distdl_lite.parallel.synchroniser import Options, Synchroniser
 from distdl_lite.partition import partition_of
-from distdl_lite.transport import Team
 
 _KIND = operator.attrgetter("dtype", "device", "shape")
 
@@ -165,14 +152,6 @@ class DataParallel(torch.nn.Module):
         """The communicator of P, for the user's own traffic."""
         return self.P.comm
 
-    def _team(self) -> Team:
-        """The ranks along the batch axis."""
-        P = self.P
-        assert P.index is not None
-        step = math.prod(P.shape[1:])
-        first = P.rank - P.index[0] * step
-        return P.world_transport.team(P.ranks[first + n * step] for n in range(P.shape[0]))
-
     def _prepare(self, at_start: bool = False) -> None:
         """Take the module's parameters as they are; the ranks along the batch axis call together."""
         self.synchronize()
@@ -182,30 +161,18 @@ class DataParallel(torch.nn.Module):
             raise RuntimeError(
                 "DataParallel: parameters were replaced, or have another dtype or shape, on some ranks alone"
             )
-        transport, team, self._sync, lane = self.P.world_transport, self._team(), None, 0
+        transport, team, self._sync = self.P.world_transport, line_of(self.P), None
         if self._deferral is not None:
             self._deferral.remove()
             self._deferral = None
-        elsewhere = self._summed_by_layers(set(team))
-        named = self._named_parameters(elsewhere)
-        late = [number for number, (_, p) in enumerate(named) if id(p) in elsewhere]
-        buffers = dict(self.module.named_buffers())
-        tensors = {**dict(named), **buffers}
         # It mixes the gradients of the ranks' own losses, which must have their weights by then.
         has_sync_norm = any(isinstance(layer, SyncBatchNorm) for layer in self.module.modules())
         self._couples = team.size > 1 and has_sync_norm and self._options.average != "none"
-        is_many, o = team.size > 1, self._options
-        alike = tensors if o.sync_buffers != "none" or (at_start and self._init != "none") else dict(named)
-        mixed, written = (self._of_two_scales(elsewhere), alike.items()) if is_many else ([], ())
-        refusal = refusal_of(transport, named, written, self._sparse_layers(), mixed, o.average)
-        if is_many:
-            lane = check_same_module(transport, team, tensors, refusal, self._agreed_options())
-            if self._init == "broadcast":
-                broadcast(transport, team, list(alike.values()))
-            elif self._init == "check":
-                check_equal(transport, team, alike)
-        elif refusal is not None:
-            raise refusal
+        writes_buffers = self._options.sync_buffers != "none" or (at_start and self._init != "none")
+        weighs_late = self._options.average != "none" and not self._couples
+        others = {"init": self._init, "dim": self.dim, "update": self._update}
+        told = {**others, **told_of(self._options, listed(self.optimizer), self.module)}
+        named, late, lane = agreed(self.module, transport, team, told, writes_buffers, weighs_late)
         for handle in self._handles.values():
             handle.remove()
         self._handles.clear()
@@ -230,64 +197,14 @@ class DataParallel(torch.nn.Module):
         if self._deferral is not None:
             self._deferral.flush()
 
-    def _summed_by_layers(self, team: set[int]) -> dict[int, bool]:
-        """The parameters of distributed layers, and whether their sum covers the batch axis."""
-        found = {}
-        for name, layer in self.module.named_modules():
-            for key, place in layer._distdl_places.items() if isinstance(layer, Layer) else ():
-                replicas = set(place.replicas.team)
-                if team - replicas and len(team & replicas) > 1:
-                    raise ValueError(
-                        f"DataParallel: {name}.{key} has replicas on ranks {sorted(replicas)}, some of the ranks "
-                        f"{sorted(team)} of the batch axis; they must be all of them, or one"
-                    )
-                if layer._parameters.get(key) is not None:
-                    found[id(layer._parameters[key])] = not team - replicas
-        return found
-
-    def _named_parameters(self, elsewhere: Mapping[int, bool]) -> list[tuple[str, torch.nn.Parameter]]:
-        """Those that the container sums."""
-        return [(name, p) for name, p in self.module.named_parameters() if not elsewhere.get(id(p))]
-
-    def _of_two_scales(self, elsewhere: Mapping[int, bool]) -> list[str]:
-        """A parameter that its layer sums over the batch axis and one that gets the mean, if both are trained."""
-        if self._couples or self._options.average == "none":  # weighed before either is summed, or not at all
-            return []
-        trained = [(n, elsewhere.get(id(p), False)) for n, p in self.module.named_parameters() if p.requires_grad]
-        found = [next((n for n, covers in trained if covers is by_layer), None) for by_layer in (True, False)]
-        return [n for n in found if n is not None] if None not in found else []
-
-    def _agreed_options(self) -> dict[str, Any]:
-        """What must be the same on all ranks."""
-        o = self._options
-        hook = o.comm_hook
-        return {
-            "average": o.average,
-            "sync_buffers": o.sync_buffers,
-            "engine": o.engine,
-            "overlap": o.overlap,
-            "init": self._init,
-            "bucket_mb": o.bucket_bytes / 2**20,
-            "dim": self.dim,
-            "timeout": o.timeout,
-            "update": self._update,
-            "comm_hook": hook and getattr(hook, "__qualname__", type(hook).__qualname__),
-            **owners(listed(self.optimizer), self.module.named_parameters()),
-        }
-
-    def _sparse_layers(self) -> list[str]:
-        return [
-            name or type(m).__name__ for name, m in self.module.named_modules() if getattr(m, "sparse", False) is True
-        ]
-
     def check_replicas(self) -> None:
         """Raise RuntimeError, on all ranks, unless they hold the same parameters and buffers, bit by bit."""
         self.synchronize()
         if self.P.active:
-            team = self._team()
-            buffers = {} if self._options.sync_buffers == "none" else dict(self.module.named_buffers())
-            held = {**dict(self._named_parameters(self._summed_by_layers(set(team)))), **buffers}
-            check_equal(self.P.world_transport, team, held)
+            team = line_of(self.P)
+            named = summed_by_container(self.module, summed_by_layers(self.module, team))
+            buffers = () if self._options.sync_buffers == "none" else self.module.named_buffers()
+            check_equal(self.P.world_transport, team, {**dict(named), **dict(buffers)})
 
     def _refresh(self) -> None:
         """See what has changed in the module since the last forward."""
@@ -307,7 +224,7 @@ class DataParallel(torch.nn.Module):
             return
         trained = {n for n, p in enumerate(sync.parameters) if p.requires_grad}
         for number in trained - sync.late - self._handles.keys():
-            hook = _ReadyHook(weakref.ref(self), number)
+            hook = ReadyHook(weakref.ref(self), number)
             self._handles[number] = sync.parameters[number].register_post_accumulate_grad_hook(hook)
 
     def forward(self, *inputs: Any, **kwargs: Any) -> Any:
@@ -318,8 +235,10 @@ class DataParallel(torch.nn.Module):
             self.synchronize()
             return self.module(*inputs, **kwargs)
         self._refresh()
-        output = self._joined(self._call_module(*inputs, **kwargs))
-        self._watch(output, self._rows(inputs, kwargs))
+        output = self._call_module(*inputs, **kwargs)
+        if self.training and len(self._sync.team) > 1 and any(p.requires_grad for p in self._sync.parameters):
+            output = with_graph(output)
+        self._watch(output, rows_of((inputs, kwargs), self.dim))
         return output
 
     def _call_module(self, *inputs: Any, **kwargs: Any) -> Any:
@@ -331,27 +250,11 @@ class DataParallel(torch.nn.Module):
         finally:
             self._deferral.end_forward()
 
-    def _joined(self, output: Any) -> Any:
-        """The output; in training, one that depends on no parameter gets a graph, so that its backward meets the other ranks."""
-        sync = self._sync
-        assert sync is not None
-        if not self.training or sync.team.size == 1 or not any(p.requires_grad for p in sync.parameters):
-            return output
-        if any(leaf.requires_grad for leaf in _tensors(output)):
-            return output
-        return tree_map_only(torch.Tensor, lambda x: _Joined.apply(x, ANCHOR), output)
-
-    def _rows(self, inputs: Any, kwargs: Any) -> int:
-        for leaf in _tensors((inputs, kwargs)):
-            if -leaf.dim() <= self.dim < leaf.dim():
-                return leaf.shape[self.dim]
-        return 1
-
     def _watch(self, output: Any, rows: int) -> None:
         """Be told when backward reaches an output."""
         self._latest = rows
-        hook = _OutputHook(weakref.ref(self), rows)
-        for leaf in _tensors(output):
+        hook = OutputHook(weakref.ref(self), rows)
+        for leaf in tensors_in(output):
             if leaf.grad_fn is not None:  # a parameter that is returned would keep the hook
                 leaf.register_hook(hook)
                 hook.is_used = True
@@ -378,21 +281,6 @@ class DataParallel(torch.nn.Module):
             self._begin(backward, rows)
         sync.count_rows(rows)
         sync.may_start = not self._awaited
-
-    def _share(self, rows: int) -> float:
-        """The weight in the mean of a forward's gradients; the ranks along the batch axis call together."""
-        sync, average = self._sync, self._options.average
-        assert sync is not None
-        if average == "ranks":
-            return 1 / sync.team.size
-        if average == "sum" and not self._syncs:
-            raise RuntimeError('DataParallel: with SyncBatchNorm inside, average="sum" allows no no_sync')
-        weight = float(rows) if self.loss_weight is None else as_weight(self.loss_weight)
-        total = self.P.world_transport.all_reduce(sync.team, torch.tensor([weight], dtype=torch.float64)).item()
-        if not math.isfinite(total):
-            self.loss_weight = None
-            raise ValueError(BAD_WEIGHT)
-        return 0.0 if not (weight and total) else (weight if average == "samples" else 1.0) / total
 
     def _begin(self, backward: int, rows: int) -> None:
         assert self._sync is not None
@@ -453,8 +341,7 @@ class DataParallel(torch.nn.Module):
         finally:
             self._syncs = before
 
-    @contextlib.contextmanager
-    def join(self, *optimizers: torch.optim.Optimizer) -> Iterator[None]:
+    def join(self, *optimizers: torch.optim.Optimizer) -> contextlib.AbstractContextManager[None]:
         """Let ranks whose loop inside ends early take part, without weight, until all have ended; no messages are added.
 
         Then all take the parameters and buffers of a rank that made the last step, and what these optimizers, or else those
@@ -467,56 +354,7 @@ class DataParallel(torch.nn.Module):
         RuntimeError
             Inside the join of another container of these ranks; and on all other ranks, if one of them raises inside.
         """
-        if self.P.active:
-            self._refresh()  # where it is a copy or has been loaded, as ranks that make no step must know
-        if self._couples:
-            raise RuntimeError("DataParallel: SyncBatchNorm needs all ranks in every step; join is not for it")
-        given, transport, sync = optimizers or listed(self.optimizer), self.P.world_transport, self._sync
-        if sync is None or sync.team.size == 1:
-            yield
-            return
-        check_same(transport, sync.team, order(given, self.module.named_parameters()))
-        joined = transport.local.setdefault("teams in join", [])
-        if sync.team in joined:
-            raise RuntimeError(
-                "DataParallel: ranks that have ended would wait in one join while others are in that of another container; "
-                "put both modules into one container"
-            )
-        joined.append(sync.team)
-        try:
-            yield
-        except Exception as error:
-            self._leave_join(error)
-            raise
-        finally:
-            joined.remove(sync.team)
-        self.synchronize()
-        sync = self._sync  # another where parameters were replaced
-        steps_behind = -1
-        takes_part = True
-        while takes_part:
-            sync.begin(None, takes_part=False)
-            takes_part = sync.finish()
-            steps_behind += 1
-        place = sync.team.index(transport.rank)
-        nearest = torch.tensor([steps_behind * sync.team.size + place])
-        transport.all_reduce(sync.team, nearest, "min")
-        root = sync.team[int(nearest) % sync.team.size]
-        broadcast(transport, sync.team, [*sync.parameters, *sync.buffers], root)
-        for optimizer in given:
-            state = broadcast_structure(transport, sync.team, optimizer.state_dict(), root)
-            if transport.rank != root:
-                optimizer.load_state_dict(state)
-
-    def _leave_join(self, error: Exception) -> None:
-        """Let the other ranks, who are in a step or have ended, raise this rank's error, unless all have failed together."""
-        sync, deferral = self._sync, self._deferral
-        if sync is None or sync.is_broken or sync.has_failed:
-            return
-        with contextlib.suppress(Exception):
-            if deferral is not None and not deferral.is_interrupted:
-                deferral.flush()
-            sync.abandon(error)
+        return joined(self, optimizers)
 
     def __getattr__(self, name: str) -> Any:
         """The module's attributes are the container's."""
@@ -579,69 +417,6 @@ class DataParallel(torch.nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.P!r}, average={self._options.average!r}"
-
-
-class _Joined(torch.autograd.Function):
-    """The identity, of which the result requires grad and leads nowhere."""
-
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, anchor: torch.Tensor) -> torch.Tensor:
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[None, None]:
-        return None, None
-
-
-class _OutputHook:
-    """Tells a container that backward has reached an output of a forward, once in each backward."""
-
-    def __init__(self, container: weakref.ref[DataParallel], rows: int) -> None:
-        self._container, self._rows, self._backward, self._share = container, rows, -1, 1.0
-        self.is_used = False
-
-    def __call__(self, gradient: torch.Tensor) -> torch.Tensor | None:
-        container, backward = self._container(), running_backward()
-        if container is None:
-            return None
-        if backward != self._backward:
-            self._backward = backward
-            container._awaited.discard(self)
-            container._began(self._rows)
-            self._share = container._share(self._rows) if container._couples else 1.0
-        if self._share == 1:
-            return None
-        return gradient * self._share if self._share else torch.zeros_like(gradient)
-
-
-class _ReadyHook:
-    """Tells a container that a gradient is there."""
-
-    def __init__(self, container: weakref.ref[DataParallel], number: int) -> None:
-        self._container, self._number = container, number
-
-    def __call__(self, parameter: torch.Tensor) -> None:
-        container = self._container()
-        if container is None:
-            return
-        if container._told_at_end != running_backward():
-            container._came(self._number)
-        elif container._sync is not None:
-            container._sync.seen[self._number] = None
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> _ReadyHook:
-        return self
-
-
-def _tensors(value: Any, seen: tuple[Any, ...] = ()) -> Iterator[torch.Tensor]:
-    """The tensors in a structure of lists, dictionaries and objects."""
-    for leaf in tree_leaves(value):
-        if isinstance(leaf, torch.Tensor):
-            yield leaf
-        elif not isinstance(leaf, (type, torch.nn.Module)) and not any(leaf is other for other in seen):
-            inside = leaf if isinstance(leaf, Mapping) else getattr(leaf, "__dict__", {})
-            for part in inside.values():
-                yield from _tensors(part, (*seen, leaf))
 
 
 def _values(owners: Iterable[Mapping[str, Any]]) -> list[Any]:

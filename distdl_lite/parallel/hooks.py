@@ -1,0 +1,108 @@
+"""The hooks by which autograd tells a container of a backward."""
+
+from __future__ import annotations
+
+import math
+import weakref
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from distdl_lite.autograd import ANCHOR, running_backward
+from distdl_lite.parallel.synchroniser import BAD_WEIGHT, as_weight
+
+if TYPE_CHECKING:
+    from distdl_lite.parallel.data_parallel import DataParallel
+
+
+def with_graph(output: Any) -> Any:
+    """The output of a module; one that depends on no parameter gets a graph, so that its backward meets the other ranks."""
+    if any(tensor.requires_grad for tensor in tensors_in(output)):
+        return output
+    return tree_map_only(torch.Tensor, lambda x: _Joined.apply(x, ANCHOR), output)
+
+
+class _Joined(torch.autograd.Function):
+    """The identity, of which the result requires grad and leads nowhere."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, anchor: torch.Tensor) -> torch.Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[None, None]:
+        return None, None
+
+
+class OutputHook:
+    """Tells a container that backward has reached an output of a forward, once in each backward."""
+
+    def __init__(self, container: weakref.ref[DataParallel], rows: int) -> None:
+        self._container, self._rows, self._backward, self._share = container, rows, -1, 1.0
+        self.is_used = False
+
+    def __call__(self, gradient: torch.Tensor) -> torch.Tensor | None:
+        container, backward = self._container(), running_backward()
+        if container is None:
+            return None
+        if backward != self._backward:
+            self._backward = backward
+            container._awaited.discard(self)
+            container._began(self._rows)
+            self._share = _share(container, self._rows) if container._couples else 1.0
+        if self._share == 1:
+            return None
+        return gradient * self._share if self._share else torch.zeros_like(gradient)
+
+
+def _share(container: DataParallel, rows: int) -> float:
+    """The weight in the mean of a forward's gradients; the ranks along the batch axis call together."""
+    sync, average = container._sync, container._options.average
+    assert sync is not None
+    if average == "ranks":
+        return 1 / sync.team.size
+    if average == "sum" and not container._syncs:
+        raise RuntimeError('DataParallel: with SyncBatchNorm inside, average="sum" allows no no_sync')
+    weight = float(rows) if container.loss_weight is None else as_weight(container.loss_weight)
+    total = container.P.world_transport.all_reduce(sync.team, torch.tensor([weight], dtype=torch.float64)).item()
+    if not math.isfinite(total):
+        container.loss_weight = None
+        raise ValueError(BAD_WEIGHT)
+    return 0.0 if not (weight and total) else (weight if average == "samples" else 1.0) / total
+
+
+class ReadyHook:
+    """Tells a container that a gradient is there."""
+
+    def __init__(self, container: weakref.ref[DataParallel], number: int) -> None:
+        self._container, self._number = container, number
+
+    def __call__(self, parameter: torch.Tensor) -> None:
+        container = self._container()
+        if container is None:
+            return
+        if container._told_at_end != running_backward():
+            container._came(self._number)
+        elif container._sync is not None:
+            container._sync.seen[self._number] = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ReadyHook:
+        return self
+
+
+def rows_of(arguments: Any, dim: int) -> int:
+    """The size along a dim of the first tensor that has it."""
+    return next((t.shape[dim] for t in tensors_in(arguments) if -t.dim() <= dim < t.dim()), 1)
+
+
+def tensors_in(value: Any, seen: tuple[Any, ...] = ()) -> Iterator[torch.Tensor]:
+    """The tensors in a structure of lists, dictionaries and objects."""
+    for leaf in tree_leaves(value):
+        if isinstance(leaf, torch.Tensor):
+            yield leaf
+        elif not isinstance(leaf, (type, torch.nn.Module)) and not any(leaf is other for other in seen):
+            inside = leaf if isinstance(leaf, Mapping) else getattr(leaf, "__dict__", {})
+            for part in inside.values():
+                yield from tensors_in(part, (*seen, leaf))
