@@ -384,7 +384,7 @@ class Synchroniser:
         if self._marks < self.team.size:
             self._give_up()
             if self._marks < 0:
-                raise_together(self.transport, self.team, self._error, "DataParallel")
+                raise_together(self.team, self._error, "DataParallel")
         elif not math.isfinite(self._total):
             self._give_up()
             raise ValueError(BAD_WEIGHT)
