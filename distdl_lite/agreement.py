@@ -1,4 +1,4 @@
-"""What must be the same on all ranks, and errors that all of them raise."""
+"""Checks that ranks agree, and errors that all of them raise."""
 
 from __future__ import annotations
 

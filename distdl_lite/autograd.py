@@ -119,7 +119,7 @@ class _CopyToTeam(Node):
 
 
 def engine_will_run(node: Any) -> bool:
-    """Inside a backward: whether it will come to a node."""
+    """Whether the backward that runs will come to a node."""
     return torch._C._will_engine_execute_node(node)
 
 
@@ -175,7 +175,7 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 def untraced(function: Function) -> Function:
     """Let torch.compile call a function, and all that this calls, as it is: what communicates is not for it to trace.
 
-    As torch.compiler.disable, without its import of Dynamo, of seconds, and its 1 us a call.
+    It does as torch.compiler.disable, without its import of Dynamo, of seconds, and its 1 us a call.
     """
     function._torchdynamo_disable = True  # type: ignore[attr-defined]
     if hasattr(eval_frame, "_FrameExecStrategy"):

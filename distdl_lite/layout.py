@@ -206,7 +206,7 @@ def uncovered(box: Box, covers: Sequence[Box]) -> list[Box]:
 
 
 def _without(box: Box, cover: Box) -> Iterator[Box]:
-    """What is left of a box beside another, cut off one dim after the other."""
+    """The rest of a box beside another, cut off one dim after the other."""
     common = tuple((max(a, c), min(b, d)) for (a, b), (c, d) in zip(box, cover, strict=True))
     if any(start >= stop for start, stop in common):
         if all(start < stop for start, stop in box):

@@ -200,7 +200,7 @@ class Partition:
     # ---- small host data ---------------------------------------------------------------------------------------------
 
     def allgather_data(self, data: Any) -> list[Any] | None:
-        """What every member passed, in team order; None on a rank outside. For small host data."""
+        """The values that the members passed, in team order; None on a rank outside. For small host data."""
         if not self.active:
             return None
         team = self.team
@@ -218,7 +218,7 @@ class Partition:
         return result
 
     def broadcast_data(self, data: Any, root: int = 0, P_data: Partition | None = None) -> Any:
-        """What rank `root` of `P_data` (None: this partition) passed, on the members of both; None elsewhere.
+        """The value that rank `root` of `P_data` (None: this partition) passed, on the members of both; None elsewhere.
 
         Raises
         ------

@@ -90,7 +90,7 @@ class Leg:
 
 @dataclass(frozen=True)
 class Plan:
-    """What one rank does in an operator.
+    """The sends and receives of one rank in an operator.
 
     Attributes
     ----------
@@ -135,12 +135,12 @@ class Plan:
 
     @cached_property
     def gaps(self) -> list[tuple[slice, ...]]:
-        """Where the output receives nothing, which is zero."""
+        """The parts of the output that receive nothing and are zero."""
         return self._uncovered([edge.box for leg in self.legs for edge in leg.receives])
 
     @cached_property
     def kept_gaps(self) -> list[tuple[slice, ...]]:
-        """Where the output receives nothing from this rank itself; all of it if it receives several pieces."""
+        """The parts of the output that receive nothing from this rank itself; all of it if it receives several pieces."""
         kept = [edge.box for leg in self.legs for edge in leg.receives if edge.peer == self.rank]
         return self._uncovered(kept if len(kept) == 1 else [])
 

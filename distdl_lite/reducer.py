@@ -110,7 +110,7 @@ class Entry:
 
     @property
     def numbers(self) -> tuple[Any, ...]:
-        """What must be the same on all ranks; integers alone, whose hash is the same in every process."""
+        """The properties that must be the same on all ranks, as integers, whose hash is the same in every process."""
         return self.order, self.parameter.shape, self.dtype.itemsize, self.dtype.is_complex
 
     def __str__(self) -> str:
@@ -182,7 +182,7 @@ class Reducer:
             check_met(team, replicas.name, place, f"{place}, which autograd.grad or backward(inputs=...) sums at once")
 
     def running(self) -> list[_Collected]:
-        """What the backwards that run have collected: one, and those that it runs inside of."""
+        """The collections of the backwards that run: of one, and of those that it runs inside of."""
         return [collected for collected in self._collected.values() if collected.end() is not None]
 
     def end(self, collected: _Collected) -> None:
@@ -203,7 +203,7 @@ class Reducer:
 
 @dataclass
 class _Arriving:
-    """How far a team's plan has come in one backward."""
+    """The progress of a team's plan in one backward."""
 
     planned: list[Planned]
     places: dict[int, int]  # of the parameters, by their order
@@ -318,7 +318,7 @@ class _Collected:
             self.reducer.plan(team, group)
 
     def _flats(self, team: Team) -> list[tuple[list[Entry], torch.Tensor]]:
-        """What is to be summed at the end."""
+        """The buckets that are to be summed at the end, and their flat tensors."""
         left = sorted(self.teams[team].values(), key=attrgetter("order"))
         return [(bucket, flattened([entry.gradient for entry in bucket])) for bucket in buckets(left, BUCKET_BYTES)]
 
@@ -330,12 +330,12 @@ class _Collected:
         return mine
 
     def _group(self, team: Team) -> list[Entry]:
-        """All that is summed over a team, in order."""
+        """The parameters whose gradients this backward sums over a team, in order."""
         gone = [entry for started in self.started if started.team is team for entry in started.bucket]
         return sorted([*gone, *self.teams[team].values()], key=attrgetter("order"))
 
     def _settle(self, team: Team, group: Sequence[Entry]) -> None:
-        """Where ranks have collected or left different things: complete sums that only some have started, raise on all."""
+        """Settle a vote that was not unanimous: complete sums that only some have started, and raise on all if ranks differ."""
         names = [str(entry) for entry in group]
         place = "the end of a backward()"
         check_met(team, "backward", place, f"{place} that has reached {', '.join(names) or 'nothing'}")
@@ -371,7 +371,7 @@ class _Collected:
 
 @dataclass(frozen=True)
 class _Told:
-    """What ranks tell each other that have not collected the same."""
+    """The message of a rank to its team when they have not collected the same."""
 
     names: list[str]
     sizes: list[tuple[int, torch.dtype]]  # of the sums started since they last agreed

@@ -18,7 +18,7 @@ from distdl_lite.transport import Team
 
 @dataclass(frozen=True)
 class TensorStructure:
-    """What a rank tells the others about one tensor argument; ``kind`` names an argument that is no tensor."""
+    """One tensor argument, as a rank tells the others of it; ``kind`` names an argument that is no tensor."""
 
     shape: tuple[int, ...] = ()
     dtype: torch.dtype | None = None
@@ -98,10 +98,10 @@ _DEVICES = ["cpu", "cuda", "meta", "mps", "xpu"]
 def exchanged(
     team: Team, P: Partition | None, is_cut: bool, input: Sequence[Any], same: Mapping[str, Any], name: str
 ) -> Structure:
-    """What the team's ranks pass to a call; `same` must be the same on all of them.
+    """Exchange what the team's ranks pass to a call; `same` must be the same on all of them.
 
     Where the first argument `is_cut` in blocks over `P`, and all else goes together, each rank learns lengths along the grid's
-    axes; elsewhere everything of every rank.
+    axes; elsewhere it learns everything of every rank.
 
     Raises
     ------
@@ -187,7 +187,7 @@ def _number(text: str) -> int:
 def parts_of_call(
     module: torch.nn.Module, number: int, rank: int, input: Sequence[Any], kwargs: Mapping[str, Any] | None
 ) -> list[Any]:
-    """All that a rank's part of the structure of a module's call consists of.
+    """The parts of this rank's share of the structure of a module's call.
 
     Every call of a layer asks for it; where the caches are cold, each name that is looked up takes 0.5 us.
     """

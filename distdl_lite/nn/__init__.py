@@ -38,8 +38,8 @@ from distdl_lite.nn.loss import (
     DistributedSmoothL1Loss,
 )
 from distdl_lite.nn.mean import DistributedMean
-from distdl_lite.nn.module import Module
-from distdl_lite.nn.movement import Movement
+from distdl_lite.nn.module import Call, Module
+from distdl_lite.nn.movement import Movement, agreed_inputs
 from distdl_lite.nn.norm import DistributedBatchNorm, DistributedInstanceNorm
 from distdl_lite.nn.pad import (
     DistributedCircularPad1d,

@@ -28,7 +28,7 @@ _CACHED_STRUCTURES = 64
 
 @dataclass
 class _Built:
-    """What set-up made for one structure, and what the layers inside have agreed on under it."""
+    """The result of set-up for one structure, and the keys that the layers inside have agreed on under it."""
 
     plan: Any
     structure: Structure
@@ -114,10 +114,10 @@ class Module(torch.nn.Module):
             cls.forward = _agreed(vars(cls)["forward"])  # type: ignore[method-assign]
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
-        """Nothing: a distributed layer runs as it is, also inside a network that torch.compile compiles."""
+        """Do nothing: a distributed layer runs as it is, also inside a network that torch.compile compiles."""
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """As torch's, but for options that plans and weights follow from: another value would not count, or count in part."""
+        """Set an attribute. Options that plans and weights follow from are refused: a new value would not count everywhere."""
         if name in self.__dict__ and name in fixed_options(type(self)) and not is_same(value, self.__dict__[name]):
             raise self._refuse(
                 f"{name} is fixed by the constructor; make a new layer with {name}={value!r}", AttributeError
@@ -148,17 +148,17 @@ class Module(torch.nn.Module):
         return self._distdl_built.plan(self, *input) if self._distdl_is_inside else self._distdl_outside(*input)
 
     def _distdl_outside(self, x: Any) -> Any:
-        """What a rank outside the partitions returns."""
+        """Return what a rank outside the partitions gets: its own argument, unless a subclass says otherwise."""
         return x
 
     @property
     def _distdl_plan(self) -> Any:
-        """What set-up returned for this structure; None outside the partitions and before set-up."""
+        """The value that set-up returned for this structure; None outside the partitions and before set-up."""
         return self._distdl_built.plan
 
     @property
     def _distdl_structure(self) -> Structure:
-        """What the ranks passed, as far as each of them must know."""
+        """The structure of what the ranks passed, as far as each of them must know."""
         return self._distdl_built.structure
 
     def _distdl_forward_pre_hook(self, input: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, Any]:
@@ -266,7 +266,7 @@ class Module(torch.nn.Module):
         return self.extra_repr() if type(self).extra_repr.__module__.startswith("distdl_lite.") else ""
 
     def _distdl_same(self, input: tuple[Any, ...], kwargs: Mapping[str, Any] | None) -> dict[str, Any]:
-        """What must be the same on all ranks, in words."""
+        """The properties of a call that must be the same on all ranks, in words for errors."""
         words = ["training" if self.training else "evaluation"]
         words += [] if is_grad_enabled() else ["no grad"]
         words += [f"autocast on {kind}" for kind in ("cpu", "cuda") if torch.is_autocast_enabled(kind)]

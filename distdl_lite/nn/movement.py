@@ -1,4 +1,4 @@
-"""What every movement of tensors shares: checked inputs, zero-volume tensors, and the base of the primitives."""
+"""The base of all movements of tensors, with checked inputs and zero-volume tensors."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def zero_volume_tensor(
 
 @dataclass(frozen=True)
 class Inputs:
-    """What the ranks of a layer's input partition passed, checked to agree.
+    """One argument of a layer on the ranks of its input's partition, checked to agree.
 
     Attributes
     ----------
@@ -97,7 +97,7 @@ def _plain(P: Partition) -> str:
 
 
 def whose_blocks(parts: int) -> str:
-    """What to add to a text on the length of a dim in that many parts: a frequent mistake is to pass all of it everywhere."""
+    """A hint for an error about the length of a dim in that many parts: a frequent mistake is to pass all of it everywhere."""
     return f": each of the {parts} ranks along this dim passes its block of it" if parts > 1 else ""
 
 
@@ -128,7 +128,7 @@ def weight_dtype(layer: Any) -> torch.dtype | None:
 
 
 def _autocast(dtype: torch.dtype, device: str) -> torch.dtype:
-    """What autocast makes of a dtype: it leaves float64 and complex numbers alone."""
+    """The dtype that autocast makes of one: it leaves float64 and complex numbers alone."""
     casts = torch.is_autocast_enabled(device) and dtype.is_floating_point and dtype is not torch.float64
     return torch.get_autocast_dtype(device) if casts else dtype
 

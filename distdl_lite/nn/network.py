@@ -27,7 +27,7 @@ class Ride:
         self._calls: dict[Any, int] = {}
 
     def place(self, layer: Any) -> Place:
-        """Where the forward has come to: at this call of a layer."""
+        """Count this call of a layer, and return where the forward has come to."""
         number = self._calls.get(layer, 0)
         self._calls[layer] = number + 1
         return layer, number

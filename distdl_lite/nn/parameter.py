@@ -164,7 +164,9 @@ class Layer(Module):
         return replicated(parameter, self._distdl_places[name].replicas)
 
     def given(self, nothing: torch.Tensor) -> torch.Tensor:
-        """What a rank returns that only gives input away: with a graph if others have one, to give again in a checkpoint."""
+        """Output of a rank that sends input but computes nothing: an empty tensor with a graph node if others have one.
+
+        So its backward and its recomputation communicate as the others' do."""
         return connected_zeros(nothing.shape, nothing, self.held("weight"), added=self.held("bias"))
 
     def held(self, name: str) -> torch.Tensor | None:

@@ -106,7 +106,7 @@ class Transport(Protocol):
         engine: str = "auto",
         lane: str = "",
     ) -> Pending:
-        """As `start_sum`, of real numbers that travel as `dtype`, a half, and so in half the bytes of float32.
+        """Begin a sum, as `start_sum`, of real numbers that travel as the half precision `dtype`, in half the bytes of float32.
 
         Each is rounded on its way to where it is added up, and with more than two ranks the sum on its way back; what is out
         of float16's range is cut to it.
@@ -145,7 +145,7 @@ def current() -> Transport:
 
 
 def tallies() -> list[Tally]:
-    """Those open on this rank, which all of its transports add to. It makes no transport."""
+    """The tallies open on this rank, which all of its transports add to. The call makes no transport."""
     transport = getattr(_ambient, "transport", None)
     return of_process if transport is None else transport.local["tallies"]
 

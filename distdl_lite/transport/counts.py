@@ -1,4 +1,4 @@
-"""What a rank's transport moved, for `distdl_lite.testing.count`."""
+"""Counts of what a rank's transport moved, for `distdl_lite.testing.count`."""
 
 from __future__ import annotations
 

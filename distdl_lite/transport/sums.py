@@ -26,7 +26,7 @@ class Pending(Protocol):
 
 
 class Done:
-    """What needs no waiting."""
+    """A sum that needs no waiting."""
 
     def __init__(self, then: Callable[[], Any] | None = None) -> None:
         if then is not None:

@@ -45,7 +45,7 @@ class _NumpyState:
 
     @staticmethod
     def _memory() -> bytes:
-        """What the generator draws from; nothing of another kind than the usual one, which is then never the same."""
+        """The memory that NumPy's generator draws from; empty, and so never the same, if the generator is not the usual one."""
         generator = numpy.random.get_bit_generator()
         if not isinstance(generator, numpy.random.MT19937):
             return b""
@@ -166,7 +166,7 @@ class ThreadTransport(Transport):
         return ThreadChannel(self, plan, dtype, device)
 
     def _meet(self, team: Sequence[int], value: Any, what: str) -> list[Any]:
-        """What every rank of the team brings to its next meeting, in the order of the ranks."""
+        """Meet the team: bring a value, and get those of all its ranks in their order."""
         return self._met_all(self._arrive(team, value, what), what)
 
     def _arrive(self, team: Sequence[int], value: Any, what: str, lane: str = "") -> _Meeting:

@@ -94,7 +94,7 @@ class _Watch(threading.Thread):
 
 
 def _waiting() -> FrameType | None:
-    """Where a thread of this process is in a transport's call, if one is."""
+    """The frame in which a thread of this process is in a transport's call, None if none is."""
     idle = {thread.ident for thread in threading.enumerate() if thread.name == _IDLE}
     frames = (frame for ident, frame in sys._current_frames().items() if ident not in idle)
     return next((frame for frame in frames if frame.f_code.co_filename in _WAITS), None)

@@ -44,7 +44,7 @@ def keep_freed_memory() -> None:
 
 
 def indexable(tensor: torch.Tensor, adds: bool = False) -> Any:
-    """What pieces of a tensor are copied by: an array over the same memory where it is on the host.
+    """The object by which pieces of a tensor are copied: an array over the same memory where it is on the host.
 
     NumPy moves a small piece in 0.6 us, torch in 3.5. An array of a dtype NumPy lacks holds its bits, which can be
     copied; where they are added (`adds`), and on a device, it is the tensor itself.
@@ -123,7 +123,7 @@ def is_one_piece(messages: Sequence[Message], shape: Sequence[int]) -> bool:
 
 
 def kept(sends: Sequence[Edge], receives: Sequence[Edge], rank: int) -> list[tuple[Slices, Slices]]:
-    """What a rank sends to itself: slices of the input and their places in the output."""
+    """The pieces that a rank sends to itself: slices of the input and their places in the output."""
     mine_in = [edge.slices for edge in sends if edge.peer == rank]
     mine_out = [edge.slices for edge in receives if edge.peer == rank]
     return list(zip(mine_in, mine_out, strict=True))

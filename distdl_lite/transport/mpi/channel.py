@@ -279,7 +279,7 @@ def _counts(team: Sequence[int], edges: Sequence[Edge]) -> list[int]:
 
 
 def _places(edges: Sequence[Edge]) -> list[tuple[wire.Slices, Shape, int]]:
-    """Where the runs of a flat buffer stand in a tensor."""
+    """The places of the runs of a flat buffer in a tensor."""
     return [(edge.slices, shape_of(edge.box), edge.size) for edge in edges]
 
 

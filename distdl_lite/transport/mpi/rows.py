@@ -55,7 +55,7 @@ class RowsMoving:
 
 
 def _cuts(counts: Sequence[int], row: int) -> list[tuple[int, int]]:
-    """Where each rank's rows begin and end, in bytes."""
+    """The begin and end of each rank's rows, in bytes."""
     ends = [row * end for end in accumulate(counts)]
     return list(zip([0, *ends], ends, strict=False))
 

@@ -91,7 +91,7 @@ def take_both_home(tensor: torch.Tensor, left: torch.Tensor, both: tuple[torch.T
 
 
 def event_of(tensor: torch.Tensor) -> Callable[[], Any] | None:
-    """What waits for all that was asked of the tensor's device so far, in this thread; None for the host."""
+    """A function that waits for all that this thread has asked of the tensor's device so far; None for the host."""
     return None if tensor.is_cpu else torch.accelerator.current_stream(tensor.device).record_event().synchronize
 
 
