@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
 from distdl_lite.autograd import ANCHOR, Node, check_unbatched, copy_to_team, reduce_from_team
 from distdl_lite.layout import Shape
@@ -19,7 +18,6 @@ from distdl_lite.transport import Team
 
 _AT_ONCE = 2**18  # elements of a block in wide temporaries: 2 MiB of float64 stay in a cache
 _AT_ONCE_ON_DEVICES = 2**24  # where a launch costs more than a cache would give
-_NEAR_ZERO = 16  # standard deviations; (x - mean) k may then be found as x k - mean k, in one pass of torch's kernel
 
 
 Track = Callable[[torch.Tensor, torch.Tensor], None]
@@ -135,9 +133,7 @@ def _own_statistics(x: torch.Tensor, rows: Rows) -> tuple[torch.Tensor, torch.Te
 
 
 def _moments(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and biased variance per channel in float64; of a large block by sums about one value of each channel."""
-    if x.numel() <= _at_once(x):
-        return torch.batch_norm_update_stats(x.double(), None, None, 0.0)
+    """Mean and biased variance per channel in float64, by sums about one value of each channel."""
     over = (0, *range(2, x.dim()))
     pivot = x[(slice(1), slice(None), *[slice(1)] * (x.dim() - 2))].double()
     sums = pivot.new_zeros(2, x.shape[1])
@@ -205,19 +201,14 @@ class _Normalise(Node):
         ctx.save_for_backward(x, weight, bias, mean, var)
         if not x.numel():
             return x.new_empty(shape)
-        kind, mean = wide(x.dtype), rows.spread(mean)
-        weight, bias, m, v = _to(kind, weight, bias, mean, rows.spread(var))
-        if weight is not None and weight.dim() == 1:
-            return _of_shape(F.batch_norm(x, m, v, weight, bias, False, 0.0, eps), shape)
-        # As in torch's layer norm, where all values of a row are equal what is left of them is nothing, not rounding errors.
-        (low,), y = _to(kind, mean - m), torch.empty_like(x)
-        for part in _parts(x):
-            _, at, *inner = part
-            z = x[part] - m[at].view(-1, *(1,) * len(inner))
-            z = F.batch_norm(z, low[at], v[at], None, None, False, 0.0, eps)
-            if weight is not None:
-                z.mul_(weight[..., inner[0]])
-            y[part] = z if bias is None else z.add_(bias[..., inner[0]])
+        mean, scale = rows.spread(mean), (rows.spread(var) + eps).rsqrt()
+        by_element, offset, y = weight is not None and weight.dim() > 1, torch.zeros_like(mean), torch.empty_like(x)
+        if weight is not None and not by_element:
+            scale, offset = scale * weight, offset if bias is None else bias
+        for part, z in _scaled(x, mean, scale, offset, y):
+            if by_element:
+                z.mul_(weight[..., part[2]])
+                z = z if bias is None else z.add_(bias[..., part[2]])
         return _of_shape(y, shape)
 
     @staticmethod
@@ -238,9 +229,28 @@ def _of_shape(y: torch.Tensor, shape: Shape) -> torch.Tensor:
     return y if y.shape == shape else torch.ops.aten._unsafe_view.default(y, shape)
 
 
-def _to(kind: torch.dtype, *tensors: torch.Tensor | None) -> list[torch.Tensor | None]:
-    """In the dtype that is computed in, and contiguous: native_batch_norm_backward misreads a weight of stride 0."""
-    return [None if t is None else t.to(kind).contiguous() for t in tensors]
+def _scaled(
+    x: torch.Tensor, mean: torch.Tensor, slope: torch.Tensor, offset: torch.Tensor, out: torch.Tensor
+) -> Iterator[tuple[tuple[slice, ...], torch.Tensor]]:
+    """Fill `out` part by part with (x - mean) slope + offset, for numbers per channel in float64.
+
+    Each part is first shown, with its place, in the dtype that is computed in, to be changed in place. The rounded mean is
+    taken off before all, so that nothing is lost far from zero; the rest of the mean joins the offset.
+    """
+    rounded = mean.to(wide(x.dtype))
+    numbers = _beside(x, rounded, slope, offset - (mean - rounded) * slope)
+    for part in _parts(x):
+        m, k, rest = numbers[:, :, part[1]]
+        into = out[part]
+        z = torch.sub(x[part], m, out=into if into.dtype is m.dtype else None).mul_(k).add_(rest)
+        yield part, z
+        if z is not into:
+            into.copy_(z)
+
+
+def _beside(x: torch.Tensor, *numbers: torch.Tensor) -> torch.Tensor:
+    """Numbers per channel in the dtype that a block is computed in, in shapes that go with it."""
+    return torch.stack(numbers).to(wide(x.dtype)).view(len(numbers), 1, x.shape[1], *(1,) * (x.dim() - 2))
 
 
 def _backward(
@@ -254,10 +264,9 @@ def _backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of input, weight and bias."""
     kind, by_element = wide(x.dtype), weight is not None and weight.dim() > 1
-    mean, var = rows.spread(mean), rows.spread(var)
-    scale = (var + eps).rsqrt()
-    sums, of_elements = _sums(gradient, x, weight if by_element else None, mean, var, eps)
-    # What the statistics take from the input's gradient: (x - mean) slope + offset, from sums over the row.
+    mean, scale = rows.spread(mean), (rows.spread(var) + eps).rsqrt()
+    sums, of_elements = _sums(gradient, x, weight if by_element else None, mean, scale)
+    # The statistics take (x - mean) slope + offset from the input's gradient, by sums over the row.
     factor = scale.new_ones(()) if weight is None or by_element else weight.double()
     if rows.team.size > 1:
         sums = of_weights = rows.summed(sums)
@@ -266,75 +275,37 @@ def _backward(
         of_weights = of_elements if by_element else sums
         sums = rows.spread(rows.summed(rows.fold(sums * factor)[-rows.numbers :]))
     *offset, slope = sums / rows.count * scale
-    slope = slope * scale
-    offset = [number - (mean - mean.to(kind)) * slope for number in offset]
-    numbers = torch.stack([mean, slope, scale * factor, *offset]).to(kind)
     gb, gw = of_weights.to(kind if weight is None else weight.dtype)
-    if x.is_cpu and x.numel() and x.dtype is kind and not by_element and (mean.abs() * scale <= _NEAR_ZERO).all():
-        m, k, s, *offset = numbers
-        gx = torch.batch_norm(x, -k, -offset[0] if offset else None, m, torch.ones_like(m), False, 0.0, 0.0, False)
-        return gx.addcmul_(gradient, s.view(1, -1, *(1,) * (x.dim() - 2))), gw, gb
-    numbers = numbers.view(len(numbers), 1, x.shape[1], *(1,) * (x.dim() - 2))
-    gx = torch.empty_like(x)
-    for part in _parts(x):
-        m, k, s, *offset = numbers[:, :, part[1]]
-        given, taken = gradient[part] * s, (x[part] - m).mul_(k)
-        if by_element:
-            given.mul_(weight[..., part[2]])
-        for number in offset:
-            taken.add_(number)
-        torch.sub(given, taken, out=gx[part])
+    gx, (factor,) = torch.empty_like(x), _beside(x, scale * factor)
+    for part, z in _scaled(x, mean, -slope * scale, -offset[0] if offset else torch.zeros_like(slope), gx):
+        given = gradient[part].to(kind)
+        z.addcmul_(given * weight[..., part[2]] if by_element else given, factor[:, part[1]])
     return gx, gw, gb
 
 
 def _sums(
-    gradient: torch.Tensor,
-    x: torch.Tensor,
-    weight: torch.Tensor | None,
-    mean: torch.Tensor,
-    var: torch.Tensor,
-    eps: float,
+    gradient: torch.Tensor, x: torch.Tensor, weight: torch.Tensor | None, mean: torch.Tensor, scale: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Per channel the sums of the gradient, and of it times the normalised value, in float64.
 
     With a weight per element of a channel, which the gradient is multiplied by, also those sums per element, of the
     gradient itself.
     """
-    kind, (m, v) = wide(x.dtype), _to(wide(x.dtype), mean, var)
-    if weight is None and x.dtype is gradient.dtype is kind and x.numel():
-        return _sums_per_channel(gradient, x, m, v, eps), None
+    over, kind = (0, *range(2, x.dim())), wide(x.dtype)
     sums, of_elements = mean.new_zeros(2, x.shape[1]), None if weight is None else mean.new_zeros(2, *weight.shape)
+    rest = mean - mean.to(kind)
+    numbers = _beside(x, mean, scale, -rest * scale)
     for part in _parts(x):
-        at = part[1]
-        here, g = x[part].to(kind), gradient[part].to(kind)
-        if weight is not None:
-            w = weight[..., part[2]].to(kind)
-            of_elements[..., part[2]] += _sums_per_element(g, here, m[at], v[at], eps)
-            g = g * w
-        sums[:, at] += _sums_per_channel(g, here, m[at], v[at], eps)
+        m, k, o = numbers[:, :, part[1]]
+        g = gradient[part].to(kind)
+        z = (x[part] - m).mul_(g)
+        if weight is not None:  # the parts are of shape (1, channels, elements)
+            w = weight[..., part[2]]
+            of_elements[..., part[2]] += torch.stack([g.sum(1, True), k.mT @ z + o.mT @ g])
+            g, z = g * w, z.mul_(w)
+        sums[:, part[1]] += torch.stack([g.sum(over), z.sum(over)])
+    sums[1] = (sums[1] - rest * sums[0]) * scale
     return sums, of_elements
-
-
-def _sums_per_channel(
-    gradient: torch.Tensor, x: torch.Tensor, mean: torch.Tensor, var: torch.Tensor, eps: float
-) -> torch.Tensor:
-    if 1 in x.shape and gradient.stride() != x.stride():  # native_batch_norm_backward may misread such memory
-        gradient = torch.empty_like(x).copy_(gradient)
-    _, gw, gb = torch.ops.aten.native_batch_norm_backward.default(
-        gradient, x, None, mean, var, None, None, False, eps, [False, True, True]
-    )
-    return torch.stack([gb, gw]).double()
-
-
-def _sums_per_element(
-    gradient: torch.Tensor, x: torch.Tensor, mean: torch.Tensor, var: torch.Tensor, eps: float
-) -> torch.Tensor:
-    center, scale, shape = mean.view(1, -1, 1), (var + eps).rsqrt().view(1, -1, 1), x.shape[2:]
-    like = x.new_empty(shape)  # of which torch asks only whether there are weight and bias
-    _, gw, gb = torch.ops.aten.native_layer_norm_backward.default(
-        gradient, x, shape, center, scale, like, like, [False, True, True]
-    )
-    return torch.stack([gb, gw]).view(2, 1, 1, -1)
 
 
 # ---- gradients of gradients ------------------------------------------------------------------------------------------
