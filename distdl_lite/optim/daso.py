@@ -225,7 +225,7 @@ class DASO(LocalSGD):
                 "DASO: with DataParallelMultiGPU there is no closure, and a GradScaler is given to add_scaler"
             )
         were_equal, self._keeps_nodes_equal = self._keeps_nodes_equal, self._skips()[1] <= 1
-        if not self._keeps_nodes_equal or len(self.levels.node) == 1:
+        if not self._keeps_nodes_equal or self.levels.node.size == 1:
             return
         flats = [flat for flat in self.flats if flat.learns]
         with torch.no_grad():

@@ -8,7 +8,7 @@ import torch
 
 from distdl_lite.transport import Team, Transport
 
-_HALVES = torch.float16, torch.bfloat16
+HALVES = torch.float16, torch.bfloat16
 
 
 class Flat:
@@ -65,6 +65,21 @@ def flats_of(tensors: Iterable[torch.Tensor], learns: bool = False) -> list[Flat
     return [Flat(group, learns) for group in groups.values()]
 
 
+def by_tensor(flats: Iterable[Flat], name: str) -> dict[torch.Tensor, torch.Tensor]:
+    """The parts of the flats' vectors of a name, where they have one."""
+    found = [flat for flat in flats if getattr(flat, name) is not None]
+    parts = [zip(flat.tensors, flat.parts(getattr(flat, name)), strict=True) for flat in found]
+    return {tensor: part for pairs in parts for tensor, part in pairs}
+
+
+def joined(flat: Flat, known: dict[torch.Tensor, torch.Tensor], new: torch.Tensor) -> torch.Tensor:
+    """A vector with the known parts, and new ones elsewhere."""
+    for tensor, part in zip(flat.tensors, flat.parts(new), strict=True):
+        if tensor in known:
+            part.copy_(known[tensor])
+    return new
+
+
 def average(transport: Transport, team: Team, tensors: Iterable[torch.Tensor]) -> None:
     """Put the mean over the team into the tensors, waiting for it; all of the team call it with the same shapes."""
     average_flats(transport, team, flats_of(tensors))
@@ -79,7 +94,7 @@ def average_flats(transport: Transport, team: Team, flats: Iterable[Flat]) -> No
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
     real = dtype.to_real()
-    return torch.float32 if real in _HALVES else real
+    return torch.float32 if real in HALVES else real
 
 
 def _real(tensor: torch.Tensor) -> torch.Tensor:

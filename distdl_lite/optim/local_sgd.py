@@ -3,50 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, is_dataclass
+from dataclasses import is_dataclass
 from typing import Any
 
 import torch
 
 from distdl_lite.agreement import refused_together
-from distdl_lite.flat import unwritable
-from distdl_lite.optim.flat import Flat, average_flats, flats_of
+from distdl_lite.optim.checks import check_numbers, check_same, check_settings, check_tensors, form_of, told_of
+from distdl_lite.optim.flat import HALVES, Flat, average_flats, by_tensor, flats_of, joined
+from distdl_lite.optim.flight import LANE, MERGES, Flight
 from distdl_lite.optim.levels import levels_of
 from distdl_lite.optim.schedule import Periodic, Schedule, Skips, check_int
 from distdl_lite.partition import partition_of
-from distdl_lite.transport import Team
-from distdl_lite.transport.sums import ENGINES, Pending
-
-_LANE = "averages by {}"  # Averages of several optimizers that different threads carry out must not meet.
-_HALVES = torch.float16, torch.bfloat16
-
-
-def _daso(now: torch.Tensor, old: torch.Tensor, target: torch.Tensor, waited: int, count: int) -> torch.Tensor:
-    return (2 * waited * now + count * target) / (count + 2 * waited)
-
-
-def _delta(now: torch.Tensor, old: torch.Tensor, target: torch.Tensor, waited: int, count: int) -> torch.Tensor:
-    return now + (target - old)
-
-
-def _replace(now: torch.Tensor, old: torch.Tensor, target: torch.Tensor, waited: int, count: int) -> torch.Tensor:
-    return target
-
-
-MERGES = {"daso": _daso, "delta": _delta, "replace": _replace}
-
-
-@dataclass
-class _Flight:
-    """An average under way: the vectors as they were, those that become sums, and who adds them up."""
-
-    began: int
-    due: int
-    team: Team
-    is_shared: bool  # whether a rank of each node takes part for the others
-    old: list[torch.Tensor]
-    sums: list[torch.Tensor]
-    pending: list[Pending]
 
 
 class LocalSGD(torch.optim.Optimizer):
@@ -161,21 +129,19 @@ class LocalSGD(torch.optim.Optimizer):
         self._P = partition_of(P)
         with refused_together(self._P, type(self).__name__):
             self.buffers = list(buffers)
-            _check_tensors(optimizer, self.buffers)
+            check_tensors(optimizer, self.buffers)
             schedule = Periodic(schedule) if isinstance(schedule, int) else schedule
-            _check_settings(schedule, outer, merge, wire, engine)
-            _check_numbers(delay, chunk, ranks_per_node, timeout)
+            check_settings(schedule, outer, merge, wire, engine)
+            check_numbers(delay, chunk, ranks_per_node, timeout)
         self.optimizer, self.schedule = optimizer, schedule
         self.delay, self.merge, self.chunk, self.timeout, self.engine = delay, merge, chunk, timeout, engine
-        self.wire = wire if wire in _HALVES else None
+        self.wire = wire if wire in HALVES else None
         self.outer = outer if isinstance(outer, torch.optim.Optimizer) else None
         self._make_outer = None if outer is self.outer else outer
         self._outer_groups = [list(group["params"]) for group in self.outer.param_groups] if self.outer else []
-        self.steps = self.epoch = self.batch = 0
+        self.steps = self.epoch = self.batch = self._averages = self._since = self._since_local = 0
         self.losses: tuple[float, ...] = ()
-        self._averages = 0
-        self._since, self._since_local = 0, 0
-        self._flight: _Flight | None = None
+        self._flight: Flight | None = None
         self._scaler: Any = None
         with refused_together(self._P, type(self).__name__):
             self.levels = levels_of(self._P, groups, ranks_per_node)
@@ -185,7 +151,7 @@ class LocalSGD(torch.optim.Optimizer):
         for team in (self.levels.team, *self.levels.crossings):
             if self.levels.rank in team:
                 for engine in dict.fromkeys((self.engine, "inline")):
-                    self._transport.open_sums(team, _LANE.format(engine))
+                    self._transport.open_sums(team, LANE.format(engine))
 
     @property
     def _transport(self) -> Any:
@@ -212,12 +178,12 @@ class LocalSGD(torch.optim.Optimizer):
         self._compare(learning)
         flats = flats_of(learning, learns=True)
         if self.wire is not None or self._has_outer:
-            points, left = _by_tensor(self.flats, "point"), _by_tensor(self.flats, "left")
+            points, left = by_tensor(self.flats, "point"), by_tensor(self.flats, "left")
             for flat in flats:
                 point = flat.read()
                 self._transport.broadcast(self.levels.team, point, self.levels.team[0])
-                flat.point = _joined(flat, points, point)
-                flat.left = None if self.wire is None else _joined(flat, left, torch.zeros_like(point))
+                flat.point = joined(flat, points, point)
+                flat.left = None if self.wire is None else joined(flat, left, torch.zeros_like(point))
         self.flats = [*flats, *flats_of(self.buffers)]
         self._planned = {id(p) for p in learning}
         if self._has_outer:
@@ -226,8 +192,6 @@ class LocalSGD(torch.optim.Optimizer):
 
     def _compare(self, learning: Sequence[torch.Tensor]) -> None:
         """Raise on all ranks unless they will make the same calls."""
-        groups = self.optimizer.param_groups
-        names = {id(p): name for g in groups for p, name in zip(g["params"], g.get("param_names", ()), strict=False)}
         mine = {
             **self._settings(),
             "schedule": repr(self.schedule) if is_dataclass(self.schedule) else type(self.schedule).__name__,
@@ -235,9 +199,7 @@ class LocalSGD(torch.optim.Optimizer):
             "timeout": self.timeout is not None,
             "outer": self._has_outer,
             **{name: getattr(self, name) for name in ("merge", "delay", "wire", "chunk", "engine")},
-            "number of tensors": len(learning) + len(self.buffers),
-            **{f"tensor {n}": (tuple(t.shape), t.dtype) for n, t in enumerate((*learning, *self.buffers))},
-            **{f"the name of tensor {n}": names.get(id(p)) for n, p in enumerate(learning)},
+            **told_of(self.optimizer, learning, self.buffers),
         }
         self._agree(mine)
 
@@ -247,20 +209,12 @@ class LocalSGD(torch.optim.Optimizer):
 
     def _agree(self, mine: dict[str, Any]) -> None:
         """Raise ValueError on all ranks unless they have the same."""
-        team = self.levels.team
-        told = self._transport.gather_objects(team, mine)
-        for rank, other in zip(team, told, strict=True):
-            for name, value in told[0].items():
-                if other.get(name) != value:
-                    raise ValueError(
-                        f"{type(self).__name__}: the ranks disagree: {name} is {other.get(name)} on rank {rank}, "
-                        f"{value} on rank {team[0]}"
-                    )
+        check_same(self._transport, self.levels.team, mine, type(self).__name__)
 
     def _plan_outer(self) -> None:
         """Give the outer optimizer the common point, cut into tensors, and the states of those that it had before."""
         before, old_views = self.outer, self._outer_views
-        points = _by_tensor(self.flats, "point")
+        points = by_tensor(self.flats, "point")
         views = {tensor: part.detach().requires_grad_() for tensor, part in points.items()}
         if self._make_outer is not None:
             self.outer = self._make_outer([views[p] for p in self._learning()])
@@ -340,30 +294,10 @@ class LocalSGD(torch.optim.Optimizer):
         levels = self.levels
         team = levels.crossing(self._averages) if is_shared else levels.team
         self._averages += 1
-        flight = _Flight(self.steps, self.steps + delay, team, is_shared, [], [], [])
         engine = "inline" if not delay and self.timeout is None else self.engine
+        self._flight = Flight(self._transport, team, is_shared, self.steps, self.steps + delay)
         for flat in self.flats:
-            old = flat.read()
-            sent = flat.contribution(old)
-            flight.old.append(old.clone() if sent is old and delay else old)
-            flight.sums.append(sent)
-            if levels.rank in team:
-                if is_shared and levels.weight != 1:
-                    sent *= levels.weight
-                flight.pending += self._start(team, flat, sent, engine)
-        self._flight = flight
-
-    def _start(self, team: Team, flat: Flat, sent: torch.Tensor, engine: str) -> list[Pending]:
-        lane, size = _LANE.format(engine), self.chunk or sent.numel()
-        pending = []
-        for start in range(0, sent.numel(), max(size, 1)):
-            part = sent[start : start + size]
-            if flat.left is None or self.wire is None:
-                pending.append(self._transport.start_sum(team, part, engine, lane))
-            else:
-                left = flat.left[start : start + size]
-                pending.append(self._transport.start_rounded_sum(team, part, left, self.wire, engine, lane))
-        return pending
+            self._flight.add(flat, levels.weight if is_shared else 1, engine, self.wire, self.chunk)
 
     @torch.no_grad()
     def drain(self) -> None:
@@ -377,20 +311,10 @@ class LocalSGD(torch.optim.Optimizer):
         flight = self._flight
         if flight is None:
             return
-        for pending in flight.pending:
-            if not pending.wait(self.timeout):
-                raise TimeoutError(
-                    f"rank {self.levels.rank}: the average of ranks {list(flight.team)} that began with step {flight.began} "
-                    f"was not there after {self.timeout} s: some rank did not take part"
-                )
+        flight.wait(self.timeout)
         self._flight = None
-        if flight.is_shared and self.levels.node.size > 1:
-            talker = next(rank for rank in self.levels.node if rank in flight.team)
-            for total in flight.sums:
-                self._transport.broadcast(self.levels.node, total, talker)
-        count, waited = len(flight.team), self.steps - flight.began
-        means = [total.div_(count) for total in flight.sums]
-        targets = self._targets(means)
+        count, waited = flight.team.size, self.steps - flight.began
+        targets = self._targets(flight.means(self.levels.node))
         for flat, old, target in zip(self.flats, flight.old, targets, strict=True):
             if waited and flat.learns:
                 target = MERGES[self.merge](flat.read(), old, target, waited, count)
@@ -468,8 +392,7 @@ class LocalSGD(torch.optim.Optimizer):
         """
         self.drain()
         own = {name: getattr(self, name) for name in _COUNTERS}
-        own["points"] = [flat.point for flat in self.flats]
-        own["left"] = [flat.left for flat in self.flats]
+        own |= {"points": [flat.point for flat in self.flats], "left": [flat.left for flat in self.flats]}
         own["outer"] = None if self.outer is None else self.outer.state_dict()
         own["scaler"] = None if self._scaler is None else self._scaler.state_dict()
         return {**self.optimizer.state_dict(), "local_sgd": own}
@@ -485,14 +408,14 @@ class LocalSGD(torch.optim.Optimizer):
         self.drain()
         own = state_dict.get("local_sgd")
         told = own or {}
-        parts = {name: _form(told.get(name)) for name in ("points", "left", "outer")}
+        parts = {name: form_of(told.get(name)) for name in ("points", "left", "outer")}
         counters = {name: repr(told.get(name)) for name in _COUNTERS}
         self._agree({f"the state's {name}": value for name, value in {**parts, **counters}.items()})
         if own is not None:
             mine = self.state_dict()["local_sgd"]
             for name, part in parts.items():
-                if part != _form(mine[name]):
-                    raise ValueError(f"LocalSGD: the state's {name} is {part}, here it is {_form(mine[name])}")
+                if part != form_of(mine[name]):
+                    raise ValueError(f"LocalSGD: the state's {name} is {part}, here it is {form_of(mine[name])}")
         self.optimizer.load_state_dict({k: v for k, v in state_dict.items() if k != "local_sgd"})
         if own is None:
             return
@@ -500,10 +423,9 @@ class LocalSGD(torch.optim.Optimizer):
             setattr(self, name, own[name])
         with torch.no_grad():
             for flat, point, left in zip(self.flats, own["points"], own["left"], strict=True):
-                if flat.point is not None:
-                    flat.point.copy_(point)
-                if flat.left is not None:
-                    flat.left.copy_(left)
+                for vector, value in ((flat.point, point), (flat.left, left)):
+                    if vector is not None:
+                        vector.copy_(value)
         if self.outer is not None:
             self.outer.load_state_dict(own["outer"])
         if self._scaler is not None and own["scaler"] is not None:
@@ -517,7 +439,7 @@ class LocalSGD(torch.optim.Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._planned = {id(tensor) for flat in self.flats if flat.learns for tensor in flat.tensors}
-        points = _by_tensor(self.flats, "point")
+        points = by_tensor(self.flats, "point")
         for tensor, view in self._outer_views.items():  # pickle forgets that they share memory
             view.data = points[tensor]
 
@@ -526,62 +448,3 @@ class LocalSGD(torch.optim.Optimizer):
 
 
 _COUNTERS = "steps", "epoch", "batch", "losses", "_averages", "_since", "_since_local"
-
-
-def _check_tensors(optimizer: Any, buffers: Iterable[Any]) -> None:
-    if not isinstance(optimizer, torch.optim.Optimizer):
-        raise TypeError(f"optimizer must be a torch.optim.Optimizer, not {optimizer!r}")
-    for buffer in buffers:
-        if not isinstance(buffer, torch.Tensor) or _is_exact(buffer):
-            raise TypeError(f"buffers must be floating-point tensors, not {buffer!r}")
-    if reason := unwritable((f"buffer {number}", buffer) for number, buffer in enumerate(buffers)):
-        raise ValueError(reason)
-
-
-def _check_settings(schedule: Any, outer: Any, merge: Any, wire: Any, engine: Any) -> None:
-    if not callable(schedule):
-        raise TypeError(f"schedule must be a number of steps or a function, not {schedule!r}")
-    if outer is not None and not callable(outer) and not isinstance(outer, torch.optim.Optimizer):
-        raise TypeError(f"outer must be an optimizer or a function that makes one, not {outer!r}")
-    for name, value, known in (
-        ("merge", merge, tuple(MERGES)),
-        ("wire", wire, (None, torch.float32, *_HALVES)),
-        ("engine", engine, ("auto", *ENGINES)),
-    ):
-        if value not in known:
-            raise ValueError(f"{name} must be one of {known}, not {value!r}")
-
-
-def _check_numbers(delay: Any, chunk: Any, ranks_per_node: Any, timeout: Any) -> None:
-    check_int("delay", delay, 0)
-    for name, value in (("chunk", chunk), ("ranks_per_node", ranks_per_node)):
-        if value is not None:
-            check_int(name, value, 1)
-    if timeout is not None and not isinstance(timeout, (int, float)):
-        raise TypeError(f"timeout must be a number of seconds, not {timeout!r}")
-
-
-def _is_exact(tensor: torch.Tensor) -> bool:
-    return not (tensor.is_floating_point() or tensor.is_complex())
-
-
-def _by_tensor(flats: Iterable[Flat], name: str) -> dict[torch.Tensor, torch.Tensor]:
-    """The parts of the flats' vectors of a name, where they have one."""
-    found = [flat for flat in flats if getattr(flat, name) is not None]
-    parts = [zip(flat.tensors, flat.parts(getattr(flat, name)), strict=True) for flat in found]
-    return {tensor: part for pairs in parts for tensor, part in pairs}
-
-
-def _joined(flat: Flat, known: dict[torch.Tensor, torch.Tensor], new: torch.Tensor) -> torch.Tensor:
-    """A vector with the known parts, and new ones elsewhere."""
-    for tensor, part in zip(flat.tensors, flat.parts(new), strict=True):
-        if tensor in known:
-            part.copy_(known[tensor])
-    return new
-
-
-def _form(value: Any) -> Any:
-    """What two states must share to be of the same plan."""
-    if isinstance(value, list):
-        return [None if vector is None else tuple(vector.shape) for vector in value]
-    return None if value is None else "an optimizer"

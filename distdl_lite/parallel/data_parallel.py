@@ -22,7 +22,8 @@ from distdl_lite.parallel.buckets import Bucket
 from distdl_lite.parallel.deferred import Deferral
 from distdl_lite.parallel.hooks import OutputHook, ReadyHook, rows_of, tensors_in, with_graph
 from distdl_lite.parallel.join import joined
-from distdl_lite.parallel.synchroniser import Options, Synchroniser
+from distdl_lite.parallel.options import Options
+from distdl_lite.parallel.synchroniser import Synchroniser
 from distdl_lite.partition import partition_of
 
 _KIND = operator.attrgetter("dtype", "device", "shape")

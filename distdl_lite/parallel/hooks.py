@@ -11,7 +11,7 @@ import torch
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from distdl_lite.autograd import ANCHOR, running_backward
-from distdl_lite.parallel.synchroniser import BAD_WEIGHT, as_weight
+from distdl_lite.parallel.options import BAD_WEIGHT, as_weight
 
 if TYPE_CHECKING:
     from distdl_lite.parallel.data_parallel import DataParallel

@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import gc
 import itertools
 import math
-import weakref
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 
 from distdl_lite.agreement import raise_together
-from distdl_lite.flat import is_writable
-from distdl_lite.optim.flat import average
 from distdl_lite.parallel.buckets import FIRST_BYTES, Bucket, filled
-from distdl_lite.parallel.copies import broadcast
+from distdl_lite.parallel.buffers import Buffers
+from distdl_lite.parallel.lanes import synchronisers
+from distdl_lite.parallel.options import BAD_WEIGHT, Options, as_weight
 from distdl_lite.transport import Team, Transport
 from distdl_lite.transport.abort import fail_at_exit
 from distdl_lite.transport.sums import Pending
@@ -27,35 +23,12 @@ Found = list[tuple[int, torch.Tensor | None]]  # parameters' numbers, and the su
 
 # A model with fewer gradients has its sums made where they are started: a thread takes 60 us to wake.
 INLINE_BYTES = 2 << 20
-SECONDS = 1800.0  # to wait for other ranks
 _SETTLED = "_distdl_settled"  # says of a gradient over which ranks it has been summed
 _CHANGED = (
-    "DataParallel: {} was changed, or its gradient taken away, within backward, before the gradient was summed over the ranks; "
+    "DataParallel: {} was changed, or its gradient taken away, within backward, before the gradient was summed; "
     "let optimizers step after backward"
 )
-BAD_WEIGHT = "DataParallel: the loss_weight of some rank is negative or not finite"
 _serials = itertools.count()
-LANES = 8  # containers whose sums may be under way at once; communicators are few
-
-
-@dataclass(frozen=True)
-class Options:
-    """Those of `DataParallel` that concern sums."""
-
-    average: str = "samples"
-    sync_buffers: str = "root"
-    engine: str = "auto"
-    overlap: bool = True
-    bucket_bytes: int = 4 << 20
-    comm_hook: Callable[[Bucket], None] | None = None
-    timeout: float | None = None
-    waits: bool = True  # for the sums, when backward ends: until then the gradients stay as they are
-
-
-def as_weight(value: Any) -> float:
-    """A rank's weight in the mean; where it is none, what makes the sum of all ranks' tell them so."""
-    weight = float(value)
-    return weight if 0 <= weight < math.inf else math.nan
 
 
 class Synchroniser:
@@ -67,9 +40,7 @@ class Synchroniser:
 
     Parameters
     ----------
-    names : sequence of str
-        Of the parameters.
-    parameters : sequence of torch.Tensor
+    names, parameters : sequence
     late : collection of int
         The numbers of parameters whose ``.grad`` is there only at the end of backward.
     buffers : callable
@@ -96,7 +67,8 @@ class Synchroniser:
         lane: int,
         is_weighed: bool = False,
     ) -> None:
-        self.names, self.parameters, self.late, self._find_buffers = names, parameters, frozenset(late), buffers
+        self.names, self.parameters, self.late = names, parameters, frozenset(late)
+        self.buffers = Buffers(buffers, options.sync_buffers)
         self.transport, self.team, self.options = transport, team, options
         self._divides = not is_weighed and options.average != "none"
         # The weights add up to one, so that what is in .grad on all ranks alike is still in their mean.
@@ -107,18 +79,15 @@ class Synchroniser:
         self._order: tuple[torch.Tensor, Pending] | None = None  # while it is on its way
         # Of gradients before their sum: about what the weights added up to last. A power of 2, which rounds nothing off.
         self._scale = 1.0
-        self.is_open = self.is_broken = False
-        self.has_failed = False  # on all ranks, in the last backward
+        self.is_open = self.is_broken = self.has_failed = False  # the last: on all ranks, in the last backward
         self.may_start = True  # before backward ends: the rows of all its forwards are known
         self.backward: int | None = None
         self.seen: dict[int, None] = {}  # parameters whose gradients have come in this backward
-        _synchronisers(transport).add(self)
+        synchronisers(transport).add(self)
         self.lane = f"copies {lane}"
         if team.size > 1:
             transport.open_sums(team, self.lane)
         self.serial = next(_serials)  # the same order on all ranks
-        self._known_buffers = self.buffers  # kept, lest others get their ids
-        self._versions = self._buffer_versions()
         self._plan([n for n, p in enumerate(parameters) if p.requires_grad][::-1])
 
     def __del__(self) -> None:
@@ -244,8 +213,8 @@ class Synchroniser:
                 self._take_back()
         if place == 0:
             trained = [float(p.requires_grad) for p in self.parameters]
-            changed = float(self._versions != self._buffer_versions())
-            if changed and not all(map(is_writable, self.buffers)):
+            changed = float(self.buffers.have_changed())
+            if changed and not self.buffers.are_writable():
                 self.fail("DataParallel: forward has put a sparse or expanded tensor into a buffer's place")
                 changed = -float(self.team.size)  # so that no rank waits for this one to take part
             bucket.header = [float(self._takes_part), self._leads, changed, *trained]
@@ -296,25 +265,21 @@ class Synchroniser:
     def _sum(
         self, flat: torch.Tensor, fill: Callable[[], None] | None = None, then: Callable[[], None] | None = None
     ) -> Pending:
-        return self.transport.start_sum(self.team, flat, self._sum_engine(), self.lane, fill, then)
-
-    def _sum_engine(self) -> str:
-        if self.engine == "inline" and self.options.timeout is not None:  # a blocking call could not be given up
-            return "auto"
-        return self.engine
+        # A blocking call could not be given up.
+        is_limited = self.engine == "inline" and self.options.timeout is not None
+        return self.transport.start_sum(self.team, flat, "auto" if is_limited else self.engine, self.lane, fill, then)
 
     def _wait(self, place: int) -> None:
         self._await(self._pending[place], f"bucket {place}", self.buckets[place])
 
     def _await(self, pending: Pending, what: str, bucket: Bucket) -> None:
-        seconds = SECONDS if self.options.timeout is None else self.options.timeout
-        if not pending.wait(seconds):
+        if not pending.wait(self.options.seconds):
             self.is_broken = True
             fail_at_exit(f"rank {self.transport.rank} ends with an error: a sum was not completed by all ranks")
             names = [self.names[n] for n in bucket.numbers]
             some = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
             raise TimeoutError(
-                f"rank {self.transport.rank}: {what} ({some}) was not reduced after {seconds:g} s: "
+                f"rank {self.transport.rank}: {what} ({some}) was not reduced after {self.options.seconds:g} s: "
                 f"some rank did not take part"
             )
 
@@ -334,7 +299,7 @@ class Synchroniser:
 
     def leave(self) -> int:
         """Meet the other ranks before all set up anew; how many of them were in a backward instead, and ended it."""
-        _synchronisers(self.transport).discard(self)
+        synchronisers(self.transport).discard(self)
         if self.team.size == 1 or self.is_broken:
             return 0
         self.begin(None, takes_part=False)
@@ -367,16 +332,13 @@ class Synchroniser:
         self._start_order()
         all_go_on = round(active) == self.team.size
         if changed > 0 and (all_go_on or (leads > 0 and self.options.sync_buffers == "root")):
-            self.sync_buffers()  # else join makes all equal in the end
+            self.buffers.synchronise(self.transport, self.team)  # else join makes all equal in the end
         return active > 0
 
     def confirm(self) -> int:
         """Wait until it is known on how many ranks backward has ended well; unless on all, its sums are of no use.
 
-        Raises
-        ------
-        Exception
-            That of a rank whose backward has failed as it should, on all ranks.
+        Where a rank has told of an error, all raise it.
         """
         last = len(self.buckets) - 1
         if last not in self._results:
@@ -486,45 +448,3 @@ class Synchroniser:
         (order, pending), self._order = self._order, None
         self._await(pending, "the order of the buckets", self.buckets[0])
         return order.tolist()
-
-    @property
-    def buffers(self) -> list[torch.Tensor]:
-        return list({id(b): b for b in self._find_buffers() if b is not None}.values())
-
-    def _buffer_versions(self) -> list[tuple[int, int]]:
-        return [(id(b), b._version) for b in self.buffers] if self.options.sync_buffers != "none" else []
-
-    def sync_buffers(self) -> None:
-        """Make the buffers equal on all ranks."""
-        means = self.options.sync_buffers == "mean"
-        buffers = self.buffers
-        averaged = [b for b in buffers if means and (b.is_floating_point() or b.is_complex())]
-        taken = [b for b in buffers if not any(b is other for other in averaged)]
-        with torch.no_grad(), torch.autograd._unsafe_preserve_version_counter(tuple(buffers)):
-            average(self.transport, self.team, averaged)
-            broadcast(self.transport, self.team, taken)
-        self._known_buffers, self._versions = buffers, self._buffer_versions()
-
-
-def _synchronisers(transport: Transport) -> weakref.WeakSet[Synchroniser]:
-    """Those of this rank that are alive."""
-    return transport.local.setdefault("synchronisers", weakref.WeakSet())
-
-
-def in_others(transport: Transport, named: Sequence[tuple[str, torch.Tensor]]) -> list[str]:
-    """The names of parameters that another container of this rank has."""
-
-    def found() -> list[str]:
-        held = {id(p) for other in _synchronisers(transport) for p in other.parameters}
-        return [name for name, p in named if id(p) in held]
-
-    if found():
-        gc.collect()  # it may be one that nobody uses any more
-    return found()
-
-
-def lanes_in_use(transport: Transport, team: Team) -> list[int]:
-    """The numbers of the lanes that a new container of the team should leave to others, as far as this rank knows."""
-    alive = [(other.team, other.lane) for other in _synchronisers(transport)]
-    used = [*alive, *transport.local.get("spoilt lanes", [])]
-    return [int(lane.split()[-1]) for others, lane in used if others is team]

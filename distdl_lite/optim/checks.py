@@ -1,0 +1,79 @@
+"""What `LocalSGD` may be given, and what must be the same on all ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from distdl_lite.flat import unwritable
+from distdl_lite.optim.flat import HALVES
+from distdl_lite.optim.flight import MERGES
+from distdl_lite.optim.schedule import check_int
+from distdl_lite.transport import Team, Transport
+from distdl_lite.transport.sums import ENGINES
+
+
+def check_tensors(optimizer: Any, buffers: Iterable[Any]) -> None:
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise TypeError(f"optimizer must be a torch.optim.Optimizer, not {optimizer!r}")
+    for buffer in buffers:
+        if not isinstance(buffer, torch.Tensor) or not (buffer.is_floating_point() or buffer.is_complex()):
+            raise TypeError(f"buffers must be floating-point tensors, not {buffer!r}")
+    if reason := unwritable((f"buffer {number}", buffer) for number, buffer in enumerate(buffers)):
+        raise ValueError(reason)
+
+
+def check_settings(schedule: Any, outer: Any, merge: Any, wire: Any, engine: Any) -> None:
+    if not callable(schedule):
+        raise TypeError(f"schedule must be a number of steps or a function, not {schedule!r}")
+    if outer is not None and not callable(outer) and not isinstance(outer, torch.optim.Optimizer):
+        raise TypeError(f"outer must be an optimizer or a function that makes one, not {outer!r}")
+    for name, value, known in (
+        ("merge", merge, tuple(MERGES)),
+        ("wire", wire, (None, torch.float32, *HALVES)),
+        ("engine", engine, ("auto", *ENGINES)),
+    ):
+        if value not in known:
+            raise ValueError(f"{name} must be one of {known}, not {value!r}")
+
+
+def check_numbers(delay: Any, chunk: Any, ranks_per_node: Any, timeout: Any) -> None:
+    check_int("delay", delay, 0)
+    for name, value in (("chunk", chunk), ("ranks_per_node", ranks_per_node)):
+        if value is not None:
+            check_int(name, value, 1)
+    if timeout is not None and not isinstance(timeout, (int, float)):
+        raise TypeError(f"timeout must be a number of seconds, not {timeout!r}")
+
+
+def told_of(
+    optimizer: torch.optim.Optimizer, learning: Sequence[torch.Tensor], buffers: Sequence[torch.Tensor]
+) -> dict[str, Any]:
+    """A rank's tensors that are averaged: their number, shapes, dtypes and names."""
+    groups = optimizer.param_groups
+    names = {id(p): name for g in groups for p, name in zip(g["params"], g.get("param_names", ()), strict=False)}
+    return {
+        "number of tensors": len(learning) + len(buffers),
+        **{f"tensor {n}": (tuple(t.shape), t.dtype) for n, t in enumerate((*learning, *buffers))},
+        **{f"the name of tensor {n}": names.get(id(p)) for n, p in enumerate(learning)},
+    }
+
+
+def check_same(transport: Transport, team: Team, mine: Mapping[str, Any], owner: str) -> None:
+    """Raise ValueError on all of the team unless all have the same; the text names the owner and what differs."""
+    told = transport.gather_objects(team, mine)
+    for rank, other in zip(team, told, strict=True):
+        for name, value in told[0].items():
+            if other.get(name) != value:
+                raise ValueError(
+                    f"{owner}: the ranks disagree: {name} is {other.get(name)} on rank {rank}, {value} on rank {team[0]}"
+                )
+
+
+def form_of(value: Any) -> Any:
+    """What two states must have in common to be of the same plan."""
+    if isinstance(value, list):
+        return [None if vector is None else tuple(vector.shape) for vector in value]
+    return None if value is None else "an optimizer"
