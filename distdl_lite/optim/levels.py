@@ -106,6 +106,6 @@ def levels_of(P: Partition, groups: Any = "node", ranks_per_node: int | None = N
 
 def _listed(P: Partition, groups: Any) -> list[list[int]]:
     try:
-        return [[P.ranks[rank] for rank in node] for node in groups if node.size]
+        return [[P.ranks[rank] for rank in node] for node in groups if len(node)]
     except (TypeError, IndexError):
         raise TypeError(f'groups must be "node", a Partition or lists of ranks, not {groups!r}') from None
