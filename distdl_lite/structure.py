@@ -138,11 +138,12 @@ def _by_axis(team: Team, P: Partition | None, mine: tuple[TensorStructure, ...],
     lengths: list[list[int]] = []
     if P is not None:
         lengths = [[UNSET] * n for n in ((1,) * _MORE_DIMS + P.shape)]
-        if P.index is not None and is_usual and mine:
+        here = P.grid_of_ranks.index(team.world.rank)  # whatever has become of the partition
+        if here is not None and is_usual and mine:
             numbers[: len(mine)] = map(_number_of, mine)
             shape = mine[0].shape
             is_usual = 0 <= len(shape) - P.dim <= _MORE_DIMS
-            index = (0,) * _MORE_DIMS + P.index
+            index = (0,) * _MORE_DIMS + here
             for axis in range(1, len(shape) + 1) if is_usual else ():
                 lengths[-axis][index[-axis]] = shape[-axis]
     numbers += [n for length in lengths for n in length]
