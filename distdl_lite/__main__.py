@@ -160,7 +160,7 @@ def _explanation(arguments: argparse.Namespace, X: lay.Layout, Y: lay.Layout, ra
 
 # ---- bench -----------------------------------------------------------------------------------------------------------
 
-_BENCHMARKS = ("primitives", "conv", "layers", "unet", "plan", "data_parallel", "tagi")
+_BENCHMARKS = ("primitives", "conv", "layers", "unet", "memory", "plan", "data_parallel", "tagi")
 
 
 def bench(arguments: argparse.Namespace) -> str | None:

@@ -19,15 +19,15 @@ _SIZE, _LEVELS, _CHANNELS = (872, 1000), 3, 8
 
 def rows(P: Partition, seconds: float) -> list[Row]:
     """A step over all ranks beside one on rank 0 alone, with the same number of threads, while the others sleep."""
-    ours = _step(P.grid((1, 1, P.size, 1)))
-    alone = _step(P.grid((1, 1, 1, 1), (0,))) if P.rank == 0 else lambda: None
-    cut, whole = interleaved(P.comm, [ours, partial(_while_others_sleep, P.comm, alone)], 20 * seconds)
+    ours = step_of(P.grid((1, 1, P.size, 1)))
+    alone = step_of(P.grid((1, 1, 1, 1), (0,))) if P.rank == 0 else lambda: None
+    cut, whole = interleaved(P.comm, [ours, partial(while_others_sleep, P.comm, alone)], 20 * seconds)
     bar, size = 1.8 if P.size == 2 else None, f"(1,3,{_SIZE[0]},{_SIZE[1]})"
     what, holds = f"U-Net on {P.size} ranks; other is one", None if bar is None else whole >= bar * cut
     return [Row(what, size, "training step", cut, whole, bar="" if bar is None else f"1/{bar} x", holds=holds)]
 
 
-def _while_others_sleep(comm: Any, call: Call) -> None:
+def while_others_sleep(comm: Any, call: Call) -> None:
     """MPI's own waiting would keep the other cores busy."""
     call()
     request = comm.Ibarrier()
@@ -35,11 +35,12 @@ def _while_others_sleep(comm: Any, call: Call) -> None:
         sleep(2e-3)
 
 
-def _step(P: Partition) -> Call:
+def step_of(P: Partition, size: tuple[int, int] = _SIZE) -> Call:
+    """A training step on this rank's block of a picture."""
     torch.manual_seed(0)
     net, loss = _UNet(P), dnn.DistributedMSELoss(P)
     optimizer = torch.optim.Adam(net.parameters(), lr=1e-3)
-    shape = 1, 3, *_SIZE
+    shape = 1, 3, *size
     x = torch.rand(shape)[P.block(shape)]
 
     def step() -> None:

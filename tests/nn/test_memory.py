@@ -13,6 +13,8 @@ from torch.utils._pytree import tree_iter
 from traffic import made
 
 import distdl_lite as dl
+from distdl_lite.bench.unet import step_of
+from distdl_lite.testing import spmd
 
 
 class LiveBytes(TorchDispatchMode):
@@ -130,3 +132,20 @@ def test_memory_of_large_blocks(world: dl.Partition) -> None:
     assert extra <= 16 * side + (1 << 15) < unit / 4
     extra, unit = extra_memory(world, "AllGather(P, axes_all_gather=(2,))", "Identity()", shape)
     assert extra >= 3 * unit
+
+
+def test_memory_of_a_network() -> None:
+    """A training step keeps nothing twice: its ranks share what one rank alone holds, but for halos."""
+
+    def peaks(world: dl.Partition, grid: tuple[int, int]) -> int:
+        step = step_of(world.grid((1, 1, *grid)), (416, 480))
+        step()
+        with LiveBytes() as live:
+            step()
+        return live.peak
+
+    (alone,), halves, quarters = (
+        spmd(a * b, lambda world, g=(a, b): peaks(world, g)) for a, b in ((1, 1), (1, 2), (2, 2))
+    )
+    assert max(halves) < 0.51 * alone, (halves, alone)
+    assert max(quarters) < 0.27 * alone, (quarters, alone)

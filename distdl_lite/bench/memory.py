@@ -1,0 +1,47 @@
+"""The most memory that a rank takes for training steps of a U-Net on 4, 2 and 1 of the ranks."""
+
+from __future__ import annotations
+
+import gc
+import resource
+from functools import partial
+
+from distdl_lite.bench.table import Row
+from distdl_lite.bench.unet import step_of, while_others_sleep
+from distdl_lite.partition import Partition
+
+RANKS = 1, 2, 4
+_SIZE = 1744, 2000
+_GRIDS = {1: (1, 1), 2: (1, 2), 4: (2, 2)}
+_BARS = {2: 0.53, 4: 0.29}
+
+
+def rows(P: Partition, seconds: float) -> list[Row]:
+    """The peak above what the program takes before; the fewer ranks, the higher it is, so one run shows all."""
+    before = _peak()
+    peaks: dict[int, float] = {}
+    for ranks in sorted((n for n in RANKS if n <= P.size), reverse=True):
+        part = P.grid((1, 1, *_GRIDS[ranks]))
+        while_others_sleep(P.comm, partial(_two_steps, part) if part.active else lambda: None)
+        peaks[ranks] = max(P.allgather_data(_peak() - before if part.active else 0.0) or ())
+    return [_row(ranks, peak, peaks[1]) for ranks, peak in sorted(peaks.items())]
+
+
+def _row(ranks: int, peak: float, alone: float) -> Row:
+    what, size, bar = f"U-Net on {ranks} ranks; other is one", f"(1,3,{_SIZE[0]},{_SIZE[1]})", _BARS.get(ranks)
+    if bar is None:
+        return Row(what, size, "training steps", peak, alone, "MiB")
+    return Row(what, size, "training steps", peak, alone, "MiB", f"{bar} x", peak <= bar * alone)
+
+
+def _two_steps(P: Partition) -> None:
+    step = step_of(P, _SIZE)
+    for _ in range(2):
+        step()
+    del step
+    gc.collect()
+
+
+def _peak() -> float:
+    """In MiB, of this process so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
