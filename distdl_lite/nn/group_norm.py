@@ -8,7 +8,7 @@ import torch
 
 from distdl_lite import layout as lay
 from distdl_lite.layout import Box, Dim, Layout, Shape
-from distdl_lite.nn.norm import channels_of_samples, samples_as_channels
+from distdl_lite.nn.norm import by_kernel, channels_of_samples, samples_as_channels
 from distdl_lite.nn.norm_base import Norm
 from distdl_lite.nn.options import integers
 from distdl_lite.partition import Partition
@@ -99,7 +99,7 @@ class DistributedGroupNorm(Norm):
         return channels_of_samples(parameter, x)
 
     def alone(self, x: torch.Tensor, *held: torch.Tensor | None) -> torch.Tensor:
-        return torch.group_norm(x, x.shape[1] // self._size, *held, self.eps)
+        return by_kernel(torch.group_norm, x, x.shape[1] // self._size, *held, self.eps)
 
     def extra_repr(self) -> str:
         return f"{self.num_groups}, {self.num_channels}, eps={self.eps}, affine={self.affine}, P_x={self.P_x.shape}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -205,10 +206,7 @@ class DistributedBatchNorm(_RunningNorm):
     def alone(self, x: torch.Tensor, *held: torch.Tensor | None) -> torch.Tensor:
         weight, bias, mean, var = held
         factor = self.factor() if self.tracks else 0.0
-        y = F.batch_norm(unhidden(x), mean, var, weight, bias, self.training or mean is None, factor, self.eps)
-        if 1 in x.shape and y.requires_grad:
-            y.register_hook(unhidden)
-        return y
+        return by_kernel(F.batch_norm, x, mean, var, weight, bias, self.training or mean is None, factor, self.eps)
 
 
 class DistributedInstanceNorm(_RunningNorm):
@@ -289,6 +287,14 @@ class DistributedInstanceNorm(_RunningNorm):
         # In four dims or more torch's kernel would mistake some memory; see `unhidden`.
         y = F.instance_norm(x.flatten(2), *running, weight, bias, self.uses_batch, self.factor(), self.eps)
         return y.view(x.shape)
+
+
+def by_kernel(kernel: Callable[..., torch.Tensor], x: torch.Tensor, *arguments: Any) -> torch.Tensor:
+    """A kernel of torch applied to a block, with strides that tell the order of its memory, and of its gradient's."""
+    y = kernel(unhidden(x), *arguments)
+    if 1 in x.shape and y.requires_grad:
+        y.register_hook(unhidden)
+    return y
 
 
 def unhidden(x: torch.Tensor) -> torch.Tensor:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -64,11 +63,10 @@ def convolved(
     cuts = d.cuts(x.shape, P_x.shape, uneven)
     asks = d.chance(0.3) and "Transpose" in name
     size = requested(d, space, options) if asks else None
-    asked = partial(Asked, size=size) if asks else lambda layer: layer
     return Twins(
         described(name, (ins, outs, options, size), [x], cuts, *partitions),
-        lambda: asked(getattr(dnn, f"Distributed{name}")(P_x, ins, outs, P_y=P_y, P_w=P_w, **options)),
-        lambda: asked(getattr(torch.nn, name)(ins, outs, **options)),
+        lambda: asked(getattr(dnn, f"Distributed{name}")(P_x, ins, outs, P_y=P_y, P_w=P_w, **options), size),
+        lambda: asked(getattr(torch.nn, name)(ins, outs, **options), size),
         [x],
         [block(P_x, cuts)],
         even(P_y or P_x),
@@ -78,15 +76,12 @@ def convolved(
     )
 
 
-class Asked(torch.nn.Module):
-    """A transposed convolution that is asked for outputs of some size."""
-
-    def __init__(self, layer: torch.nn.Module, size: Sequence[int]) -> None:
-        super().__init__()
-        self.layer, self.size = layer, size
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.layer(x, output_size=self.size)
+def asked(layer: torch.nn.Module, size: Sequence[int] | None) -> torch.nn.Module:
+    """A transposed convolution that is asked for outputs of some size, if one is given."""
+    if size is not None:
+        forward = layer.forward
+        layer.forward = lambda x: forward(x, size)
+    return layer
 
 
 def requested(d: Draw, space: Sequence[int], options: dict[str, Any]) -> tuple[int, ...]:
