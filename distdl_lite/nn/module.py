@@ -137,8 +137,6 @@ class Module(torch.nn.Module):
         self._distdl_agrees_each = on
         return self
 
-    # The call.
-
     @_agreed
     def forward(self, x: Any) -> Any:
         """Run what set-up returned."""
@@ -201,8 +199,6 @@ class Module(torch.nn.Module):
                     f"where P.block(shape) is None and dl.zero_volume_tensor() is passed"
                 )
 
-    # The agreement.
-
     def _distdl_input_changed(self, input: tuple[Any, ...], kwargs: Mapping[str, Any] | None = None) -> bool:
         """Whether the global structure differs from the one set up for; the layer's ranks agree on it."""
         team = self._distdl_team
@@ -218,8 +214,6 @@ class Module(torch.nn.Module):
                 ride.keys[place] = key  # type: ignore[index]
         self.__dict__["_distdl_next_key"] = key
         return key != self._distdl_key
-
-    # Set-up.
 
     def _distdl_module_requires_reset(self, input: tuple[Any, ...]) -> bool:
         """Whether the structure agreed on last is not among those whose set-up is kept."""
