@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -47,21 +45,19 @@ def on_group(size: int, ranks: Callable[[int], list[int]] = lambda size: list(ra
 
 
 def beside_gloo(body: Callable[[Any, Any], None]) -> Callable[[], None]:
-    """Run ``test(group, gloo)`` on two ranks; gloo's processes find each other by a file."""
+    """Run ``test(group, gloo)`` on two ranks; gloo's processes find each other by rank 0's store."""
 
     @pytest.mark.mpi(min_size=2)
     def test() -> None:
         P = dl.Partition().create_partition_inclusive([0, 1])
         if not P.active:
             return
-        folder = P.broadcast_data(tempfile.mkdtemp() if P.rank == 0 else None)
         os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-        try:
-            with group_over(P, store=dist.FileStore(f"{folder}/store", 2)) as group:
-                body(group, dist.new_group(backend="gloo"))
-        finally:
-            if P.rank == 0:
-                shutil.rmtree(folder)
+        # Not a FileStore: the last rank to leave would wait, holding the GIL, for a file that the first has removed.
+        store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False) if P.rank == 0 else None
+        port = P.broadcast_data(store and store.port)
+        with group_over(P, store=store or dist.TCPStore("localhost", port)) as group:
+            body(group, dist.new_group(backend="gloo"))
 
     test.__doc__, test.__name__ = body.__doc__, body.__name__
     return test
