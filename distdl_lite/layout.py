@@ -218,9 +218,6 @@ def _without(box: Box, cover: Box) -> Iterator[Box]:
                 yield (*common[:dim], side, *box[dim + 1 :])
 
 
-# ---- layouts from cut points and from local shapes -------------------------------------------------------------------
-
-
 def ranges_of(cuts: Sequence[int]) -> tuple[Range, ...]:
     """Ranges between cut points.
 
@@ -323,9 +320,6 @@ def cuts_from_shapes(grid: Grid, shapes: Mapping[int, Shape]) -> tuple[tuple[int
     return tuple(tuple(accumulate(length, initial=0)) for length in lengths)
 
 
-# ---- layouts from layouts --------------------------------------------------------------------------------------------
-
-
 def global_shape_of(layout: Layout) -> Shape:
     """The shape that the layout's boxes cover."""
     return tuple(max((stop for _, stop in dim.ranges), default=0) for dim in layout.dims)
@@ -378,16 +372,15 @@ def bounded(dim: Dim, length: int, boundary: str) -> Dim:
 def _read(wanted: Range, length: int, boundary: str) -> Range:
     """The range inside ``[0, length)`` that a clipped, reflected or replicated one reads."""
     start, stop = wanted
-    if start >= stop:
-        return min(max(start, 0), length), min(max(start, 0), length)
     low, high = min(max(start, 0), length), max(min(stop, length), 0)
-    reach = {"none": 0, "replicate": 1, "reflect": 1}[boundary]
-    left, right = max(-start, 0), max(stop - length, 0)
-    mirrored = boundary == "reflect"
-    if reach and left:
-        high = max(high, left + 1 if mirrored else 1)
-    if reach and right:
-        low = min(low, length - 1 - right if mirrored else length - 1)
+    if start >= stop:
+        return low, low
+
+    def depth(outside: int) -> int:
+        """How far from the edge the points are that so many points outside it are read from."""
+        return 0 if boundary == "none" or outside <= 0 else 1 if boundary == "replicate" else outside + 1
+
+    low, high = min(low, length - depth(stop - length)), max(high, depth(-start))
     return low, max(low, high)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Callable, Iterable, Sequence
-from functools import cached_property
+from functools import cached_property, reduce
 from typing import Any, NamedTuple
 
 from distdl_lite.grid import Grid, balanced, compact, ravel, unravel
@@ -72,14 +72,14 @@ class Partition:
 
     def _derive(
         self, ranks: Iterable[int], shape: Sequence[int] | None = None, periods: Sequence[bool] | None = None
-    ) -> Partition:
-        """A partition of this one's world over other ranks of it."""
+    ) -> CartesianPartition:
+        """A partition of this one's world over other ranks of it, which is no grid unless it is given a shape."""
         ranks = compact(ranks)
-        made = object.__new__(Partition if shape is None else CartesianPartition)
+        made: Any = object.__new__(Partition if shape is None else CartesianPartition)
         grid = Grid((len(ranks),) if shape is None else tuple(shape), ranks)
         made._set(self.world_transport, grid, None if periods is None else tuple(map(bool, periods)))
         made.line = self.line
-        return made
+        return made  # type: ignore[no-any-return]
 
     @staticmethod
     def world() -> Partition:
@@ -123,8 +123,6 @@ class Partition:
 
     _comm = comm
 
-    # ---- other teams -------------------------------------------------------------------------------------------------
-
     def create_partition_inclusive(self, ranks: Iterable[int]) -> Partition:
         """The team of the given ranks of this partition, in the given order.
 
@@ -133,16 +131,13 @@ class Partition:
         ValueError
             If a rank is not in ``range(size)`` or named twice.
         """
-        return self._derive(self._chosen(ranks))
-
-    def _chosen(self, ranks: Iterable[int]) -> list[int]:
         chosen = integers_of("ranks", ranks)
         outside = sorted({rank for rank in chosen if not 0 <= rank < self.size})
         if outside:
             raise ValueError(f"ranks {outside} are not in a partition of {self.size} ranks")
         if len(set(chosen)) != len(chosen):
             raise ValueError(f"ranks {chosen} name a rank twice")
-        return [self.ranks[rank] for rank in chosen]
+        return self._derive(self.ranks[rank] for rank in chosen)
 
     def create_partition_union(self, other: Partition) -> Partition:
         """This partition's ranks, then the other's new ones.
@@ -173,9 +168,7 @@ class Partition:
             raise ValueError(f"a grid of shape {shape} does not fit a partition of {self.size} ranks")
         if periods is not None and len(periods) != len(shape):
             raise ValueError(f"periods {tuple(periods)} do not fit a grid of shape {shape}")
-        made = self._derive(self.ranks, shape, periods)
-        assert isinstance(made, CartesianPartition)
-        return made
+        return self._derive(self.ranks, shape, periods)
 
     def grid(
         self, shape: Iterable[int], ranks: Iterable[int] | None = None, periods: Sequence[bool] | None = None
@@ -197,8 +190,6 @@ class Partition:
         team = self.create_partition_inclusive(range(needed) if ranks is None else ranks)
         return team.create_cartesian_topology_partition(shape, periods)
 
-    # ---- small host data ---------------------------------------------------------------------------------------------
-
     def allgather_data(self, data: Any) -> list[Any] | None:
         """The values that the members passed, in team order; None on a rank outside. For small host data."""
         if not self.active:
@@ -210,12 +201,7 @@ class Partition:
     def allreduce_data(self, data: Any, op: Callable[[Any, Any], Any]) -> Any:
         """`op` folded over what the members passed, in team order; None on a rank outside."""
         values = self.allgather_data(data)
-        if values is None:
-            return None
-        result = values[0]
-        for value in values[1:]:
-            result = op(result, value)
-        return result
+        return None if values is None else reduce(op, values)
 
     def broadcast_data(self, data: Any, root: int = 0, P_data: Partition | None = None) -> Any:
         """The value that rank `root` of `P_data` (None: this partition) passed, on the members of both; None elsewhere.
@@ -228,12 +214,8 @@ class Partition:
         source = self if P_data is None else P_data
         if not 0 <= root < source.size:
             raise ValueError(f"root {root} is not in a partition of {source.size} ranks")
-        both = source.create_partition_union(self)
-        mine = data if source.rank == root else None
-        values = both.allgather_data(mine)
+        values = source.create_partition_union(self).allgather_data(data if source.rank == root else None)
         return None if values is None else values[root]
-
-    # ---- life --------------------------------------------------------------------------------------------------------
 
     def deactivate(self) -> None:
         """Make this rank a rank outside the partition, from its own point of view; layers made with it go on as before."""
@@ -318,15 +300,12 @@ class CartesianPartition(Partition):
         if len(keep) != self.dim:
             raise ValueError(f"keep={tuple(keep)} does not have one bool per axis of a grid of shape {self.shape}")
         kept = [axis for axis in range(self.dim) if keep[axis]]
-        ranks: Iterable[int] = ()
-        if self.index is not None:
-            ranks = self.grid_of_ranks.members({a: self.index[a] for a in range(self.dim) if not keep[a]})
+        fixed = {a: i for a, i in enumerate(self.index or ()) if not keep[a]}
+        ranks = self.grid_of_ranks.members(fixed) if self.active else ()
         made = self._derive(ranks, [self.shape[a] for a in kept], [self.periods[a] for a in kept])
-        assert isinstance(made, CartesianPartition)
         if any(n > 1 and a not in kept for a, n in enumerate(self.shape)):
-            made.line = Line(
-                tuple(sorted(made.ranks)), tuple(sorted(self.ranks)) if self.line is None else self.line[1]
-            )
+            everywhere = self.line.everywhere if self.line else tuple(sorted(self.ranks))
+            made.line = Line(tuple(sorted(made.ranks)), everywhere)
         return made
 
     def create_allreduction_partition(self, axes: Iterable[int]) -> CartesianPartition:
@@ -354,10 +333,8 @@ class CartesianPartition(Partition):
 
     def block(self, global_shape: Sequence[int]) -> tuple[slice, ...] | None:
         """This rank's balanced block of a tensor as slices, None if inactive: ``x_local = x_global[P.block(x.shape)]``."""
-        cuts = self.bounds(global_shape)
-        if self.index is None:
-            return None
-        return tuple(slice(cut[i], cut[i + 1]) for cut, i in zip(cuts, self.index, strict=True))
+        cuts, index = self.bounds(global_shape), self.index
+        return None if index is None else tuple(slice(*cut[i : i + 2]) for cut, i in zip(cuts, index, strict=True))
 
 
 def _unpickle(

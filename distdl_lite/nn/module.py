@@ -35,6 +35,12 @@ class _Built:
     keys: dict[Place, int] = field(default_factory=dict)
 
 
+_NOTHING_BUILT = _Built(None, Structure(-1, ()))
+_OF_SET_UP = {
+    f"_distdl_{n}" for n in ["key", "next_key", "built", "kept", "parts", "vote", "team", "transport", "is_inside"]
+}
+
+
 def _agreed(forward: Callable[..., Any]) -> Callable[..., Any]:
     """The forward of a module, after its ranks have agreed on the structure of what it is given and set up for it."""
 
@@ -81,15 +87,16 @@ class Module(torch.nn.Module):
 
     _distdl_is_cut = True  # whether the first argument is in blocks over the first partition, one axis for each dim
     _distdl_free = frozenset[str]()  # options that only forward reads, which may be changed
-    _distdl_key: int | None  # of the structure set up for
-    _distdl_next_key: int  # of that agreed on
-    _distdl_built: _Built
+    # What set-up leaves, which is neither pickled nor copied.
+    _distdl_key: int | None = None  # of the structure set up for
+    _distdl_next_key = 0  # of that agreed on
+    _distdl_built = _NOTHING_BUILT
     _distdl_kept: OrderedDict[int, _Built]
-    _distdl_parts: list[Any] | None  # this rank's part of the structure at its last vote
-    _distdl_vote: int
-    _distdl_team: Team
+    _distdl_parts: list[Any] | None = None  # this rank's part of the structure at its last vote
+    _distdl_vote = 0
+    _distdl_team: Team = None  # type: ignore[assignment]
     _distdl_transport: Transport
-    _distdl_is_inside: bool
+    _distdl_is_inside = False
 
     def __init__(self, *partitions: Partition | None) -> None:
         super().__init__()
@@ -106,7 +113,6 @@ class Module(torch.nn.Module):
             made["modules"] += 1
             self._distdl_number = made["modules"]
         self._distdl_agrees_each = False
-        self.__dict__.update(_unbuilt())
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -126,7 +132,7 @@ class Module(torch.nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """Plans, requests and buffers are neither pickled nor copied."""
-        return {**self.__dict__, **_unbuilt()}
+        return {name: value for name, value in self.__dict__.items() if name not in _OF_SET_UP}
 
     def _refuse(self, why: str, kind: type[Exception] = ValueError) -> Exception:
         """The error of a layer that cannot do what it is asked for."""
@@ -185,7 +191,7 @@ class Module(torch.nn.Module):
         given = [P for layer in layers for P in layer._distdl_partitions]
         check_same_world(*given)
         world = given[0].world_transport if given else current()
-        self._distdl_transport = world
+        self._distdl_transport, self._distdl_kept = world, OrderedDict()
         self._distdl_team = union_of_teams(*given) if given else world.team(())
         self._distdl_is_inside = world.rank in self._distdl_team
 
@@ -286,23 +292,5 @@ class Module(torch.nn.Module):
         return saved_here(input[0]), *input[1:]
 
 
-_NOTHING_BUILT = _Built(None, Structure(-1, ()))
-
-
 def _no_forward(layer: Module, *input: Any) -> Any:
     raise NotImplementedError(f"{type(layer).__name__} has neither a forward nor a set-up that returns a call")
-
-
-def _unbuilt() -> dict[str, Any]:
-    """The attributes of a module that has not been set up."""
-    return {
-        "_distdl_key": None,
-        "_distdl_next_key": None,
-        "_distdl_built": _NOTHING_BUILT,
-        "_distdl_kept": OrderedDict(),
-        "_distdl_parts": None,
-        "_distdl_vote": 0,
-        "_distdl_team": None,
-        "_distdl_transport": None,
-        "_distdl_is_inside": False,
-    }

@@ -61,23 +61,20 @@ class Broadcast(Movement):
     ) -> None:
         super().__init__(P_x, P_y, preserve_batch)
         self.transpose_src, self.transpose_dest = transpose_src, transpose_dest
-        self._source = P_x.grid_of_ranks.transposed() if transpose_src else P_x.grid_of_ranks
-        self._target = P_y.grid_of_ranks.transposed() if transpose_dest else P_y.grid_of_ranks
-        self._match()
-
-    def _match(self) -> None:
+        source = P_x.grid_of_ranks.transposed() if transpose_src else P_x.grid_of_ranks
+        target = P_y.grid_of_ranks.transposed() if transpose_dest else P_y.grid_of_ranks
         name = type(self).__name__
-        self._teams = self._matched(name)
-        dim = max(self._source.dim, self._target.dim)
-        self._source, self._target = self._source.padded(dim), self._target.padded(dim)
+        self._teams = self._matched(name, source, target)
+        dim = max(source.dim, target.dim)
+        self._source, self._target = source.padded(dim), target.padded(dim)
         long = [axis for axis in self._teams if self._source.shape[axis] > 1]
-        if (self.transpose_src or self.transpose_dest) and len(long) > 1:
+        if (transpose_src or transpose_dest) and len(long) > 1:
             raise ValueError(
                 f"{name}: transposed, with axes {long} matched, it is ambiguous which ranks belong together"
             )
 
-    def _matched(self, name: str) -> tuple[int, ...]:
-        return _matched_axes(name, self._source, self._target)
+    def _matched(self, name: str, source: Grid, target: Grid) -> tuple[int, ...]:
+        return _matched_axes(name, source, target)
 
     def layouts(self, shapes: Mapping[int, Shape]) -> tuple[Layout, Layout]:
         by_team = _shape_of_teams(type(self).__name__, self._source, self._teams, shapes)
@@ -93,8 +90,8 @@ class SumReduce(Broadcast):
     Parameters, errors: as `Broadcast`, with the matching rule reversed; a ValueError also where shapes in a team differ.
     """
 
-    def _matched(self, name: str) -> tuple[int, ...]:
-        return _matched_axes(name, self._target, self._source)
+    def _matched(self, name: str, source: Grid, target: Grid) -> tuple[int, ...]:
+        return _matched_axes(name, target, source)
 
 
 def _shape_of_teams(
@@ -111,7 +108,30 @@ def _shape_of_teams(
     return {key: shape for key, (_, shape) in found.items()}
 
 
-class AllSumReduce(Movement):
+class _AlongAxes(Movement):
+    """Base of the primitives over some axes of one partition, given them or those that are kept."""
+
+    def __init__(
+        self, P_x: Partition, moved: Iterable[int] | None, kept: Iterable[int] | None, moved_name: str
+    ) -> None:
+        super().__init__(P_x, P_x)
+        name = type(self).__name__
+        if (moved is None) == (kept is None):
+            raise ValueError(f"{name}: exactly one of {moved_name} and axes_keep must be given")
+        given_name, given = (moved_name, moved) if kept is None else ("axes_keep", kept)
+        if not isinstance(given, Iterable) or isinstance(given, str):
+            raise TypeError(f"{name}: {given_name}={given!r} is no sequence of axes")
+        try:
+            axes = check_axes(given, P_x.dim)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
+        self.axes_keep = axes if kept is not None else tuple(axis for axis in range(P_x.dim) if axis not in axes)
+
+    def extra_repr(self) -> str:
+        return f"P_x={self.P_x.shape}, axes_keep={self.axes_keep}"
+
+
+class AllSumReduce(_AlongAxes):
     """The sum over the ranks of P_x that differ in the reduced axes, on all of them. Its own adjoint.
 
     Parameters
@@ -129,35 +149,15 @@ class AllSumReduce(Movement):
     def __init__(
         self, P_x: Partition, axes_reduce: Iterable[int] | None = None, axes_keep: Iterable[int] | None = None
     ) -> None:
-        super().__init__(P_x, P_x)
-        self.axes_keep = _kept_axes("AllSumReduce", P_x, axes_reduce, axes_keep, "axes_reduce")
+        super().__init__(P_x, axes_reduce, axes_keep, "axes_reduce")
 
     def layouts(self, shapes: Mapping[int, Shape]) -> tuple[Layout, Layout]:
         grid = self.P_x.grid_of_ranks
         X = lay.copies(grid, self.axes_keep, _shape_of_teams("AllSumReduce", grid, self.axes_keep, shapes))
         return X, X
 
-    def extra_repr(self) -> str:
-        return f"P_x={self.P_x.shape}, axes_keep={self.axes_keep}"
 
-
-def _kept_axes(
-    name: str, P_x: Partition, moved: Iterable[int] | None, kept: Iterable[int] | None, moved_name: str
-) -> tuple[int, ...]:
-    """The axes of a partition that stay, given either them or the others."""
-    if (moved is None) == (kept is None):
-        raise ValueError(f"{name}: exactly one of {moved_name} and axes_keep must be given")
-    given_name, given = (moved_name, moved) if kept is None else ("axes_keep", kept)
-    if not isinstance(given, Iterable) or isinstance(given, str):
-        raise TypeError(f"{name}: {given_name}={given!r} is no sequence of axes")
-    try:
-        axes = check_axes(given, P_x.dim)
-    except ValueError as error:
-        raise ValueError(f"{name}: {error}") from error
-    return axes if kept is not None else tuple(axis for axis in range(P_x.dim) if axis not in axes)
-
-
-class AllGather(Movement):
+class AllGather(_AlongAxes):
     """The concatenation of P_x's blocks along the gathered axes, on all the ranks that differ there.
 
     Its adjoint is `ReduceScatter`.
@@ -178,8 +178,7 @@ class AllGather(Movement):
     def __init__(
         self, P_x: Partition, axes_all_gather: Iterable[int] | None = None, axes_keep: Iterable[int] | None = None
     ) -> None:
-        super().__init__(P_x, P_x)
-        self.axes_keep = _kept_axes("AllGather", P_x, axes_all_gather, axes_keep, "axes_all_gather")
+        super().__init__(P_x, axes_all_gather, axes_keep, "axes_all_gather")
 
     def layouts(self, shapes: Mapping[int, Shape]) -> tuple[Layout, Layout]:
         grid = self.P_x.grid_of_ranks
@@ -187,10 +186,8 @@ class AllGather(Movement):
         X = Layout(grid, X.dims, self.axes_keep)
         return X, lay.gathered(X, [axis for axis in range(grid.dim) if axis not in self.axes_keep])
 
-    extra_repr = AllSumReduce.extra_repr
 
-
-class ReduceScatter(Movement):
+class ReduceScatter(_AlongAxes):
     """The sum over the ranks that differ in the scattered axes, cut in balanced blocks along these axes.
 
     Every rank passes a tensor that is whole along the scattered axes. The adjoint is `AllGather`.
@@ -211,8 +208,7 @@ class ReduceScatter(Movement):
     def __init__(
         self, P_x: Partition, axes_reduce_scatter: Iterable[int] | None = None, axes_keep: Iterable[int] | None = None
     ) -> None:
-        super().__init__(P_x, P_x)
-        self.axes_keep = _kept_axes("ReduceScatter", P_x, axes_reduce_scatter, axes_keep, "axes_reduce_scatter")
+        super().__init__(P_x, axes_reduce_scatter, axes_keep, "axes_reduce_scatter")
 
     def layouts(self, shapes: Mapping[int, Shape]) -> tuple[Layout, Layout]:
         grid = self.P_x.grid_of_ranks
@@ -230,8 +226,6 @@ class ReduceScatter(Movement):
             dims_x.append(lay.Dim(((0, cut[1]),)))
             dims_y.append(lay.Dim(lay.ranges_of(balanced(cut[1], grid.shape[axis])), (axis,)))
         return Layout(grid, tuple(dims_x), self.axes_keep), Layout(grid, tuple(dims_y), self.axes_keep)
-
-    extra_repr = AllSumReduce.extra_repr
 
 
 class Repartition(Movement):
