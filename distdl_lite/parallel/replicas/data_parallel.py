@@ -16,14 +16,21 @@ from distdl_lite.agreement import refused_together
 from distdl_lite.autograd import at_end_of_backward, running_backward, running_backward_accumulates
 from distdl_lite.nn.movement import zero_volume_tensor
 from distdl_lite.nn.sync_batch_norm import SyncBatchNorm
-from distdl_lite.parallel.alike import agreed, check_equal, line_of, summed_by_container, summed_by_layers, told_of
-from distdl_lite.parallel.arguments import check_arguments, check_ranks, listed, update_of
-from distdl_lite.parallel.buckets import Bucket
-from distdl_lite.parallel.deferred import Deferral
-from distdl_lite.parallel.hooks import OutputHook, ReadyHook, rows_of, tensors_in, with_graph
-from distdl_lite.parallel.join import joined
-from distdl_lite.parallel.options import Options
-from distdl_lite.parallel.synchroniser import Synchroniser
+from distdl_lite.parallel.replicas.alike import (
+    agreed,
+    check_equal,
+    line_of,
+    summed_by_container,
+    summed_by_layers,
+    told_of,
+)
+from distdl_lite.parallel.replicas.bucket import Bucket
+from distdl_lite.parallel.replicas.checks import check_arguments, check_ranks, listed, update_of
+from distdl_lite.parallel.replicas.deferral import Deferral
+from distdl_lite.parallel.replicas.hooks import OutputHook, ReadyHook, rows_of, tensors_in, with_graph
+from distdl_lite.parallel.replicas.join import joined
+from distdl_lite.parallel.replicas.options import Options
+from distdl_lite.parallel.replicas.synchroniser import Synchroniser
 from distdl_lite.partition import partition_of
 
 _KIND = operator.attrgetter("dtype", "device", "shape")

@@ -8,12 +8,11 @@ from typing import Any
 
 import torch
 
-from distdl_lite.flat import unwritable
+from distdl_lite.buckets import broadcast, unwritable
 from distdl_lite.model.replicas import checksum
 from distdl_lite.nn.parameter import Layer
-from distdl_lite.parallel.copies import broadcast
-from distdl_lite.parallel.lanes import LANES, in_others, lanes_in_use
-from distdl_lite.parallel.options import Options
+from distdl_lite.parallel.replicas.lanes import LANES, in_others, lanes_in_use
+from distdl_lite.parallel.replicas.options import Options
 from distdl_lite.partition import Partition
 from distdl_lite.transport import Team, Transport
 

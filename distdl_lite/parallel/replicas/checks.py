@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from distdl_lite.parallel.deferred import DataParallelOptimizer
+from distdl_lite.heat.deferred import DataParallelOptimizer
 from distdl_lite.partition import Partition
 from distdl_lite.transport.sums import ENGINES
 

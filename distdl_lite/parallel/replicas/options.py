@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from distdl_lite.parallel.buckets import Bucket
+from distdl_lite.parallel.replicas.bucket import Bucket
 
 BAD_WEIGHT = "DataParallel: the loss_weight of some rank is negative or not finite"
 
