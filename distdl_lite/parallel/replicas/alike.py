@@ -19,9 +19,9 @@ from distdl_lite.transport import Team, Transport
 
 def told_of(options: Options, optimizers: Sequence[Any], module: torch.nn.Module) -> dict[str, Any]:
     """A rank's options, and which optimizer updates each of the parameters; the optimizer's order is each rank's own."""
-    names, hook = ("average", "sync_buffers", "engine", "overlap", "timeout"), options.comm_hook
+    hook = options.comm_hook
     return {
-        **{name: getattr(options, name) for name in names},
+        **vars(options),
         "bucket_mb": options.bucket_bytes / 2**20,
         "comm_hook": hook and getattr(hook, "__qualname__", type(hook).__qualname__),
         **_owners(optimizers, module.named_parameters()),

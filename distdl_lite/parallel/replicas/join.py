@@ -10,7 +10,7 @@ import torch
 
 from distdl_lite.buckets import broadcast, broadcast_structure
 from distdl_lite.parallel.replicas.alike import check_same, order
-from distdl_lite.parallel.replicas.checks import listed
+from distdl_lite.parallel.replicas.options import listed
 from distdl_lite.parallel.replicas.synchroniser import Synchroniser
 
 if TYPE_CHECKING:
