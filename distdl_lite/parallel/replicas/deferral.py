@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -45,21 +45,20 @@ class Deferral:
         self.others.add(self)
         ref = weakref.ref(self)
         numbers = {id(p): n for n, p in enumerate(sync.parameters)}
-        for owner in module.modules():
-            if owner._parameters:  # it may use those of the layers inside it, too, without calling them
-                found = tuple(numbers[id(p)] for p in owner.parameters() if id(p) in numbers)
-                self._handles.append(owner.register_forward_pre_hook(_Call(ref, found)))
-            if owner._parameters or owner is module:
-                self._flush_before_states(owner)
+        owners: list[Any] = [layer for layer in module.modules() if layer._parameters or layer is module]
+        for layer in owners:
+            if layer._parameters:  # it may use those of the layers inside it, too, without calling them
+                found = [numbers[id(p)] for p in layer.parameters() if id(p) in numbers]
+                called = _Hook(ref, lambda deferral, _, found=found: deferral.call(found))  # type: ignore[misc]
+                self._handles.append(layer.register_forward_pre_hook(called))
         for optimizer in optimizers:
             optimizer._deferrals.add(self)
-            self._flush_before_states(optimizer.torch_optimizer)
-            self._handles.append(optimizer.torch_optimizer.register_step_pre_hook(_Step(ref)))
-
-    def _flush_before_states(self, owner: torch.nn.Module | torch.optim.Optimizer) -> None:
-        flush = _Flush(weakref.ref(self))
-        self._handles.append(owner.register_state_dict_pre_hook(flush))
-        self._handles.append(owner.register_load_state_dict_pre_hook(flush))
+            owners.append(optimizer.torch_optimizer)
+            self._handles.append(owners[-1].register_step_pre_hook(_Hook(ref, Deferral.before_step)))
+        for owner in owners:
+            flush = _Hook(ref, lambda deferral, _: deferral.flush())
+            self._handles.append(owner.register_state_dict_pre_hook(flush))
+            self._handles.append(owner.register_load_state_dict_pre_hook(flush))
 
     def remove(self) -> None:
         self.others.discard(self)
@@ -281,51 +280,19 @@ def _version(grad: torch.Tensor | None) -> int:
 
 
 class _Hook:
-    """A hook that neither keeps what it serves alive nor is copied or pickled with a module."""
+    """A hook that does not keep the deferral alive that it calls; in a copy of its module or optimizer it calls none."""
 
-    def __init__(self, deferral: weakref.ref[Deferral]) -> None:
-        self._deferral = deferral
+    def __init__(
+        self,
+        deferral: Callable[[], Deferral | None] = lambda: None,
+        call: Callable[[Deferral, Any], None] | None = None,
+    ) -> None:
+        self._deferral, self._call = deferral, call
+
+    def __call__(self, owner: Any, *args: Any) -> None:
+        deferral = self._deferral()
+        if deferral is not None and self._call is not None:
+            self._call(deferral, owner)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _Idle, ()
-
-
-class _Idle(_Hook):
-    """What stands in a copy."""
-
-    def __init__(self) -> None:
-        pass
-
-    def __call__(self, *args: Any) -> None:
-        pass
-
-
-class _Call(_Hook):
-    """A layer's forward begins."""
-
-    def __init__(self, deferral: weakref.ref[Deferral], numbers: tuple[int, ...]) -> None:
-        super().__init__(deferral)
-        self._numbers = numbers
-
-    def __call__(self, module: torch.nn.Module, inputs: Any) -> None:
-        deferral = self._deferral()
-        if deferral is not None:
-            deferral.call(self._numbers)
-
-
-class _Step(_Hook):
-    """An optimizer is about to step."""
-
-    def __call__(self, optimizer: torch.optim.Optimizer, *args: Any) -> None:
-        deferral = self._deferral()
-        if deferral is not None:
-            deferral.before_step(optimizer)
-
-
-class _Flush(_Hook):
-    """Somebody reads the parameters or the optimizer's state."""
-
-    def __call__(self, *args: Any) -> None:
-        deferral = self._deferral()
-        if deferral is not None:
-            deferral.flush()
+        return _Hook, ()
