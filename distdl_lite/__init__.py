@@ -1,6 +1,9 @@
 """Distributed PyTorch layers over MPI: every data movement a linear operator with its exact adjoint."""
 
 from distdl_lite import data, nn, tagi, testing
+from distdl_lite.heat.daso import DASO
+from distdl_lite.heat.deferred import DataParallelOptimizer
+from distdl_lite.heat.multi_gpu import DataParallelMultiGPU
 from distdl_lite.layout import Layout
 from distdl_lite.model.gradient_norm import check_optimizer, clip_grad_norm_, grad_norm
 from distdl_lite.model.optimizer_state import load_serial_optimizer_state_dict, serial_optimizer_state_dict
@@ -10,14 +13,11 @@ from distdl_lite.nn.movement import zero_volume_tensor
 from distdl_lite.nn.rooted import gather, scatter
 from distdl_lite.nn.sync_batch_norm import SyncBatchNorm
 from distdl_lite.operator import Operator
-from distdl_lite.optim.daso import DASO
 from distdl_lite.optim.local_sgd import LocalSGD
-from distdl_lite.optim.multi_gpu import DataParallelMultiGPU
 from distdl_lite.optim.schedule import DASOSchedule, Periodic, PostLocal
-from distdl_lite.parallel.data_parallel import DataParallel
-from distdl_lite.parallel.deferred import DataParallelOptimizer
 from distdl_lite.parallel.process_group import MPIProcessGroup
-from distdl_lite.parallel.root_data_parallel import RootDataParallel
+from distdl_lite.parallel.replicas.data_parallel import DataParallel
+from distdl_lite.parallel.root.root_data_parallel import RootDataParallel
 from distdl_lite.partition import CartesianPartition, Partition
 from distdl_lite.plan import Plan, plan
 from distdl_lite.testing import count

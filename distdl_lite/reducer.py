@@ -25,7 +25,7 @@ from distdl_lite.autograd import (
     running_backward,
     unflattened,
 )
-from distdl_lite.flat import cut
+from distdl_lite.buckets import cut
 from distdl_lite.transport import Team, Transport
 from distdl_lite.transport.sums import Pending
 

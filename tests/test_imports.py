@@ -25,21 +25,25 @@ LEVELS = [
     "agreement",
     "autograd",
     "structure",
-    "flat",
+    "buckets",
     "operator",
     "reducer",
     "nn/module",
     "nn/movement",
     "nn",
-    "parallel/orders",
-    "parallel/rows",
-    "parallel/replica",
-    "parallel/local",
-    "parallel/joint",
+    "model",
+    "optim",
+    "heat",
+    "parallel/root/protocol",
+    "parallel/root/batch",
+    "parallel/root/weights",
+    "parallel/root/run",
+    "parallel/root/passes",
+    "parallel",
 ]
 PURE = ["grid", "partition", "layout", "plan", "optim/schedule"]
 ANYTHING = ["__init__", "__main__", "testing", "pytest_plugin", "handwritten"]
-FRONT = ["bench", "parallel", "optim", "tagi", "checkpoint", "data", "show"]
+FRONT = ["bench", "parallel", "optim", "heat", "tagi", "checkpoint", "data", "show"]
 
 
 def imported(path: Path, inside_functions: bool = True) -> set[str]:

@@ -11,7 +11,7 @@ import torch
 
 from distdl_lite.bench import gloo
 from distdl_lite.bench.table import BOTH, Call, Row, interleaved
-from distdl_lite.parallel.data_parallel import DataParallel
+from distdl_lite.parallel.replicas.data_parallel import DataParallel
 from distdl_lite.partition import Partition
 from distdl_lite.testing import count
 

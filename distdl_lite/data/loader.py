@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from distdl_lite.agreement import check_alike
-from distdl_lite.data.rows import LocalRows, Route, empty_rows, inverse, line_of, picked, route
+from distdl_lite.data.rows import LocalRows, empty_rows, inverse, line_of, picked, route
 from distdl_lite.data.sampler import ShardBatchSampler, permutation
 from distdl_lite.grid import balanced
 
@@ -26,31 +26,17 @@ class _Epoch:
         Which of the rows that were given stands at each place of the whole array, and
     cuts : sequence of int
         where that is cut over the ranks.
-    leaves : sequence of tensors
-        This rank's rows, in any order, and
     places : tensor of int64
-        where each of them stands, in the order of the epoch.
-    spare : sequence of tensors
-        Of the shapes of the leaves, to be written to: memory that is used again saves its page faults, which take four
-        times as long as to copy the rows.
+        Where each of this rank's rows, in the order of the epoch, stands among
+    leaves : sequence of tensors
+        the rows, which may still be on their way.
     """
 
     number: int
     order: torch.Tensor
     cuts: Sequence[int]
-    leaves: Sequence[torch.Tensor]
     places: torch.Tensor
-    spare: Sequence[torch.Tensor] = ()
-
-
-@dataclass(frozen=True)
-class _Coming:
-    """The rows of an epoch on their way."""
-
-    number: int
-    order: torch.Tensor
-    way: Route
-    moving: list[Any]
+    leaves: Sequence[torch.Tensor]
 
 
 class ShuffledLoader:
@@ -119,14 +105,15 @@ class ShuffledLoader:
             return f"batch_size={batch_size}, seed={seed}, drop_last={drop_last}"
 
         self._line = line_of(P)
-        self._coming: _Coming | None = None
+        self._coming: _Epoch | None = None
+        self._moving: list[Any] = []
         if not self._line.active:
             arguments()
             return
         self._rows = LocalRows(type(self).__name__, rows, self._line, arguments)
         self._batches.sampler.length = length = self._rows.length
-        cuts, leaves = self._rows.cuts, self._rows.leaves
-        self._now = _Epoch(-1, torch.arange(length), cuts, leaves, torch.arange(len(leaves[0])))
+        leaves, self._rows.leaves = self._rows.leaves, []
+        self._now = _Epoch(-1, torch.arange(length), self._rows.cuts, torch.arange(len(leaves[0])), leaves)
 
     @property
     def epoch(self) -> int:
@@ -143,7 +130,7 @@ class ShuffledLoader:
     @property
     def in_flight(self) -> bool:
         """Whether an exchange has begun whose rows have not all arrived."""
-        return self._coming is not None and not all(part.test() for part in self._coming.moving)
+        return not all(part.test() for part in self._moving)
 
     def __len__(self) -> int:
         return len(self._batches)
@@ -161,7 +148,7 @@ class ShuffledLoader:
         self.set_epoch(epoch + 1)
         return self._give(self._now, self._coming)
 
-    def _give(self, now: _Epoch, coming: _Coming | None) -> Iterator[Any]:
+    def _give(self, now: _Epoch, coming: _Epoch | None) -> Iterator[Any]:
         """The batches of an epoch; at its end the rows of the next are waited for."""
         size = self._batches.batch_size
         for step in range(len(self)):
@@ -176,28 +163,22 @@ class ShuffledLoader:
     @torch.inference_mode(False)  # type: ignore[untyped-decorator]  # tensors made in it could not be written to again outside
     def _begin(self, number: int) -> None:
         """Send each rank its rows of an epoch; the rows of this one are then taken from what is sent."""
-        now, line, sampler = self._now, self._line, self._batches.sampler
+        line, sampler = self._line, self._batches.sampler
         dealt = permutation(sampler.length, sampler.seed, number)
         order = torch.cat([dealt[shard :: line.size] for shard in range(line.size)])
-        way = route(inverse(now.order)[order], now.cuts, balanced(sampler.length, line.size), line.rank)
-        leaving = now.spare or [empty_rows(x, len(x)) for x in now.leaves]
-        for x, out in zip(now.leaves, leaving, strict=True):
-            picked(x, now.places[way.leaving], out)
-        if now.number < 0:  # the rows that were given are the user's
-            self._rows.leaves = [empty_rows(x, len(way.places)) for x in now.leaves]
-        into = self._rows.leaves if now.number < 0 else now.leaves
-        self._now = _Epoch(now.number, now.order, now.cuts, leaving, inverse(way.leaving))
-        self._coming = _Coming(number, order, way, self._rows.start(way, leaving, into))
+        cuts = balanced(sampler.length, line.size)
+        way = route(inverse(self._now.order)[order], self._now.cuts, cuts, line.rank)
+        leaving = [picked(x, self._now.places[way.leaving]) for x in self._now.leaves]
+        self._now = replace(self._now, places=inverse(way.leaving), leaves=leaving)  # lets go of the rows before
+        arriving = [empty_rows(x, len(way.places)) for x in leaving]
+        self._coming = _Epoch(number, order, cuts, way.places, arriving)
+        self._moving = self._rows.start(way, leaving, arriving)
 
     def _finish(self) -> None:
         """Wait for the rows that come, if any do."""
-        if self._coming is None:
-            return
-        coming, self._coming = self._coming, None
-        leaves, left = [part.finish() for part in coming.moving], self._now.leaves
-        spare = left if len(left[0]) == len(leaves[0]) else ()
-        cuts = balanced(self._rows.length, self._line.size)
-        self._now = _Epoch(coming.number, coming.order, cuts, leaves, coming.way.places, spare)
+        if self._coming is not None:
+            leaves = [part.finish() for part in self._moving]
+            self._now, self._coming, self._moving = replace(self._coming, leaves=leaves), None, []
 
     def _agree(self, epoch: int) -> None:
         """Raise on all ranks if they are about to exchange rows for different epochs."""

@@ -7,8 +7,7 @@ from typing import Any
 
 import torch
 
-from distdl_lite.flat import unwritable
-from distdl_lite.optim.flat import HALVES
+from distdl_lite.buckets import HALVES, unwritable
 from distdl_lite.optim.flight import MERGES
 from distdl_lite.optim.schedule import check_int
 from distdl_lite.transport import Team, Transport

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from distdl_lite.optim.flat import Flat
+from distdl_lite.buckets import Flat
 from distdl_lite.transport import Team, Transport
 from distdl_lite.transport.sums import Pending
 

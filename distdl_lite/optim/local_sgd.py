@@ -9,10 +9,10 @@ from typing import Any
 import torch
 
 from distdl_lite.agreement import refused_together
+from distdl_lite.buckets import HALVES, Flat, average_flats, by_tensor, flats_of, joined
 from distdl_lite.optim.checks import check_numbers, check_same, check_settings, check_tensors, form_of, told_of
-from distdl_lite.optim.flat import HALVES, Flat, average_flats, by_tensor, flats_of, joined
 from distdl_lite.optim.flight import LANE, MERGES, Flight
-from distdl_lite.optim.levels import levels_of
+from distdl_lite.optim.nodes import levels_of
 from distdl_lite.optim.schedule import Periodic, Schedule, Skips, check_int
 from distdl_lite.partition import partition_of
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from distdl_lite.agreement import check_alike, raise_together, refused_together
-from distdl_lite.parallel.copies import broadcast
+from distdl_lite.buckets import broadcast
 from distdl_lite.partition import Partition, partition_of
 from distdl_lite.tagi.layers import Layer
 from distdl_lite.tagi.sequential import Sequential

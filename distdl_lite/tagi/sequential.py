@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from operator import is_
 from typing import Any
 
@@ -34,7 +34,7 @@ class Sequential(torch.nn.Sequential):
         ``mu_a``, ``var_a`` and ``jcb`` of the last forward.
     input_delta_z_buffer : DeltaStates
         ``delta_mu`` and ``delta_var``, which an update of the output writes and backward uses up.
-    flat : torch.Tensor
+    flat : torch.Tensor or None
         What all deltas are views of, since the last `flat_deltas`, which each forward calls.
     batch_size : int
         The rows that the last backward was about, which the next step's cap follows.
@@ -71,9 +71,8 @@ class Sequential(torch.nn.Sequential):
         self.output_z_buffer, self.input_delta_z_buffer = HiddenStates(), DeltaStates()
         self.batch_size = 0
         self._is_fresh = False  # whether a backward came after the last step
-        self._scratch: torch.Tensor | None = None
         self.flat: torch.Tensor | None = None
-        self._forget()
+        self._views: list[torch.Tensor] = []
         self.flat_deltas()
 
     @property
@@ -113,56 +112,26 @@ class Sequential(torch.nn.Sequential):
         """
         self._leaves = list(self.leaves())
         self._linears = [layer for layer in self._leaves if isinstance(layer, Linear)]
-        size = more + sum(delta.numel() for delta in self._held() if delta is not None)
-        if not self._is_flat() or self.flat.numel() < size:
-            like = self._linears[0].mu_w if self._linears else torch.empty(0)
-            self._place_deltas(like.new_zeros(size))
-        assert self.flat is not None
+        owners = [
+            (layer._buffers, name) for layer in self._linears for name in _DELTAS if layer._buffers[name] is not None
+        ]
+        deltas = [buffers[name] for buffers, name in owners]
+        sizes = [delta.numel() for delta in deltas]
+        size = sum(sizes) + more
+        is_flat = len(deltas) == len(self._views) and all(map(is_, deltas, self._views))
+        if self.flat is None or self.flat.numel() < size or not is_flat:
+            kinds = {f"{layer.mu_w.dtype} on {layer.mu_w.device}" for layer in self._linears}
+            if len(kinds) > 1:
+                raise ValueError(f"tagi.Sequential: all layers must be alike, not of {' and '.join(sorted(kinds))}")
+            self.flat = (deltas[0] if deltas else torch.empty(0)).new_zeros(size)
+            parts = self.flat[: sum(sizes)].split(sizes)
+            self._views = [part.view(d.shape).copy_(d) for part, d in zip(parts, deltas, strict=True)]
+            for (buffers, name), view in zip(owners, self._views, strict=True):
+                buffers[name] = view
         return self.flat[:size]
 
-    def _is_flat(self) -> bool:
-        if self.flat is None or (self._linears and self.flat.dtype is not self._linears[0].mu_w.dtype):
-            return False
-        held = self._held()
-        return len(held) == len(self._views) and all(map(is_, held, self._views))
-
-    def _held(self) -> list[torch.Tensor | None]:
-        return [layer._buffers[name] for layer in self._linears for name in _DELTAS]
-
-    def _place_deltas(self, flat: torch.Tensor) -> None:
-        kinds = {f"{t.dtype} on {t.device}" for t in (flat, *(layer.mu_w for layer in self._linears))}
-        if len(kinds) > 1:
-            raise ValueError(f"tagi.Sequential: all layers must be alike, not of {' and '.join(sorted(kinds))}")
-        for inner in self.modules():
-            if isinstance(inner, Sequential):
-                inner._forget()
-        start = 0
-        for layer in self._linears:
-            for name in _DELTAS:
-                delta = layer._buffers[name]
-                if delta is not None:
-                    end = start + delta.numel()
-                    delta = layer._buffers[name] = flat[start:end].view(delta.shape).copy_(delta)
-                    start = end
-                self._views.append(delta)
-        self.flat = flat
-
-    def _forget(self) -> None:
-        """Be without the flat tensor, which is that of a container around this one, or is to be made anew."""
-        self.flat = None
-        self._views: list[torch.Tensor | None] = []
-
-    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Sequential:
-        super()._apply(fn, recurse)
-        self.flat_deltas()
-        return self
-
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "flat": None, "_views": [], "_scratch": None}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        self.flat_deltas()
+        return {**self.__dict__, "flat": None, "_views": []}
 
     @torch.no_grad()
     def forward(self, mu_x: Any, var_x: Any = None) -> tuple[Any, Any]:
@@ -253,13 +222,12 @@ class Sequential(torch.nn.Sequential):
         if not self._is_fresh:
             raise RuntimeError("tagi: step needs a backward before it; the deltas of the last have been used")
         self._is_fresh = False
-        cap, linears, scratch, like = cap_of(self.batch_size), self._linears, self._scratch, self.flat
-        size = 3 * max((layer.block_size for layer in linears), default=0)
-        assert like is not None
-        if scratch is None or (scratch.numel(), scratch.dtype, scratch.device) != (size, like.dtype, like.device):
-            scratch = self._scratch = like.new_empty(size)
-        for layer in linears:
-            layer.step(cap, scratch)
+        if not self._linears:
+            return
+        # Memory for all layers: fresh pages for each would take longer than all else.
+        scratch = self._linears[0].mu_w.new_empty(3 * max(layer.block_size for layer in self._linears))
+        for layer in self._linears:
+            layer.step(cap_of(self.batch_size), scratch)
 
 
 def _check_features(layers: list[Layer]) -> None:

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from distdl_lite.parallel.buckets import FIRST_BYTES, Bucket, filled
+from distdl_lite.parallel.replicas.bucket import FIRST_BYTES, Bucket, filled
 
 
 @given(st.lists(st.tuples(st.integers(0, 50), st.sampled_from("abc")), max_size=20), st.integers(1, 100), st.randoms())

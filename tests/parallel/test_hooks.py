@@ -7,7 +7,7 @@ from ranks import on_ranks
 from twins import assert_refused
 
 import distdl_lite as dl
-from distdl_lite.parallel.buckets import Bucket
+from distdl_lite.parallel.replicas.bucket import Bucket
 
 
 def halve(bucket: Bucket) -> None:

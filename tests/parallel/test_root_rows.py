@@ -13,7 +13,7 @@ from roots import F64, Where, assert_same, build, gradients, real
 from torch import nn
 
 import distdl_lite as dl
-from distdl_lite.parallel.rows import Places, cut_rows
+from distdl_lite.parallel.root.batch import Places, cut_rows
 from distdl_lite.testing import adjoint_test, count
 
 

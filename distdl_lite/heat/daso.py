@@ -9,7 +9,7 @@ import torch
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from distdl_lite.agreement import refused_together
-from distdl_lite.optim.flat import Flat, average, average_flats
+from distdl_lite.buckets import Flat, average, average_flats
 from distdl_lite.optim.local_sgd import LocalSGD
 from distdl_lite.optim.schedule import DASOSchedule, Skips, check_int
 from distdl_lite.partition import partition_of

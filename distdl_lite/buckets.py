@@ -1,14 +1,89 @@
-"""Lists of tensors as vectors that are averaged."""
+"""Tensors in buckets, each of them one flat tensor, and what all ranks get from them: one rank's values, or the mean."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, TypeVar
 
 import torch
+from torch.utils._pytree import tree_leaves, tree_map_only
 
+from distdl_lite.autograd import flattened, unflattened
 from distdl_lite.transport import Team, Transport
 
 HALVES = torch.float16, torch.bfloat16
+Item = TypeVar("Item")
+
+
+def cut(
+    items: Iterable[Item],
+    kind: Callable[[Item], Any],
+    nbytes: Callable[[Item], int],
+    most: int,
+    first: int | None = None,
+) -> list[list[Item]]:
+    """The items, in their order, in buckets of one kind, of `most` bytes, the first of `first`.
+
+    A bucket has more where one item has. An eighth of it is little: what has so little takes the next item in any case, and
+    one that lacks so little is closed. A layer's bias is then summed with its weight, not with those of the next layer.
+    """
+    made: list[list[Item]] = []
+    latest: dict[Any, tuple[list[Item], int]] = {}
+    for item in items:
+        bucket, filled = latest.get(kind(item), ([], 0))
+        limit = first if first is not None and bucket and bucket is made[0] else most
+        if not bucket or filled > 7 * limit // 8 or (filled + nbytes(item) > limit and filled > limit // 8):
+            bucket, filled = [], 0
+            made.append(bucket)
+        bucket.append(item)
+        latest[kind(item)] = bucket, filled + nbytes(item)
+    return made
+
+
+def unwritable(named: Iterable[tuple[str, torch.Tensor]]) -> str:
+    """The reason why tensors cannot take the values of other ranks, with their names; none if all of them can."""
+    if names := ", ".join(name for name, tensor in named if not is_writable(tensor)):
+        return f"{names} cannot take the values of other ranks: it is sparse or expanded; use what to_dense() or clone() gives"
+    return ""
+
+
+def is_writable(tensor: torch.Tensor) -> bool:
+    """Whether each element of a tensor has a place of its own in memory."""
+    if tensor.layout is not torch.strided:
+        return False
+    return all(step or size < 2 for step, size in zip(tensor.stride(), tensor.shape, strict=True))
+
+
+def broadcast(transport: Transport, team: Team, tensors: Sequence[torch.Tensor], root: int | None = None) -> None:
+    """Give all ranks of the team the values of its first rank, or another: one message for each dtype."""
+    with torch.no_grad():
+        for group in _alike([t.detach() for t in tensors]):
+            flat = flattened([t.resolve_conj().resolve_neg() for t in group])
+            transport.broadcast(team, flat, team[0] if root is None else root)
+            for tensor, values in zip(group, unflattened(flat, group), strict=True):
+                tensor.copy_(values)
+
+
+def broadcast_structure(transport: Transport, team: Team, value: Any, root: int) -> Any:
+    """A rank's structure of tensors and other objects: the root's own there, a like one elsewhere."""
+    is_root = transport.rank == root
+    told = transport.gather_objects(team, _empty(value, "meta") if is_root else None)
+    if not is_root:
+        value = _empty(told[team.index(root)], "cpu")
+    broadcast(transport, team, [x for x in tree_leaves(value) if isinstance(x, torch.Tensor)], root)
+    return value
+
+
+def _empty(value: Any, device: str) -> Any:
+    return tree_map_only(torch.Tensor, lambda tensor: torch.empty_like(tensor, device=device), value)
+
+
+def _alike(tensors: Iterable[torch.Tensor]) -> list[list[torch.Tensor]]:
+    """The tensors by dtype and device."""
+    groups: dict[Any, list[torch.Tensor]] = {}
+    for tensor in tensors:
+        groups.setdefault((tensor.dtype, tensor.device), []).append(tensor)
+    return list(groups.values())
 
 
 class Flat:

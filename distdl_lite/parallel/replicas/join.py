@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from distdl_lite.parallel.alike import check_same, order
-from distdl_lite.parallel.arguments import listed
-from distdl_lite.parallel.copies import broadcast, broadcast_structure
-from distdl_lite.parallel.synchroniser import Synchroniser
+from distdl_lite.buckets import broadcast, broadcast_structure
+from distdl_lite.parallel.replicas.alike import check_same, order
+from distdl_lite.parallel.replicas.options import listed
+from distdl_lite.parallel.replicas.synchroniser import Synchroniser
 
 if TYPE_CHECKING:
-    from distdl_lite.parallel.data_parallel import DataParallel
+    from distdl_lite.parallel.replicas.data_parallel import DataParallel
 
 
 @contextlib.contextmanager

@@ -6,9 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 
 import torch
 
-from distdl_lite.flat import is_writable
-from distdl_lite.optim.flat import average
-from distdl_lite.parallel.copies import broadcast
+from distdl_lite.buckets import average, broadcast, is_writable
 from distdl_lite.transport import Team, Transport
 
 

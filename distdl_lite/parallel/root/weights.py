@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from distdl_lite.operator import Operator
-from distdl_lite.parallel.rows import refusal
+from distdl_lite.parallel.root.batch import refusal
 from distdl_lite.structure import TensorStructure
 
 

@@ -10,10 +10,10 @@ from functools import partial
 import torch
 
 from distdl_lite.agreement import raise_together
-from distdl_lite.parallel.buckets import FIRST_BYTES, Bucket, filled
-from distdl_lite.parallel.buffers import Buffers
-from distdl_lite.parallel.lanes import synchronisers
-from distdl_lite.parallel.options import BAD_WEIGHT, Options, as_weight
+from distdl_lite.parallel.replicas.bucket import FIRST_BYTES, Bucket, filled
+from distdl_lite.parallel.replicas.buffers import Buffers
+from distdl_lite.parallel.replicas.lanes import synchronisers
+from distdl_lite.parallel.replicas.options import BAD_WEIGHT, Options, as_weight
 from distdl_lite.transport import Team, Transport
 from distdl_lite.transport.abort import fail_at_exit
 from distdl_lite.transport.sums import Pending

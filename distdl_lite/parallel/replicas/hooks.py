@@ -11,10 +11,10 @@ import torch
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from distdl_lite.autograd import ANCHOR, running_backward
-from distdl_lite.parallel.options import BAD_WEIGHT, as_weight
+from distdl_lite.parallel.replicas.options import BAD_WEIGHT, as_weight
 
 if TYPE_CHECKING:
-    from distdl_lite.parallel.data_parallel import DataParallel
+    from distdl_lite.parallel.replicas.data_parallel import DataParallel
 
 
 def with_graph(output: Any) -> Any:

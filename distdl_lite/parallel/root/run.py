@@ -19,8 +19,8 @@ from torch.func import functional_call
 from torch.utils import _pytree as pytree
 
 from distdl_lite.operator import Operator
-from distdl_lite.parallel.replica import News
-from distdl_lite.parallel.rows import Cuts, Output
+from distdl_lite.parallel.root.batch import Cuts, Output
+from distdl_lite.parallel.root.weights import News
 from distdl_lite.structure import TensorStructure
 
 

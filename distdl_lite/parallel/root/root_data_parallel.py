@@ -19,11 +19,11 @@ from distdl_lite.agreement import as_raised, check_alike
 from distdl_lite.autograd import ANCHOR, untraced
 from distdl_lite.nn.module import Module
 from distdl_lite.nn.movement import zero_volume_tensor
-from distdl_lite.parallel.data_parallel import DataParallel
-from distdl_lite.parallel.joint import Passes
-from distdl_lite.parallel.local import Result, Run
-from distdl_lite.parallel.orders import NAME, Agreed, Order, meet, unwrapped
-from distdl_lite.parallel.rows import Places
+from distdl_lite.parallel.replicas.data_parallel import DataParallel
+from distdl_lite.parallel.root.batch import Places
+from distdl_lite.parallel.root.passes import Passes
+from distdl_lite.parallel.root.protocol import NAME, Agreed, Order, meet, unwrapped
+from distdl_lite.parallel.root.run import Result, Run
 from distdl_lite.partition import partition_of
 
 

@@ -8,21 +8,20 @@ from typing import Any
 
 import torch
 
-from distdl_lite.flat import unwritable
+from distdl_lite.buckets import broadcast, unwritable
 from distdl_lite.model.replicas import checksum
 from distdl_lite.nn.parameter import Layer
-from distdl_lite.parallel.copies import broadcast
-from distdl_lite.parallel.lanes import LANES, in_others, lanes_in_use
-from distdl_lite.parallel.options import Options
+from distdl_lite.parallel.replicas.lanes import LANES, in_others, lanes_in_use
+from distdl_lite.parallel.replicas.options import Options
 from distdl_lite.partition import Partition
 from distdl_lite.transport import Team, Transport
 
 
 def told_of(options: Options, optimizers: Sequence[Any], module: torch.nn.Module) -> dict[str, Any]:
     """A rank's options, and which optimizer updates each of the parameters; the optimizer's order is each rank's own."""
-    names, hook = ("average", "sync_buffers", "engine", "overlap", "timeout"), options.comm_hook
+    hook = options.comm_hook
     return {
-        **{name: getattr(options, name) for name in names},
+        **vars(options),
         "bucket_mb": options.bucket_bytes / 2**20,
         "comm_hook": hook and getattr(hook, "__qualname__", type(hook).__qualname__),
         **_owners(optimizers, module.named_parameters()),

@@ -12,7 +12,7 @@ import torch
 from distdl_lite.transport import Team, Transport
 
 if TYPE_CHECKING:
-    from distdl_lite.parallel.synchroniser import Synchroniser
+    from distdl_lite.parallel.replicas.synchroniser import Synchroniser
 
 LANES = 8  # containers whose sums may be under way at once; communicators are few
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import operator
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -16,14 +16,20 @@ from distdl_lite.agreement import refused_together
 from distdl_lite.autograd import at_end_of_backward, running_backward, running_backward_accumulates
 from distdl_lite.nn.movement import zero_volume_tensor
 from distdl_lite.nn.sync_batch_norm import SyncBatchNorm
-from distdl_lite.parallel.alike import agreed, check_equal, line_of, summed_by_container, summed_by_layers, told_of
-from distdl_lite.parallel.arguments import check_arguments, check_ranks, listed, update_of
-from distdl_lite.parallel.buckets import Bucket
-from distdl_lite.parallel.deferred import Deferral
-from distdl_lite.parallel.hooks import OutputHook, ReadyHook, rows_of, tensors_in, with_graph
-from distdl_lite.parallel.join import joined
-from distdl_lite.parallel.options import Options
-from distdl_lite.parallel.synchroniser import Synchroniser
+from distdl_lite.parallel.replicas.alike import (
+    agreed,
+    check_equal,
+    line_of,
+    summed_by_container,
+    summed_by_layers,
+    told_of,
+)
+from distdl_lite.parallel.replicas.bucket import Bucket
+from distdl_lite.parallel.replicas.deferral import Deferral
+from distdl_lite.parallel.replicas.hooks import OutputHook, ReadyHook, rows_of, tensors_in, with_graph
+from distdl_lite.parallel.replicas.join import joined
+from distdl_lite.parallel.replicas.options import Options, check_module, check_ranks, listed, update_of
+from distdl_lite.parallel.replicas.synchroniser import Synchroniser
 from distdl_lite.partition import partition_of
 
 _KIND = operator.attrgetter("dtype", "device", "shape")
@@ -131,18 +137,13 @@ class DataParallel(torch.nn.Module):
         check_ranks(P)
         self.P = partition_of(P)
         with refused_together(self.P, "DataParallel"):
-            check_arguments(
-                module, average, sync_buffers, engine, update, overlap, init, dim, bucket_mb, comm_hook, timeout
-            )
-            self._update = update_of(optimizer, blocking_parameter_updates, update)
+            check_module(module)
+            options = Options(average, sync_buffers, engine, update, overlap, init, dim, bucket_mb, comm_hook, timeout)
+            update = update_of(optimizer, blocking_parameter_updates, update)
+            self._options = replace(options, update=update)
         self.module = module
         self.dim = dim
         self.optimizer = optimizer
-        given = {"bucket_bytes": bucket_mb and math.ceil(bucket_mb * 2**20), "timeout": timeout}
-        given = {name: value for name, value in given.items() if value}
-        waits = self._update == "now"
-        self._options = Options(average, sync_buffers, engine, overlap, comm_hook=comm_hook, waits=waits, **given)
-        self._init = init
         self.__dict__.update(_unprepared())
         self.register_load_state_dict_pre_hook(DataParallel._rename_loaded)
         if self.P.active:
@@ -169,10 +170,9 @@ class DataParallel(torch.nn.Module):
         # It mixes the gradients of the ranks' own losses, which must have their weights by then.
         has_sync_norm = any(isinstance(layer, SyncBatchNorm) for layer in self.module.modules())
         self._couples = team.size > 1 and has_sync_norm and self._options.average != "none"
-        writes_buffers = self._options.sync_buffers != "none" or (at_start and self._init != "none")
+        writes_buffers = self._options.sync_buffers != "none" or (at_start and self._options.init != "none")
         weighs_late = self._options.average != "none" and not self._couples
-        others = {"init": self._init, "dim": self.dim, "update": self._update}
-        told = {**others, **told_of(self._options, listed(self.optimizer), self.module)}
+        told = told_of(self._options, listed(self.optimizer), self.module)
         named, late, lane = agreed(self.module, transport, team, told, writes_buffers, weighs_late)
         for handle in self._handles.values():
             handle.remove()
@@ -185,13 +185,13 @@ class DataParallel(torch.nn.Module):
         )
         self._owners = [owned for module in modules for owned in (module._modules, module._parameters)]
         self._held, self._kinds = _values(self._owners), list(map(_KIND, parameters))
-        wants = self._update == "deferred" and team.size > 1
+        wants = not self._options.waits and team.size > 1
         self._deferral = Deferral(self.module, self._sync, listed(self.optimizer)) if wants else None
 
     @property
     def blocking_parameter_updates(self) -> bool:
         """Whether parameters are updated at once."""
-        return self._update == "now"
+        return self._options.waits
 
     def synchronize(self) -> None:
         """Wait for the sums of the last backward, and take the steps that were deferred."""

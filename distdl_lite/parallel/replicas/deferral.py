@@ -10,102 +10,10 @@ import torch
 from torch.optim import optimizer as of_torch
 
 from distdl_lite.autograd import running_backward
-from distdl_lite.parallel.synchroniser import Found, Synchroniser
+from distdl_lite.heat.deferred import DataParallelOptimizer
+from distdl_lite.parallel.replicas.synchroniser import Found, Synchroniser
 
 _FAILED = "DataParallel: backward failed on some rank, so its update is left out on all of them"
-
-
-class DataParallelOptimizer(torch.optim.Optimizer):
-    """A torch optimizer whose steps a `DataParallel` with ``update="deferred"`` may carry out later.
-
-    Without such a container, or with ``update="now"``, it is the optimizer that it wraps.
-
-    Parameters
-    ----------
-    torch_optimizer : torch.optim.Optimizer
-        Which does the steps.
-    blocking : bool
-        Heat's argument; a container overwrites it.
-
-    Attributes
-    ----------
-    torch_optimizer : torch.optim.Optimizer
-    blocking_parameter_updates : bool
-
-    Raises
-    ------
-    TypeError
-        For another kind of optimizer, or `blocking`.
-
-    Notes
-    -----
-    A deferred step has the hyperparameters of the moment of ``step()``, and the result is bit by bit that of an immediate
-    one. Until it is done, ``.grad`` holds this rank's part and the parameters are the old ones:
-    ``DataParallel.synchronize()`` does it at once, as do ``eval()``, ``to()``, ``apply()``, ``state_dict()``,
-    ``load_state_dict()`` and ``parameters()`` of the container, and ``step()`` of the wrapped optimizer. Code that touches the
-    bare module's parameters calls it before; where it, or another optimizer, has changed them, the next forward raises.
-    An optimizer with step hooks, or with gradients that are in no bucket, takes its step in ``step()``.
-    """
-
-    _step_supports_amp_scaling = False  # a GradScaler sets the scale on us, and fused steps look for it on themselves
-
-    def __init__(self, torch_optimizer: torch.optim.Optimizer, blocking: bool = False) -> None:
-        if not isinstance(torch_optimizer, torch.optim.Optimizer):
-            raise TypeError(f"DataParallelOptimizer: a torch.optim.Optimizer is needed, not {torch_optimizer!r}")
-        if not isinstance(blocking, bool):
-            raise TypeError(f"DataParallelOptimizer: blocking must be a bool, not {blocking!r}")
-        self.torch_optimizer = torch_optimizer
-        self.blocking_parameter_updates = blocking
-        self._deferrals: weakref.WeakSet[Deferral] = weakref.WeakSet()  # of the containers that it was given to
-
-    def __getattr__(self, name: str) -> Any:
-        if name == "torch_optimizer":  # while it is copied
-            raise AttributeError(name)
-        return getattr(self.torch_optimizer, name)
-
-    def __getstate__(self) -> dict[str, Any]:
-        # A scheduler puts a step of its own there, which is this optimizer's also in a copy.
-        return {name: value for name, value in self.__dict__.items() if name not in ("_deferrals", "step")}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, _deferrals=weakref.WeakSet())
-
-    def __repr__(self) -> str:
-        return f"DataParallelOptimizer({self.torch_optimizer!r})"
-
-    def _pending(self) -> list[Deferral]:
-        """Those that have something left to do with its parameters, in one order on all ranks."""
-        alive = {other for deferral in self._deferrals for other in deferral.others}
-        held = {id(p) for group in self.param_groups for p in group["params"]} if alive else set()
-        return sorted((d for d in alive if d.waits_for(held)), key=lambda d: d.sync.serial)
-
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
-        """As torch's, or in the next forward."""
-        pending = self._pending()
-        if pending and closure is not None:
-            raise ValueError('DataParallelOptimizer: a step with a closure cannot be deferred; use update="now"')
-        if len(pending) == 1 and pending[0] in self._deferrals:
-            pending[0].step_later(self.torch_optimizer)
-            return None
-        for deferral in pending:  # its parameters are in several containers
-            deferral.flush()
-        return self.torch_optimizer.step() if closure is None else self.torch_optimizer.step(closure)
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """As torch's; sums that are under way are not lost."""
-        self.torch_optimizer.zero_grad(set_to_none)
-
-    def state_dict(self) -> dict[str, Any]:
-        """The wrapped optimizer's."""
-        return self.torch_optimizer.state_dict()
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Into the wrapped optimizer."""
-        self.torch_optimizer.load_state_dict(state_dict)
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """To the wrapped optimizer."""
-        self.torch_optimizer.add_param_group(param_group)
 
 
 class Deferral:
@@ -137,21 +45,20 @@ class Deferral:
         self.others.add(self)
         ref = weakref.ref(self)
         numbers = {id(p): n for n, p in enumerate(sync.parameters)}
-        for owner in module.modules():
-            if owner._parameters:  # it may use those of the layers inside it, too, without calling them
-                found = tuple(numbers[id(p)] for p in owner.parameters() if id(p) in numbers)
-                self._handles.append(owner.register_forward_pre_hook(_Call(ref, found)))
-            if owner._parameters or owner is module:
-                self._flush_before_states(owner)
+        owners: list[Any] = [layer for layer in module.modules() if layer._parameters or layer is module]
+        for layer in owners:
+            if layer._parameters:  # it may use those of the layers inside it, too, without calling them
+                found = [numbers[id(p)] for p in layer.parameters() if id(p) in numbers]
+                called = _Hook(ref, lambda deferral, _, found=found: deferral.call(found))  # type: ignore[misc]
+                self._handles.append(layer.register_forward_pre_hook(called))
         for optimizer in optimizers:
             optimizer._deferrals.add(self)
-            self._flush_before_states(optimizer.torch_optimizer)
-            self._handles.append(optimizer.torch_optimizer.register_step_pre_hook(_Step(ref)))
-
-    def _flush_before_states(self, owner: torch.nn.Module | torch.optim.Optimizer) -> None:
-        flush = _Flush(weakref.ref(self))
-        self._handles.append(owner.register_state_dict_pre_hook(flush))
-        self._handles.append(owner.register_load_state_dict_pre_hook(flush))
+            owners.append(optimizer.torch_optimizer)
+            self._handles.append(owners[-1].register_step_pre_hook(_Hook(ref, Deferral.before_step)))
+        for owner in owners:
+            flush = _Hook(ref, lambda deferral, _: deferral.flush())
+            self._handles.append(owner.register_state_dict_pre_hook(flush))
+            self._handles.append(owner.register_load_state_dict_pre_hook(flush))
 
     def remove(self) -> None:
         self.others.discard(self)
@@ -373,51 +280,19 @@ def _version(grad: torch.Tensor | None) -> int:
 
 
 class _Hook:
-    """A hook that neither keeps what it serves alive nor is copied or pickled with a module."""
+    """A hook that does not keep the deferral alive that it calls; in a copy of its module or optimizer it calls none."""
 
-    def __init__(self, deferral: weakref.ref[Deferral]) -> None:
-        self._deferral = deferral
+    def __init__(
+        self,
+        deferral: Callable[[], Deferral | None] = lambda: None,
+        call: Callable[[Deferral, Any], None] | None = None,
+    ) -> None:
+        self._deferral, self._call = deferral, call
+
+    def __call__(self, owner: Any, *args: Any) -> None:
+        deferral = self._deferral()
+        if deferral is not None and self._call is not None:
+            self._call(deferral, owner)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _Idle, ()
-
-
-class _Idle(_Hook):
-    """What stands in a copy."""
-
-    def __init__(self) -> None:
-        pass
-
-    def __call__(self, *args: Any) -> None:
-        pass
-
-
-class _Call(_Hook):
-    """A layer's forward begins."""
-
-    def __init__(self, deferral: weakref.ref[Deferral], numbers: tuple[int, ...]) -> None:
-        super().__init__(deferral)
-        self._numbers = numbers
-
-    def __call__(self, module: torch.nn.Module, inputs: Any) -> None:
-        deferral = self._deferral()
-        if deferral is not None:
-            deferral.call(self._numbers)
-
-
-class _Step(_Hook):
-    """An optimizer is about to step."""
-
-    def __call__(self, optimizer: torch.optim.Optimizer, *args: Any) -> None:
-        deferral = self._deferral()
-        if deferral is not None:
-            deferral.before_step(optimizer)
-
-
-class _Flush(_Hook):
-    """Somebody reads the parameters or the optimizer's state."""
-
-    def __call__(self, *args: Any) -> None:
-        deferral = self._deferral()
-        if deferral is not None:
-            deferral.flush()
+        return _Hook, ()

@@ -7,9 +7,8 @@ from typing import Any
 import torch
 
 from distdl_lite.agreement import refused_together
-from distdl_lite.flat import unwritable
-from distdl_lite.optim.daso import DASO
-from distdl_lite.parallel.copies import broadcast
+from distdl_lite.buckets import broadcast, unwritable
+from distdl_lite.heat.daso import DASO
 from distdl_lite.partition import partition_of
 
 

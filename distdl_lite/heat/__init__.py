@@ -1,0 +1,1 @@
+"""Heat's calls: DASO, and the containers and optimizers that go with it."""

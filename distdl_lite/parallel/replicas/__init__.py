@@ -1,0 +1,1 @@
+"""A copy of a module on each rank, with the gradients summed."""

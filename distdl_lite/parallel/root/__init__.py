@@ -1,0 +1,1 @@
+"""One rank has the script, the weights and the loss; the others compute."""
