@@ -22,7 +22,7 @@ from twins import uneven
 
 import distdl_lite as dl
 from distdl_lite.grid import balanced
-from distdl_lite.nn import overlap
+from distdl_lite.nn.conv import overlap
 from distdl_lite.testing import spmd
 
 SIZE = 4  # ranks of the world; the partitions have 1 to 4 of them, in any order

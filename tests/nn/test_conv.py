@@ -16,9 +16,8 @@ from torch.utils.checkpoint import checkpoint
 from twins import assert_refused, assert_twins, integers, with_integers
 
 import distdl_lite as dl
-from distdl_lite.nn import overlap
-from distdl_lite.nn.conv import DistributedConv1d, DistributedConv2d
-from distdl_lite.nn.conv_transpose import DistributedConvTranspose2d
+from distdl_lite.nn import DistributedConv1d, DistributedConv2d, DistributedConvTranspose2d
+from distdl_lite.nn.conv import overlap
 from distdl_lite.testing import count
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same'")

@@ -11,9 +11,9 @@ import torch.nn.functional as F
 
 from distdl_lite import layout as lay
 from distdl_lite.layout import Dim, Layout, Shape
-from distdl_lite.nn import overlap
-from distdl_lite.nn.convolution import Convolution, Convolve
-from distdl_lite.nn.kernel import edge_pad
+from distdl_lite.nn.blocks import edge_pad
+from distdl_lite.nn.conv import overlap
+from distdl_lite.nn.conv.convolution import Convolution, Convolve
 from distdl_lite.nn.movement import Inputs
 from distdl_lite.nn.options import per_dim, plain
 from distdl_lite.operator import Operator
