@@ -182,8 +182,7 @@ def run(world: dl.Partition, families: Mapping[str, Family], family: str, number
 
 def _overlaps(plan: Any) -> bool:
     """Whether a layer's plan is that of a convolution whose halo travels while it computes."""
-    fused = getattr(plan, "fused", None)
-    return fused is not None and isinstance(fused.way, overlap.Overlapped)
+    return isinstance(plan, overlap.Fused) and bool(plan.slabs)
 
 
 Found = tuple[str, str, str, bool]  # what torch refuses, what the layer does, what is wrong; whether it overlapped
