@@ -10,8 +10,8 @@ from distdl_lite.model.optimizer_state import load_serial_optimizer_state_dict, 
 from distdl_lite.model.replicas import check_replicas, synchronise_replicas
 from distdl_lite.model.weights import load_serial_state_dict, serial_state_dict
 from distdl_lite.nn.movement import zero_volume_tensor
-from distdl_lite.nn.rooted import gather, scatter
-from distdl_lite.nn.sync_batch_norm import SyncBatchNorm
+from distdl_lite.nn.norm.sync_batch_norm import SyncBatchNorm
+from distdl_lite.nn.scatter_gather import gather, scatter
 from distdl_lite.operator import Operator
 from distdl_lite.optim.local_sgd import LocalSGD
 from distdl_lite.optim.schedule import DASOSchedule, Periodic, PostLocal

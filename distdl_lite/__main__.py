@@ -21,7 +21,7 @@ from distdl_lite import layout as lay
 from distdl_lite import nn as dnn
 from distdl_lite import show
 from distdl_lite.grid import Grid
-from distdl_lite.nn import overlap
+from distdl_lite.nn.conv import overlap
 from distdl_lite.partition import Partition
 from distdl_lite.plan import plan
 from distdl_lite.transport import enter

@@ -8,7 +8,7 @@ import torch
 from twins import assert_refused, assert_starts_alike, assert_twins, integers, with_integers
 
 import distdl_lite as dl
-from distdl_lite.nn import conv, conv_transpose
+from distdl_lite.nn.conv import conv, conv_transpose
 
 
 class Case(NamedTuple):

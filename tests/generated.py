@@ -22,7 +22,7 @@ from twins import uneven
 
 import distdl_lite as dl
 from distdl_lite.grid import balanced
-from distdl_lite.nn import overlap
+from distdl_lite.nn.conv import overlap
 from distdl_lite.testing import spmd
 
 SIZE = 4  # ranks of the world; the partitions have 1 to 4 of them, in any order
@@ -182,8 +182,7 @@ def run(world: dl.Partition, families: Mapping[str, Family], family: str, number
 
 def _overlaps(plan: Any) -> bool:
     """Whether a layer's plan is that of a convolution whose halo travels while it computes."""
-    fused = getattr(plan, "fused", None)
-    return fused is not None and isinstance(fused.way, overlap.Overlapped)
+    return isinstance(plan, overlap.Fused) and bool(plan.slabs)
 
 
 Found = tuple[str, str, str, bool]  # what torch refuses, what the layer does, what is wrong; whether it overlapped

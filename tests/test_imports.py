@@ -31,6 +31,12 @@ LEVELS = [
     "nn/module",
     "nn/movement",
     "nn",
+    "nn/conv",
+    "nn/linear",
+    "nn/norm",
+    "nn/pool",
+    "nn/shape",
+    "nn/loss",
     "model",
     "optim",
     "heat",
@@ -81,6 +87,12 @@ def test_arrows(name: str) -> None:
             continue
         assert level(other) <= level(name), f"{name} imports {other}"
         assert name.split("/")[0] in FRONT or other.split("/")[0] not in FRONT, f"{name} imports {other}"
+
+
+def test_the_wings_of_layers_stand_apart() -> None:
+    wings = {name: name.split("/")[1] for name in FILES if name.startswith("nn/") and name.count("/") == 2}
+    pairs = {(wings[name], wings[other]) for name in wings for other in own(FILES[name]) if other in wings}
+    assert {(one, other) for one, other in pairs if one != other} == {("loss", "norm")}  # whose softmax it takes
 
 
 @pytest.mark.parametrize("name", PURE)

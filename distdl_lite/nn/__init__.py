@@ -1,16 +1,7 @@
 """Distributed modules: the base Module, the seven primitives, layers and losses."""
 
-from distdl_lite.nn.adaptive_pool import (
-    DistributedAdaptiveAvgPool1d,
-    DistributedAdaptiveAvgPool2d,
-    DistributedAdaptiveAvgPool3d,
-    DistributedAdaptiveMaxPool1d,
-    DistributedAdaptiveMaxPool2d,
-    DistributedAdaptiveMaxPool3d,
-)
-from distdl_lite.nn.class_loss import DistributedCrossEntropyLoss, DistributedNLLLoss
-from distdl_lite.nn.conv import DistributedConv1d, DistributedConv2d, DistributedConv3d
-from distdl_lite.nn.conv_transpose import (
+from distdl_lite.nn.conv.conv import DistributedConv1d, DistributedConv2d, DistributedConv3d
+from distdl_lite.nn.conv.conv_transpose import (
     DistributedConvTranspose1d,
     DistributedConvTranspose2d,
     DistributedConvTranspose3d,
@@ -21,13 +12,11 @@ from distdl_lite.nn.dropout import (
     DistributedDropout2d,
     DistributedDropout3d,
 )
-from distdl_lite.nn.embedding import DistributedEmbedding
-from distdl_lite.nn.fft import DistributedFFT
-from distdl_lite.nn.flatten import DistributedFlatten
-from distdl_lite.nn.group_norm import DistributedGroupNorm
-from distdl_lite.nn.layer_norm import DistributedLayerNorm, DistributedRMSNorm
-from distdl_lite.nn.linear import DistributedLinear
-from distdl_lite.nn.loss import (
+from distdl_lite.nn.linear.embedding import DistributedEmbedding
+from distdl_lite.nn.linear.linear import DistributedLinear
+from distdl_lite.nn.linear.parallel_linear import DistributedColumnParallelLinear, DistributedRowParallelLinear
+from distdl_lite.nn.loss.class_loss import DistributedCrossEntropyLoss, DistributedNLLLoss
+from distdl_lite.nn.loss.loss import (
     DistributedBCELoss,
     DistributedBCEWithLogitsLoss,
     DistributedHuberLoss,
@@ -37,11 +26,43 @@ from distdl_lite.nn.loss import (
     DistributedPoissonNLLLoss,
     DistributedSmoothL1Loss,
 )
-from distdl_lite.nn.mean import DistributedMean
 from distdl_lite.nn.module import Call, Module
 from distdl_lite.nn.movement import Movement, agreed_inputs
-from distdl_lite.nn.norm import DistributedBatchNorm, DistributedInstanceNorm
-from distdl_lite.nn.pad import (
+from distdl_lite.nn.norm.group_norm import DistributedGroupNorm
+from distdl_lite.nn.norm.layer_norm import DistributedLayerNorm, DistributedRMSNorm
+from distdl_lite.nn.norm.running import DistributedBatchNorm, DistributedInstanceNorm
+from distdl_lite.nn.norm.softmax import DistributedLogSoftmax, DistributedSoftmax
+from distdl_lite.nn.parameter import Layer
+from distdl_lite.nn.pool.adaptive_pool import (
+    DistributedAdaptiveAvgPool1d,
+    DistributedAdaptiveAvgPool2d,
+    DistributedAdaptiveAvgPool3d,
+    DistributedAdaptiveMaxPool1d,
+    DistributedAdaptiveMaxPool2d,
+    DistributedAdaptiveMaxPool3d,
+)
+from distdl_lite.nn.pool.pool import (
+    DistributedAvgPool1d,
+    DistributedAvgPool2d,
+    DistributedAvgPool3d,
+    DistributedMaxPool1d,
+    DistributedMaxPool2d,
+    DistributedMaxPool3d,
+)
+from distdl_lite.nn.pool.upsample import DistributedUpsample
+from distdl_lite.nn.primitives import (
+    AllGather,
+    AllSumReduce,
+    Broadcast,
+    HaloExchange,
+    ReduceScatter,
+    Repartition,
+    SumReduce,
+)
+from distdl_lite.nn.shape.fft import DistributedFFT
+from distdl_lite.nn.shape.flatten import DistributedFlatten
+from distdl_lite.nn.shape.mean import DistributedMean
+from distdl_lite.nn.shape.pad import (
     DistributedCircularPad1d,
     DistributedCircularPad2d,
     DistributedCircularPad3d,
@@ -58,24 +79,3 @@ from distdl_lite.nn.pad import (
     DistributedZeroPad2d,
     DistributedZeroPad3d,
 )
-from distdl_lite.nn.parallel_linear import DistributedColumnParallelLinear, DistributedRowParallelLinear
-from distdl_lite.nn.parameter import Layer
-from distdl_lite.nn.pool import (
-    DistributedAvgPool1d,
-    DistributedAvgPool2d,
-    DistributedAvgPool3d,
-    DistributedMaxPool1d,
-    DistributedMaxPool2d,
-    DistributedMaxPool3d,
-)
-from distdl_lite.nn.primitives import (
-    AllGather,
-    AllSumReduce,
-    Broadcast,
-    HaloExchange,
-    ReduceScatter,
-    Repartition,
-    SumReduce,
-)
-from distdl_lite.nn.softmax import DistributedLogSoftmax, DistributedSoftmax
-from distdl_lite.nn.upsample import DistributedUpsample

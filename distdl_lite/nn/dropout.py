@@ -10,7 +10,7 @@ import torch
 
 from distdl_lite import layout as lay
 from distdl_lite.layout import Box, Shape
-from distdl_lite.nn.kernel import anchored, check_floating
+from distdl_lite.nn.blocks import anchored, check_floating
 from distdl_lite.nn.module import Call, Module
 from distdl_lite.nn.movement import agreed_inputs
 from distdl_lite.nn.options import numbers

@@ -12,7 +12,7 @@ import torch
 
 from distdl_lite.agreement import call_of, check_met
 from distdl_lite.layout import Layout, Shape, global_shape_of, shape_of
-from distdl_lite.nn.kernel import connected_zeros
+from distdl_lite.nn.blocks import connected_zeros
 from distdl_lite.nn.module import Module
 from distdl_lite.partition import Line, Partition, line_of
 from distdl_lite.reducer import Replicas, replicated

@@ -11,8 +11,7 @@ from ranks import on_ranks
 from twins import assert_refused, integers, with_integers
 
 import distdl_lite as dl
-from distdl_lite.nn.conv import DistributedConv1d
-from distdl_lite.nn.conv_transpose import DistributedConvTranspose1d, DistributedConvTranspose2d
+from distdl_lite.nn import DistributedConv1d, DistributedConvTranspose1d, DistributedConvTranspose2d
 from distdl_lite.testing import count
 
 SPACE = ((1, 1, 4), None, None)

@@ -15,7 +15,7 @@ from twins import assert_refused
 import distdl_lite as dl
 import distdl_lite.nn as dnn
 from distdl_lite.grid import Grid
-from distdl_lite.nn import fft
+from distdl_lite.nn.shape import fft
 from distdl_lite.testing import adjoint_test, count
 
 ROUNDING = 1e-13  # the order of the transforms differs

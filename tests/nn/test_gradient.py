@@ -17,8 +17,7 @@ from twins import assert_refused
 
 import distdl_lite as dl
 import distdl_lite.nn as dnn
-from distdl_lite.nn.linear import DistributedLinear
-from distdl_lite.nn.norm import DistributedBatchNorm
+from distdl_lite.nn import DistributedBatchNorm, DistributedLinear
 from distdl_lite.partition import Partition
 
 ORDERS = (1.0, 2.0, 3.5, math.inf)

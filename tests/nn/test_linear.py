@@ -13,7 +13,7 @@ from ranks import on_ranks
 from torch.utils.checkpoint import checkpoint
 
 import distdl_lite as dl
-from distdl_lite.nn.linear import DistributedLinear
+from distdl_lite.nn import DistributedLinear
 from distdl_lite.partition import Partition
 
 # shape of P_x, P_y, P_w, with the ranks of each; lead dims of the input

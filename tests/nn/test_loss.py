@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 import distdl_lite as dl
 import distdl_lite.nn as dnn
-from distdl_lite.nn import class_loss, loss
+from distdl_lite.nn.loss import class_loss, loss
 from distdl_lite.partition import Partition
 
 GRIDS = (((4, 1, 1), (0, 1, 2, 3)), ((2, 1, 2), (3, 0, 2, 1)), ((1, 2, 1), (2, 1)), ((3, 1, 1), (1, 2, 3)))

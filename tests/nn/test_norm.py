@@ -18,9 +18,9 @@ from ranks import on_ranks
 from torch.utils.checkpoint import checkpoint
 
 import distdl_lite as dl
-from distdl_lite.nn import normalised
-from distdl_lite.nn.norm import DistributedBatchNorm
-from distdl_lite.nn.normalised import _composed
+from distdl_lite.nn import DistributedBatchNorm
+from distdl_lite.nn.norm import normalised
+from distdl_lite.nn.norm.normalised import _composed
 from distdl_lite.partition import Partition
 
 CLASSES = {2: torch.nn.BatchNorm1d, 3: torch.nn.BatchNorm1d, 4: torch.nn.BatchNorm2d, 5: torch.nn.BatchNorm3d}

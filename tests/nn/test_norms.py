@@ -26,8 +26,8 @@ from twins import assert_refused, assert_starts_alike
 
 import distdl_lite as dl
 import distdl_lite.nn as dnn
-from distdl_lite.nn import normalised
-from distdl_lite.nn.normalised import _composed
+from distdl_lite.nn.norm import normalised
+from distdl_lite.nn.norm.normalised import _composed
 from distdl_lite.partition import Partition
 from distdl_lite.testing import spmd
 

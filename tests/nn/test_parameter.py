@@ -19,10 +19,7 @@ from torch.utils.checkpoint import checkpoint
 import distdl_lite as dl
 import distdl_lite.nn as dnn
 from distdl_lite import reducer as red
-from distdl_lite.nn import parameter
-from distdl_lite.nn.linear import DistributedLinear
-from distdl_lite.nn.loss import DistributedMSELoss
-from distdl_lite.nn.norm import DistributedBatchNorm
+from distdl_lite.nn import DistributedBatchNorm, DistributedLinear, DistributedMSELoss, parameter
 from distdl_lite.partition import Partition
 from distdl_lite.testing import spmd
 

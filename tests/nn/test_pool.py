@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from twins import assert_refused, assert_second_gradients, assert_twins, integers
 
 import distdl_lite as dl
-from distdl_lite.nn import adaptive_pool, pool
+from distdl_lite.nn.pool import adaptive_pool, pool
 from distdl_lite.testing import count
 
 ROUNDING = 1e-14  # averages: the order of the sums differs

@@ -9,7 +9,7 @@ from ranks import on_ranks
 from twins import assert_refused, assert_second_gradients, assert_twins, integers
 
 import distdl_lite as dl
-from distdl_lite.nn.upsample import DistributedUpsample
+from distdl_lite.nn import DistributedUpsample
 from distdl_lite.testing import count
 
 

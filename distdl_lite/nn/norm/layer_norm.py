@@ -8,8 +8,8 @@ from collections.abc import Sequence
 import torch
 
 from distdl_lite.layout import Dim, Layout, Shape
-from distdl_lite.nn.kernel import wide
-from distdl_lite.nn.norm_base import Norm
+from distdl_lite.nn.blocks import wide
+from distdl_lite.nn.norm.base import Norm
 from distdl_lite.nn.options import integers, listed
 from distdl_lite.partition import Partition
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 from distdl_lite import layout as lay
 from distdl_lite.layout import Dim, Layout, Shape
-from distdl_lite.nn.kernel import Local, connected_zeros, edge_pad, torch_dtype
+from distdl_lite.nn.blocks import Local, connected_zeros, edge_pad, torch_dtype
 from distdl_lite.nn.module import Call, Module
 from distdl_lite.nn.movement import agreed_inputs
 from distdl_lite.nn.options import numbers, per_dim

@@ -1,6 +1,6 @@
 """The linear layer, cut along its leading dims and along features by the rule of the convolutions.
 
-The weight lives on a work grid with the axes [*lead, out, in]; see `distdl_lite.nn.conv` for the three layouts.
+The weight lives on a work grid with the axes [*lead, out, in]; see `distdl_lite.nn.conv.convolution` for the three layouts.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from distdl_lite import layout as lay
 from distdl_lite.grid import Grid, balanced
 from distdl_lite.layout import Dim, Layout, Shape, balanced_blocks, ranges_of
-from distdl_lite.nn.kernel import operator_between
+from distdl_lite.nn.blocks import operator_between
 from distdl_lite.nn.module import Call
 from distdl_lite.nn.movement import agreed_inputs, computing_dtype, into, weight_dtype, whose_blocks
 from distdl_lite.nn.options import integers

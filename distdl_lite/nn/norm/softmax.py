@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from distdl_lite import layout as lay
-from distdl_lite.nn.kernel import check_floating, wide
+from distdl_lite.nn.blocks import check_floating, wide
 from distdl_lite.nn.module import Call, Module
 from distdl_lite.nn.movement import agreed_inputs
 from distdl_lite.nn.options import integers

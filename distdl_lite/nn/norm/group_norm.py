@@ -8,8 +8,8 @@ import torch
 
 from distdl_lite import layout as lay
 from distdl_lite.layout import Box, Dim, Layout, Shape
-from distdl_lite.nn.norm import by_kernel, channels_of_samples, samples_as_channels
-from distdl_lite.nn.norm_base import Norm
+from distdl_lite.nn.norm.base import Norm
+from distdl_lite.nn.norm.running import by_kernel, channels_of_samples, samples_as_channels
 from distdl_lite.nn.options import integers
 from distdl_lite.partition import Partition
 

@@ -7,20 +7,18 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
-import torch.nn.functional as F
 
 from distdl_lite import layout as lay
 from distdl_lite.layout import Dim, Layout, Shape
-from distdl_lite.nn import overlap
-from distdl_lite.nn.convolution import Convolution, Convolve
-from distdl_lite.nn.kernel import edge_pad
+from distdl_lite.nn.blocks import edge_pad
+from distdl_lite.nn.conv import overlap
+from distdl_lite.nn.conv.convolution import Convolution, Convolve
 from distdl_lite.nn.movement import Inputs
 from distdl_lite.nn.options import per_dim, plain
 from distdl_lite.operator import Operator
 from distdl_lite.partition import Partition
 from distdl_lite.reducer import reducer_of
 
-_CONVOLUTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 _PADDING_MODES = ("zeros", "circular", "reflect", "replicate")
 
 
@@ -138,19 +136,14 @@ class _DistributedConv(Convolution):
         """The inputs that output blocks read, also beyond the edge."""
         return lay.read_by_kernel(cuts, self.kernel_size[d], self.stride[d], self.dilation[d], self.pads[d][0])
 
-    def _convolution(self, box: lay.Box, held: lay.Box, global_shape: Shape, groups: int) -> Convolve:
+    def _kernel(self, groups: int) -> overlap.Kernel:
+        """The local convolution, which pads the dims that are whole."""
         padding = tuple(left if whole else 0 for (left, _), whole in zip(self.pads, self._whole, strict=True))
-        edge, function, stride, dilation = (
-            self._edge(box, held, global_shape),
-            _CONVOLUTIONS[self.dims],
-            self.stride,
-            self.dilation,
-        )
+        return overlap.Kernel(self.kernel_size, self.stride, padding, self.dilation, groups)
 
-        def convolve(z: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-            return function(z if edge is None else edge(z), weight, bias, stride, padding, dilation, groups)
-
-        return convolve
+    def _convolution(self, box: lay.Box, held: lay.Box, global_shape: Shape, groups: int) -> Convolve:
+        kernel, edge = self._kernel(groups), self._edge(box, held, global_shape)
+        return kernel if edge is None else lambda z, weight, bias: kernel(edge(z), weight, bias)
 
     def _edge(self, box: lay.Box, held: lay.Box, global_shape: Shape) -> Callable[[torch.Tensor], torch.Tensor] | None:
         """The local step at the global edge for reflection and replication."""
@@ -163,33 +156,26 @@ class _DistributedConv(Convolution):
     def _fused(
         self, inputs: Inputs, X: Layout, Z: Layout, groups: int, fetch: Operator | None, convolve: Convolve
     ) -> overlap.Fused | None:
-        if self.padding_mode not in ("zeros", "circular"):
-            return None
-        way = self._way(inputs, X, Z, groups, fetch)
         weight, bias = self._distdl_places["weight"].replicas, self._distdl_places.get("bias")
-        if way is None or (fetch is None and weight.team.size == 1):
+        if self.padding_mode not in ("zeros", "circular") or (fetch is None and weight.team.size == 1):
             return None
 
         def compose(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
             return convolve(x if fetch is None else fetch(x), weight, bias)
 
-        replicas = weight, bias and bias.replicas
-        return overlap.Fused(way, compose, inputs.requires_grad, replicas, reducer_of(self._distdl_transport))
-
-    def _way(
-        self, inputs: Inputs, X: Layout, Z: Layout, groups: int, fetch: Operator | None
-    ) -> overlap.Copied | overlap.Overlapped | None:
-        """How the halo comes to the kernel; the same on all ranks. None: a node of its own, which keeps no second copy."""
-        pads = tuple(left for left, _ in self.pads)
-        kernel = overlap.Kernel(self.kernel_size, self.stride, pads, self.dilation, groups)
+        kernel, slabs, copied = self._kernel(groups), (), fetch
         widest = math.prod(max(b - a for a, b in dim.ranges) for dim in X.dims) * inputs.dtype.itemsize
-        if fetch is None or widest < overlap.LEAST_BYTES:
-            padding = tuple(p if whole else 0 for p, whole in zip(pads, self._whole, strict=True))
-            return overlap.Copied(fetch, replace(kernel, padding=padding), inputs.requires_grad)
-        cut = [d for d in range(self.dims) if not self._whole[d]]
-        exact = inputs.dtype in (torch.float32, torch.float64)  # half sums of slabs would round twice
-        slabs = overlap.slabs(X, Z, kernel, cut, self._distdl_transport, type(self).__name__) if exact else None
-        return None if slabs is None else overlap.Overlapped(slabs, kernel, inputs.requires_grad)
+        if fetch is not None and widest >= overlap.LEAST_BYTES:
+            kernel, copied = replace(kernel, padding=tuple(left for left, _ in self.pads)), None
+            cut = [d for d in range(self.dims) if not self._whole[d]]
+            exact = inputs.dtype in (torch.float32, torch.float64)  # half sums of slabs would round twice
+            slabs = overlap.slabs(X, Z, kernel, cut, self._distdl_transport, type(self).__name__) if exact else None
+            if slabs is None:  # a node of its own for the halo keeps no second copy of a large block
+                return None
+        replicas = weight, bias and bias.replicas
+        return overlap.Fused(
+            kernel, copied, slabs, compose, inputs.requires_grad, replicas, reducer_of(self._distdl_transport)
+        )
 
     def _own_repr(self) -> list[str]:
         padding = [f"padding={self.padding}"] if self.padding else []

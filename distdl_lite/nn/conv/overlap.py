@@ -12,7 +12,8 @@ they travel, and what arrives is added to it.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -163,59 +164,53 @@ def _slab_dims(X: Layout, Z: Layout, done: Sequence[int], dim: int, is_left: boo
 
 
 @dataclass(frozen=True)
-class Copied:
-    """Copies the block with its halo, where there is one."""
+class Fused:
+    """A convolution as one graph node: the call for one structure.
 
+    Attributes
+    ----------
+    kernel : Kernel
+    fetch : Operator or None
+        From the block to the block with its halo, of which the kernel is then computed.
+    slabs : tuple of Slab
+        Those that travel while the kernel is computed of the block, where nothing is fetched before.
+    compose : callable
+        The same of input, weight and bias by differentiable operations.
+    graph : bool
+        Whether any rank's input requires grad.
+    replicas : (Replicas, Replicas or None)
+        Of weight and bias.
+    reducer : Reducer
+    """
+
+    kernel: Kernel
     fetch: Operator | None
-    kernel: Kernel
-    graph: bool
-
-    def forward(
-        self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
-    ) -> tuple[torch.Tensor, Sequence[torch.Tensor]]:
-        z = x if self.fetch is None else self.fetch.apply(x)
-        return self.kernel(z, weight, bias), (z,)
-
-    def backward(
-        self,
-        gradient: torch.Tensor,
-        x: torch.Tensor,
-        weight: torch.Tensor,
-        bias: torch.Tensor | None,
-        kept: Sequence[torch.Tensor],
-        wanted: Sequence[bool],
-    ) -> Sequence[torch.Tensor | None]:
-        if self.fetch is not None:
-            check_unbatched(gradient)
-        gz, gw, gb = self.kernel.backward(gradient, kept[0], weight, bias, (self.graph, *wanted))
-        return (self.fetch.adjoint.apply(gz) if self.graph and self.fetch is not None else gz), gw, gb
-
-
-@dataclass(frozen=True)
-class Overlapped:
-    """Computes the block with zeros in the place of the halo while the slabs travel."""
-
     slabs: tuple[Slab, ...]
-    kernel: Kernel
+    compose: Convolve
     graph: bool
+    replicas: tuple[Replicas, Replicas | None]
+    reducer: Reducer
+
+    def __call__(self, layer: Any, x: torch.Tensor) -> torch.Tensor:
+        weight, bias = layer.held("weight"), layer.held("bias")
+        if is_recording(weight, bias, self.reducer.token if self.graph else None):
+            return _Fused.apply(x, weight, bias, self.reducer.token, self)
+        return self.forward(x, weight, bias)[0]
 
     def forward(
         self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
     ) -> tuple[torch.Tensor, Sequence[torch.Tensor]]:
-        pending = [slab.fetch.start(x) for slab in self.slabs]
-        try:
-            y = self.kernel(x, weight, bias)
-        except BaseException:  # such as of memory: the operators stay usable
-            for slab, moving in zip(self.slabs, pending, strict=True):
-                slab.fetch.finish(moving)
-            raise
-        kept = []
-        for slab, moving in zip(self.slabs, pending, strict=True):
+        """The output, and what backward needs beside the arguments: the block with its halo, or the slabs that arrived."""
+        z = x if self.fetch is None else self.fetch.apply(x)
+        with _finished_on_errors([(slab.fetch, slab.fetch.start(x)) for slab in self.slabs]) as pending:
+            y = self.kernel(z, weight, bias)
+        kept = [] if self.fetch is None else [z]
+        for slab, (fetch, moving) in zip(self.slabs, pending, strict=True):
             if slab.arrives:
-                kept.append(slab.extended(slab.fetch.finish(moving)))
+                kept.append(slab.extended(fetch.finish(moving)))
                 slab.reached(y).add_(slab.kernel(kept[-1], slab.met(weight), None))
             else:
-                slab.fetch.finish(moving, into=x)  # adds nothing
+                fetch.finish(moving, into=x)  # adds nothing
         return y, kept
 
     def backward(
@@ -227,56 +222,38 @@ class Overlapped:
         kept: Sequence[torch.Tensor],
         wanted: Sequence[bool],
     ) -> Sequence[torch.Tensor | None]:
-        check_unbatched(gradient)
-        halos, parts, pending = iter(kept), [], []
+        """The wanted ones of the gradients of weight and bias, after that of the input."""
+        if self.fetch is not None or self.slabs:
+            check_unbatched(gradient)
+        arrived, parts, moving = iter(kept), [], []
+        z = x if self.fetch is None else next(arrived)
         for slab in self.slabs:
             halo = gradient.new_empty(0)
             if slab.arrives:
                 here, met = slab.reached(gradient), slab.met(weight)
-                halo, part, _ = slab.kernel.backward(here, next(halos), met, None, (self.graph, wanted[0], False))
+                halo, part, _ = slab.kernel.backward(here, next(arrived), met, None, (self.graph, wanted[0], False))
                 parts.append((slab, part))
             if self.graph:
-                pending.append(slab.fetch.adjoint.start(slab.cropped(halo) if slab.arrives else halo))
-        try:
-            gx, gw, gb = self.kernel.backward(gradient, x, weight, bias, (self.graph, *wanted))
-        except BaseException:
-            for slab, moving in zip(self.slabs if self.graph else (), pending, strict=True):
-                slab.fetch.adjoint.finish(moving)
-            raise
+                adjoint = slab.fetch.adjoint
+                moving.append((adjoint, adjoint.start(slab.cropped(halo) if slab.arrives else halo)))
+        with _finished_on_errors(moving) as pending:
+            gz, gw, gb = self.kernel.backward(gradient, z, weight, bias, (self.graph, *wanted))
         for slab, part in parts if wanted[0] else ():
             slab.met(gw).add_(part)
-        for slab, moving in zip(self.slabs if self.graph else (), pending, strict=True):
-            slab.fetch.adjoint.finish(moving, into=gx)
-        return gx, gw, gb
+        for adjoint, movement in pending:
+            adjoint.finish(movement, into=gz)
+        return (self.fetch.adjoint.apply(gz) if self.graph and self.fetch is not None else gz), gw, gb
 
 
-@dataclass(frozen=True)
-class Fused:
-    """A convolution as one graph node: the call for one structure.
-
-    Attributes
-    ----------
-    way : Copied or Overlapped
-    compose : callable
-        The same of input, weight and bias by differentiable operations.
-    graph : bool
-        Whether any rank's input requires grad.
-    replicas : (Replicas, Replicas or None)
-        Of weight and bias.
-    reducer : Reducer
-    """
-
-    way: Copied | Overlapped
-    compose: Convolve
-    graph: bool
-    replicas: tuple[Replicas, Replicas | None]
-    reducer: Reducer
-
-    def __call__(self, layer: Any, x: torch.Tensor) -> torch.Tensor:
-        weight, bias = layer.held("weight"), layer.held("bias")
-        if is_recording(weight, bias, self.reducer.token if self.graph else None):
-            return _Fused.apply(x, weight, bias, self.reducer.token, self)
-        return self.way.forward(x, weight, bias)[0]
+@contextmanager
+def _finished_on_errors(pending: list[tuple[Operator, Any]]) -> Iterator[list[tuple[Operator, Any]]]:
+    """Movements under way; after an error, such as of memory, they are finished, so that their operators stay usable."""
+    try:
+        yield pending
+    except BaseException:
+        for operator, movement in pending:
+            operator.finish(movement)
+        raise
 
 
 class _Fused(Node):
@@ -284,7 +261,7 @@ class _Fused(Node):
     def forward(
         ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, token: torch.Tensor, how: Fused
     ) -> torch.Tensor:
-        y, kept = how.way.forward(x, weight, bias)
+        y, kept = how.forward(x, weight, bias)
         ctx.how, ctx.parameters = how, (weight, bias)
         ctx.save_for_backward(x, weight, bias, *kept)
         return y
@@ -297,7 +274,7 @@ class _Fused(Node):
             # Not of the weight that a checkpoint has unpacked: sums go into the .grad of the parameter itself.
             gx, *learned = _differentiable_backward(how, gradient, x, *ctx.parameters)
         else:
-            gx, *learned = how.way.backward(gradient, x, weight, bias, kept, wanted)
+            gx, *learned = how.backward(gradient, x, weight, bias, kept, wanted)
         found = zip(ctx.parameters, learned, wanted, how.replicas, strict=True)
         sums = (how.reducer.reduce(p, g, replicas) if wants else None for p, g, wants, replicas in found)
         return (gx if wants_x else None, *sums, None, None)

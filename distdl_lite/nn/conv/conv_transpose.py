@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from distdl_lite import layout as lay
 from distdl_lite.layout import Dim, Layout, Shape
-from distdl_lite.nn.convolution import Convolution, Convolve, per_channel, with_bias
+from distdl_lite.nn.conv.convolution import Convolution, Convolve, per_channel, with_bias
 from distdl_lite.nn.module import Call
 from distdl_lite.nn.options import per_dim
 from distdl_lite.partition import Partition

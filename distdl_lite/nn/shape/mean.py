@@ -10,7 +10,7 @@ import torch
 
 from distdl_lite import layout as lay
 from distdl_lite.autograd import reduce_from_team
-from distdl_lite.nn.kernel import anchored, wide
+from distdl_lite.nn.blocks import anchored, wide
 from distdl_lite.nn.module import Call, Module
 from distdl_lite.nn.movement import agreed_inputs
 from distdl_lite.nn.options import booleans, integers, listed

@@ -13,11 +13,11 @@ from distdl_lite import layout as lay
 from distdl_lite.agreement import raise_together
 from distdl_lite.autograd import reduce_from_team
 from distdl_lite.layout import Layout, Shape
-from distdl_lite.nn.kernel import wide
-from distdl_lite.nn.loss import Block, _DistributedLoss
+from distdl_lite.nn.blocks import wide
+from distdl_lite.nn.loss.loss import Block, _DistributedLoss
 from distdl_lite.nn.module import Call
+from distdl_lite.nn.norm.softmax import CutDim, cut_dim, log_softmax
 from distdl_lite.nn.options import integers, numbers
-from distdl_lite.nn.softmax import CutDim, cut_dim, log_softmax
 from distdl_lite.partition import Partition
 
 

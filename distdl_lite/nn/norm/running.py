@@ -11,9 +11,9 @@ import torch.nn.functional as F
 
 from distdl_lite import layout as lay
 from distdl_lite.layout import Dim, Layout, Shape
-from distdl_lite.nn.kernel import anchored
+from distdl_lite.nn.blocks import anchored
 from distdl_lite.nn.movement import weight_dtype
-from distdl_lite.nn.norm_base import Built, Norm
+from distdl_lite.nn.norm.base import Built, Norm
 from distdl_lite.nn.options import integers, numbers
 from distdl_lite.nn.parameter import constant
 from distdl_lite.partition import Partition

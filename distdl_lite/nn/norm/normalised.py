@@ -12,7 +12,7 @@ import torch
 
 from distdl_lite.autograd import ANCHOR, Node, check_unbatched, copy_to_team, reduce_from_team
 from distdl_lite.layout import Shape
-from distdl_lite.nn.kernel import wide
+from distdl_lite.nn.blocks import wide
 from distdl_lite.operator import Operator
 from distdl_lite.transport import Team
 

@@ -13,22 +13,11 @@ import torch.nn.functional as F
 
 from distdl_lite import layout as lay
 from distdl_lite.layout import Dim, Range
-from distdl_lite.nn.kernel import (
-    Local,
-    SpatialLayer,
-    View,
-    anchored,
-    applied,
-    check_floating,
-    connected_zeros,
-    operator_between,
-    torch_dtype,
-    wide,
-    windows,
-)
+from distdl_lite.nn.blocks import Local, anchored, check_floating, connected_zeros, operator_between, torch_dtype, wide
 from distdl_lite.nn.module import Call, Module
 from distdl_lite.nn.movement import Inputs
 from distdl_lite.nn.options import integers, listed
+from distdl_lite.nn.pool.spatial import SpatialLayer, View, applied, windows
 from distdl_lite.partition import Partition
 
 _MAX_POOLS = {1: F.adaptive_max_pool1d, 2: F.adaptive_max_pool2d, 3: F.adaptive_max_pool3d}

@@ -19,7 +19,7 @@ from distdl_lite import layout as lay
 from distdl_lite.autograd import copy_to_team, reduce_from_team
 from distdl_lite.grid import Grid, balanced
 from distdl_lite.layout import Dim, Layout, Shape, ranges_of
-from distdl_lite.nn.kernel import Local, anchored, operator_between
+from distdl_lite.nn.blocks import Local, anchored, operator_between
 from distdl_lite.nn.module import Call
 from distdl_lite.nn.movement import agreed_inputs, computing_dtype, weight_dtype, whose_blocks
 from distdl_lite.nn.options import integers

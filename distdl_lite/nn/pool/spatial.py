@@ -1,8 +1,7 @@
-"""What layers share whose outputs read a range of the input per dim: convolutions, pools, interpolation."""
+"""The base of layers whose outputs read a range of the input per dim and channel: pools and interpolation."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -11,54 +10,11 @@ from typing import Any, Protocol
 import torch
 
 from distdl_lite import layout as lay
-from distdl_lite.layout import Dim, Layout, Range, Shape
+from distdl_lite.layout import Dim, Layout, Range
+from distdl_lite.nn.blocks import Local, anchored, connected_zeros, operator_between
 from distdl_lite.nn.module import Call, Module
-from distdl_lite.nn.movement import Inputs, agreed_inputs, keeping_batch
-from distdl_lite.operator import Operator
+from distdl_lite.nn.movement import Inputs, agreed_inputs
 from distdl_lite.partition import Partition
-from distdl_lite.plan import plan
-
-Local = Callable[[torch.Tensor], torch.Tensor]
-
-
-def operator_between(X: Layout, Y: Layout, layer: Module, graph: bool) -> Operator | None:
-    """The operator from `X` to `Y`, None where every rank holds the same box in both."""
-    if X.same_boxes(Y):
-        return None
-    transport = layer._distdl_transport
-    built = keeping_batch(plan(X, Y, transport.rank), layer._distdl_structure.mine[0].shape)
-    return Operator(built, transport, type(layer).__name__, graph)
-
-
-def anchored(x: torch.Tensor, graph: bool) -> torch.Tensor:
-    """The tensor with a graph node if `graph`, which says that some rank's requires grad: all then enter backward."""
-    needs_node = graph and not x.requires_grad and torch.is_grad_enabled()
-    return x.detach().requires_grad_() if needs_node else x
-
-
-def connected_zeros(
-    shape: Shape, *used: torch.Tensor | None, added: torch.Tensor | None = None, linear: bool = False
-) -> torch.Tensor:
-    """Zeros that give a zero gradient, not None, to the tensors that an empty block would have been computed from.
-
-    They stand beside torch's function of the others' blocks: in double backward each gradient depends on all tensors, but for
-    one that is `added` and unless the function is `linear`, and in the first one a tensor is saved. So the graph leads to the
-    same places on all ranks, and a checkpoint recomputes on all of them.
-    """
-    tensors = [tensor for tensor in used if tensor is not None]
-    parts = [tensor.reshape(-1)[:0] for tensor in tensors]
-    nothing = sum(part.sum() for part in parts) if linear else math.prod(part * part for part in parts).sum()
-    if added is not None:
-        nothing = nothing + (added.reshape(-1)[:0] * added.new_empty(0)).sum()
-    return torch.zeros(shape, dtype=tensors[0].dtype, device=tensors[0].device) + nothing
-
-
-def wide(dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which torch adds up and weighs values of `dtype`."""
-    return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
-
-
-# ---- layers without weights ------------------------------------------------------------------------------------------
 
 
 class Geometry(Protocol):
@@ -199,48 +155,3 @@ def applied(function: Callable[..., Any], *arguments: Any) -> Local:
 def with_places(y: Any) -> tuple[torch.Tensor, torch.Tensor]:
     """Maxima and their places, of which there are none where nothing was pooled."""
     return (y, torch.empty_like(y, dtype=torch.long)) if isinstance(y, torch.Tensor) else y
-
-
-def check_floating(layer: Module, inputs: Inputs) -> None:
-    """Raise TypeError if the input is of integers, which have no averages."""
-    if not inputs.dtype.is_floating_point:
-        raise layer._refuse(f"the input has dtype {inputs.dtype}, a floating dtype is needed", TypeError)
-
-
-def torch_dtype(layer: Module, inputs: Inputs, dims: int, function: Callable[[torch.Tensor], Any]) -> torch.dtype:
-    """The dtype of what a function of torch makes of a tensor of the input's; autocast may choose it.
-
-    Raises TypeError, with torch's words, if the function does not take one.
-    """
-    try:
-        made = function(torch.zeros((1,) * dims, dtype=inputs.dtype, device=inputs.device))
-    except (RuntimeError, TypeError) as error:
-        raise layer._refuse(f"the input has dtype {inputs.dtype}: {error}", TypeError) from error
-    return (made if isinstance(made, torch.Tensor) else made[0]).dtype
-
-
-def edge_pad(
-    wanted: lay.Box, held: lay.Box, global_shape: Shape, boundary: str
-) -> Callable[[torch.Tensor], torch.Tensor] | None:
-    """The local step that reflects or replicates at the global edge: from the box held to the box wanted, None if equal."""
-    if wanted == held:
-        return None
-    rows = [
-        None if w == h else torch.tensor([_folded(i, n, boundary) - h[0] for i in range(*w)], dtype=torch.long)
-        for w, h, n in zip(wanted, held, global_shape, strict=True)
-    ]
-
-    def pad(y: torch.Tensor) -> torch.Tensor:
-        for dim, row in enumerate(rows):
-            if row is not None:
-                y = y.index_select(dim, row.to(y.device))
-        return y
-
-    return pad
-
-
-def _folded(i: int, n: int, boundary: str) -> int:
-    """The point inside ``[0, n)`` that point `i` repeats."""
-    if boundary == "reflect":
-        return abs(i) if i < n else 2 * (n - 1) - i
-    return min(max(i, 0), n - 1)

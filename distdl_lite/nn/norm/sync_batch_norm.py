@@ -11,7 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.lazy import LazyModuleMixin
 
 from distdl_lite.layout import Layout, Shape
-from distdl_lite.nn.norm import DistributedBatchNorm
+from distdl_lite.nn.norm.running import DistributedBatchNorm
 from distdl_lite.partition import Partition, partition_of
 
 

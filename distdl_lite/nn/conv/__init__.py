@@ -1,0 +1,1 @@
+"""Convolutions, cut along batch, space and features."""

@@ -1,0 +1,1 @@
+"""Pools and interpolation: layers that treat each channel alone."""

@@ -1,0 +1,1 @@
+"""Layers that change shapes: flattening, padding, means, transforms."""

@@ -1,3 +1,0 @@
-"""The name under which `Bucket` is documented."""
-
-from distdl_lite.parallel.replicas.bucket import Bucket as Bucket
