@@ -9,7 +9,7 @@ from distdl_lite.model.gradient_norm import check_optimizer, clip_grad_norm_, gr
 from distdl_lite.model.optimizer_state import load_serial_optimizer_state_dict, serial_optimizer_state_dict
 from distdl_lite.model.replicas import check_replicas, synchronise_replicas
 from distdl_lite.model.weights import load_serial_state_dict, serial_state_dict
-from distdl_lite.nn.movement import zero_volume_tensor
+from distdl_lite.nn.inputs import zero_volume_tensor
 from distdl_lite.nn.norm.sync_batch_norm import SyncBatchNorm
 from distdl_lite.nn.scatter_gather import gather, scatter
 from distdl_lite.operator import Operator

@@ -1,12 +1,21 @@
-"""Checks that ranks agree, and errors that all of them raise."""
+"""How ranks agree: on being at the same place, on what a call is given, and on an error that all of them raise.
+
+The structure of a call's arguments is all of them but the numbers in their tensors.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
+
+from distdl_lite.autograd import any_autocast_is_enabled, transforms_are_active
+from distdl_lite.layout import BlockShapes, Shape
 from distdl_lite.partition import Partition
 from distdl_lite.transport import Team
 
@@ -96,3 +105,230 @@ def as_raised(error: BaseException | None, name: str) -> tuple[type[Exception], 
     if kind is not type(error):
         text = f"{type(error).__name__}: {text}"
     return kind, text if text.startswith(name) else f"{name}: {text}"
+
+
+@dataclass(frozen=True)
+class TensorStructure:
+    """One tensor argument, as a rank tells the others of it; ``kind`` names an argument that is no tensor."""
+
+    shape: tuple[int, ...] = ()
+    dtype: torch.dtype | None = None
+    device: str = ""
+    requires_grad: bool = False
+    kind: str = "Tensor"
+
+    @staticmethod
+    def of(value: Any) -> TensorStructure:
+        if not isinstance(value, torch.Tensor):
+            return TensorStructure(kind=type(value).__name__)
+        if not is_plain(value):
+            return TensorStructure(kind="a nested tensor" if value.is_nested else f"a tensor of {value.layout}")
+        return TensorStructure(tuple(value.shape), value.dtype, value.device.type, value.requires_grad)
+
+    @property
+    def size(self) -> int:
+        return 0 if self.kind != "Tensor" else torch.Size(self.shape).numel()
+
+
+@dataclass(frozen=True)
+class Structure:
+    """The tensor arguments of a layer's ranks, as each of them learns of them.
+
+    Attributes
+    ----------
+    rank : int
+        This rank.
+    mine : tuple of TensorStructure
+        What it passed.
+    alike : tuple of TensorStructure
+        What is the same on all ranks of the input's partition: dtype, device and whether any rank's requires grad. Empty
+        where something differs.
+    shapes : Mapping from world rank to tuple of int
+        Of the first argument, where these are blocks over the input's partition.
+    passed : Mapping from world rank to tuple of TensorStructure
+        Everything, where something differs: each rank is then told all.
+    """
+
+    rank: int
+    mine: tuple[TensorStructure, ...]
+    alike: tuple[TensorStructure, ...] = ()
+    shapes: Mapping[int, Shape] | None = None
+    passed: Mapping[int, tuple[TensorStructure, ...]] | None = None
+
+    def shapes_over(self, P: Partition) -> Mapping[int, Shape]:
+        """The shapes of the first argument on the ranks of its partition, which is the first one of the layer's."""
+        assert isinstance(self.shapes, BlockShapes)
+        grid = P.grid_of_ranks.padded(self.shapes.grid.dim)
+        if grid != self.shapes.grid:
+            raise ValueError(
+                f"the input lies over the layer's first partition, of shape {self.shapes.grid.shape}, not over {P}"
+            )
+        return self.shapes
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether the first argument has no elements on any rank."""
+        if self.passed is not None:
+            return not any(tensors[0].size for tensors in self.passed.values())
+        return isinstance(self.shapes, BlockShapes) and 0 in map(sum, self.shapes.lengths)
+
+    @property
+    def requires_grad(self) -> bool:
+        """Whether any tensor of any rank does."""
+        told = self.alike if self.passed is None else [t for tensors in self.passed.values() for t in tensors]
+        return any(tensor.requires_grad for tensor in told)
+
+
+_MOST_ARGUMENTS = 4
+_MORE_DIMS = 8  # of a tensor, before those that the partition has axes for
+UNSET = -(2**62)
+_DTYPES = list(dict.fromkeys(v for _, v in sorted(vars(torch).items()) if isinstance(v, torch.dtype)))
+_DEVICES = ["cpu", "cuda", "meta", "mps", "xpu"]
+
+
+def exchanged(
+    team: Team, P: Partition | None, is_cut: bool, input: Sequence[Any], same: Mapping[str, Any], name: str
+) -> Structure:
+    """Exchange what the team's ranks pass to a call; `same` must be the same on all of them.
+
+    Where the first argument `is_cut` in blocks over `P`, and all else goes together, each rank learns lengths along the grid's
+    axes; elsewhere it learns everything of every rank.
+
+    Raises
+    ------
+    ValueError
+        On all ranks, if `same` differs; the text begins with a name.
+    """
+    mine = tuple(map(TensorStructure.of, input))
+    found = _by_axis(team, P, mine, str(same)) if is_cut else None
+    if found is not None:
+        return found
+    passed = dict(zip(team, team.world.gather_objects(team, (mine, same)), strict=True))
+    for what in same:
+        try:
+            check_alike(what, {rank: told[what] for rank, (_, told) in passed.items()})
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
+    return Structure(team.world.rank, mine, passed={rank: tensors for rank, (tensors, _) in passed.items()})
+
+
+def _by_axis(team: Team, P: Partition | None, mine: tuple[TensorStructure, ...], same: str) -> Structure | None:
+    """The structure that the team's ranks agree on, by one maximum over O(sum of the grid's sides) numbers.
+
+    The first argument is in blocks over `P`: its ranks with the same index along an axis have the same length there, and so
+    each needs to learn one number for each index of each axis. A number and its negative show by their maxima whether all
+    ranks have the same one.
+
+    Returns
+    -------
+    Structure or None
+        None on all ranks where that is not so, something else differs, or `same` does.
+    """
+    is_usual = len(mine) <= _MOST_ARGUMENTS and all(_is_usual(tensor) for tensor in mine)
+    numbers = [UNSET] * _MOST_ARGUMENTS
+    lengths: list[list[int]] = []
+    if P is not None:
+        lengths = [[UNSET] * n for n in ((1,) * _MORE_DIMS + P.shape)]
+        here = P.grid_of_ranks.index(team.world.rank)  # whatever has become of the partition
+        if here is not None and is_usual and mine:
+            numbers[: len(mine)] = map(_number_of, mine)
+            shape = mine[0].shape
+            is_usual = 0 <= len(shape) - P.dim <= _MORE_DIMS
+            index = (0,) * _MORE_DIMS + here
+            for axis in range(1, len(shape) + 1) if is_usual else ():
+                lengths[-axis][index[-axis]] = shape[-axis]
+    numbers += [n for length in lengths for n in length]
+    flags = [not is_usual, *(i < len(mine) and mine[i].requires_grad for i in range(_MOST_ARGUMENTS))]
+    negatives = [n if n == UNSET else -n for n in (_number(same), *numbers)]
+    found = team.world.maxima(team, [*flags, _number(same), *numbers, *negatives])
+    flags, values = found[: len(flags)], found[len(flags) :]
+    values, negatives = values[: len(negatives)], values[len(negatives) :]
+    if flags[0] or any(a != (b if b == UNSET else -b) for a, b in zip(values, negatives, strict=True)):
+        return None
+    codes = [code for code in values[1 : 1 + _MOST_ARGUMENTS] if code != UNSET]
+    alike = tuple(replace(_tensor_of(code), requires_grad=bool(f)) for code, f in zip(codes, flags[1:], strict=False))
+    if P is None or not alike:
+        return Structure(team.world.rank, mine, alike)
+    dims = len(alike[0].shape)
+    grid = P.grid_of_ranks.padded(dims)
+    rest = iter(values[1 + _MOST_ARGUMENTS :])
+    by_axis = [[next(rest) for _ in length] for length in lengths][-dims:] if dims else []
+    return Structure(team.world.rank, mine, alike, BlockShapes(grid, tuple(map(tuple, by_axis))))
+
+
+def _is_usual(tensor: TensorStructure) -> bool:
+    return tensor.kind == "Tensor" and tensor.device in _DEVICES
+
+
+def _number_of(tensor: TensorStructure) -> int:
+    assert tensor.dtype is not None
+    return (_DTYPES.index(tensor.dtype) * len(_DEVICES) + _DEVICES.index(tensor.device)) * 64 + len(tensor.shape)
+
+
+def _tensor_of(number: int) -> TensorStructure:
+    kind, dims = divmod(number, 64)
+    dtype, device = divmod(kind, len(_DEVICES))
+    return TensorStructure((0,) * dims, _DTYPES[dtype], _DEVICES[device])
+
+
+def _number(text: str) -> int:
+    """A number for a text, the same in every process."""
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=7).digest(), "little")
+
+
+def parts_of_call(
+    module: torch.nn.Module, number: int, rank: int, input: Sequence[Any], kwargs: Mapping[str, Any] | None
+) -> list[Any]:
+    """The parts of this rank's share of the structure of a module's call.
+
+    Every call of a layer asks for it; where the caches are cold, each name that is looked up takes 0.5 us.
+    """
+    casts = any_autocast_is_enabled() and autocast()
+    parts: list[Any] = [rank, number, torch.is_grad_enabled(), casts, transforms_are_active()]
+    for value in input:
+        if isinstance(value, torch.Tensor) and value.layout is torch.strided and not value.is_nested:
+            parts += (value.shape, value.dtype, value.device, value.requires_grad)
+        else:
+            parts.append(hashable(value))
+    if kwargs:
+        parts.append(hashable(kwargs))
+    for inner in module.modules() if module._modules else (module,):
+        parts.append(inner.training)
+        for p in inner._parameters.values():
+            parts += (None,) if p is None else (p.shape, p.dtype, p.requires_grad)
+        for b in inner._buffers.values():
+            parts += (None,) if b is None else (b.shape, b.dtype)
+    return parts
+
+
+def hashed(parts: list[Any]) -> int:
+    """A hash of 64 bits, this rank's own: that of a string is another in each process.
+
+    A tuple's hash is nearly a sum of its items' hashes: of two ranks that swap shapes the sum would often stay the same.
+    """
+    return hash(hash(tuple(parts)).to_bytes(8, "little", signed=True)) % 2**64
+
+
+def hashable(value: Any) -> Any:
+    """A value's part in the structure: tensors by structure, plain values by value, anything else by type."""
+    if isinstance(value, torch.Tensor):
+        return (value.shape if is_plain(value) else None), value.dtype, value.device, value.requires_grad
+    if isinstance(value, (bool, int, float, complex)):
+        return type(value), repr(value)  # 1, 1.0 and True are equal, and -1 and -2 have one hash
+    if isinstance(value, (str, bytes, torch.dtype, torch.device, type(None))):
+        return value
+    if isinstance(value, Mapping):
+        return tuple((key, hashable(item)) for key, item in value.items())
+    if isinstance(value, Sequence):
+        return tuple(map(hashable, value))
+    return type(value)
+
+
+def autocast() -> tuple[Any, ...]:
+    """The dtypes that autocast is on for, by kind of device."""
+    return tuple(torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) for kind in ("cpu", "cuda"))
+
+
+def is_plain(tensor: torch.Tensor) -> bool:
+    """Whether a tensor is a dense block of numbers."""
+    return tensor.layout is torch.strided and not tensor.is_nested

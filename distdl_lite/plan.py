@@ -9,7 +9,6 @@ Standard library only.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from enum import Enum
 from functools import cached_property
@@ -259,40 +258,3 @@ def _tiles(parts: Layout, wholes: Layout) -> bool:
         elif (part.axes, part.ranges) != (entire.axes, entire.ranges):
             return False
     return True
-
-
-def simulate(plans: Iterable[Plan], blocks: Mapping[int, Any], zeros: Callable[[Shape], Any]) -> dict[int, Any]:
-    """Run an operator without any transport.
-
-    Parameters
-    ----------
-    plans : iterable of Plan
-        The plan of every rank.
-    blocks : mapping from rank to array
-        The input of every rank that holds one; anything that slices and adds.
-    zeros : callable
-        Makes an array of zeros of a shape.
-
-    Returns
-    -------
-    dict
-        The output of every rank that holds one.
-    """
-    by_rank = {p.rank: p for p in plans}
-    outputs = {}
-    for rank, mine in by_rank.items():
-        if mine.shape_out is None:
-            continue
-        y = zeros(mine.shape_out)
-        for leg in mine.legs:
-            for number, edge in enumerate(leg.receives):
-                twin = _twin(by_rank[edge.peer], leg, rank, sum(e.peer == edge.peer for e in leg.receives[:number]))
-                y[edge.slices] += blocks[edge.peer][twin.slices]
-        outputs[rank] = y
-    return outputs
-
-
-def _twin(peer: Plan, leg: Leg, rank: int, number: int) -> Edge:
-    """The send of a peer that is the `number`-th receive from it of `rank`'s leg."""
-    sends = [edge for other in peer.legs if other.team == leg.team for edge in other.sends if edge.peer == rank]
-    return sends[number]

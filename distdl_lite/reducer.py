@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import takewhile
 from operator import attrgetter
 from typing import Any
 from weakref import ref
@@ -283,12 +284,10 @@ class _Collected:
         teams = sorted(self.teams)
         groups = {team: self._group(team) for team in teams}
         votes = {team: self._vote(team, groups[team]) for team in teams}
-        flats = {team: self._flats(team) for team in teams if team not in self._arriving}  # while the votes travel
         for team in teams:
             if self.transport.agreed(team) != votes[team] * team.size % 2**64:
                 self._settle(team, groups[team])
                 groups[team] = self._group(team)
-                flats.pop(team, None)
         for team in self._arriving.keys() & self.teams.keys():
             self._start(team, self._arriving[team].complete(skips=True))
         for started in [*self._failed, *self.started]:
@@ -297,30 +296,19 @@ class _Collected:
         for started in self.started:
             _accumulate(started.bucket, started.flat)
         for team in teams:
-            for bucket, flat in flats.get(team) or self._flats(team):
-                self.transport.all_reduce(team, flat)
-                _accumulate(bucket, flat)
+            for bucket in buckets(sorted(self.teams[team].values(), key=attrgetter("order")), BUCKET_BYTES):
+                flat = flattened([entry.gradient for entry in bucket])
+                _accumulate(bucket, self.transport.all_reduce(team, flat))
             self._plan(team, groups[team])
         self.reducer.flushed += 1
 
     def _plan(self, team: Team, group: Sequence[Entry]) -> None:
-        """Plan anew where much was summed, and it was not planned, or other parameters before it, or together with it."""
+        """Plan anew where much was summed, unless the plan begins with just these parameters."""
         if sum(entry.nbytes for entry in group) < EARLY_BYTES:
             return
-        reached = {entry.order for entry in group}
-        known = [set(planned.orders) for planned in self.reducer.planned.get(team, ())]
-        parts = [orders & reached for orders in known]
-        if (
-            reached - set().union(*known)
-            or not parts[0]
-            or any(p and p != k for p, k in zip(parts, known, strict=True))
-        ):
+        reached, planned = {entry.order for entry in group}, self.reducer.planned.get(team, ())
+        if reached != {order for p in takewhile(lambda p: reached.issuperset(p.orders), planned) for order in p.orders}:
             self.reducer.plan(team, group)
-
-    def _flats(self, team: Team) -> list[tuple[list[Entry], torch.Tensor]]:
-        """The buckets that are to be summed at the end, and their flat tensors."""
-        left = sorted(self.teams[team].values(), key=attrgetter("order"))
-        return [(bucket, flattened([entry.gradient for entry in bucket])) for bucket in buckets(left, BUCKET_BYTES)]
 
     def _vote(self, team: Team, group: Sequence[Entry]) -> int:
         """Tell the team what this rank sums over it, which must be the same on all its ranks."""

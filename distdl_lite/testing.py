@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 
+from distdl_lite.layout import Shape
 from distdl_lite.partition import Partition
+from distdl_lite.plan import Edge, Leg, Plan
 from distdl_lite.transport import tallies
 from distdl_lite.transport.counts import Tally
 from distdl_lite.transport.threads import spmd
 
-__all__ = ["adjoint_test", "assert_equals_serial", "count", "spmd"]
+__all__ = ["adjoint_test", "assert_equals_serial", "count", "simulate", "spmd"]
 
 
 @contextmanager
@@ -215,3 +217,40 @@ def _raise_differences(world: Any, found: dict[str, str]) -> None:
     lines = [f"rank {rank}: {name}: {text}" for rank, texts in enumerate(everywhere) for name, text in texts.items()]
     if lines:
         raise AssertionError("the distributed layer does not equal the serial one\n" + "\n".join(lines))
+
+
+def simulate(plans: Iterable[Plan], blocks: Mapping[int, Any], zeros: Callable[[Shape], Any]) -> dict[int, Any]:
+    """Run an operator without any transport.
+
+    Parameters
+    ----------
+    plans : iterable of Plan
+        The plan of every rank.
+    blocks : mapping from rank to array
+        The input of every rank that holds one; anything that slices and adds.
+    zeros : callable
+        Makes an array of zeros of a shape.
+
+    Returns
+    -------
+    dict
+        The output of every rank that holds one.
+    """
+    by_rank = {p.rank: p for p in plans}
+    outputs = {}
+    for rank, mine in by_rank.items():
+        if mine.shape_out is None:
+            continue
+        y = zeros(mine.shape_out)
+        for leg in mine.legs:
+            for number, edge in enumerate(leg.receives):
+                twin = _twin(by_rank[edge.peer], leg, rank, sum(e.peer == edge.peer for e in leg.receives[:number]))
+                y[edge.slices] += blocks[edge.peer][twin.slices]
+        outputs[rank] = y
+    return outputs
+
+
+def _twin(peer: Plan, leg: Leg, rank: int, number: int) -> Edge:
+    """The send of a peer that is the `number`-th receive from it of `rank`'s leg."""
+    sends = [edge for other in peer.legs if other.team == leg.team for edge in other.sends if edge.peer == rank]
+    return sends[number]

@@ -23,7 +23,7 @@ import distdl_lite as dl
 import distdl_lite.nn as dnn
 from distdl_lite import layout as lay
 from distdl_lite.grid import balanced
-from distdl_lite.nn.movement import agreed_inputs
+from distdl_lite.nn.inputs import agreed_inputs
 
 Tensors = tuple[torch.Tensor, ...]
 

@@ -21,7 +21,8 @@ import distdl_lite as dl
 import distdl_lite.nn as dnn
 from distdl_lite.grid import Grid
 from distdl_lite.layout import whole
-from distdl_lite.nn.parameter import Layer, constant
+from distdl_lite.nn.draws import constant
+from distdl_lite.nn.parameter import Layer
 from distdl_lite.partition import Partition
 
 

@@ -12,7 +12,8 @@ from cases import SIZE, Case, applied, cases, dense, random_blocks
 
 from distdl_lite.grid import Grid
 from distdl_lite.layout import Layout, balanced_blocks, copies, gathered, haloed, shape_of, whole
-from distdl_lite.plan import Pattern, Plan, plan, simulate
+from distdl_lite.plan import Pattern, Plan, plan
+from distdl_lite.testing import simulate
 
 TABLE = pytest.mark.parametrize("case", cases(), ids=str)
 

@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 
+from distdl_lite.agreement import UNSET
 from distdl_lite.grid import Grid
 from distdl_lite.partition import Partition
 from distdl_lite.plan import Plan
-from distdl_lite.structure import UNSET
 from distdl_lite.transport import Team, Transport
 
 

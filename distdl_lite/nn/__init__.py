@@ -12,6 +12,7 @@ from distdl_lite.nn.dropout import (
     DistributedDropout2d,
     DistributedDropout3d,
 )
+from distdl_lite.nn.inputs import agreed_inputs
 from distdl_lite.nn.linear.embedding import DistributedEmbedding
 from distdl_lite.nn.linear.linear import DistributedLinear
 from distdl_lite.nn.linear.parallel_linear import DistributedColumnParallelLinear, DistributedRowParallelLinear
@@ -27,7 +28,7 @@ from distdl_lite.nn.loss.loss import (
     DistributedSmoothL1Loss,
 )
 from distdl_lite.nn.module import Call, Module
-from distdl_lite.nn.movement import Movement, agreed_inputs
+from distdl_lite.nn.movement import Movement
 from distdl_lite.nn.norm.group_norm import DistributedGroupNorm
 from distdl_lite.nn.norm.layer_norm import DistributedLayerNorm, DistributedRMSNorm
 from distdl_lite.nn.norm.running import DistributedBatchNorm, DistributedInstanceNorm

@@ -10,8 +10,9 @@ import torch
 
 from distdl_lite import layout as lay
 from distdl_lite.layout import Layout, Shape
+from distdl_lite.nn.inputs import Inputs
 from distdl_lite.nn.module import Module
-from distdl_lite.nn.movement import Inputs, keeping_batch
+from distdl_lite.nn.movement import keeping_batch
 from distdl_lite.operator import Operator
 from distdl_lite.plan import plan
 

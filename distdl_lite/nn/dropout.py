@@ -11,8 +11,8 @@ import torch
 from distdl_lite import layout as lay
 from distdl_lite.layout import Box, Shape
 from distdl_lite.nn.blocks import anchored, check_floating
+from distdl_lite.nn.inputs import agreed_inputs
 from distdl_lite.nn.module import Call, Module
-from distdl_lite.nn.movement import agreed_inputs
 from distdl_lite.nn.options import numbers
 from distdl_lite.partition import Partition
 

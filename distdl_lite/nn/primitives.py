@@ -9,8 +9,9 @@ from distdl_lite import layout as lay
 from distdl_lite.grid import Grid, balanced
 from distdl_lite.layout import Layout, Shape
 from distdl_lite.nn.blocks import edge_pad
+from distdl_lite.nn.inputs import agreed_inputs
 from distdl_lite.nn.module import Call
-from distdl_lite.nn.movement import Movement, agreed_inputs, into
+from distdl_lite.nn.movement import Movement, into
 from distdl_lite.nn.options import listed, plain
 from distdl_lite.partition import Partition, check_axes, integers_of
 

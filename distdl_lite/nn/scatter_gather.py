@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
+from distdl_lite.nn.inputs import zero_volume_tensor
 from distdl_lite.nn.module import Call
-from distdl_lite.nn.movement import zero_volume_tensor
 from distdl_lite.nn.primitives import Repartition
 from distdl_lite.partition import Partition
 

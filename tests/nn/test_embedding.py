@@ -15,7 +15,7 @@ from twins import assert_refused
 
 import distdl_lite as dl
 import distdl_lite.nn as dnn
-from distdl_lite.nn.parameter import _drawn, normal
+from distdl_lite.nn.draws import drawn, normal
 from distdl_lite.partition import Partition
 from distdl_lite.testing import count
 
@@ -28,8 +28,8 @@ def test_normal_numbers_in_blocks() -> None:
         torch.manual_seed(1)
         whole, after = torch.empty(shape).normal_(), torch.rand(1)
         torch.manual_seed(1)
-        drawn = _drawn(shape, tuple((0, n) for n in shape), normal(shape[0] * shape[1]), torch.float32)
-        assert torch.equal(drawn, whole)
+        mine = drawn(shape, tuple((0, n) for n in shape), normal(shape[0] * shape[1]), torch.float32)
+        assert torch.equal(mine, whole)
         assert torch.equal(torch.rand(1), after)
 
 

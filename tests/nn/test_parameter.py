@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 import distdl_lite as dl
 import distdl_lite.nn as dnn
 from distdl_lite import reducer as red
-from distdl_lite.nn import DistributedBatchNorm, DistributedLinear, DistributedMSELoss, parameter
+from distdl_lite.nn import DistributedBatchNorm, DistributedLinear, DistributedMSELoss, draws
 from distdl_lite.partition import Partition
 from distdl_lite.testing import spmd
 
@@ -61,7 +61,7 @@ def test_start_values(world: Partition) -> None:
 
 @on_ranks(4)
 def test_a_large_weight_is_drawn_in_blocks(world: Partition) -> None:
-    at_once, parameter._DRAWN_AT_ONCE = parameter._DRAWN_AT_ONCE, 100
+    at_once, draws._DRAWN_AT_ONCE = draws._DRAWN_AT_ONCE, 100
     P = world.grid((1, 2))
     try:
         (serial, after), (layer, after_ours) = (
@@ -69,7 +69,7 @@ def test_a_large_weight_is_drawn_in_blocks(world: Partition) -> None:
             with_seed(2, lambda: DistributedLinear(P, P, world.grid((2, 2)), 37, 41)),
         )
     finally:
-        parameter._DRAWN_AT_ONCE = at_once
+        draws._DRAWN_AT_ONCE = at_once
     assert torch.equal(after, after_ours)
     check_held(layer, serial, world.rank)
 

@@ -13,7 +13,7 @@ from distdl_lite.layout import Dim, Layout, Shape
 from distdl_lite.nn.blocks import edge_pad
 from distdl_lite.nn.conv import overlap
 from distdl_lite.nn.conv.convolution import Convolution, Convolve
-from distdl_lite.nn.movement import Inputs
+from distdl_lite.nn.inputs import Inputs
 from distdl_lite.nn.options import per_dim, plain
 from distdl_lite.operator import Operator
 from distdl_lite.partition import Partition

@@ -23,10 +23,12 @@ from distdl_lite.grid import Grid, balanced
 from distdl_lite.layout import Dim, Layout, Shape, balanced_blocks, ranges_of
 from distdl_lite.nn.blocks import connected_zeros, operator_between
 from distdl_lite.nn.conv.overlap import Fused
+from distdl_lite.nn.draws import bias_bound, kaiming_bound, uniform
+from distdl_lite.nn.inputs import Inputs, agreed_inputs, computing_dtype, weight_dtype, whose_blocks
 from distdl_lite.nn.module import Call
-from distdl_lite.nn.movement import Inputs, agreed_inputs, computing_dtype, into, weight_dtype, whose_blocks
+from distdl_lite.nn.movement import into
 from distdl_lite.nn.options import integers
-from distdl_lite.nn.parameter import Layer, bias_bound, kaiming_bound, uniform
+from distdl_lite.nn.parameter import Layer
 from distdl_lite.operator import Operator
 from distdl_lite.partition import Partition
 

@@ -13,11 +13,12 @@ from distdl_lite.autograd import reduce_from_team
 from distdl_lite.grid import balanced
 from distdl_lite.layout import Dim, Layout, ranges_of
 from distdl_lite.nn.blocks import connected_zeros
+from distdl_lite.nn.draws import normal
+from distdl_lite.nn.inputs import agreed_inputs, zero_volume_tensor
 from distdl_lite.nn.linear.parallel_linear import line_of
 from distdl_lite.nn.module import Call
-from distdl_lite.nn.movement import agreed_inputs, zero_volume_tensor
 from distdl_lite.nn.options import booleans, integers
-from distdl_lite.nn.parameter import Layer, normal
+from distdl_lite.nn.parameter import Layer
 from distdl_lite.partition import Partition
 
 

@@ -15,10 +15,12 @@ from distdl_lite import layout as lay
 from distdl_lite.grid import Grid, balanced
 from distdl_lite.layout import Dim, Layout, Shape, balanced_blocks, ranges_of
 from distdl_lite.nn.blocks import operator_between
+from distdl_lite.nn.draws import bias_bound, kaiming_bound, uniform
+from distdl_lite.nn.inputs import agreed_inputs, computing_dtype, weight_dtype, whose_blocks
 from distdl_lite.nn.module import Call
-from distdl_lite.nn.movement import agreed_inputs, computing_dtype, into, weight_dtype, whose_blocks
+from distdl_lite.nn.movement import into
 from distdl_lite.nn.options import integers
-from distdl_lite.nn.parameter import Layer, bias_bound, kaiming_bound, uniform
+from distdl_lite.nn.parameter import Layer
 from distdl_lite.partition import Partition
 
 

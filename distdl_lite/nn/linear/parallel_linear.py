@@ -20,10 +20,11 @@ from distdl_lite.autograd import copy_to_team, reduce_from_team
 from distdl_lite.grid import Grid, balanced
 from distdl_lite.layout import Dim, Layout, Shape, ranges_of
 from distdl_lite.nn.blocks import Local, anchored, operator_between
+from distdl_lite.nn.draws import bias_bound, kaiming_bound, uniform
+from distdl_lite.nn.inputs import agreed_inputs, computing_dtype, weight_dtype, whose_blocks
 from distdl_lite.nn.module import Call
-from distdl_lite.nn.movement import agreed_inputs, computing_dtype, weight_dtype, whose_blocks
 from distdl_lite.nn.options import integers
-from distdl_lite.nn.parameter import Layer, bias_bound, kaiming_bound, uniform
+from distdl_lite.nn.parameter import Layer
 from distdl_lite.operator import Operator
 from distdl_lite.partition import Partition
 from distdl_lite.plan import plan

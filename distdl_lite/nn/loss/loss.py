@@ -18,8 +18,8 @@ from distdl_lite.agreement import raise_together
 from distdl_lite.autograd import reduce_from_team
 from distdl_lite.layout import Box, Layout, Shape
 from distdl_lite.nn.blocks import anchored, connected_zeros, wide
+from distdl_lite.nn.inputs import agreed_inputs
 from distdl_lite.nn.module import Call, Module
-from distdl_lite.nn.movement import agreed_inputs
 from distdl_lite.nn.options import booleans, numbers
 from distdl_lite.partition import Partition
 

@@ -14,10 +14,11 @@ from distdl_lite import layout as lay
 from distdl_lite.grid import balanced, ravel
 from distdl_lite.layout import Box, Dim, Layout, Shape, ranges_of
 from distdl_lite.nn.blocks import check_floating, connected_zeros, operator_between, wide
-from distdl_lite.nn.movement import Inputs, agreed_inputs, weight_dtype
+from distdl_lite.nn.draws import constant
+from distdl_lite.nn.inputs import Inputs, agreed_inputs, weight_dtype
 from distdl_lite.nn.norm.normalised import Rows, normalised
 from distdl_lite.nn.options import numbers
-from distdl_lite.nn.parameter import Layer, constant
+from distdl_lite.nn.parameter import Layer
 from distdl_lite.operator import Operator
 from distdl_lite.partition import Partition
 from distdl_lite.plan import plan

@@ -12,10 +12,10 @@ import torch.nn.functional as F
 from distdl_lite import layout as lay
 from distdl_lite.layout import Dim, Layout, Shape
 from distdl_lite.nn.blocks import anchored
-from distdl_lite.nn.movement import weight_dtype
+from distdl_lite.nn.draws import constant
+from distdl_lite.nn.inputs import weight_dtype
 from distdl_lite.nn.norm.base import Built, Norm
 from distdl_lite.nn.options import integers, numbers
-from distdl_lite.nn.parameter import constant
 from distdl_lite.partition import Partition
 
 

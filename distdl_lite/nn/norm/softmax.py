@@ -10,8 +10,8 @@ import torch
 
 from distdl_lite import layout as lay
 from distdl_lite.nn.blocks import check_floating, wide
+from distdl_lite.nn.inputs import agreed_inputs
 from distdl_lite.nn.module import Call, Module
-from distdl_lite.nn.movement import agreed_inputs
 from distdl_lite.nn.options import integers
 from distdl_lite.operator import Operator
 from distdl_lite.partition import Partition

@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from distdl_lite import layout as lay
 from distdl_lite.layout import Dim, Range
 from distdl_lite.nn.blocks import Local, anchored, check_floating, connected_zeros, operator_between, torch_dtype, wide
+from distdl_lite.nn.inputs import Inputs
 from distdl_lite.nn.module import Call, Module
-from distdl_lite.nn.movement import Inputs
 from distdl_lite.nn.options import integers, listed
 from distdl_lite.nn.pool.spatial import SpatialLayer, View, applied, windows
 from distdl_lite.partition import Partition

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from distdl_lite import layout as lay
 from distdl_lite.layout import Range
 from distdl_lite.nn.blocks import Local, check_floating, torch_dtype, wide
-from distdl_lite.nn.movement import Inputs
+from distdl_lite.nn.inputs import Inputs
 from distdl_lite.nn.options import booleans, integers, per_dim
 from distdl_lite.nn.pool.spatial import SpatialLayer, View, applied
 from distdl_lite.partition import Partition

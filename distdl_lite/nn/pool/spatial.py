@@ -12,8 +12,8 @@ import torch
 from distdl_lite import layout as lay
 from distdl_lite.layout import Dim, Layout, Range
 from distdl_lite.nn.blocks import Local, anchored, connected_zeros, operator_between
+from distdl_lite.nn.inputs import Inputs, agreed_inputs
 from distdl_lite.nn.module import Call, Module
-from distdl_lite.nn.movement import Inputs, agreed_inputs
 from distdl_lite.partition import Partition
 
 

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 
 from distdl_lite.layout import Range
 from distdl_lite.nn.blocks import Local, check_floating, torch_dtype, wide
-from distdl_lite.nn.movement import Inputs
+from distdl_lite.nn.inputs import Inputs
 from distdl_lite.nn.options import listed, plain
 from distdl_lite.nn.pool.adaptive_pool import Adaptive, averaged, is_mean
 from distdl_lite.nn.pool.spatial import Geometry, SpatialLayer, View, windows

@@ -14,8 +14,8 @@ from distdl_lite import layout as lay
 from distdl_lite.grid import Grid, indices
 from distdl_lite.layout import Dim, Shape
 from distdl_lite.nn.blocks import Local, operator_between, torch_dtype
+from distdl_lite.nn.inputs import agreed_inputs
 from distdl_lite.nn.module import Call, Module
-from distdl_lite.nn.movement import agreed_inputs
 from distdl_lite.nn.options import integers, listed
 from distdl_lite.operator import Operator
 from distdl_lite.partition import Partition

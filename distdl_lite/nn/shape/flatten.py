@@ -10,8 +10,9 @@ import torch
 from distdl_lite import layout as lay
 from distdl_lite.grid import Grid
 from distdl_lite.nn.blocks import operator_between
+from distdl_lite.nn.inputs import agreed_inputs
 from distdl_lite.nn.module import Call, Module
-from distdl_lite.nn.movement import agreed_inputs, into
+from distdl_lite.nn.movement import into
 from distdl_lite.nn.options import integers
 from distdl_lite.partition import Partition
 

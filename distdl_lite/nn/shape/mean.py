@@ -11,8 +11,8 @@ import torch
 from distdl_lite import layout as lay
 from distdl_lite.autograd import reduce_from_team
 from distdl_lite.nn.blocks import anchored, wide
+from distdl_lite.nn.inputs import agreed_inputs
 from distdl_lite.nn.module import Call, Module
-from distdl_lite.nn.movement import agreed_inputs
 from distdl_lite.nn.options import booleans, integers, listed
 from distdl_lite.partition import Partition
 

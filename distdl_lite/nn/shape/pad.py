@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from distdl_lite import layout as lay
 from distdl_lite.layout import Dim, Layout, Shape
 from distdl_lite.nn.blocks import Local, connected_zeros, edge_pad, torch_dtype
+from distdl_lite.nn.inputs import agreed_inputs
 from distdl_lite.nn.module import Call, Module
-from distdl_lite.nn.movement import agreed_inputs
 from distdl_lite.nn.options import numbers, per_dim
 from distdl_lite.operator import Operator
 from distdl_lite.partition import Partition

@@ -14,7 +14,7 @@ import torch
 
 from distdl_lite.agreement import refused_together
 from distdl_lite.autograd import at_end_of_backward, running_backward, running_backward_accumulates
-from distdl_lite.nn.movement import zero_volume_tensor
+from distdl_lite.nn.inputs import zero_volume_tensor
 from distdl_lite.nn.norm.sync_batch_norm import SyncBatchNorm
 from distdl_lite.parallel.replicas.alike import (
     agreed,

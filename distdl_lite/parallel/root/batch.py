@@ -10,11 +10,11 @@ from typing import Any
 import torch
 
 from distdl_lite import layout as lay
+from distdl_lite.agreement import TensorStructure
 from distdl_lite.grid import Grid, balanced
 from distdl_lite.layout import Shape
 from distdl_lite.operator import Operator
 from distdl_lite.plan import plan
-from distdl_lite.structure import TensorStructure
 from distdl_lite.transport import Team, Transport
 
 Cuts = tuple[int, ...]

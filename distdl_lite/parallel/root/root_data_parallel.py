@@ -17,8 +17,8 @@ from torch.utils import _pytree as pytree
 
 from distdl_lite.agreement import as_raised, check_alike
 from distdl_lite.autograd import ANCHOR, untraced
+from distdl_lite.nn.inputs import zero_volume_tensor
 from distdl_lite.nn.module import Module
-from distdl_lite.nn.movement import zero_volume_tensor
 from distdl_lite.parallel.replicas.data_parallel import DataParallel
 from distdl_lite.parallel.root.batch import Places
 from distdl_lite.parallel.root.passes import Passes

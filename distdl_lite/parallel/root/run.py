@@ -18,10 +18,10 @@ from torch._C._autograd import (
 from torch.func import functional_call
 from torch.utils import _pytree as pytree
 
+from distdl_lite.agreement import TensorStructure
 from distdl_lite.operator import Operator
 from distdl_lite.parallel.root.batch import Cuts, Output
 from distdl_lite.parallel.root.weights import News
-from distdl_lite.structure import TensorStructure
 
 
 @dataclass(frozen=True)

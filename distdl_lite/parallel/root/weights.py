@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
+from distdl_lite.agreement import TensorStructure
 from distdl_lite.operator import Operator
 from distdl_lite.parallel.root.batch import refusal
-from distdl_lite.structure import TensorStructure
 
 
 @dataclass(frozen=True)
