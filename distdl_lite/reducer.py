@@ -7,10 +7,9 @@ where there is much to add, and puts the sums into ``.grad``: they are final whe
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import takewhile
 from operator import attrgetter
 from typing import Any
 from weakref import ref
@@ -27,6 +26,7 @@ from distdl_lite.autograd import (
     unflattened,
 )
 from distdl_lite.buckets import cut
+from distdl_lite.early_sums import Arriving, Planned, replanned
 from distdl_lite.transport import Team, Transport
 from distdl_lite.transport.sums import Pending
 
@@ -118,15 +118,6 @@ class Entry:
         return f"{self.order} {self.replicas.name} {tuple(self.parameter.shape)} {self.dtype}"
 
 
-@dataclass(frozen=True)
-class Planned:
-    """Parameters of one team, by their falling order, whose sum starts once all their gradients are there."""
-
-    orders: tuple[int, ...]
-    size: int  # in bytes
-    dtype: torch.dtype
-
-
 @dataclass(eq=False)
 class _Started:
     """A sum that was started, and the memory that it goes into."""
@@ -138,11 +129,7 @@ class _Started:
 
 
 class Reducer:
-    """Collects the replica gradients of each backward and adds them up: much of them while it runs, the rest when it ends.
-
-    What is summed early follows a plan, which the ranks of a team make alike when a backward has reached many parameters:
-    those, in the reverse order of their construction, in buckets, whose sums start in the order of the plan.
-    """
+    """Collects the replica gradients of each backward and adds them up: much of them while it runs, the rest when it ends."""
 
     def __init__(self, transport: Transport) -> None:
         self.transport = transport
@@ -190,49 +177,6 @@ class Reducer:
         """Note that a backward has come to its end."""
         self._collected.pop(collected.backward, None)
 
-    def plan(self, team: Team, group: Sequence[Entry]) -> None:
-        """Sum these parameters of a team early from the next backward on."""
-        self.transport.open_sums(team)
-        made = [
-            Planned(tuple(entry.order for entry in bucket), sum(e.nbytes for e in bucket), bucket[0].dtype)
-            for bucket in buckets(group[::-1], EARLY_BYTES)
-        ]
-        reached = {entry.order for entry in group}
-        others = [planned for planned in self.planned.get(team, ()) if reached.isdisjoint(planned.orders)]
-        self.planned[team] = [*made, *others]
-
-
-@dataclass
-class _Arriving:
-    """The progress of a team's plan in one backward."""
-
-    planned: list[Planned]
-    places: dict[int, int]  # of the parameters, by their order
-    arrived: list[dict[int, Entry]]
-    next: int = 0
-
-    @staticmethod
-    def of(planned: list[Planned]) -> _Arriving:
-        places = {order: place for place, p in enumerate(planned) for order in p.orders}
-        return _Arriving(planned, places, [{} for _ in planned])
-
-    def add(self, entry: Entry) -> None:
-        place = self.places.get(entry.order, -1)
-        if place >= self.next:
-            self.arrived[place].setdefault(entry.order, entry)
-
-    def complete(self, skips: bool = False) -> Iterator[list[Entry]]:
-        """The buckets that are complete by now, one after another; up to the first that is not unless `skips`."""
-        while self.next < len(self.planned):
-            planned, arrived = self.planned[self.next], self.arrived[self.next]
-            is_complete = len(arrived) == len(planned.orders)
-            if not (is_complete or skips):
-                return
-            self.next += 1
-            bucket = [arrived[order] for order in planned.orders] if is_complete else []
-            if sum(e.nbytes for e in bucket) == planned.size and {e.dtype for e in bucket} == {planned.dtype}:
-                yield bucket
-
 
 class _Collected:
     """The replica gradients of one backward, by team."""
@@ -250,7 +194,7 @@ class _Collected:
         self._failed = [s for s in reducer.under_way if not any(s in other.started for other in running)]
         # Inside another backward, of which ranks may have come differently far, nothing starts early. Where one has
         # failed, they may have started different sums, and must agree before they start others.
-        self._arriving = {} if running else {team: _Arriving.of(p) for team, p in reducer.planned.items()}
+        self._arriving = {} if running else {team: Arriving(p) for team, p in reducer.planned.items()}
         self._may_start = reducer.begun == reducer.flushed
         reducer.begun = reducer.flushed + len(running) + 1
 
@@ -288,8 +232,9 @@ class _Collected:
             if self.transport.agreed(team) != votes[team] * team.size % 2**64:
                 self._settle(team, groups[team])
                 groups[team] = self._group(team)
-        for team in self._arriving.keys() & self.teams.keys():
-            self._start(team, self._arriving[team].complete(skips=True))
+        for team in teams:
+            if team in self._arriving:
+                self._start(team, self._arriving[team].complete(skips=True))
         for started in [*self._failed, *self.started]:
             started.pending.wait()
             self.reducer.under_way.remove(started)
@@ -303,12 +248,13 @@ class _Collected:
         self.reducer.flushed += 1
 
     def _plan(self, team: Team, group: Sequence[Entry]) -> None:
-        """Plan anew where much was summed, unless the plan begins with just these parameters."""
+        """Let a team's next backwards sum early what this one has reached, where that is much."""
         if sum(entry.nbytes for entry in group) < EARLY_BYTES:
             return
-        reached, planned = {entry.order for entry in group}, self.reducer.planned.get(team, ())
-        if reached != {order for p in takewhile(lambda p: reached.issuperset(p.orders), planned) for order in p.orders}:
-            self.reducer.plan(team, group)
+        plan = replanned(self.reducer.planned.get(team, ()), buckets(group[::-1], EARLY_BYTES))
+        if plan is not None:
+            self.transport.open_sums(team)
+            self.reducer.planned[team] = plan
 
     def _vote(self, team: Team, group: Sequence[Entry]) -> int:
         """Tell the team what this rank sums over it, which must be the same on all its ranks."""

@@ -25,6 +25,7 @@ LEVELS = [
     "autograd",
     "agreement",
     "buckets",
+    "early_sums",
     "operator",
     "reducer",
     "nn/module",
