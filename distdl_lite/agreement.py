@@ -9,7 +9,8 @@ import hashlib
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 import torch
@@ -41,10 +42,7 @@ def check_met(team: Team, name: str, place: str, told: str | None = None) -> Non
     names, texts = zip(*team.world.gather_objects(team, (name, told or place)), strict=True)
     name, places = names[0], dict(zip(team, texts, strict=True))
     if all(other.startswith(_CALL) for other in places.values()):
-        try:
-            check_alike(_CALL, {rank: other.removeprefix(f"{_CALL} ") for rank, other in places.items()})
-        except ValueError as error:
-            raise ValueError(f"{name}: {error}") from None
+        check_alike(_CALL, {rank: other.removeprefix(f"{_CALL} ") for rank, other in places.items()}, name)
     lines = "; ".join(f"rank {rank} is at {other}" for rank, other in places.items())
     raise RuntimeError(f"{name}: the ranks meet in different calls: {lines}")
 
@@ -54,14 +52,14 @@ def call_of(label: str, number: int) -> str:
     return f"{_CALL} {label} number {number}"
 
 
-def check_alike(what: str, values: Mapping[int, Any]) -> None:
-    """Raise ValueError unless all ranks have the same value; the minority is named."""
+def check_alike(what: str, values: Mapping[int, Any], name: str = "") -> None:
+    """Raise ValueError, whose text begins with a name, unless all ranks have the same value; the minority is named."""
     found = list(values.values())
     if found.count(found[0]) == len(found):
         return
     usual = max(found, key=found.count)
     odd = [f"rank {rank}: {what} {value}" for rank, value in values.items() if value != usual]
-    raise ValueError(f"the ranks disagree: {', '.join(odd)}, others {usual}")
+    raise ValueError(f"{name and f'{name}: '}the ranks disagree: {', '.join(odd)}, others {usual}")
 
 
 _PLAIN_ERRORS = (TypeError, ValueError, RuntimeError, NotImplementedError, IndexError, KeyError, AttributeError)
@@ -183,7 +181,7 @@ _MOST_ARGUMENTS = 4
 _MORE_DIMS = 8  # of a tensor, before those that the partition has axes for
 UNSET = -(2**62)
 _DTYPES = list(dict.fromkeys(v for _, v in sorted(vars(torch).items()) if isinstance(v, torch.dtype)))
-_DEVICES = ["cpu", "cuda", "meta", "mps", "xpu"]
+_KINDS = list(product(_DTYPES, ["cpu", "cuda", "meta", "mps", "xpu"]))
 
 
 def exchanged(
@@ -205,10 +203,7 @@ def exchanged(
         return found
     passed = dict(zip(team, team.world.gather_objects(team, (mine, same)), strict=True))
     for what in same:
-        try:
-            check_alike(what, {rank: told[what] for rank, (_, told) in passed.items()})
-        except ValueError as error:
-            raise ValueError(f"{name}: {error}") from None
+        check_alike(what, {rank: told[what] for rank, (_, told) in passed.items()}, name)
     return Structure(team.world.rank, mine, passed={rank: tensors for rank, (tensors, _) in passed.items()})
 
 
@@ -224,14 +219,14 @@ def _by_axis(team: Team, P: Partition | None, mine: tuple[TensorStructure, ...],
     Structure or None
         None on all ranks where that is not so, something else differs, or `same` does.
     """
-    is_usual = len(mine) <= _MOST_ARGUMENTS and all(_is_usual(tensor) for tensor in mine)
+    is_usual = len(mine) <= _MOST_ARGUMENTS and all((t.dtype, t.device) in _KINDS for t in mine)
     numbers = [UNSET] * _MOST_ARGUMENTS
     lengths: list[list[int]] = []
     if P is not None:
         lengths = [[UNSET] * n for n in ((1,) * _MORE_DIMS + P.shape)]
         here = P.grid_of_ranks.index(team.world.rank)  # whatever has become of the partition
         if here is not None and is_usual and mine:
-            numbers[: len(mine)] = map(_number_of, mine)
+            numbers[: len(mine)] = [64 * _KINDS.index((t.dtype, t.device)) + len(t.shape) for t in mine]
             shape = mine[0].shape
             is_usual = 0 <= len(shape) - P.dim <= _MORE_DIMS
             index = (0,) * _MORE_DIMS + here
@@ -245,8 +240,11 @@ def _by_axis(team: Team, P: Partition | None, mine: tuple[TensorStructure, ...],
     values, negatives = values[: len(negatives)], values[len(negatives) :]
     if flags[0] or any(a != (b if b == UNSET else -b) for a, b in zip(values, negatives, strict=True)):
         return None
-    codes = [code for code in values[1 : 1 + _MOST_ARGUMENTS] if code != UNSET]
-    alike = tuple(replace(_tensor_of(code), requires_grad=bool(f)) for code, f in zip(codes, flags[1:], strict=False))
+    codes = [divmod(code, 64) for code in values[1 : 1 + _MOST_ARGUMENTS] if code != UNSET]
+    alike = tuple(
+        TensorStructure((0,) * dims, *_KINDS[kind], bool(wanted))
+        for (kind, dims), wanted in zip(codes, flags[1:], strict=False)
+    )
     if P is None or not alike:
         return Structure(team.world.rank, mine, alike)
     dims = len(alike[0].shape)
@@ -254,21 +252,6 @@ def _by_axis(team: Team, P: Partition | None, mine: tuple[TensorStructure, ...],
     rest = iter(values[1 + _MOST_ARGUMENTS :])
     by_axis = [[next(rest) for _ in length] for length in lengths][-dims:] if dims else []
     return Structure(team.world.rank, mine, alike, BlockShapes(grid, tuple(map(tuple, by_axis))))
-
-
-def _is_usual(tensor: TensorStructure) -> bool:
-    return tensor.kind == "Tensor" and tensor.device in _DEVICES
-
-
-def _number_of(tensor: TensorStructure) -> int:
-    assert tensor.dtype is not None
-    return (_DTYPES.index(tensor.dtype) * len(_DEVICES) + _DEVICES.index(tensor.device)) * 64 + len(tensor.shape)
-
-
-def _tensor_of(number: int) -> TensorStructure:
-    kind, dims = divmod(number, 64)
-    dtype, device = divmod(kind, len(_DEVICES))
-    return TensorStructure((0,) * dims, _DTYPES[dtype], _DEVICES[device])
 
 
 def _number(text: str) -> int:

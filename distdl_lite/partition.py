@@ -236,11 +236,10 @@ class Partition:
     def _identity(self) -> tuple[Any, ...]:
         return id(self.world_transport), self.shape, tuple(self.ranks), self.periods, self.active
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Partition:
+    def __deepcopy__(self, memo: dict[int, Any] | None = None) -> Partition:
         return self
 
-    def __copy__(self) -> Partition:
-        return self
+    __copy__ = __deepcopy__
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _unpickle, (type(self), tuple(self.ranks), self.shape, self.periods, self.line)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from distdl_lite import layout as lay
@@ -126,7 +127,8 @@ class _AlongAxes(Movement):
             axes = check_axes(given, P_x.dim)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
-        self.axes_keep = axes if kept is not None else tuple(axis for axis in range(P_x.dim) if axis not in axes)
+        others = tuple(axis for axis in range(P_x.dim) if axis not in axes)
+        self._axes_moved, self.axes_keep = (axes, others) if kept is None else (others, axes)
 
     def extra_repr(self) -> str:
         return f"P_x={self.P_x.shape}, axes_keep={self.axes_keep}"
@@ -183,9 +185,8 @@ class AllGather(_AlongAxes):
 
     def layouts(self, shapes: Mapping[int, Shape]) -> tuple[Layout, Layout]:
         grid = self.P_x.grid_of_ranks
-        X = lay.blocks(grid, lay.cuts_from_shapes(grid, shapes))
-        X = Layout(grid, X.dims, self.axes_keep)
-        return X, lay.gathered(X, [axis for axis in range(grid.dim) if axis not in self.axes_keep])
+        X = replace(lay.blocks(grid, lay.cuts_from_shapes(grid, shapes)), team_axes=self.axes_keep)
+        return X, lay.gathered(X, self._axes_moved)
 
 
 class ReduceScatter(_AlongAxes):
@@ -213,20 +214,14 @@ class ReduceScatter(_AlongAxes):
 
     def layouts(self, shapes: Mapping[int, Shape]) -> tuple[Layout, Layout]:
         grid = self.P_x.grid_of_ranks
-        cuts = lay.cuts_from_shapes(grid, shapes)
-        dims_x, dims_y = [], []
-        for axis, cut in enumerate(cuts):
-            dim = lay.Dim(lay.ranges_of(cut), (axis,))
-            if axis in self.axes_keep:
-                dims_x.append(dim)
-                dims_y.append(dim)
-                continue
-            if any(stop - start != cut[1] for start, stop in dim.ranges):
-                lengths = [stop - start for start, stop in dim.ranges]
+        cuts = list(lay.cuts_from_shapes(grid, shapes))
+        for axis in self._axes_moved:
+            lengths = [stop - start for start, stop in lay.ranges_of(cuts[axis])]
+            if len(set(lengths)) > 1:
                 raise ValueError(f"ReduceScatter: lengths {lengths} along dim {axis} differ, they are added up")
-            dims_x.append(lay.Dim(((0, cut[1]),)))
-            dims_y.append(lay.Dim(lay.ranges_of(balanced(cut[1], grid.shape[axis])), (axis,)))
-        return Layout(grid, tuple(dims_x), self.axes_keep), Layout(grid, tuple(dims_y), self.axes_keep)
+            cuts[axis] = balanced(lengths[0], grid.shape[axis])
+        Y = replace(lay.blocks(grid, cuts), team_axes=self.axes_keep)
+        return lay.gathered(Y, self._axes_moved), Y
 
 
 class Repartition(Movement):
