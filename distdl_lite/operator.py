@@ -66,14 +66,9 @@ class Operator:
         if self._moving is not None:
             raise RuntimeError(f"{self.label}: started again before it was finished")
         channel = self._channels.get((x.dtype, x.device)) or self._bind(x)
+        pending = self._counted_start(channel, x) if self.transport.local["tallies"] else channel.start(x)
         self._moving = channel
-        try:
-            if self.transport.local["tallies"]:
-                return self._counted_start(channel, x)
-            return channel.start(x)
-        except BaseException:
-            self._moving = None
-            raise
+        return pending
 
     def finish(self, pending: Any, into: torch.Tensor | None = None) -> torch.Tensor:
         """Wait for what `start` began; returns the local output as a fresh tensor, ``(0,)`` where there is none.
@@ -84,17 +79,14 @@ class Operator:
         if channel is None:
             raise RuntimeError(f"{self.label}: finished before it was started")
         began = perf_counter() if self.transport.local["tallies"] else 0.0
-        y = channel.finish(pending) if into is None else channel.finish(pending, into)
+        y = channel.finish(pending, into)
         if began:
             record(self.transport.local, 0, 0, perf_counter() - began, 0, self.label)
         return y
 
     def apply(self, x: torch.Tensor) -> torch.Tensor:
         """Move `x` without autograd."""
-        channel = self._channels.get((x.dtype, x.device))
-        if channel is None or self._moving is not None or self.transport.local["tallies"]:
-            return self.finish(self.start(x))
-        return channel.finish(channel.start(x))
+        return self.finish(self.start(x))
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """Move `x`; differentiable."""
@@ -113,13 +105,12 @@ class Operator:
         legs, rank = self.plan.legs, self.plan.rank
         collectives = sum(bool(leg.team) for leg in legs)
         sent = [edge for leg in legs for edge in leg.sends if edge.peer != rank]
-        peers = {edge.peer for edge in sent}
         on_wire = wire_dtype(x.dtype) if self.plan.pattern.sums else x.dtype
         size = sum(edge.size for edge in sent) * on_wire.itemsize
         began = perf_counter()
         pending = channel.start(x)
-        spent = perf_counter() - began
-        record(self.transport.local, collectives or len(peers), size, spent, collectives, self.label)
+        messages, seconds = collectives or len({edge.peer for edge in sent}), perf_counter() - began
+        record(self.transport.local, messages, size, seconds, collectives, self.label)
         return pending
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Operator:
