@@ -83,7 +83,7 @@ class Layer(Module):
         label = type(self).__name__
         if team.size > 1:  # before it is numbered, lest ranks that go on after an error number otherwise
             place = call_of(f"{label}.{name} of shape {global_shape_of(layout)}, {dtype}", team.made["replicas"] + 1)
-            vote = zlib.crc32(place.encode())
+            vote = zlib.crc32(place.encode())  # as every call votes first, and then asks where the others are
             if transport.agree(team, vote) != vote * team.size:
                 check_met(team, label, place)
         team.made["replicas"] += 1
