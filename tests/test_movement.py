@@ -353,7 +353,7 @@ def test_a_rank_outside_that_passes_data_raises_alone(world: Partition) -> None:
         assert torch.equal(y, 2 * x) if P.active else y.numel() == 0
 
 
-@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")  # which torch itself calls
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")  # which torch itself calls
 @on_ranks(2, mpi=True)
 def test_transforms_of_functions_are_refused(world: Partition) -> None:
     """Before anything is set up, also after a change on one rank, or where one rank alone transforms; not of one rank."""
@@ -409,7 +409,7 @@ def test_batches_of_gradients_are_refused(world: Partition) -> None:
         assert batched(dnn.DistributedConv1d(first, 2, 2, 3, padding=1), x).shape == (3, 2, 2, 4)
 
 
-@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")  # which torch itself calls
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")  # which torch itself calls
 def test_forward_mode_is_refused() -> None:
     def body(world: Partition) -> None:
         P = world.create_cartesian_topology_partition((1, 1, 2))
