@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import shutil
-import subprocess
 import sys
 import threading
 from pathlib import Path
 
 import pytest
+from jobs import mpirun, run
 
 from distdl_lite.__main__ import PRIMITIVES, main
 from distdl_lite.transport.abort import abort_on_exception
@@ -110,24 +108,14 @@ def test_wrong_use_is_a_usage_error(words: list[str], text: str, capsys: pytest.
     assert text in capsys.readouterr().err
 
 
-def python(code: str, **variables: str) -> subprocess.CompletedProcess[str]:
-    return run([sys.executable, "-c", code], **variables)
-
-
-def run(words: list[str], **variables: str) -> subprocess.CompletedProcess[str]:
-    root = str(Path(__file__).parents[1])
-    environment = {**os.environ, "PYTHONPATH": root, **variables}
-    return subprocess.run(words, env=environment, capture_output=True, text=True, timeout=100, check=False)
-
-
 def test_explain_imports_no_mpi4py() -> None:
     words = ["explain", "AllSumReduce", "--grid", "4", "--shape", "3"]
     code = f"import sys; from distdl_lite.__main__ import main; main({words}); sys.exit('mpi4py' in sys.modules)"
-    assert python(code).returncode == 0
+    assert run(sys.executable, "-c", code).returncode == 0
 
 
 def test_info_without_an_mpi_library_says_so() -> None:
-    done = run([sys.executable, "-m", "distdl_lite", "info"], MPI4PY_LIBMPI="/no/such/libmpi.so")
+    done = run(sys.executable, "-m", "distdl_lite", "info", MPI4PY_LIBMPI="/no/such/libmpi.so")
     assert done.returncode == 0
     assert "MPI:            cannot be loaded: " in done.stdout
 
@@ -135,42 +123,33 @@ def test_info_without_an_mpi_library_says_so() -> None:
 # ---- under mpirun ----------------------------------------------------------------------------------------------------
 
 
-def mpirun(count: int, *words: str, **others: str) -> subprocess.CompletedProcess[str]:
-    found = shutil.which("mpirun", path=str(Path(sys.executable).parent))
-    if found is None:
-        pytest.skip("no mpirun beside the interpreter")
-    variables = {
-        "OMPI_ALLOW_RUN_AS_ROOT": "1",
-        "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
-        "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe",
-    }
-    return run([found, "-n", str(count), sys.executable, *words], **variables, **others)
-
-
 @pytest.mark.jobs
-def test_info_on_two_ranks_prints_once() -> None:
-    done = mpirun(2, "-m", "distdl_lite", "info")
-    assert done.returncode == 0, done.stderr
+def test_info_prints_once_and_bench_refuses_a_number_of_ranks_that_does_not_fit() -> None:
+    code = "from distdl_lite.__main__ import main; main(['info']); main(['bench', 'primitives'])"
+    done = mpirun(3, "-c", code)
     assert done.stdout.count("MPI library:") == 1
-    assert "ranks:          2\n" in done.stdout
-
-
-@pytest.mark.jobs
-def test_bench_refuses_a_number_of_ranks_that_does_not_fit() -> None:
-    done = mpirun(3, "-m", "distdl_lite", "bench", "primitives")
+    assert "ranks:          3\n" in done.stdout
     assert done.returncode != 0
     assert "bench primitives runs on 2, 4, 8, 16 ranks, not on 3" in done.stderr
 
 
-_RAISE = """
-import threading
-from distdl_lite.transport.abort import abort_on_exception
-from distdl_lite.partition import Partition
-abort_on_exception()
-P = Partition.world()
-P.allgather_data(0)
+_ENDS = """
+import os, signal, threading
+import distdl_lite as dl
+from mpi4py import MPI
+dl.abort_on_exception()
+world = MPI.COMM_WORLD
+def gloo():
+    import torch.distributed as dist
+    store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False) if world.rank == 0 else None
+    port = world.bcast(store and store.port)
+    store = store or dist.TCPStore("localhost", port)
+    dist.init_process_group("gloo", store=store, rank=world.rank, world_size=world.size)
 def fail():
     raise RuntimeError("only this rank")
+{}
+P = dl.Partition.world()
+P.allgather_data(0)
 if P.rank == 1:
     {}
 P.allgather_data(0)
@@ -178,18 +157,23 @@ P.allgather_data(0)
 
 
 @pytest.mark.jobs
-@pytest.mark.parametrize("failing", ["fail()", "threading.Thread(target=fail).start()"])
-def test_a_rank_that_raises_ends_the_job(failing: str) -> None:
-    done = mpirun(2, "-c", _RAISE.format(failing))
+@pytest.mark.parametrize(
+    ("before", "end"),
+    [
+        ("", "os.kill(os.getpid(), signal.SIGKILL)"),
+        ("", "fail()"),
+        ("", "threading.Thread(target=fail).start()"),
+        ("gloo()", "fail()"),
+        ("gloo(); dl.abort_on_exception()", "fail()"),
+        ("dl.MPIProcessGroup.init()", "fail()"),
+    ],
+)
+def test_a_rank_that_ends_alone_ends_the_job(before: str, end: str) -> None:
+    """In the middle: the other waits for it. torch's `init_process_group` puts its own hook before ours."""
+    done = mpirun(2, "-c", _ENDS.format(before, end))
     assert done.returncode != 0
-    assert "RuntimeError: only this rank" in done.stderr
-
-
-@pytest.mark.jobs
-def test_a_rank_that_is_killed_ends_the_job() -> None:
-    """In the middle: the other waits for it in a layer."""
-    done = mpirun(2, "-c", _RAISE.format("import os, signal; os.kill(os.getpid(), signal.SIGKILL)"))
-    assert done.returncode != 0
+    assert ("RuntimeError: only this rank" in done.stderr) == ("fail" in end)
+    assert "RecursionError" not in done.stderr
 
 
 def test_abort_is_taken_back() -> None:
@@ -228,34 +212,3 @@ def test_abort_before_and_after_hooks_of_others(monkeypatch: pytest.MonkeyPatch)
     sys.excepthook(SystemExit, SystemExit(), None)
     assert called == ["other", "first"]
     abort_on_exception(False)
-
-
-_GROUP = """
-import os, sys
-import distdl_lite as dl
-import torch.distributed as dist
-from mpi4py import MPI
-world = MPI.COMM_WORLD
-def gloo():
-    store = dist.FileStore(sys.argv[1], world.size)
-    dist.init_process_group("gloo", store=store, rank=world.rank, world_size=world.size)
-dl.abort_on_exception()
-{}
-world.Barrier()
-if world.rank == 1:
-    raise RuntimeError("only this rank")
-world.Barrier()
-"""
-
-
-@pytest.mark.jobs
-@pytest.mark.parametrize(
-    "calls",
-    ["gloo()", "gloo(); dl.abort_on_exception()", "dl.MPIProcessGroup.init()"],
-)
-def test_a_rank_that_raises_ends_the_job_beside_process_groups(calls: str, tmp_path: Path) -> None:
-    """torch's `init_process_group` puts its own hook before ours."""
-    done = mpirun(2, "-c", _GROUP.format(calls), str(tmp_path / "store"), GLOO_SOCKET_IFNAME="lo")
-    assert done.returncode != 0
-    assert "RuntimeError: only this rank" in done.stderr
-    assert "RecursionError" not in done.stderr

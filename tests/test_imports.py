@@ -49,7 +49,7 @@ LEVELS = [
     "parallel",
 ]
 PURE = ["grid", "partition", "layout", "plan", "optim/schedule"]
-ANYTHING = ["__init__", "__main__", "testing", "pytest_plugin", "handwritten"]
+ANYTHING = ["__init__", "__main__", "testing", "pytest_plugin"]
 FRONT = ["bench", "parallel", "optim", "heat", "tagi", "checkpoint", "data", "show"]
 
 
@@ -111,13 +111,13 @@ def test_mpi4py_is_imported_by_its_transport_alone() -> None:
         for name, path in FILES.items()
         if any(n.split(".")[0] == "mpi4py" for n in imported(path, inside_functions=False))
     }
-    assert at_load <= {"transport/mpi/buffers", "handwritten"}
+    assert at_load <= {"transport/mpi/buffers"}
     loaders = {
         name
         for name, path in FILES.items()
         if any(other.startswith("transport/mpi/") for other in own(path, inside_functions=False))
     }
-    assert {name for name in loaders if not name.startswith("transport/mpi/")} <= {"handwritten"}
+    assert all(name.startswith("transport/mpi/") for name in loaders)
 
 
 def test_torch_distributed_is_imported_in_its_place_alone() -> None:

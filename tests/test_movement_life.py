@@ -125,8 +125,8 @@ def test_checkpointing(world: Partition) -> None:
 
 
 @pytest.mark.mpi(min_size=2)
-def test_thousands_of_layers_use_no_more_communicators() -> None:
-    """MPICH has about 2,000 context ids; there is one communicator per team of ranks, whatever the number of layers.
+def test_layers_use_no_more_communicators() -> None:
+    """MPICH has about 2,000 context ids, most of which are taken here; there is one communicator per team of ranks.
 
     Two ranks do this while the others sleep: ranks that share a core lose it for milliseconds at each collective.
     """
@@ -145,16 +145,20 @@ def test_thousands_of_layers_use_no_more_communicators() -> None:
     def communicating() -> set[Team]:
         return {team for team in world.world_transport.local["teams"].values() if team.comm is not None}
 
-    before = {*communicating(), world.team}
-    for number in range(3000):
-        layer = kinds[number % 5]()
-        layer(x if world.rank or number % 5 < 4 else NOTHING)
+    before, taken = {*communicating(), world.team}, [world.comm.Dup() for _ in range(1800)]
+    try:
+        for number in range(300):
+            layer = kinds[number % 5]()
+            layer(x if world.rank or number % 5 < 4 else NOTHING)
+    finally:
+        for comm in taken:
+            comm.Free()
     assert communicating() <= before
 
 
 @on_ranks(2, mpi=True)
 def test_hundreds_of_forwards_hold_on_to_nothing(world: Partition) -> None:
-    """500 forwards and backwards of shapes that alternate, more of them than are kept."""
+    """Forwards and backwards of shapes that alternate, more of them than are kept."""
     P, line = world.grid((1, 2)), world.grid((2, 1))
     layer = dnn.Repartition(P, line)
 
@@ -171,7 +175,7 @@ def test_hundreds_of_forwards_hold_on_to_nothing(world: Partition) -> None:
             assert bool((x.grad == 1).all())
 
     others = operators()
-    run(160)
+    run(80)
     kept = operators()
-    run(340)
+    run(160)
     assert operators() <= kept <= others + 2 * 64

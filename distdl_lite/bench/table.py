@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from distdl_lite.show import columns
+
 Call = Callable[[], Any]
 
 FORWARD, BOTH = "forward", "forward+backward"
@@ -18,29 +20,42 @@ FORWARD, BOTH = "forward", "forward+backward"
 
 @dataclass(frozen=True)
 class Row:
-    """One line of a table; `bar` is in words, `holds` whether the figure keeps it (None: there is no bar)."""
+    """One line of a table. Ours may be `times` the other, or `more` than it, or `most`, whichever is the most."""
 
     what: str
     size: str
     mode: str
     ours: float
-    other: float | None
+    other: float | None = None
     unit: str = "us"
-    bar: str = ""
-    holds: bool | None = None
+    times: float | None = None
+    more: float | None = None
+    most: float | None = None
+
+    def bars(self) -> dict[str, float]:
+        """What ours may be, by its name in the table."""
+        other, unit = self.other or 0.0, self.unit
+        bars = {f"{self.times} x": self.times and self.times * other}
+        bars[f"+{self.more} {unit}"] = None if self.more is None else other + self.more
+        bars[f"{self.most} {unit}".rstrip()] = self.most
+        return {name: bar for name, bar in bars.items() if bar is not None}
+
+    def holds(self) -> bool | None:
+        """Whether ours keeps its bar; None if there is none."""
+        return self.ours <= max(self.bars().values()) if self.bars() else None
 
     def cells(self) -> tuple[str, ...]:
-        other = self.other
+        ours, other, unit = self.ours, self.other, self.unit
+        compared = ("", "") if other is None else (f"{other:.4g} {unit}", f"{ours - other:+.1f}")
         return (
             self.what,
             self.size,
             self.mode,
-            f"{self.ours:.4g} {self.unit}",
-            "" if other is None else f"{other:.4g} {self.unit}",
-            "" if other is None else f"{self.ours - other:+.1f}",
-            "" if not other else f"{self.ours / other:.2f}",
-            self.bar,
-            {None: "", True: "holds", False: "FAILS"}[self.holds],
+            f"{ours:.4g} {unit}",
+            *compared,
+            f"{ours / other:.2f}" if other else "",
+            " or ".join(self.bars()),
+            {None: "", True: "holds", False: "FAILS"}[self.holds()],
         )
 
 
@@ -49,15 +64,13 @@ _HEADS = ("what", "size", "mode", "ours", "other", "difference", "ratio", "bar",
 
 def table(rows: Sequence[Row]) -> str:
     """The rows as text in columns."""
-    lines = [_HEADS, *(row.cells() for row in rows)]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
+    return columns([_HEADS, *(row.cells() for row in rows)])
 
 
 def write_json(rows: Sequence[Row], path: str) -> None:
     """Write the rows as a list of objects."""
     with open(path, "w", encoding="utf-8") as file:
-        json.dump([asdict(row) for row in rows], file, indent=1)
+        json.dump([{**asdict(row), "holds": row.holds()} for row in rows], file, indent=1)
 
 
 def interleaved(comm: Any, calls: Sequence[Call], seconds: float) -> list[float]:

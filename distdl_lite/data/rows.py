@@ -15,6 +15,7 @@ from distdl_lite.agreement import check_alike, raise_together
 from distdl_lite.data.sampler import permutation
 from distdl_lite.grid import balanced
 from distdl_lite.partition import Partition, partition_of
+from distdl_lite.transport import RowsByRank
 
 Rows = TypeVar("Rows")
 Cuts = Sequence[int]
@@ -125,7 +126,8 @@ class LocalRows:
     def start(self, way: Route, leaving: Sequence[torch.Tensor], into: Sequence[torch.Tensor]) -> list[Any]:
         """Begin to exchange; both lists of tensors are left alone until all that this returns has arrived."""
         exchange, ranks = self.line.world_transport.exchange_rows, self.line.ranks
-        return [exchange(ranks, x, way.sends, y, way.receives) for x, y in zip(leaving, into, strict=True)]
+        pairs = zip(leaving, into, strict=True)
+        return [exchange(ranks, RowsByRank(x, way.sends), RowsByRank(y, way.receives)) for x, y in pairs]
 
 
 def _described(rows: Any) -> tuple[str, int]:

@@ -8,15 +8,27 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
 from distdl_lite.grid import compact
 from distdl_lite.plan import Plan
-from distdl_lite.transport.counts import Tally, of_process
-from distdl_lite.transport.sums import Pending
+from distdl_lite.transport.counts import Tally, of_process, record
+from distdl_lite.transport.sums import Done, Pending
 from distdl_lite.transport.team import Team
+from distdl_lite.transport.waiting import BEGUN
+
+
+class RowsByRank(NamedTuple):
+    """A contiguous tensor, and how many of its rows go to, or come from, each of several ranks."""
+
+    tensor: torch.Tensor
+    counts: Sequence[int]
+
+    @property
+    def nbytes(self) -> int:
+        return self.tensor.nbytes
 
 
 class Channel(Protocol):
@@ -96,6 +108,13 @@ class Transport(Protocol):
         The team's ranks start those of one lane in the same order, wherever each of them stands, and with the same engine,
         one of `ENGINES` or "auto".
         """
+        BEGUN[0] += 1
+        if team.size == 1 or not tensor.numel():
+            if fill is not None:
+                fill()
+            return Done(then)
+        record(self.local, 1, tensor.nbytes, 0.0, 1, "sums")
+        return self._sum(team, tensor, engine, lane, fill, then)
 
     def start_rounded_sum(
         self,
@@ -112,23 +131,29 @@ class Transport(Protocol):
         of float16's range is cut to it.
         `left` gets what this rank kept: the sums, and what is left on all ranks, add up to the exact sums.
         """
+        BEGUN[0] += 1
+        if team.size == 1 or not tensor.numel():
+            left.zero_()
+            return Done()
+        record(self.local, 1, tensor.numel() * dtype.itemsize, 0.0, 1, "sums")
+        return self._rounded_sum(team, tensor, left, dtype, engine, lane)
+
+    def _sum(self, team: Team, tensor: torch.Tensor, engine: str, lane: str, fill: Any, then: Any) -> Pending:
+        """Carry out `start_sum` of elements over several ranks."""
+
+    def _rounded_sum(
+        self, team: Team, tensor: torch.Tensor, left: torch.Tensor, dtype: torch.dtype, engine: str, lane: str
+    ) -> Pending:
+        """Carry out `start_rounded_sum` of elements over several ranks."""
 
     def broadcast(self, team: Team, tensor: torch.Tensor, root: int) -> None:
         """Fill the contiguous tensor with world rank `root`'s."""
 
-    def exchange_rows(
-        self,
-        ranks: Sequence[int],
-        rows: torch.Tensor,
-        sends: Sequence[int],
-        into: torch.Tensor,
-        receives: Sequence[int],
-    ) -> RowsMoving:
+    def exchange_rows(self, ranks: Sequence[int], sends: RowsByRank, receives: RowsByRank) -> RowsMoving:
         """Begin to send the rows of a tensor and to receive into another, which waits for no other rank.
 
-        Both are contiguous, and in the order of the ranks that the rows go to and come from: that of `ranks`, which need not
-        be sorted, as are the numbers of rows. The caller leaves both alone until all have arrived. Other calls of these
-        ranks may come between.
+        Both are in the order of the ranks that the rows go to and come from: that of `ranks`, which need not be sorted. The
+        caller leaves both alone until all have arrived. Other calls of these ranks may come between.
         """
 
     def user_communicator(self, ranks: Sequence[int]) -> Any:

@@ -52,7 +52,7 @@ def counted(label: str | None = None) -> Callable[[Callable[..., Any]], Callable
                 return method(self, team, value, *args)
             began = perf_counter()
             result = method(self, team, value, *args)
-            messages, size = (0, 0) if label is None else (1, value.numel() * value.element_size())
+            messages, size = (0, 0) if label is None else (1, value.nbytes)
             record(self.local, messages, size, perf_counter() - began, messages, label)
             return result
 

@@ -23,9 +23,10 @@ import numpy
 import torch
 
 from distdl_lite.plan import Plan
-from distdl_lite.transport import Team, Transport, enter, wire
+from distdl_lite.transport import RowsByRank, Team, Transport, enter, wire
 from distdl_lite.transport.counts import counted, record
-from distdl_lite.transport.sums import Done, Pending
+from distdl_lite.transport.sums import Pending
+from distdl_lite.transport.waiting import frames_of_library
 
 _MASK = (1 << 64) - 1
 _Meeting = tuple[tuple[int, ...], str, int]  # the team, which of its lanes, and the number in it
@@ -141,12 +142,8 @@ class World:
 
 def _inside(frame: FrameType | None) -> str:
     """The layer whose call a frame stands in."""
-    while frame is not None:
-        owner = frame.f_locals.get("self")
-        if isinstance(owner, torch.nn.Module):
-            return f" in {type(owner).__name__}"
-        frame = frame.f_back
-    return ""
+    owners = (inner.f_locals.get("self") for inner in frames_of_library(frame))
+    return next((f" in {type(owner).__name__}" for owner in owners if isinstance(owner, torch.nn.Module)), "")
 
 
 class ThreadTransport(Transport):
@@ -158,9 +155,6 @@ class ThreadTransport(Transport):
         self.world, self.rank, self.size = world, rank, world.size
         self.local: dict[str, Any] = {"tallies": []}
         self._met: dict[tuple[tuple[int, ...], str], int] = defaultdict(int)
-
-    def user_communicator(self, ranks: Sequence[int]) -> None:
-        return None
 
     def bind(self, plan: Plan, dtype: torch.dtype, device: torch.device) -> ThreadChannel:
         return ThreadChannel(self, plan, dtype, device)
@@ -218,39 +212,36 @@ class ThreadTransport(Transport):
         fold = {"sum": torch.add, "max": torch.maximum, "min": torch.minimum}[op]
         return tensor.copy_(reduce(fold, parts))
 
-    def open_sums(self, team: Team, lane: str = "") -> None:
-        pass
-
-    def start_sum(
-        self,
-        team: Team,
-        tensor: torch.Tensor,
-        engine: str = "auto",
-        lane: str = "",
-        fill: Callable[[], Any] | None = None,
-        then: Callable[[], Any] | None = None,
-    ) -> Pending:
+    def _sum(self, team: Team, tensor: torch.Tensor, engine: str, lane: str, fill: Any, then: Any) -> Pending:
         if fill is not None:
             fill()
-        if self.local["tallies"]:
-            record(self.local, 1, tensor.nbytes, 0.0, 1, "sums")
-        return _Sum(self, team, tensor, lane, then)
+        sent = tensor.to(wire.wire_dtype(tensor.dtype), copy=True)
 
-    def start_rounded_sum(
-        self,
-        team: Team,
-        tensor: torch.Tensor,
-        left: torch.Tensor,
-        dtype: torch.dtype,
-        engine: str = "auto",
-        lane: str = "",
+        def take_home(parts: list[torch.Tensor]) -> None:
+            tensor.copy_(reduce(torch.add, parts))
+            if then is not None:
+                then()
+
+        return _Later(self, team, sent, f"sum of {tensor.numel()} {tensor.dtype}", f"sums{lane}", take_home)
+
+    def _rounded_sum(
+        self, team: Team, tensor: torch.Tensor, left: torch.Tensor, dtype: torch.dtype, engine: str, lane: str
     ) -> Pending:
-        if team.size == 1 or not tensor.numel():
-            left.zero_()
-            return Done()
-        if self.local["tallies"]:
-            record(self.local, 1, tensor.numel() * dtype.itemsize, 0.0, 1, "sums")
-        return _RoundedSum(self, team, tensor, left, dtype, lane)
+        sent, size = wire.rounded(tensor, dtype, team.size), tensor.numel()
+        left.copy_(tensor - sent.view(-1)[:size])
+
+        def take_home(parts: list[torch.Tensor]) -> None:
+            total = reduce(torch.add, parts).to(tensor.dtype)
+            if team.size > 2:
+                rows = wire.rounded(total.view(-1), dtype, team.size)
+                start = team.index(self.rank) * rows.shape[1]
+                mine = slice(start, min(start + rows.shape[1], size))
+                left[mine] += (total - rows).view(-1)[mine]
+                total = rows
+            tensor.copy_(total.view(-1)[:size])
+
+        what = f"sum of {sent.numel()} {dtype}"
+        return _Later(self, team, sent.to(wire.wire_dtype(dtype)), what, f"sums{lane}", take_home)
 
     @counted("copies")
     def broadcast(self, team: Team, tensor: torch.Tensor, root: int) -> None:
@@ -260,97 +251,53 @@ class ThreadTransport(Transport):
             tensor.copy_(sent)
 
     @counted("rows")
-    def exchange_rows(
-        self,
-        ranks: Sequence[int],
-        rows: torch.Tensor,
-        sends: Sequence[int],
-        into: torch.Tensor,
-        receives: Sequence[int],
-    ) -> RowsMovingHere:
+    def exchange_rows(self, ranks: Sequence[int], sends: RowsByRank, receives: RowsByRank) -> _Later:
+        (rows, counts), into, team = sends, receives[0], sorted(ranks)
+        parts = dict(zip(ranks, rows.clone().split(list(counts)), strict=True))
+
+        def take_home(brought: list[dict[int, torch.Tensor]]) -> torch.Tensor:
+            by_rank = dict(zip(team, brought, strict=True))
+            return into.copy_(torch.cat([by_rank[rank][self.rank] for rank in ranks]))
+
         what = f"exchange of rows of shape {list(rows.shape[1:])} and {rows.dtype}"
-        parts = dict(zip(ranks, rows.clone().split(list(sends)), strict=True))
-        meeting = self._arrive(sorted(ranks), parts, what, "rows")
-        return RowsMovingHere(self, tuple(ranks), meeting, what, into)
+        return _Later(self, team, parts, what, "rows", take_home)
 
 
-class RowsMovingHere:
-    """Rows at a meeting of their ranks."""
+class _Later:
+    """A meeting that this rank has come to and need not wait for yet: a sum or rows under way.
+
+    There is no time in which to wait for it: that nobody comes is found out at once.
+    """
 
     def __init__(
-        self, transport: ThreadTransport, team: tuple[int, ...], meeting: _Meeting, what: str, into: torch.Tensor
+        self,
+        transport: ThreadTransport,
+        team: Sequence[int],
+        value: Any,
+        what: str,
+        lane: str,
+        home: Callable[..., Any],
     ) -> None:
-        self._transport, self._team, self._meeting, self._what = transport, team, meeting, what
-        self._into = into
-        self._present = transport.world.meetings[meeting]
+        self._transport, self._what, self._home, self._size = transport, what, home, len(team)
+        self._meeting = transport._arrive(team, value, what, lane)
+        self._present = transport.world.meetings[self._meeting]
+        self._is_home, self._result = False, None
 
     def test(self) -> bool:
-        return len(self._present) == len(self._team)
+        return len(self._present) == self._size
 
-    def finish(self) -> torch.Tensor:
-        team = tuple(sorted(self._team))
-        brought = dict(zip(team, self._transport._met_all(self._meeting, self._what), strict=True))
-        return self._into.copy_(torch.cat([brought[rank][self._transport.rank] for rank in self._team]))
-
-
-class _Sum:
-    """A sum that was started; there is no time in which to wait for it: that nobody comes is found out at once."""
-
-    def __init__(
-        self,
-        transport: ThreadTransport,
-        team: Team,
-        tensor: torch.Tensor,
-        lane: str,
-        then: Callable[[], Any] | None = None,
-    ) -> None:
-        self._transport, self._tensor, self._team, self._then = transport, tensor, team, then
-        self._what = f"sum of {tensor.numel()} {tensor.dtype}"
-        sent = tensor.to(wire.wire_dtype(tensor.dtype), copy=True)
-        self._meeting: _Meeting | None = transport._arrive(team, sent, self._what, f"sums{lane}")
-
-    def is_done(self) -> bool:
-        return self._meeting is None or len(self._transport.world.meetings[self._meeting]) == self._team.size
+    is_done = test
 
     def wait(self, timeout: float | None = None) -> bool:
-        if self._meeting is not None:
-            self._tensor.copy_(reduce(torch.add, self._transport._met_all(self._meeting, self._what)))
-            self._meeting = None
-            if self._then is not None:
-                self._then()
+        if not self._is_home:
+            parts = self._transport._met_all(self._meeting, self._what)
+            self._is_home = True
+            self._result = self._home(parts)
         return True
 
-
-class _RoundedSum(_Sum):
-    """A sum of numbers that travel as halves."""
-
-    def __init__(
-        self,
-        transport: ThreadTransport,
-        team: Team,
-        tensor: torch.Tensor,
-        left: torch.Tensor,
-        dtype: torch.dtype,
-        lane: str,
-    ) -> None:
-        sent = wire.rounded(tensor, dtype, team.size)
-        super().__init__(transport, team, sent, lane)
-        self._given, self._left = tensor, left
-        left.copy_(tensor - sent.view(-1)[: tensor.numel()])
-
-    def wait(self, timeout: float | None = None) -> bool:
-        if self._meeting is not None:
-            halves, size, ranks = self._tensor, self._given.numel(), self._team.size
-            self._tensor = total = halves.to(self._given.dtype)
-            super().wait()
-            if ranks > 2:
-                rows = wire.rounded(total.view(-1), halves.dtype, ranks)
-                start = self._team.index(self._transport.rank) * rows.shape[1]
-                mine = slice(start, min(start + rows.shape[1], size))
-                self._left[mine] += (total - rows).view(-1)[mine]
-                total = rows
-            self._given.copy_(total.view(-1)[:size])
-        return True
+    def finish(self) -> Any:
+        self.wait()
+        return self._result
 
 
 class ThreadChannel:

@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
 
@@ -102,14 +103,15 @@ def _waiting() -> FrameType | None:
 
 def _place(frame: FrameType) -> str:
     """The layer whose call waits, if it is in one, and the line of the program from which it was called."""
-    layer, found = "", frame
-    while found.f_back is not None and _is_library(found.f_code.co_filename):
-        held = found.f_locals.get("self")
-        if not layer and hasattr(held, "_distdl_label"):
-            layer = f"in {held._distdl_label} number {held._distdl_number}, "
-        found = found.f_back
-    return f"{layer}called at {found.f_code.co_filename}:{found.f_lineno}"
+    frames = list(frames_of_library(frame))
+    owners = (inner.f_locals.get("self") for inner in frames)
+    named = (f"in {o._distdl_label} number {o._distdl_number}, " for o in owners if hasattr(o, "_distdl_label"))
+    caller = frames[-1].f_back or frames[-1]
+    return f"{next(named, '')}called at {caller.f_code.co_filename}:{caller.f_lineno}"
 
 
-def _is_library(file: str) -> bool:
-    return file.startswith(_LIBRARY) or _TORCH in file
+def frames_of_library(frame: FrameType | None) -> Iterator[FrameType]:
+    """The frames from one of the library's outwards up to the program's, whose locals would live on if they were read."""
+    while frame is not None and (frame.f_code.co_filename.startswith(_LIBRARY) or _TORCH in frame.f_code.co_filename):
+        yield frame
+        frame = frame.f_back

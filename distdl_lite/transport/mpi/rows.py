@@ -11,25 +11,20 @@ from time import perf_counter, sleep
 
 import torch
 
+from distdl_lite.transport import RowsByRank
 from distdl_lite.transport.mpi.buffers import MPI, TAG, as_bytes, at_host
 
 
 class RowsMoving:
     """Rows under way. What nobody waits for is kept until it has gone, for MPI reads and writes the buffers."""
 
-    def __init__(
-        self,
-        comm: MPI.Comm,
-        rows: torch.Tensor,
-        sends: Sequence[int],
-        into: torch.Tensor,
-        receives: Sequence[int],
-    ) -> None:
+    def __init__(self, comm: MPI.Comm, sends: RowsByRank, receives: RowsByRank) -> None:
         _moving[:] = [other for other in _moving if not other.test()]
+        (rows, given), (into, taken) = sends, receives
         self._into, self._sent = into, at_host(rows)
         self._received = into if into.is_cpu else torch.empty_like(into, device="cpu")
         row = math.prod(rows.shape[1:]) * rows.element_size()
-        starts, ends = (_cuts(counts, row) for counts in (sends, receives))
+        starts, ends = (_cuts(counts, row) for counts in (given, taken))
         source, target = as_bytes(self._sent)[0], as_bytes(self._received)[0]
         self._requests = []
         for peer in range(comm.size):

@@ -5,14 +5,14 @@ from __future__ import annotations
 import atexit
 import sys
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from time import perf_counter
 from typing import Any
 
 import torch
 
 from distdl_lite.plan import Plan
-from distdl_lite.transport import Team, Transport, wire
+from distdl_lite.transport import RowsByRank, Team, Transport, wire
 from distdl_lite.transport.counts import counted, of_process, record
 from distdl_lite.transport.mpi.buffers import MPI, as_bytes, as_numbers, on_wire
 from distdl_lite.transport.mpi.channel import MPIChannel
@@ -28,7 +28,6 @@ from distdl_lite.transport.mpi.sums import (
     threads_may_call,
 )
 from distdl_lite.transport.sums import Done, Pending, Worker
-from distdl_lite.transport.waiting import BEGUN
 
 _OPS = {"sum": MPI.SUM, "max": MPI.MAX, "min": MPI.MIN}
 _SECONDS_AT_END = 5.0  # for sums that were started and never waited for
@@ -85,10 +84,9 @@ class MPITransport(Transport):
         team.vote.start(value)
 
     def agreed(self, team: Team) -> int:
-        began = perf_counter() if self.local["tallies"] else 0.0
+        began = perf_counter()
         value: int = team.vote.finish()
-        if began:
-            record(self.local, 0, 0, perf_counter() - began, 0, None)
+        record(self.local, 0, 0, perf_counter() - began, 0, None)
         return value
 
     @counted()
@@ -117,26 +115,13 @@ class MPITransport(Transport):
             team.lanes[lane] = self.communicator(team).Dup(), Worker()
             self._workers.append(team.lanes[lane][1])
 
-    def start_sum(
-        self,
-        team: Team,
-        tensor: torch.Tensor,
-        engine: str = "auto",
-        lane: str = "",
-        fill: Callable[[], Any] | None = None,
-        then: Callable[[], Any] | None = None,
-    ) -> Pending:
-        BEGUN[0] += 1
+    def _sum(self, team: Team, tensor: torch.Tensor, engine: str, lane: str, fill: Any, then: Any) -> Pending:
         if engine in ("auto", "thread"):
             engine = "thread" if threads_may_call() else "poll"
-        if fill is not None and (engine != "thread" or team.size == 1 or not tensor.is_cpu):
+        if fill is not None and (engine != "thread" or not tensor.is_cpu):
             fill()
             fill = None
-        if team.size == 1 or not tensor.numel():
-            return Done(then)
         comm, worker = team.lanes[lane]
-        if self.local["tallies"]:
-            record(self.local, 1, tensor.nbytes, 0.0, 1, "sums")
         if engine == "poll":
             sent = on_wire(tensor)
             return Posted(comm.Iallreduce(MPI.IN_PLACE, as_numbers(sent), MPI.SUM), tensor, sent, then)
@@ -146,21 +131,10 @@ class MPITransport(Transport):
         before = event_of(tensor) if fill is None else fill
         return worker.submit(lambda: summed(comm, tensor, before, then), lambda total: take_home(tensor, total, then))
 
-    def start_rounded_sum(
-        self,
-        team: Team,
-        tensor: torch.Tensor,
-        left: torch.Tensor,
-        dtype: torch.dtype,
-        engine: str = "auto",
-        lane: str = "",
+    def _rounded_sum(
+        self, team: Team, tensor: torch.Tensor, left: torch.Tensor, dtype: torch.dtype, engine: str, lane: str
     ) -> Pending:
-        if team.size == 1 or not tensor.numel():
-            left.zero_()
-            return Done()
         comm, worker = team.lanes[lane]
-        if self.local["tallies"]:
-            record(self.local, 1, tensor.numel() * dtype.itemsize, 0.0, 1, "sums")
         # Never "poll": of two collectives MPI would not begin the second by itself.
         if engine in ("auto", "thread") and threads_may_call():
             is_ready = event_of(tensor)
@@ -190,17 +164,9 @@ class MPITransport(Transport):
                 tensor.copy_(sent)
 
     @counted("rows")
-    def exchange_rows(
-        self,
-        ranks: Sequence[int],
-        rows: torch.Tensor,
-        sends: Sequence[int],
-        into: torch.Tensor,
-        receives: Sequence[int],
-    ) -> RowsMoving:
+    def exchange_rows(self, ranks: Sequence[int], sends: RowsByRank, receives: RowsByRank) -> RowsMoving:
         ranks = tuple(ranks)
-        if (
-            ranks not in self._row_teams
-        ):  # of its own: an exchange is under way while the ranks' other calls come and go
+        if ranks not in self._row_teams:
+            # Of its own: an exchange is under way while the ranks' other calls come and go.
             self._row_teams[ranks] = self.user_communicator(ranks)
-        return RowsMoving(self._row_teams[ranks], rows, sends, into, receives)
+        return RowsMoving(self._row_teams[ranks], sends, receives)
