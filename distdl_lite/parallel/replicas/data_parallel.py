@@ -296,7 +296,7 @@ class DataParallel(torch.nn.Module):
         self._sync.weight = self.loss_weight
         self._sync.count, self._unseen = self._sync.count + self._unseen, 0
         if not (self._sync.count + rows if self.loss_weight is None else self.loss_weight):
-            self._sync.keep_what_weighs_nothing()
+            self._sync.put_aside_unweighted()
         if self._deferral is None and not self._sync.starts_early:
             self._told_at_end = backward
         self._sync.may_start = not self._awaited

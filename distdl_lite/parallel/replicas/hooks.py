@@ -86,7 +86,7 @@ class ReadyHook:
         if container._told_at_end != running_backward():
             container._came(self._number)
         elif container._sync is not None:
-            container._sync.seen[self._number] = None
+            container._sync.arrived[self._number] = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ReadyHook:
         return self
