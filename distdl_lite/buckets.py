@@ -15,6 +15,14 @@ HALVES = torch.float16, torch.bfloat16
 Item = TypeVar("Item")
 
 
+def grouped(items: Iterable[Item], kind: Callable[[Item], Any]) -> list[list[Item]]:
+    """The items by kind, in the order of their first."""
+    groups: dict[Any, list[Item]] = {}
+    for item in items:
+        groups.setdefault(kind(item), []).append(item)
+    return list(groups.values())
+
+
 def cut(
     items: Iterable[Item],
     kind: Callable[[Item], Any],
@@ -24,8 +32,8 @@ def cut(
 ) -> list[list[Item]]:
     """The items, in their order, in buckets of one kind, of `most` bytes, the first of `first`.
 
-    A bucket has more where one item has. An eighth of it is little: what has so little takes the next item in any case, and
-    one that lacks so little is closed. A layer's bias is then summed with its weight, not with those of the next layer.
+    A bucket has more where one item has. One that is filled to at most an eighth takes the next item whatever its size; one
+    that is filled to more than seven eighths takes no more. So a layer's bias joins its own weight, not that of the next.
     """
     made: list[list[Item]] = []
     latest: dict[Any, tuple[list[Item], int]] = {}
@@ -57,7 +65,7 @@ def is_writable(tensor: torch.Tensor) -> bool:
 def broadcast(transport: Transport, team: Team, tensors: Sequence[torch.Tensor], root: int | None = None) -> None:
     """Give all ranks of the team the values of its first rank, or another: one message for each dtype."""
     with torch.no_grad():
-        for group in _alike([t.detach() for t in tensors]):
+        for group in grouped([t.detach() for t in tensors], lambda t: (t.dtype, t.device)):
             flat = flattened([t.resolve_conj().resolve_neg() for t in group])
             transport.broadcast(team, flat, team[0] if root is None else root)
             for tensor, values in zip(group, unflattened(flat, group), strict=True):
@@ -78,31 +86,16 @@ def _empty(value: Any, device: str) -> Any:
     return tree_map_only(torch.Tensor, lambda tensor: torch.empty_like(tensor, device=device), value)
 
 
-def _alike(tensors: Iterable[torch.Tensor]) -> list[list[torch.Tensor]]:
-    """The tensors by dtype and device."""
-    groups: dict[Any, list[torch.Tensor]] = {}
-    for tensor in tensors:
-        groups.setdefault((tensor.dtype, tensor.device), []).append(tensor)
-    return list(groups.values())
-
-
 class Flat:
-    """Tensors of one dtype and device as one vector, in float32 where they are halves.
-
-    Attributes
-    ----------
-    tensors : list of torch.Tensor
-    point : torch.Tensor or None
-        The numbers that all ranks last had in common, where differences to them are sent.
-    left : torch.Tensor or None
-        What rounding has kept from the sums so far.
-    """
+    """Tensors of one dtype and device as one vector, in float32 where they are halves."""
 
     def __init__(self, tensors: Sequence[torch.Tensor], learns: bool = False) -> None:
         self.tensors = list(tensors)
         self.learns = learns  # whether they are parameters, which a rank goes on to change while their sum is under way
-        self.point: torch.Tensor | None = None
-        self.left: torch.Tensor | None = None
+        self.anchor: torch.Tensor | None = (
+            None  # the numbers that all ranks last had in common, if differences are sent
+        )
+        self.residual: torch.Tensor | None = None  # that rounding has kept from the sums so far
 
     def read(self) -> torch.Tensor:
         """A copy of the numbers."""
@@ -121,23 +114,20 @@ class Flat:
                 tensor.detach().copy_(torch.complex(*part.unbind(-1)) if tensor.is_complex() else part)
 
     def target(self, mean: torch.Tensor) -> torch.Tensor:
-        """The point to merge, from the mean of what `contribution` gave."""
-        return mean if self.point is None else self.point.add_(mean)
+        """The vector to merge, from the mean of the ranks' contributions."""
+        return mean if self.anchor is None else self.anchor.add_(mean)
 
     def contribution(self, values: torch.Tensor) -> torch.Tensor:
-        """What this rank adds to the sum: its numbers, or how far they are from the common point."""
-        if self.point is None:
+        """This rank's part of the sum: its numbers, or how far they are from the anchor."""
+        if self.anchor is None:
             return values
-        away = values - self.point
-        return away if self.left is None else away.add_(self.left)
+        away = values - self.anchor
+        return away if self.residual is None else away.add_(self.residual)
 
 
 def flats_of(tensors: Iterable[torch.Tensor], learns: bool = False) -> list[Flat]:
     """The tensors by dtype and device, in the order of their first."""
-    groups: dict[tuple[torch.dtype, torch.device], list[torch.Tensor]] = {}
-    for tensor in tensors:
-        groups.setdefault((_wide(tensor.dtype), tensor.device), []).append(tensor)
-    return [Flat(group, learns) for group in groups.values()]
+    return [Flat(group, learns) for group in grouped(tensors, lambda t: (_wide(t.dtype), t.device))]
 
 
 def by_tensor(flats: Iterable[Flat], name: str) -> dict[torch.Tensor, torch.Tensor]:

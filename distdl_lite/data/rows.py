@@ -23,33 +23,19 @@ _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # torc
 
 @dataclass(frozen=True)
 class Route:
-    """A rank's part in moving rows.
+    """A rank's part in moving rows."""
 
-    Attributes
-    ----------
-    leaving : tensor of int64
-        The rank's rows that go, in the order of the ranks they go to.
-    sends, receives : list of int
-        How many to and from each rank.
-    places : tensor of int64
-        For each row of the result, its place among those that arrive.
-    """
-
-    leaving: torch.Tensor
-    sends: list[int]
-    receives: list[int]
-    places: torch.Tensor
+    leaving: torch.Tensor  # the rank's rows that go, in the order of the ranks they go to
+    sends: list[int]  # numbers of rows to each rank
+    receives: list[int]  # and from each
+    places: torch.Tensor  # of each row of the result among those that arrive
 
 
 def route(wanted: torch.Tensor, held: Cuts, result: Cuts, position: int) -> Route:
     """How rank number `position` of a line of ranks moves its rows.
 
-    Parameters
-    ----------
-    wanted : tensor of int64
-        For each row of the whole result, its place in the whole array as it is held.
-    held, result : sequence of int
-        Where the two are cut over the ranks.
+    `wanted` has, for each row of the whole result, its place in the whole array as it is held; `held` and `result` say
+    where the two are cut over the ranks.
     """
     first, last = held[position], held[position + 1]
     going = ((wanted >= first) & (wanted < last)).nonzero().view(-1)  # ascending, so by the rank they go to

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -13,33 +13,19 @@ from distdl_lite.transport.sums import Pending
 LANE = "averages by {}"  # Averages of several optimizers that different threads carry out must not meet.
 
 
-def _daso(now: torch.Tensor, old: torch.Tensor, target: torch.Tensor, waited: int, count: int) -> torch.Tensor:
-    return (2 * waited * now + count * target) / (count + 2 * waited)
-
-
-def _delta(now: torch.Tensor, old: torch.Tensor, target: torch.Tensor, waited: int, count: int) -> torch.Tensor:
-    return now + (target - old)
-
-
-def _replace(now: torch.Tensor, old: torch.Tensor, target: torch.Tensor, waited: int, count: int) -> torch.Tensor:
-    return target
-
-
-MERGES = {"daso": _daso, "delta": _delta, "replace": _replace}
+# From the numbers now and when the average began, the target, the steps since, and the number of members.
+MERGES: dict[str, Callable[[torch.Tensor, torch.Tensor, torch.Tensor, int, int], torch.Tensor]] = {
+    "daso": lambda now, old, target, waited, count: (2 * waited * now + count * target) / (count + 2 * waited),
+    "delta": lambda now, old, target, waited, count: now + (target - old),
+    "replace": lambda now, old, target, waited, count: target,
+}
 
 
 class Flight:
-    """An average under way: the vectors as they were, those that become sums, and who adds them up.
+    """An average under way over a team: the vectors as they were, and those that become sums.
 
-    Parameters
-    ----------
-    transport : Transport
-    team : tuple of int
-        The ranks whose vectors are added up.
-    is_shared : bool
-        Whether they are a rank of each node, which takes part for the others.
-    began, due : int
-        The steps with which it began, and before which it is merged.
+    It is shared if the team is a rank of each node, which takes part for the others. It begins with step `began`, and is
+    merged before step `due`.
     """
 
     def __init__(self, transport: Transport, team: Team, is_shared: bool, began: int, due: int) -> None:
@@ -61,20 +47,14 @@ class Flight:
         lane, size = LANE.format(engine), chunk or sent.numel()
         for start in range(0, sent.numel(), max(size, 1)):
             part = sent[start : start + size]
-            if flat.left is None or wire is None:
+            if flat.residual is None or wire is None:
                 self._pending.append(self._transport.start_sum(self.team, part, engine, lane))
             else:
-                left = flat.left[start : start + size]
-                self._pending.append(self._transport.start_rounded_sum(self.team, part, left, wire, engine, lane))
+                residual = flat.residual[start : start + size]
+                self._pending.append(self._transport.start_rounded_sum(self.team, part, residual, wire, engine, lane))
 
     def wait(self, timeout: float | None) -> None:
-        """Wait for the sums.
-
-        Raises
-        ------
-        TimeoutError
-            If one of them takes longer.
-        """
+        """Wait for the sums; TimeoutError if one of them takes longer."""
         for pending in self._pending:
             if not pending.wait(timeout):
                 raise TimeoutError(

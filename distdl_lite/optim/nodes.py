@@ -17,18 +17,10 @@ Nodes = tuple[tuple[int, ...], ...]
 
 @dataclass(frozen=True)
 class Levels:
-    """Two levels of ranks, seen from one.
+    """Two levels of ranks, seen from one."""
 
-    Attributes
-    ----------
-    P : Partition
-        All ranks.
-    nodes : tuple of tuples of int
-        The world ranks of each node, sorted; a node may have one.
-    """
-
-    P: Partition
-    nodes: Nodes
+    P: Partition  # all ranks
+    nodes: Nodes  # the world ranks of each node, sorted; a node may have one
 
     @property
     def rank(self) -> int:

@@ -11,15 +11,7 @@ from distdl_lite.transport import Team, Transport
 
 
 class Buffers:
-    """The buffers of a module, of which forward may put others in their place.
-
-    Parameters
-    ----------
-    find : callable
-        Returns them.
-    mode : str
-        The `sync_buffers` of `DataParallel`.
-    """
+    """The buffers of a module, as `find` returns them: forward may put others in their place. `mode` is `sync_buffers`."""
 
     def __init__(self, find: Callable[[], Iterable[torch.Tensor | None]], mode: str) -> None:
         self._find, self.mode = find, mode

@@ -17,15 +17,7 @@ _FAILED = "DataParallel: backward failed on some rank, so its update is left out
 
 
 class Deferral:
-    """What one backward has left to do: sums to wait for, and steps to take with them.
-
-    Parameters
-    ----------
-    module : torch.nn.Module
-        Whose layers call for their parameters.
-    sync : Synchroniser
-    optimizers : sequence of DataParallelOptimizer
-    """
+    """All that a backward has left to do: sums to wait for, and steps to take when the module's layers need them."""
 
     def __init__(
         self, module: torch.nn.Module, sync: Synchroniser, optimizers: Sequence[DataParallelOptimizer]

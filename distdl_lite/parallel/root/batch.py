@@ -22,20 +22,11 @@ Cuts = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Places:
-    """The ranks of a container.
-
-    Attributes
-    ----------
-    transport : Transport
-    ranks : tuple of int
-        World ranks in the order of the rows they compute.
-    root : int
-        A position among them.
-    """
+    """The ranks of a container."""
 
     transport: Transport
-    ranks: tuple[int, ...]
-    root: int
+    ranks: tuple[int, ...]  # world ranks in the order of the rows they compute
+    root: int  # a position among them
 
     @cached_property
     def team(self) -> Team:
@@ -77,10 +68,7 @@ def dim_in(shape: Shape, dim: int) -> int | None:
 def rows_in(tensors: Sequence[TensorStructure], dim: int) -> int:
     """The length of all tensor arguments along the dim they are cut along; 0 where there is nothing to cut.
 
-    Raises
-    ------
-    ValueError
-        If they differ, or a tensor lacks the dim.
+    Raises ValueError if they differ, or a tensor lacks the dim.
     """
     cut = [(d, tensor.shape) for tensor in tensors if (d := dim_in(tensor.shape, dim)) is not None]
     if len({shape[d] for d, shape in cut}) > 1:
@@ -118,7 +106,7 @@ def refusal(tensor: TensorStructure, what: str) -> TypeError | None:
 
 @dataclass(frozen=True)
 class Report:
-    """What a replica returned: its nesting, and per item a tensor's structure or a type's name."""
+    """A replica's return value: its nesting, and per item a tensor's structure or a type's name."""
 
     nesting: str
     items: tuple[TensorStructure, ...]
@@ -143,10 +131,7 @@ class Output:
 def outputs_of(reports: Mapping[int, Report], parts: int, dim: int) -> list[Output]:
     """How to put the replicas' outputs together, from the reports by position of the ranks that ran.
 
-    Raises
-    ------
-    ValueError, TypeError
-        If they do not fit. The text names the replicas.
+    Raises ValueError or TypeError, with a text that names the replicas, if they do not fit.
     """
     first, report = next(iter(reports.items()))
     for place, other in reports.items():

@@ -24,28 +24,16 @@ class Weight:
 
 @dataclass(frozen=True)
 class News:
-    """What has changed since the weights were last sent.
+    """All that has changed since the weights were last sent."""
 
-    Attributes
-    ----------
-    weights : tuple of Weight, or None
-        All of them, if names, shapes, dtypes, devices or requires_grad have changed.
-    layers : dict from name to kind and options, or None
-        All of them, if one has changed.
-    training : tuple of bool
-        Of all modules inside.
-    groups : tuple of int
-        Which groups are sent.
-    """
-
-    weights: tuple[Weight, ...] | None
-    layers: dict[str, str] | None
-    training: tuple[bool, ...]
-    groups: tuple[int, ...]
+    weights: tuple[Weight, ...] | None  # all, if names, shapes, dtypes, devices or requires_grad have changed
+    layers: dict[str, str] | None  # kinds and options by name: all, if one has changed
+    training: tuple[bool, ...]  # of all modules inside
+    groups: tuple[int, ...]  # the numbers of those that are sent
 
 
 class Weights:
-    """What was last sent, as views of one flat tensor per group; a group is the parameters, or buffers, of a dtype.
+    """The weights that were last sent: views of one flat tensor per group, the parameters, or buffers, of a dtype.
 
     The root compares its module with it before each forward, bit by bit: version counters miss what fused optimizers, writes
     through ``.data`` and inference mode change.
