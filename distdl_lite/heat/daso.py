@@ -242,7 +242,13 @@ class DASO(LocalSGD):
         learning = [p for flat in flats for p in flat.tensors]
         names = [sorted(states.get(p, {}), key=str) for p in learning]
         rest = [{k: v for k, v in states.get(p, {}).items() if not _is_averaged(v, p)} for p in learning]
-        mine = names, rest, None if scaler is None else scaler.state_dict()
+        averaged = {
+            (number, name): value
+            for number, p in enumerate(learning)
+            for name, value in states.get(p, {}).items()
+            if p.requires_grad and _is_averaged(value, p)  # a rank may have frozen others
+        }
+        mine = names, rest, list(averaged), None if scaler is None else scaler.state_dict()
         told = self._transport.gather_objects(self.levels.node, mine)
         for number, p in enumerate(learning):
             if any(other[0][number] != names[number] for other in told):
@@ -250,20 +256,10 @@ class DASO(LocalSGD):
             elif names[number]:
                 states[p].update(told[0][1][number])
         if scaler is not None:
-            scaler.load_state_dict(told[0][2])
+            scaler.load_state_dict(told[0][3])
+        common = [key for key in told[0][2] if learning[key[0]] in states and all(key in other[2] for other in told)]
         average_flats(self._transport, self.levels.node, flats)
-        average(self._transport, self.levels.node, self._common_state())
-
-    def _common_state(self) -> list[torch.Tensor]:
-        """The optimizer's states such as momentum; those that some rank of the node lacks are not averaged."""
-        found = {}
-        held = [p for group in self.optimizer.param_groups for p in group["params"]]  # a rank may freeze others
-        for number, p in enumerate(held):
-            for name, value in self.optimizer.state.get(p, {}).items():
-                if p.requires_grad and _is_averaged(value, p):
-                    found[number, name] = value
-        told = self._transport.gather_objects(self.levels.node, list(found))
-        return [found[key] for key in told[0] if all(key in other for other in told)]
+        average(self._transport, self.levels.node, [averaged[key] for key in common])
 
 
 def _is_averaged(state: Any, parameter: torch.Tensor) -> bool:
