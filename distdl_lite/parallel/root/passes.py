@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from distdl_lite.autograd import flattened, unflattened
+from distdl_lite.buckets import grouped
 from distdl_lite.operator import Operator
 from distdl_lite.parallel.root.batch import Output, Places, Report, cut_rows, dim_in, outputs_of, refusal, rows_in, runs
 from distdl_lite.parallel.root.protocol import NAME, Agreed
@@ -133,23 +135,21 @@ class Passes:
         self, run: Run, found: Sequence[torch.Tensor | None], used: Sequence[bool]
     ) -> list[torch.Tensor | None]:
         """Bring the ranks' gradients of the leaves to the root."""
-        groups: dict[Any, list[tuple[int, torch.Tensor]]] = {}
         totals: list[torch.Tensor | None] = [None] * len(found)
-        for i, (leaf, gradient) in enumerate(zip(run.leaves, found, strict=True)):
-            if not used[i]:
-                continue
-            gradient = torch.zeros_like(leaf.part) if gradient is None else gradient
-            if leaf.cutter is not None:
-                totals[i] = leaf.cutter.adjoint.apply(gradient)
-            else:
-                groups.setdefault((leaf.structure.dtype, leaf.structure.device), []).append((i, gradient))
-        for members in groups.values():
-            flat = torch.cat([gradient.reshape(-1) for _, gradient in members])
-            total = self._weights_operator(len(flat)).adjoint.apply(flat)
+        parts = [torch.zeros_like(leaf.part) if g is None else g for leaf, g in zip(run.leaves, found, strict=True)]
+        copies = []
+        for i, leaf in enumerate(run.leaves):
+            if used[i] and leaf.cutter is not None:
+                totals[i] = leaf.cutter.adjoint.apply(parts[i])
+            elif used[i]:
+                copies.append(i)
+        structures = [leaf.structure for leaf in run.leaves]
+        for group in grouped(copies, lambda i: (structures[i].dtype, structures[i].device)):
+            members = [parts[i] for i in group]
+            total = self._weights_operator(sum(part.numel() for part in members)).adjoint.apply(flattened(members))
             if self._team.place == self._team.root:
-                parts = total.split([gradient.numel() for _, gradient in members])
-                for (i, gradient), part in zip(members, parts, strict=True):
-                    totals[i] = part.view(gradient.shape)
+                for i, part in zip(group, unflattened(total, members), strict=True):
+                    totals[i] = part
         return totals
 
 

@@ -87,13 +87,6 @@ class RootDataParallel(torch.nn.Module):
     ``state_dict()`` is that of `torch.nn.DataParallel`, with the prefix ``module.``; the root's is the one to save.
     """
 
-    _team: Places
-    _passes: Passes
-    _forwards: int  # counted by the root
-    _served: dict[int, Run]  # by number, those that the root may yet go back through
-    _dropped: list[int]  # on the root, numbers of those it will not
-    _left: int  # blocks that the root has left before this rank came to them
-
     def __init__(
         self,
         module: torch.nn.Module,
@@ -335,12 +328,12 @@ def _last_number(transport: Any) -> int:
 def _unused() -> dict[str, Any]:
     """The attributes of a container that has not been called."""
     return {
-        "_team": None,
+        "_team": None,  # `Places`
         "_passes": None,
-        "_forwards": 0,
-        "_served": {},
-        "_dropped": [],
-        "_left": 0,
+        "_forwards": 0,  # counted by the root
+        "_served": {},  # runs by number, of the forwards that the root may yet go back through
+        "_dropped": [],  # on the root, numbers of those it will not
+        "_left": 0,  # blocks that the root has left before this rank came to them
     }
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from distdl_lite.buckets import grouped
 from distdl_lite.operator import Operator
 from distdl_lite.parallel.root.batch import refusal
 from distdl_lite.structure import TensorStructure
@@ -160,10 +161,8 @@ def _described(module: torch.nn.Module) -> tuple[tuple[Weight, ...], list[torch.
 
 def _groups(weights: Sequence[Weight]) -> list[list[int]]:
     """Positions of the weights that travel together."""
-    groups: dict[Any, list[int]] = {}
-    for i, weight in enumerate(weights):
-        groups.setdefault((weight.is_buffer, weight.structure.dtype, weight.structure.device), []).append(i)
-    return list(groups.values())
+    kinds = [(weight.is_buffer, weight.structure.dtype, weight.structure.device) for weight in weights]
+    return grouped(range(len(weights)), kinds.__getitem__)
 
 
 def _put(module: torch.nn.Module, weight: Weight, tensor: torch.Tensor) -> None:
