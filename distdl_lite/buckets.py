@@ -9,7 +9,7 @@ import torch
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from distdl_lite.autograd import flattened, unflattened
-from distdl_lite.transport import Team, Transport
+from distdl_lite.transport import Team
 
 HALVES = torch.float16, torch.bfloat16
 Item = TypeVar("Item")
@@ -62,23 +62,23 @@ def is_writable(tensor: torch.Tensor) -> bool:
     return all(step or size < 2 for step, size in zip(tensor.stride(), tensor.shape, strict=True))
 
 
-def broadcast(transport: Transport, team: Team, tensors: Sequence[torch.Tensor], root: int | None = None) -> None:
+def broadcast(team: Team, tensors: Sequence[torch.Tensor], root: int | None = None) -> None:
     """Give all ranks of the team the values of its first rank, or another: one message for each dtype."""
     with torch.no_grad():
         for group in grouped([t.detach() for t in tensors], lambda t: (t.dtype, t.device)):
             flat = flattened([t.resolve_conj().resolve_neg() for t in group])
-            transport.broadcast(team, flat, team[0] if root is None else root)
+            team.world.broadcast(team, flat, team[0] if root is None else root)
             for tensor, values in zip(group, unflattened(flat, group), strict=True):
                 tensor.copy_(values)
 
 
-def broadcast_structure(transport: Transport, team: Team, value: Any, root: int) -> Any:
+def broadcast_structure(team: Team, value: Any, root: int) -> Any:
     """A rank's structure of tensors and other objects: the root's own there, a like one elsewhere."""
-    is_root = transport.rank == root
-    told = transport.gather_objects(team, _empty(value, "meta") if is_root else None)
+    is_root = team.world.rank == root
+    told = team.world.gather_objects(team, _empty(value, "meta") if is_root else None)
     if not is_root:
         value = _empty(told[team.index(root)], "cpu")
-    broadcast(transport, team, [x for x in tree_leaves(value) if isinstance(x, torch.Tensor)], root)
+    broadcast(team, [x for x in tree_leaves(value) if isinstance(x, torch.Tensor)], root)
     return value
 
 
@@ -145,16 +145,16 @@ def joined(flat: Flat, known: dict[torch.Tensor, torch.Tensor], new: torch.Tenso
     return new
 
 
-def average(transport: Transport, team: Team, tensors: Iterable[torch.Tensor]) -> None:
+def average(team: Team, tensors: Iterable[torch.Tensor]) -> None:
     """Put the mean over the team into the tensors, waiting for it; all of the team call it with the same shapes."""
-    average_flats(transport, team, flats_of(tensors))
+    average_flats(team, flats_of(tensors))
 
 
-def average_flats(transport: Transport, team: Team, flats: Iterable[Flat]) -> None:
+def average_flats(team: Team, flats: Iterable[Flat]) -> None:
     """The same for vectors."""
     if team.size > 1:
         for flat in flats:
-            flat.write(transport.all_reduce(team, flat.read()) / team.size)
+            flat.write(team.world.all_reduce(team, flat.read()) / team.size)
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:

@@ -13,7 +13,7 @@ from distdl_lite.buckets import Flat, average, average_flats
 from distdl_lite.optim.local_sgd import LocalSGD
 from distdl_lite.optim.schedule import DASOSchedule, Skips, check_int
 from distdl_lite.partition import partition_of
-from distdl_lite.transport import Team, Transport
+from distdl_lite.transport import Team
 
 _WIRES = torch.bfloat16, torch.half, torch.float
 
@@ -231,7 +231,7 @@ class DASO(LocalSGD):
         with torch.no_grad():
             if not were_equal:
                 self._make_node_equal(flats)
-            mean_gradients(self._transport, self.levels.node, [p for flat in flats for p in flat.tensors])
+            mean_gradients(self.levels.node, [p for flat in flats for p in flat.tensors])
 
     def _make_node_equal(self, flats: Sequence[Flat]) -> None:
         """Average parameters and states such as momentum; of other states, as counts of steps, take the first rank's.
@@ -258,8 +258,8 @@ class DASO(LocalSGD):
         if scaler is not None:
             scaler.load_state_dict(told[0][3])
         common = [key for key in told[0][2] if learning[key[0]] in states and all(key in other[2] for other in told)]
-        average_flats(self._transport, self.levels.node, flats)
-        average(self._transport, self.levels.node, [averaged[key] for key in common])
+        average_flats(self.levels.node, flats)
+        average(self.levels.node, [averaged[key] for key in common])
 
 
 def _is_averaged(state: Any, parameter: torch.Tensor) -> bool:
@@ -271,7 +271,7 @@ def _is_averaged(state: Any, parameter: torch.Tensor) -> bool:
     )
 
 
-def mean_gradients(transport: Transport, team: Team, parameters: Sequence[torch.Tensor]) -> None:
+def mean_gradients(team: Team, parameters: Sequence[torch.Tensor]) -> None:
     """Put the mean over a node's ranks into ``.grad``; who has none counts as zeros, where none has one it stays None.
 
     So it does on a rank that has frozen the parameter, which the others go on to train.
@@ -279,12 +279,12 @@ def mean_gradients(transport: Transport, team: Team, parameters: Sequence[torch.
     `DASO.step` knows whether the node's ranks step together; `distdl_lite.DataParallel` would have to during backward.
     """
     used = torch.tensor([p.grad is not None for p in parameters], dtype=torch.int32)
-    transport.all_reduce(team, used, "max")
+    team.world.all_reduce(team, used, "max")
     chosen = [p for p, is_used in zip(parameters, used.tolist(), strict=True) if is_used]
     for p in chosen:
         if p.grad is None and p.requires_grad:
             p.grad = torch.zeros_like(p)
-    average(transport, team, [torch.zeros_like(p) if p.grad is None else p.grad for p in chosen])
+    average(team, [torch.zeros_like(p) if p.grad is None else p.grad for p in chosen])
 
 
 def _scheduler_of(given: Any, optimizer: torch.optim.Optimizer) -> LRScheduler | None:

@@ -44,14 +44,14 @@ class DataParallelMultiGPU(torch.nn.Module):
         P = optimizer._P if isinstance(optimizer, DASO) else partition_of(comm)
         with refused_together(P, type(self).__name__):
             _check(module, optimizer, comm)
-        team, transport = optimizer.levels.team, optimizer._transport
+        team = optimizer.levels.team
         tensors = [*module.named_parameters(), *module.named_buffers()]
-        told = transport.gather_objects(team, [(name, tuple(t.shape), t.dtype) for name, t in tensors])
+        told = team.world.gather_objects(team, [(name, tuple(t.shape), t.dtype) for name, t in tensors])
         for rank, other in zip(team, told, strict=True):
             if other != told[0]:
                 differ = sorted({name for name, *_ in set(other) ^ set(told[0])})
                 raise ValueError(f"DataParallelMultiGPU: the modules of ranks {team[0]} and {rank} differ in {differ}")
-        broadcast(transport, team, [tensor for _, tensor in tensors])
+        broadcast(team, [tensor for _, tensor in tensors])
         self.module = module
         self.optimizer = optimizer
         optimizer.set_model(module)

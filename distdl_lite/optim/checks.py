@@ -10,7 +10,7 @@ import torch
 from distdl_lite.buckets import HALVES, unwritable
 from distdl_lite.optim.flight import MERGES
 from distdl_lite.optim.schedule import check_int
-from distdl_lite.transport import Team, Transport
+from distdl_lite.transport import Team
 from distdl_lite.transport.sums import ENGINES
 
 
@@ -60,9 +60,9 @@ def told_of(
     }
 
 
-def check_same(transport: Transport, team: Team, mine: Mapping[str, Any], owner: str) -> None:
+def check_same(team: Team, mine: Mapping[str, Any], owner: str) -> None:
     """Raise ValueError on all of the team unless all have the same; the text names the owner and what differs."""
-    told = transport.gather_objects(team, mine)
+    told = team.world.gather_objects(team, mine)
     for rank, other in zip(team, told, strict=True):
         for name, value in told[0].items():
             if other.get(name) != value:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from distdl_lite.buckets import Flat
-from distdl_lite.transport import Team, Transport
+from distdl_lite.transport import Team
 from distdl_lite.transport.sums import Pending
 
 LANE = "averages by {}"  # Averages of several optimizers that different threads carry out must not meet.
@@ -28,8 +28,8 @@ class Flight:
     merged before step `due`.
     """
 
-    def __init__(self, transport: Transport, team: Team, is_shared: bool, began: int, due: int) -> None:
-        self._transport, self.team, self.is_shared, self.began, self.due = transport, team, is_shared, began, due
+    def __init__(self, team: Team, is_shared: bool, began: int, due: int) -> None:
+        self.team, self.is_shared, self.began, self.due = team, is_shared, began, due
         self.old: list[torch.Tensor] = []
         self.sums: list[torch.Tensor] = []
         self._pending: list[Pending] = []
@@ -40,7 +40,7 @@ class Flight:
         sent = flat.contribution(old)
         self.old.append(old.clone() if sent is old and self.due > self.began else old)
         self.sums.append(sent)
-        if self._transport.rank not in self.team:
+        if self.team.world.rank not in self.team:
             return
         if weight != 1:
             sent *= weight
@@ -48,17 +48,17 @@ class Flight:
         for start in range(0, sent.numel(), max(size, 1)):
             part = sent[start : start + size]
             if flat.residual is None or wire is None:
-                self._pending.append(self._transport.start_sum(self.team, part, engine, lane))
+                self._pending.append(self.team.world.start_sum(self.team, part, engine, lane))
             else:
                 residual = flat.residual[start : start + size]
-                self._pending.append(self._transport.start_rounded_sum(self.team, part, residual, wire, engine, lane))
+                self._pending.append(self.team.world.start_rounded_sum(self.team, part, residual, wire, engine, lane))
 
     def wait(self, timeout: float | None) -> None:
         """Wait for the sums; TimeoutError if one of them takes longer."""
         for pending in self._pending:
             if not pending.wait(timeout):
                 raise TimeoutError(
-                    f"rank {self._transport.rank}: the average of ranks {list(self.team)} that began with step {self.began} "
+                    f"rank {self.team.world.rank}: the average of ranks {list(self.team)} that began with step {self.began} "
                     f"was not there after {timeout} s: some rank did not take part"
                 )
 
@@ -67,5 +67,5 @@ class Flight:
         if self.is_shared and node.size > 1:
             talker = next(rank for rank in node if rank in self.team)
             for total in self.sums:
-                self._transport.broadcast(node, total, talker)
+                self.team.world.broadcast(node, total, talker)
         return [total.div_(self.team.size) for total in self.sums]

@@ -209,7 +209,7 @@ class LocalSGD(torch.optim.Optimizer):
 
     def _agree(self, mine: dict[str, Any]) -> None:
         """Raise ValueError on all ranks unless they have the same."""
-        check_same(self._transport, self.levels.team, mine, type(self).__name__)
+        check_same(self.levels.team, mine, type(self).__name__)
 
     def _plan_outer(self) -> None:
         """Give the outer optimizer the anchors, cut into tensors, and the states of those that it had before."""
@@ -280,7 +280,7 @@ class LocalSGD(torch.optim.Optimizer):
         is_shared = bool(local_every) or self._keeps_nodes_equal
         if is_local or (is_due and is_shared):
             flats = [flat for flat in self.flats if not (flat.learns and self._keeps_nodes_equal)]
-            average_flats(self._transport, self.levels.node, flats)
+            average_flats(self.levels.node, flats)
         if is_due:
             self._begin(delay, is_shared)
             if not delay:
@@ -294,7 +294,7 @@ class LocalSGD(torch.optim.Optimizer):
         team = levels.crossing(self._averages) if is_shared else levels.team
         self._averages += 1
         engine = "inline" if not delay and self.timeout is None else self.engine
-        self._flight = Flight(self._transport, team, is_shared, self.steps, self.steps + delay)
+        self._flight = Flight(team, is_shared, self.steps, self.steps + delay)
         for flat in self.flats:
             self._flight.add(flat, levels.weight if is_shared else 1, engine, self.wire, self.chunk)
 

@@ -140,7 +140,7 @@ class DDPSequential(torch.nn.Module):
         P, arrays = self.config.P, model.state_dict()
         _check_alike(P, {"average": average, **_described(model)})
         if P.size > 1:
-            broadcast(P.world_transport, self._team, list(arrays.values()), P.ranks[0])
+            broadcast(self._team, list(arrays.values()), P.ranks[0])
         self._outputs: tuple[Any, Any] | None = None
         self._is_fresh = False
         self._steps, self._is_loaded = 0, False  # the latter since the last backward

@@ -14,7 +14,7 @@ from distdl_lite.nn.parameter import Layer
 from distdl_lite.parallel.replicas.lanes import LANES, in_others, lanes_in_use
 from distdl_lite.parallel.replicas.options import Options
 from distdl_lite.partition import Partition
-from distdl_lite.transport import Team, Transport
+from distdl_lite.transport import Team
 
 
 def told_of(options: Options, optimizers: Sequence[Any], module: torch.nn.Module) -> dict[str, Any]:
@@ -55,9 +55,9 @@ def order(optimizers: Sequence[torch.optim.Optimizer], named: Iterable[tuple[str
     return found
 
 
-def check_same(transport: Transport, team: Team, mine: Mapping[str, Any]) -> None:
+def check_same(team: Team, mine: Mapping[str, Any]) -> None:
     """Raise ValueError on all of the team unless all have the same; the first that differs is named."""
-    _check_options(team, transport.gather_objects(team, mine))
+    _check_options(team, team.world.gather_objects(team, mine))
 
 
 def _check_options(team: Team, told: Sequence[Mapping[str, Any]]) -> None:
@@ -111,12 +111,7 @@ def _of_two_scales(module: torch.nn.Module, by_layers: Mapping[int, bool]) -> li
 
 
 def agreed(
-    module: torch.nn.Module,
-    transport: Transport,
-    team: Team,
-    options: Mapping[str, Any],
-    writes_buffers: bool,
-    weighs_late: bool,
+    module: torch.nn.Module, team: Team, options: Mapping[str, Any], writes_buffers: bool, weighs_late: bool
 ) -> tuple[list[tuple[str, torch.nn.Parameter]], list[int], int]:
     """The parameters that the container sums, the numbers of those that come late, and a free lane.
 
@@ -126,24 +121,24 @@ def agreed(
     named = summed_by_container(module, by_layers)
     late = [number for number, (_, p) in enumerate(named) if id(p) in by_layers]
     if team.size == 1:
-        if refusal := _refusal_of(module, transport, named):
+        if refusal := _refusal_of(module, team, named):
             raise refusal
         return named, late, 0
     tensors = {**dict(named), **dict(module.named_buffers())}
     alike = tensors if writes_buffers else dict(named)
     mixed = _of_two_scales(module, by_layers) if weighs_late else []
-    refusal = _refusal_of(module, transport, named, alike.items(), mixed, options["average"])
-    lane = _check_same_module(transport, team, tensors, refusal, options)
+    refusal = _refusal_of(module, team, named, alike.items(), mixed, options["average"])
+    lane = _check_same_module(team, tensors, refusal, options)
     if options["init"] == "broadcast":
-        broadcast(transport, team, list(alike.values()))
+        broadcast(team, list(alike.values()))
     elif options["init"] == "check":
-        check_equal(transport, team, alike)
+        check_equal(team, alike)
     return named, late, lane
 
 
 def _refusal_of(
     module: torch.nn.Module,
-    transport: Transport,
+    team: Team,
     parameters: Sequence[tuple[str, torch.Tensor]],
     written: Iterable[tuple[str, torch.Tensor]] = (),
     mixed: Sequence[str] = (),
@@ -155,7 +150,7 @@ def _refusal_of(
         return TypeError(f"DataParallel: sparse gradients are not summed; build {sparse} with sparse=False")
     if mixed:
         return ValueError(_MIXED.format(*mixed, average))
-    if shared := ", ".join(in_others(transport, parameters)):
+    if shared := ", ".join(in_others(team.world, parameters)):
         return ValueError(
             f"DataParallel: another container has {shared} already; put both modules into one container, or delete the other"
         )
@@ -164,7 +159,6 @@ def _refusal_of(
 
 
 def _check_same_module(
-    transport: Transport,
     team: Team,
     tensors: Mapping[str, torch.Tensor],
     refusal: Exception | None,
@@ -172,7 +166,7 @@ def _check_same_module(
 ) -> int:
     """Raise on all of the team unless all hold the same tensors, which none of them refuses; returns a free lane."""
     mine = [(name, tuple(t.shape), str(t.dtype).removeprefix("torch."), *_elsewhere(t)) for name, t in tensors.items()]
-    told = transport.gather_objects(team, (mine, lanes_in_use(transport, team), options, refusal))
+    told = team.world.gather_objects(team, (mine, lanes_in_use(team), options, refusal))
     _check_options(team, [theirs for _, _, theirs, _ in told])
     for *_, refused in told:
         if refused is not None:
@@ -202,9 +196,9 @@ def _elsewhere(tensor: torch.Tensor) -> list[str]:
     return [] if tensor.device.type == "cpu" else [tensor.device.type]
 
 
-def check_equal(transport: Transport, team: Sequence[int], tensors: Mapping[str, torch.Tensor]) -> None:
+def check_equal(team: Team, tensors: Mapping[str, torch.Tensor]) -> None:
     """Raise RuntimeError on all of the team unless all hold the same values, bit by bit."""
-    told = transport.gather_objects(team, {name: checksum(t) for name, t in tensors.items()})
+    told = team.world.gather_objects(team, {name: checksum(t) for name, t in tensors.items()})
     names = dict.fromkeys(name for one in told for name in one)
     different = [name for name in names if len({one.get(name) for one in told}) > 1]
     if different:

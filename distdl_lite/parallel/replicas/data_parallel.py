@@ -159,11 +159,11 @@ class DataParallel(torch.nn.Module):
         self.synchronize()
         if self._sync is not None and self._sync.leave():
             if self._deferral is not None:
-                self.P.world_transport.gather_objects(self._sync.team, False)  # as the others do before they raise
+                self._sync.team.world.gather_objects(self._sync.team, False)  # as the others do before they raise
             raise RuntimeError(
                 "DataParallel: parameters were replaced, or have another dtype or shape, on some ranks alone"
             )
-        transport, team, self._sync = self.P.world_transport, line_of(self.P), None
+        team, self._sync = line_of(self.P), None
         if self._deferral is not None:
             self._deferral.remove()
             self._deferral = None
@@ -173,16 +173,14 @@ class DataParallel(torch.nn.Module):
         writes_buffers = self._options.sync_buffers != "none" or (at_start and self._options.init != "none")
         weighs_late = self._options.average != "none" and not self._couples
         told = told_of(self._options, listed(self.optimizer), self.module)
-        named, late, lane = agreed(self.module, transport, team, told, writes_buffers, weighs_late)
+        named, late, lane = agreed(self.module, team, told, writes_buffers, weighs_late)
         for handle in self._handles.values():
             handle.remove()
         self._handles.clear()
         names, parameters = [n for n, _ in named], [p for _, p in named]
         modules = list(self.module.modules())
         buffers_now = partial(_values, [module._buffers for module in modules])
-        self._sync = Synchroniser(
-            names, parameters, late, buffers_now, transport, team, self._options, lane, self._couples
-        )
+        self._sync = Synchroniser(names, parameters, late, buffers_now, team, self._options, lane, self._couples)
         self._owners = [owned for module in modules for owned in (module._modules, module._parameters)]
         self._held, self._kinds = _values(self._owners), list(map(_KIND, parameters))
         wants = not self._options.waits and team.size > 1
@@ -205,7 +203,7 @@ class DataParallel(torch.nn.Module):
             team = line_of(self.P)
             named = summed_by_container(self.module, summed_by_layers(self.module, team))
             buffers = () if self._options.sync_buffers == "none" else self.module.named_buffers()
-            check_equal(self.P.world_transport, team, {**dict(named), **dict(buffers)})
+            check_equal(team, {**dict(named), **dict(buffers)})
 
     def _refresh(self) -> None:
         """See what has changed in the module since the last forward."""

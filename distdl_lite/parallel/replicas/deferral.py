@@ -33,7 +33,7 @@ class Deferral:
         self._is_confirmed = self._owes_error = self._is_stepping = False
         self._versions: dict[int, int] = {}  # of the parameters, at the end of backward
         self._handles: list[Any] = []
-        self.others: weakref.WeakSet[Deferral] = sync.transport.local.setdefault("deferrals", weakref.WeakSet())
+        self.others: weakref.WeakSet[Deferral] = sync.team.world.local.setdefault("deferrals", weakref.WeakSet())
         self.others.add(self)
         ref = weakref.ref(self)
         numbers = {id(p): n for n, p in enumerate(sync.parameters)}
@@ -191,7 +191,7 @@ class Deferral:
 
     def _tell(self, failed: bool, in_forward: bool) -> None:
         """Raise, but not in another kind of call than those ranks where backward has ended well: it may be another step's."""
-        told = any(self.sync.transport.gather_objects(self.sync.team, in_forward and not failed))
+        told = any(self.sync.team.world.gather_objects(self.sync.team, in_forward and not failed))
         if failed and told is not in_forward:
             self._owes_error = told
             return

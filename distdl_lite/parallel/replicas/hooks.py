@@ -66,7 +66,7 @@ def _share(container: DataParallel, rows: int) -> float:
     if average == "sum" and not container._syncs:
         raise RuntimeError('DataParallel: with SyncBatchNorm inside, average="sum" allows no no_sync')
     weight = float(rows) if container.loss_weight is None else as_weight(container.loss_weight)
-    total = container.P.world_transport.all_reduce(sync.team, torch.tensor([weight], dtype=torch.float64)).item()
+    total = sync.team.world.all_reduce(sync.team, torch.tensor([weight], dtype=torch.float64)).item()
     if not math.isfinite(total):
         container.loss_weight = None
         raise ValueError(BAD_WEIGHT)

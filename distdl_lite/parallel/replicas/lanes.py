@@ -34,8 +34,8 @@ def in_others(transport: Transport, named: Sequence[tuple[str, torch.Tensor]]) -
     return found()
 
 
-def lanes_in_use(transport: Transport, team: Team) -> list[int]:
+def lanes_in_use(team: Team) -> list[int]:
     """The numbers of the lanes that a new container of the team should leave to others, as far as this rank knows."""
-    alive = [(other.team, other.lane) for other in synchronisers(transport)]
-    used = [*alive, *transport.local.get("spoilt lanes", [])]
+    alive = [(other.team, other.lane) for other in synchronisers(team.world)]
+    used = [*alive, *team.world.local.get("spoilt lanes", [])]
     return [int(lane.split()[-1]) for others, lane in used if others == team]

@@ -14,7 +14,7 @@ from distdl_lite.parallel.replicas.bucket import FIRST_BYTES, Bucket, filled
 from distdl_lite.parallel.replicas.buffers import Buffers
 from distdl_lite.parallel.replicas.lanes import synchronisers
 from distdl_lite.parallel.replicas.options import BAD_WEIGHT, Options, as_weight
-from distdl_lite.transport import Team, Transport
+from distdl_lite.transport import Team
 from distdl_lite.transport.abort import fail_at_exit
 from distdl_lite.transport.sums import Pending
 from distdl_lite.transport.wire import wire_dtype
@@ -45,7 +45,6 @@ class Synchroniser:
         parameters: Sequence[torch.Tensor],
         late: Iterable[int],  # the numbers of parameters whose .grad is there only at the end of backward
         buffers: Callable[[], Iterable[torch.Tensor | None]],  # returns those of now
-        transport: Transport,
         team: Team,
         options: Options,
         lane: int,  # the number of the team's communicator for sums
@@ -53,7 +52,7 @@ class Synchroniser:
     ) -> None:
         self.names, self.parameters, self.late = names, parameters, frozenset(late)
         self.buffers = Buffers(buffers, options.sync_buffers)
-        self.transport, self.team, self.options = transport, team, options
+        self.team, self.options = team, options
         self._divides = not is_weighed and options.average != "none"
         # The weights add up to one, so that what is in .grad on all ranks alike is still in their mean.
         self._keeps_sums = self._divides and options.average != "sum"
@@ -67,16 +66,16 @@ class Synchroniser:
         self.may_start = True  # before backward ends: the rows of all its forwards are known
         self.backward: int | None = None
         self.arrived: dict[int, None] = {}  # parameters whose gradients have come in this backward
-        synchronisers(transport).add(self)
+        synchronisers(team.world).add(self)
         self.lane = f"copies {lane}"
         if team.size > 1:
-            transport.open_sums(team, self.lane)
+            team.world.open_sums(team, self.lane)
         self.serial = next(_serials)  # the same order on all ranks
         self._plan([n for n, p in enumerate(parameters) if p.requires_grad][::-1])
 
     def __del__(self) -> None:
         if self.is_open:  # which leaves sums that other ranks may not have started
-            self.transport.local.setdefault("spoilt lanes", []).append((self.team, self.lane))
+            self.team.world.local.setdefault("spoilt lanes", []).append((self.team, self.lane))
 
     def _plan(self, order: Sequence[int]) -> None:
         """Cut the parameters that are trained into buckets, in the order in which their gradients come."""
@@ -105,7 +104,7 @@ class Synchroniser:
         if self.is_open:
             self.abandon()
         self.is_open, self.backward, self._takes_part = True, backward, takes_part
-        self._leads = float(takes_part and self.transport.rank == self.team[0])
+        self._leads = float(takes_part and self.team.world.rank == self.team[0])
         self.has_failed, self._mark, self._error = False, 1.0, None
         self._parameter_versions = [p._version for p in self.parameters]
         self.arrived.clear()
@@ -248,7 +247,7 @@ class Synchroniser:
     ) -> Pending:
         # A blocking call could not be given up.
         is_limited = self.engine == "inline" and self.options.timeout is not None
-        return self.transport.start_sum(self.team, flat, "auto" if is_limited else self.engine, self.lane, fill, then)
+        return self.team.world.start_sum(self.team, flat, "auto" if is_limited else self.engine, self.lane, fill, then)
 
     def _wait(self, place: int) -> None:
         self._await(self._pending[place], f"bucket {place}", self.buckets[place])
@@ -256,11 +255,11 @@ class Synchroniser:
     def _await(self, pending: Pending, what: str, bucket: Bucket) -> None:
         if not pending.wait(self.options.seconds):
             self.is_broken = True
-            fail_at_exit(f"rank {self.transport.rank} ends with an error: a sum was not completed by all ranks")
+            fail_at_exit(f"rank {self.team.world.rank} ends with an error: a sum was not completed by all ranks")
             names = [self.names[n] for n in bucket.numbers]
             some = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
             raise TimeoutError(
-                f"rank {self.transport.rank}: {what} ({some}) was not reduced after {self.options.seconds:g} s: "
+                f"rank {self.team.world.rank}: {what} ({some}) was not reduced after {self.options.seconds:g} s: "
                 f"some rank did not take part"
             )
 
@@ -280,7 +279,7 @@ class Synchroniser:
 
     def leave(self) -> int:
         """Meet the other ranks before all set up anew; how many of them were in a backward instead, and ended it."""
-        synchronisers(self.transport).discard(self)
+        synchronisers(self.team.world).discard(self)
         if self.team.size == 1 or self.is_broken:
             return 0
         self.begin(None, takes_part=False)
@@ -314,7 +313,7 @@ class Synchroniser:
         self._start_order()
         all_go_on = round(active) == self.team.size
         if changed > 0 and (all_go_on or (leads > 0 and self.options.sync_buffers == "root")):
-            self.buffers.synchronise(self.transport, self.team)  # else join makes all equal in the end
+            self.buffers.synchronise(self.team)  # else join makes all equal in the end
         return active > 0
 
     def confirm(self) -> int:
@@ -414,7 +413,7 @@ class Synchroniser:
         wanted = self._wanted
         came = [n for n in self.arrived if n in wanted]
         order = torch.tensor([*came, *(n for n in wanted[::-1] if n not in came)])
-        if self.transport.rank != self.team[0]:
+        if self.team.world.rank != self.team[0]:
             order.zero_()
         self._order = order, self._sum(order)
 
