@@ -92,9 +92,8 @@ class Flat:
     def __init__(self, tensors: Sequence[torch.Tensor], learns: bool = False) -> None:
         self.tensors = list(tensors)
         self.learns = learns  # whether they are parameters, which a rank goes on to change while their sum is under way
-        self.anchor: torch.Tensor | None = (
-            None  # the numbers that all ranks last had in common, if differences are sent
-        )
+        # The numbers that all ranks last had in common, if differences to them are sent.
+        self.anchor: torch.Tensor | None = None
         self.residual: torch.Tensor | None = None  # that rounding has kept from the sums so far
 
     def read(self) -> torch.Tensor:

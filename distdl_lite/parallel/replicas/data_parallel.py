@@ -272,8 +272,7 @@ class DataParallel(torch.nn.Module):
         if not self._syncs:
             if sync.is_open and self._deferral is None:
                 sync.abandon()
-            sync.keep_local()
-            self._told_at_end = backward
+            sync.keep_local(backward)
             sync.count += rows
             return
         if not (sync.is_open and sync.backward == backward):
@@ -295,8 +294,6 @@ class DataParallel(torch.nn.Module):
         self._sync.count, self._unseen = self._sync.count + self._unseen, 0
         if not (self._sync.count + rows if self.loss_weight is None else self.loss_weight):
             self._sync.put_aside_unweighted()
-        if self._deferral is None and not self._sync.starts_early:
-            self._told_at_end = backward
         self._sync.may_start = not self._awaited
         self._waits_for_layers = bool(self._sync.late)
         at_end_of_backward(self._finish)
@@ -307,8 +304,7 @@ class DataParallel(torch.nn.Module):
         if sync is None:
             return
         if not self._syncs:
-            self._told_at_end = running_backward()
-            sync.keep_local()
+            sync.keep_local(running_backward())
             return
         if self._deferral is not None:
             self._deferral.came(number)
@@ -438,5 +434,4 @@ def _unprepared() -> dict[str, Any]:
         "_awaited": weakref.WeakSet(),  # outputs that backward may yet come to
         "_latest": 0,
         "_waits_for_layers": False,
-        "_told_at_end": -1,  # of the gradients of this backward
     }

@@ -81,12 +81,8 @@ class ReadyHook:
 
     def __call__(self, parameter: torch.Tensor) -> None:
         container = self._container()
-        if container is None:
-            return
-        if container._told_at_end != running_backward():
+        if container is not None:
             container._came(self._number)
-        elif container._sync is not None:
-            container._sync.arrived[self._number] = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ReadyHook:
         return self

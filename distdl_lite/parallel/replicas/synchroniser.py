@@ -65,6 +65,7 @@ class Synchroniser:
         self.is_open = self.is_broken = self.has_failed = False  # the last: on all ranks, in the last backward
         self.may_start = True  # before backward ends: the rows of all its forwards are known
         self.backward: int | None = None
+        self._local_backward = -1  # the last whose gradients are not summed
         self.arrived: dict[int, None] = {}  # parameters whose gradients have come in this backward
         synchronisers(team.world).add(self)
         self.lane = f"copies {lane}"
@@ -150,11 +151,14 @@ class Synchroniser:
         grads = () if self._keeps_sums else enumerate(p.grad for p in self.parameters)
         return [(n, grad) for n, grad in grads if grad is not None and getattr(grad, _SETTLED, None) == self.team]
 
-    def keep_local(self) -> None:
+    def keep_local(self, backward: int) -> None:
         """Gradients come that are not to be summed yet: those that were zeroed are each rank's own from now on.
 
         All of them, also where this rank gets no gradient, because others may.
         """
+        if backward == self._local_backward:
+            return
+        self._local_backward = backward
         for number, grad in self._settled():
             if grad.any():
                 raise RuntimeError(
