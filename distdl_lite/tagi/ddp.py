@@ -11,6 +11,7 @@ import torch
 
 from distdl_lite.agreement import check_alike, raise_together, refused_together
 from distdl_lite.buckets import broadcast
+from distdl_lite.model.replicas import checksum
 from distdl_lite.partition import Partition, partition_of
 from distdl_lite.tagi.layers import Layer
 from distdl_lite.tagi.sequential import Sequential
@@ -278,8 +279,7 @@ class DDPSequential(torch.nn.Module):
 
     def check_replicas(self) -> None:
         """Raise RuntimeError, on all ranks, unless they hold the same means and variances, bit by bit; all ranks call it."""
-        bits = {name: t.cpu().contiguous().view(-1).view(torch.uint8) for name, t in self.model.state_dict().items()}
-        checksums = {name: f"of checksum {zlib.crc32(b.numpy()):08x}" for name, b in bits.items()}
+        checksums = {name: f"of checksum {checksum(t):08x}" for name, t in self.model.state_dict().items()}
         _check_alike(self.config.P, checksums, RuntimeError)
 
 
