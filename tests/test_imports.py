@@ -32,6 +32,7 @@ LEVELS = [
     "nn/movement",
     "nn",
     "model",
+    "data",
     "optim",
     "heat",
     "parallel/root/protocol",

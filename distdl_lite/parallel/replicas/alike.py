@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -13,7 +12,6 @@ from distdl_lite.model.replicas import checksum
 from distdl_lite.nn.parameter import Layer
 from distdl_lite.parallel.replicas.lanes import LANES, in_others, lanes_in_use
 from distdl_lite.parallel.replicas.options import Options
-from distdl_lite.partition import Partition
 from distdl_lite.transport import Team
 
 
@@ -72,14 +70,6 @@ _MIXED = (
     'average="{}" has another scale: write average="none" and a loss over P, or build the distributed layers on the ranks that '
     "share a place along the batch axis"
 )
-
-
-def line_of(P: Partition) -> Team:
-    """The ranks along the batch axis."""
-    assert P.index is not None
-    step = math.prod(P.shape[1:])
-    first = P.rank - P.index[0] * step
-    return P.world_transport.team(P.ranks[first + n * step] for n in range(P.shape[0]))
 
 
 def summed_by_layers(module: torch.nn.Module, team: Sequence[int]) -> dict[int, bool]:

@@ -14,16 +14,10 @@ import torch
 
 from distdl_lite.agreement import refused_together
 from distdl_lite.autograd import at_end_of_backward, running_backward, running_backward_accumulates
+from distdl_lite.data.rows import line_of
 from distdl_lite.nn.movement import zero_volume_tensor
 from distdl_lite.nn.sync_batch_norm import SyncBatchNorm
-from distdl_lite.parallel.replicas.alike import (
-    agreed,
-    check_equal,
-    line_of,
-    summed_by_container,
-    summed_by_layers,
-    told_of,
-)
+from distdl_lite.parallel.replicas.alike import agreed, check_equal, summed_by_container, summed_by_layers, told_of
 from distdl_lite.parallel.replicas.bucket import Bucket
 from distdl_lite.parallel.replicas.deferral import Deferral
 from distdl_lite.parallel.replicas.hooks import OutputHook, ReadyHook, rows_of, tensors_in, with_graph
@@ -163,7 +157,7 @@ class DataParallel(torch.nn.Module):
             raise RuntimeError(
                 "DataParallel: parameters were replaced, or have another dtype or shape, on some ranks alone"
             )
-        team, self._sync = line_of(self.P), None
+        team, self._sync = line_of(self.P).team, None
         if self._deferral is not None:
             self._deferral.remove()
             self._deferral = None
@@ -200,7 +194,7 @@ class DataParallel(torch.nn.Module):
         """Raise RuntimeError, on all ranks, unless they hold the same parameters and buffers, bit by bit."""
         self.synchronize()
         if self.P.active:
-            team = line_of(self.P)
+            team = line_of(self.P).team
             named = summed_by_container(self.module, summed_by_layers(self.module, team))
             buffers = () if self._options.sync_buffers == "none" else self.module.named_buffers()
             check_equal(team, {**dict(named), **dict(buffers)})
