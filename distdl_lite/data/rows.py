@@ -68,22 +68,11 @@ def empty_rows(like: torch.Tensor, number: int) -> torch.Tensor:
 
 
 class LocalRows:
-    """A pytree of tensors with rows, seen along the first axis of a partition, all of whose ranks have the like.
+    """A pytree of tensors with rows, and a line of ranks that rows move between, all of which have the like.
 
-    Attributes
-    ----------
-    line : Partition
-        The ranks that rows move between.
-    leaves : list of tensors
-    cuts : tuple of int
-        Where the whole array is cut over the line.
-
-    Raises
-    ------
-    TypeError, ValueError
-        On all ranks of the line, which make it together, naming the rank: if something is no dense tensor with rows, or
-        requires grad, or numbers of rows differ between tensors; or names, dtypes or shapes but for the rows between ranks;
-        or if `arguments` raises, or returns another text than on other ranks.
+    TypeError or ValueError, on all ranks of the line, which make it together, naming the rank: if something is no dense
+    tensor with rows, or requires grad, or numbers of rows differ between tensors; or names, dtypes or shapes but for the rows
+    between ranks; or if `arguments` raises, or returns another text than on other ranks.
     """
 
     def __init__(self, name: str, rows: Any, line: Partition, arguments: Callable[[], str]) -> None:
@@ -99,6 +88,7 @@ class LocalRows:
         check_alike("arguments", {rank: text for rank, (_, _, text) in found.items()})
         leaves, self._spec = tree_flatten(rows)
         self.leaves = [x.detach().resolve_conj().resolve_neg() for x in leaves]
+        # Where the whole array is cut over the line.
         self.cuts = (0, *accumulate(count for _, count, _ in found.values()))
 
     @property

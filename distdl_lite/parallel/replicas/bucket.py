@@ -34,14 +34,7 @@ def filled(
 class Bucket:
     """A flat tensor ``[gradients | a flag for each | weight | mark | header]``, which is summed over ranks as a whole.
 
-    Parameters
-    ----------
-    numbers : sequence of int
-        Of the parameters.
-    parameters : sequence of torch.Tensor
-        The same; none in a bucket that only has a header.
-    header : int
-        How many numbers travel at the end.
+    The header has as many numbers as the container that makes it says; there may be no parameters.
 
     Attributes
     ----------

@@ -99,13 +99,7 @@ def autocast_modes() -> dict[str, torch.dtype | None]:
 def apply(
     module: torch.nn.Module, call: Call, blocks: Sequence[torch.Tensor], weights: Mapping[str, torch.Tensor]
 ) -> Result:
-    """Apply a module to this rank's blocks under the root's modes; `weights` stand for its own of these names.
-
-    Raises
-    ------
-    TypeError
-        If it returns an object with tensors that torch's pytree does not know: the other ranks' would be lost.
-    """
+    """Apply a module to this rank's blocks under the root's modes; `weights` stand for its own of these names."""
     arguments = pickle.loads(call.arguments)
     with ExitStack() as modes:
         modes.enter_context(_no_hooks_from_outside())
@@ -117,7 +111,7 @@ def apply(
         args, kwargs = pytree.tree_map_only(Slot, lambda slot: passed[slot.number], arguments)
         items, nesting = pytree.tree_flatten(functional_call(module, weights, args, kwargs, tie_weights=False))
         tensors = [item if item.dim() else item.view(1) for item in items if isinstance(item, torch.Tensor)]
-    for item in items:
+    for item in items:  # no object that torch's pytree does not know: the other ranks' tensors in it would be lost
         if any(isinstance(inner, torch.Tensor) for inner in getattr(item, "__dict__", {}).values()):
             kind = type(item).__name__
             raise TypeError(f"the module returned a {kind} with tensors: register it with torch.utils._pytree")
@@ -142,13 +136,7 @@ def _no_hooks_from_outside() -> Iterator[None]:
 
 
 def local_gradients(run: Run, received: Sequence[torch.Tensor | None], keep: bool) -> list[torch.Tensor | None]:
-    """The gradients of this rank's leaves, given the outputs'; the graph is let go unless kept.
-
-    Raises
-    ------
-    TypeError
-        If one is sparse.
-    """
+    """The gradients of this rank's leaves, given the outputs'; the graph is let go unless kept."""
     local, leaves = run.local or [], [leaf.part for leaf in run.leaves]
     pairs = [(y, g) for y, g in zip(local, received, strict=False) if g is not None and y.requires_grad]
     if not keep:

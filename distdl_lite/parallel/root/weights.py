@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
@@ -85,12 +84,7 @@ class Weights:
         """Make a module on another rank a replica; its tensors in the order of the weights.
 
         Parameters stay what they are until others come, as graphs and checkpoints inside the module may need them again.
-        Buffers are fresh at each forward, which may change them.
-
-        Raises
-        ------
-        ValueError
-            If the module is not built as the root's.
+        Buffers are fresh at each forward, which may change them. ValueError if the module is not built as the root's.
         """
         if not self._is_installed:
             self._check(module)
@@ -113,9 +107,7 @@ class Weights:
     def _check(self, module: torch.nn.Module) -> None:
         shapes = {name: weight.structure.shape for weight in self.weights for name in weight.names}
         own_shapes = {name: tuple(tensor.shape) for name, tensor, _ in _named(module)}
-        pairs: list[tuple[Mapping[str, Any], Mapping[str, Any]]]
-        pairs = [(shapes, own_shapes), (self._layers, _layers(module))]
-        for wanted, own in pairs:
+        for wanted, own in ((shapes, own_shapes), (self._layers, _layers(module))):
             odd = sorted(name for name in {*wanted, *own} if wanted.get(name) != own.get(name))
             if odd:
                 texts = [f"{name} {own.get(name, 'missing')}, not {wanted.get(name, 'missing')}" for name in odd]
