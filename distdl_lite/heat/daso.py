@@ -13,7 +13,6 @@ from distdl_lite.buckets import Flat, average, average_flats
 from distdl_lite.optim.local_sgd import LocalSGD
 from distdl_lite.optim.schedule import DASOSchedule, Skips, check_int
 from distdl_lite.partition import partition_of
-from distdl_lite.transport import Team
 
 _WIRES = torch.bfloat16, torch.half, torch.float
 
@@ -231,7 +230,20 @@ class DASO(LocalSGD):
         with torch.no_grad():
             if not were_equal:
                 self._make_node_equal(flats)
-            mean_gradients(self.levels.node, [p for flat in flats for p in flat.tensors])
+            self._mean_gradients([p for flat in flats for p in flat.tensors])
+
+    def _mean_gradients(self, parameters: Sequence[torch.Tensor]) -> None:
+        """Put the mean over the node's ranks into ``.grad``; one without counts as zeros, and stays None where all are.
+
+        So it does on a rank that has frozen the parameter, which the others go on to train.
+        """
+        used = torch.tensor([p.grad is not None for p in parameters], dtype=torch.int32)
+        self._transport.all_reduce(self.levels.node, used, "max")
+        chosen = [p for p, is_used in zip(parameters, used.tolist(), strict=True) if is_used]
+        for p in chosen:
+            if p.grad is None and p.requires_grad:
+                p.grad = torch.zeros_like(p)
+        average(self.levels.node, [torch.zeros_like(p) if p.grad is None else p.grad for p in chosen])
 
     def _make_node_equal(self, flats: Sequence[Flat]) -> None:
         """Average parameters and states such as momentum; of other states, as counts of steps, take the first rank's.
@@ -269,22 +281,6 @@ def _is_averaged(state: Any, parameter: torch.Tensor) -> bool:
         and state.shape == parameter.shape
         and (state.is_floating_point() or state.is_complex())
     )
-
-
-def mean_gradients(team: Team, parameters: Sequence[torch.Tensor]) -> None:
-    """Put the mean over a node's ranks into ``.grad``; who has none counts as zeros, where none has one it stays None.
-
-    So it does on a rank that has frozen the parameter, which the others go on to train.
-
-    `DASO.step` knows whether the node's ranks step together; `distdl_lite.DataParallel` would have to during backward.
-    """
-    used = torch.tensor([p.grad is not None for p in parameters], dtype=torch.int32)
-    team.world.all_reduce(team, used, "max")
-    chosen = [p for p, is_used in zip(parameters, used.tolist(), strict=True) if is_used]
-    for p in chosen:
-        if p.grad is None and p.requires_grad:
-            p.grad = torch.zeros_like(p)
-    average(team, [torch.zeros_like(p) if p.grad is None else p.grad for p in chosen])
 
 
 def _scheduler_of(given: Any, optimizer: torch.optim.Optimizer) -> LRScheduler | None:

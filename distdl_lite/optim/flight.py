@@ -44,14 +44,12 @@ class Flight:
             return
         if weight != 1:
             sent *= weight
-        lane, size = LANE.format(engine), chunk or sent.numel()
-        for start in range(0, sent.numel(), max(size, 1)):
-            part = sent[start : start + size]
-            if flat.residual is None or wire is None:
-                self._pending.append(self.team.world.start_sum(self.team, part, engine, lane))
-            else:
-                residual = flat.residual[start : start + size]
-                self._pending.append(self.team.world.start_rounded_sum(self.team, part, residual, wire, engine, lane))
+        world, lane, size = self.team.world, LANE.format(engine), chunk or max(sent.numel(), 1)
+        if flat.residual is None or wire is None:
+            self._pending += [world.start_sum(self.team, part, engine, lane) for part in sent.split(size)]
+        else:
+            pairs = zip(sent.split(size), flat.residual.split(size), strict=True)
+            self._pending += [world.start_rounded_sum(self.team, *pair, wire, engine, lane) for pair in pairs]
 
     def wait(self, timeout: float | None) -> None:
         """Wait for the sums; TimeoutError if one of them takes longer."""

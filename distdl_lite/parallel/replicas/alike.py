@@ -155,7 +155,10 @@ def _check_same_module(
     options: Mapping[str, Any],
 ) -> int:
     """Raise on all of the team unless all hold the same tensors, which none of them refuses; returns a free lane."""
-    mine = [(name, tuple(t.shape), str(t.dtype).removeprefix("torch."), *_elsewhere(t)) for name, t in tensors.items()]
+    mine = [
+        (name, tuple(t.shape), str(t.dtype).removeprefix("torch."), *({t.device.type} - {"cpu"}))
+        for name, t in tensors.items()
+    ]
     told = team.world.gather_objects(team, (mine, lanes_in_use(team), options, refusal))
     _check_options(team, [theirs for _, _, theirs, _ in told])
     for *_, refused in told:
@@ -179,11 +182,6 @@ def _check_same_module(
         )
     in_use = [lane for _, lanes, *_ in told for lane in lanes]
     return min(range(LANES), key=in_use.count)
-
-
-def _elsewhere(tensor: torch.Tensor) -> list[str]:
-    """The kind of device, if it is not the usual one."""
-    return [] if tensor.device.type == "cpu" else [tensor.device.type]
 
 
 def check_equal(team: Team, tensors: Mapping[str, torch.Tensor]) -> None:

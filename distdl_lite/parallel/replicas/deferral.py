@@ -90,12 +90,10 @@ class Deferral:
         if self.is_interrupted:  # of which all ranks will be told
             return
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        if any(optimizer is other for other, *_ in self._steps):
-            self.flush()
-            optimizer.step()
-            return
-        self._check_gradients(held)
-        if self._is_whole(optimizer):
+        is_second = any(optimizer is other for other, *_ in self._steps)
+        if not is_second:
+            self._check_gradients(held)
+        if is_second or self._is_whole(optimizer):
             self.flush()
             optimizer.step()
             return

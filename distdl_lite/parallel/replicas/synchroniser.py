@@ -88,10 +88,9 @@ class Synchroniser:
             engine = "inline"
         self.engine = engine
         groups = filled(order, nbytes, kinds, most, FIRST_BYTES if self.starts_early else most) or [()]
-        headers = [3 + len(self.parameters)] + [0] * (len(groups) - 1)
         self.buckets = [
-            Bucket(group, [self.parameters[n] for n in group], header)
-            for group, header in zip(groups, headers, strict=True)
+            Bucket(group, [self.parameters[n] for n in group], 0 if place else 3 + len(self.parameters))
+            for place, group in enumerate(groups)
         ]
         self.places = {n: place for place, group in enumerate(groups) for n in group}
 
