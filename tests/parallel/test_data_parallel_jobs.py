@@ -142,33 +142,6 @@ world.Barrier()
 """
 
 
-LATE = """
-for engine in ("poll", "thread"):
-    model = net()
-    optimizer = dl.DataParallelOptimizer(torch.optim.SGD(model.parameters(), lr=0.1))
-    options = {"engine": engine, "bucket_mb": 1e-5, "timeout": 2, "update": "deferred"}
-    dp = dl.DataParallel(model, None, optimizer, **options)
-    if world.rank == 0:  # comes as far as the buckets
-        dp._sync._start_order = lambda: None
-    loss(dp).backward()
-    optimizer.step()
-    if world.rank == 1:
-        try:
-            dp.eval()
-        except TimeoutError as error:
-            print(error, flush=True)
-    world.Barrier()
-"""
-
-
-@pytest.mark.check("A37")
-def test_a_rank_that_does_not_tell_the_order_of_the_buckets(tmp_path: Path) -> None:
-    done = start(tmp_path, LATE)
-    text = "rank 1: the order of the buckets (4.bias) was not reduced after 2 s: some rank did not take part\n"
-    assert done.stdout == 2 * text
-    assert done.returncode != 0
-
-
 @pytest.mark.check("A37")
 @pytest.mark.parametrize("engine", ["poll", "thread"])
 def test_a_rank_that_gets_stuck_before_what_is_newly_trained(tmp_path: Path, engine: str) -> None:

@@ -58,8 +58,7 @@ class Synchroniser:
         self._keeps_sums = self._divides and options.average != "sum"
         self.count = 0.0  # rows since the last sum
         self.weight: float | None = None  # in place of it
-        self._knows_order = False  # in which the root's gradients come
-        self._order: tuple[torch.Tensor, Pending] | None = None  # while it is on its way
+        self._tells_order = True  # in which the root's gradients came: the last bucket of the first backward does
         # Of gradients before their sum: about what the weights added up to last. A power of 2, which rounds nothing off.
         self._scale = 1.0
         self.is_open = self.is_broken = self.has_failed = False  # the last: on all ranks, in the last backward
@@ -88,9 +87,14 @@ class Synchroniser:
             engine = "inline"
         self.engine = engine
         groups = filled(order, nbytes, kinds, most, FIRST_BYTES if self.starts_early else most) or [()]
+        headers = [0] * len(groups)
+        headers[0] = 3 + len(self.parameters)
+        self._tells_order = self._tells_order and self.starts_early and len(groups) > 1
+        if self._tells_order:
+            headers[-1] = len(self.parameters)
         self.buckets = [
-            Bucket(group, [self.parameters[n] for n in group], 0 if place else 3 + len(self.parameters))
-            for place, group in enumerate(groups)
+            Bucket(group, [self.parameters[n] for n in group], header)
+            for group, header in zip(groups, headers, strict=True)
         ]
         self.places = {n: place for place, group in enumerate(groups) for n in group}
 
@@ -204,6 +208,9 @@ class Synchroniser:
                 self.fail("DataParallel: forward has put a sparse or expanded tensor into a buffer's place")
                 changed = -float(self.team.size)  # so that no rank waits for this one to take part
             bucket.header = [float(self._takes_part), self._leads, changed, *trained]
+        elif self._tells_order and place == len(self.buckets) - 1:
+            came = {n: turn for turn, n in enumerate(self.arrived, 1)} if self.team.world.rank == self.team[0] else {}
+            bucket.header = [float(came.get(n, 0)) for n in range(len(self.parameters))]
         fill = partial(bucket.pack, self._gradients(bucket), *self._weighed)
         flat, then = bucket.free(), partial(self._unpack, place)
         if self.options.comm_hook is None and self.options.waits:
@@ -313,7 +320,6 @@ class Synchroniser:
         self.put(self._unplanned())
         for number in {*self._already_summed, *self._unweighted} - self.places.keys():  # no longer trained
             self.put([(number, None)])
-        self._start_order()
         all_go_on = round(active) == self.team.size
         if changed > 0 and (all_go_on or (leads > 0 and self.options.sync_buffers == "root")):
             self.buffers.synchronise(self.team)  # else join makes all equal in the end
@@ -339,7 +345,6 @@ class Synchroniser:
     def _give_up(self) -> None:
         for place in range(1, len(self.buckets) - 1):  # before they are filled anew
             self._wait(place)
-        self._end_order()
         self.is_open, self.has_failed = False, True
         self.count, self.weight = 0.0, None
 
@@ -353,13 +358,23 @@ class Synchroniser:
 
     def close(self) -> None:
         """The end of a backward."""
-        self._plan_anew()
         self._results.clear()
+        wanted = self._wanted[::-1]
+        if self._tells_order:
+            turns, self._tells_order = self.buckets[-1].header, False
+            self._plan(sorted(wanted, key=lambda n: turns[n] or math.inf))
+        elif sorted(self.places) != wanted[::-1]:
+            self._plan(wanted)
         if self._divides and self._total:
             self._scale = 2.0 ** -round(math.log2(self._total))
         self.is_open = False
         if self._takes_part:
             self.count, self.weight = 0.0, None
+
+    @property
+    def _wanted(self) -> list[int]:
+        """The parameters that some rank trains."""
+        return [n for n, ranks in enumerate(self._trained) if ranks]
 
     def _unplanned(self) -> Found:
         """The sums of parameters that some rank trains since this backward."""
@@ -396,33 +411,3 @@ class Synchroniser:
         if value is None or (value.dtype is parameter.dtype and parameter.is_contiguous()):
             return value
         return torch.empty_like(parameter).copy_(value)
-
-    @property
-    def _wanted(self) -> list[int]:
-        """The parameters that some rank trains."""
-        return [n for n, ranks in enumerate(self._trained) if ranks]
-
-    def _plan_anew(self) -> None:
-        """Follow what is trained now, and, once, the order in which the root's gradients came."""
-        came = self._end_order()
-        if came is not None or sorted(self.places) != self._wanted:
-            self._plan(came or self._wanted[::-1])
-        self._knows_order = True
-
-    def _start_order(self) -> None:
-        """Tell of that order when backward ends, as close to it as the ranks are: later some may be elsewhere."""
-        if self._knows_order or len(self.buckets) == 1 or not self.starts_early:
-            return
-        wanted = self._wanted
-        came = [n for n in self.arrived if n in wanted]
-        order = torch.tensor([*came, *(n for n in wanted[::-1] if n not in came)])
-        if self.team.world.rank != self.team[0]:
-            order.zero_()
-        self._order = order, self._sum(order)
-
-    def _end_order(self) -> list[int] | None:
-        if self._order is None:
-            return None
-        (order, pending), self._order = self._order, None
-        self._await(pending, "the order of the buckets", self.buckets[0])
-        return order.tolist()
