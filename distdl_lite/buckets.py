@@ -112,10 +112,6 @@ class Flat:
             if tensor.requires_grad or not self.learns:
                 tensor.detach().copy_(torch.complex(*part.unbind(-1)) if tensor.is_complex() else part)
 
-    def target(self, mean: torch.Tensor) -> torch.Tensor:
-        """The vector to merge, from the mean of the ranks' contributions."""
-        return mean if self.anchor is None else self.anchor.add_(mean)
-
     def contribution(self, values: torch.Tensor) -> torch.Tensor:
         """This rank's part of the sum: its numbers, or how far they are from the anchor."""
         if self.anchor is None:

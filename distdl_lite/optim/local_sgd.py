@@ -138,6 +138,7 @@ class LocalSGD(torch.optim.Optimizer):
         self.wire = wire if wire in HALVES else None
         self.outer = outer if isinstance(outer, torch.optim.Optimizer) else None
         self._make_outer = None if outer is self.outer else outer
+        self._has_outer = outer is not None
         self._outer_groups = [list(group["params"]) for group in self.outer.param_groups] if self.outer else []
         self.steps = self.epoch = self.batch = self._averages = self._since = self._since_local = 0
         self.losses: tuple[float, ...] = ()
@@ -156,10 +157,6 @@ class LocalSGD(torch.optim.Optimizer):
     @property
     def _transport(self) -> Any:
         return self._P.world_transport
-
-    @property
-    def _has_outer(self) -> bool:
-        return self.outer is not None or self._make_outer is not None
 
     def _learning(self) -> list[torch.Tensor]:
         return [p for group in self.optimizer.param_groups for p in group["params"] if p.requires_grad]
@@ -291,7 +288,7 @@ class LocalSGD(torch.optim.Optimizer):
     def _begin(self, delay: int, is_shared: bool) -> None:
         """Begin the average over all ranks; where it is shared, those of a node are equal."""
         levels = self.levels
-        team = levels.crossing(self._averages) if is_shared else levels.team
+        team = levels.crossings[self._averages % len(levels.crossings)] if is_shared else levels.team
         self._averages += 1
         engine = "inline" if not delay and self.timeout is None else self.engine
         self._flight = Flight(team, is_shared, self.steps, self.steps + delay)
@@ -322,7 +319,8 @@ class LocalSGD(torch.optim.Optimizer):
     def _targets(self, means: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """The vectors to merge: the means, or the anchor that has moved."""
         if self.outer is None:
-            return [flat.target(mean) for flat, mean in zip(self.flats, means, strict=True)]
+            pairs = zip(self.flats, means, strict=True)
+            return [mean if flat.anchor is None else flat.anchor.add_(mean) for flat, mean in pairs]
         for flat, mean in zip(self.flats, means, strict=True):
             if flat.anchor is not None:
                 for tensor, part in zip(flat.tensors, flat.parts(mean), strict=True):

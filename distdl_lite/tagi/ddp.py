@@ -15,7 +15,6 @@ from distdl_lite.model.replicas import checksum
 from distdl_lite.partition import Partition, partition_of
 from distdl_lite.tagi.layers import Layer
 from distdl_lite.tagi.sequential import Sequential
-from distdl_lite.transport import Team
 
 
 class DDPConfig:
@@ -141,7 +140,7 @@ class DDPSequential(torch.nn.Module):
         P, arrays = self.config.P, model.state_dict()
         _check_alike(P, {"average": average, **_described(model)})
         if P.size > 1:
-            broadcast(self._team, list(arrays.values()), P.ranks[0])
+            broadcast(P.team, list(arrays.values()), P.ranks[0])
         self._outputs: tuple[Any, Any] | None = None
         self._is_fresh = False
         self._steps, self._is_loaded = 0, False  # the latter since the last backward
@@ -156,10 +155,6 @@ class DDPSequential(torch.nn.Module):
             raise TypeError(f"average must be a bool, not {self.average!r}")
         if self.config.device is not None:
             self.model.to(self.config.device)
-
-    @property
-    def _team(self) -> Team:
-        return self.config.P.team
 
     @property
     def output_z_buffer(self) -> Any:
@@ -200,7 +195,7 @@ class DDPSequential(torch.nn.Module):
             vote = zlib.crc32(repr((told, self._is_loaded)).encode())
         except Exception as found:
             error = found
-        is_agreed = P.world_transport.agree(self._team, vote) == vote * P.size and error is None
+        is_agreed = P.world_transport.agree(P.team, vote) == vote * P.size and error is None
         if not is_agreed:
             raise_together(P.team, error, f"DDPSequential: rank {P.rank}")
             _check_alike(P, told, RuntimeError)
@@ -221,7 +216,7 @@ class DDPSequential(torch.nn.Module):
         rows = deltas[-P.size :].zero_()
         rows[P.rank] = min(self.model.batch_size, int(2 / torch.finfo(deltas.dtype).eps))
         if P.size > 1:
-            P.world_transport.all_reduce(self._team, deltas)
+            P.world_transport.all_reduce(P.team, deltas)
         return list(map(int, rows.tolist()))
 
     def step(self) -> None:
@@ -240,7 +235,7 @@ class DDPSequential(torch.nn.Module):
 
     def barrier(self) -> None:
         """Wait for all ranks, which call it together."""
-        self.config.P.world_transport.agree(self._team, 0)
+        self.config.P.world_transport.agree(self.config.P.team, 0)
 
     def get_outputs(self) -> tuple[Any, Any]:
         """What the last forward returned.

@@ -247,11 +247,10 @@ class DataParallel(torch.nn.Module):
         """Be told when backward reaches an output."""
         self._latest = rows
         hook = OutputHook(weakref.ref(self), rows)
-        for leaf in tensors_in(output):
-            if leaf.grad_fn is not None:  # a parameter that is returned would keep the hook
-                leaf.register_hook(hook)
-                hook.is_used = True
-        if hook.is_used:
+        leaves = [t for t in tensors_in(output) if t.grad_fn is not None]  # a parameter would keep the hook
+        for leaf in leaves:
+            leaf.register_hook(hook)
+        if leaves:
             self._awaited.add(hook)
         else:
             self._unseen += rows

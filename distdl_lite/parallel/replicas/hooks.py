@@ -41,7 +41,6 @@ class OutputHook:
 
     def __init__(self, container: weakref.ref[DataParallel], rows: int) -> None:
         self._container, self._rows, self._backward, self._share = container, rows, -1, 1.0
-        self.is_used = False
 
     def __call__(self, gradient: torch.Tensor) -> torch.Tensor | None:
         container, backward = self._container(), running_backward()
