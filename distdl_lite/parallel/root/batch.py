@@ -93,15 +93,14 @@ def runs(cuts: Cuts, place: int, root: int) -> bool:
     return cuts[place] < cuts[place + 1] or (place == root and not cuts[-1])
 
 
-def refusal(tensor: TensorStructure, what: str) -> TypeError | None:
-    """The error of a tensor that cannot be moved."""
+def check_movable(tensor: TensorStructure, what: str) -> None:
+    """Raise TypeError for a tensor that cannot be moved."""
     if tensor.kind != "Tensor":
-        return TypeError(f"{what} is {tensor.kind}, which cannot be moved")
+        raise TypeError(f"{what} is {tensor.kind}, which cannot be moved")
     dtype = tensor.dtype
     assert dtype is not None
     if tensor.device == "meta" or (dtype.is_floating_point and dtype.itemsize == 1) or "q" in str(dtype):
-        return TypeError(f"{what}, of {dtype} on device {tensor.device}, cannot be moved")
-    return None
+        raise TypeError(f"{what}, of {dtype} on device {tensor.device}, cannot be moved")
 
 
 @dataclass(frozen=True)
@@ -163,9 +162,7 @@ def _joined(number: int, pieces: dict[int, TensorStructure], parts: int, dim: in
     d = 0 if not piece.shape else dim_in(piece.shape, dim)
     assert d is not None
     for place, other in pieces.items():
-        error = refusal(other, f"{what} of replica {place}")
-        if error is not None:
-            raise error
+        check_movable(other, f"{what} of replica {place}")
         if (_rest(other, d), other.dtype, other.device) != (_rest(piece, d), piece.dtype, piece.device):
             raise ValueError(
                 f"{what} cannot be put together along dim {dim}: replica {first} returned {piece.dtype} of shape "

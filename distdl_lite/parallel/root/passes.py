@@ -11,7 +11,17 @@ import torch
 from distdl_lite.autograd import flattened, unflattened
 from distdl_lite.buckets import grouped
 from distdl_lite.operator import Operator
-from distdl_lite.parallel.root.batch import Output, Places, Report, cut_rows, dim_in, outputs_of, refusal, rows_in, runs
+from distdl_lite.parallel.root.batch import (
+    Output,
+    Places,
+    Report,
+    check_movable,
+    cut_rows,
+    dim_in,
+    outputs_of,
+    rows_in,
+    runs,
+)
 from distdl_lite.parallel.root.protocol import NAME, Agreed
 from distdl_lite.parallel.root.run import Call, Leaf, Result, Run, apply, autocast_modes, local_gradients, slotted
 from distdl_lite.parallel.root.weights import Weights
@@ -36,9 +46,7 @@ class Passes:
         """What the root tells of a forward, and its weights."""
         structures = tuple(TensorStructure.of(tensor) for tensor in tensors)
         for number, structure in enumerate(structures):
-            error = refusal(structure, f"tensor {number} of the arguments")
-            if error is not None:
-                raise error
+            check_movable(structure, f"tensor {number} of the arguments")
         cuts = cut_rows(rows_in(structures, dim), len(self._team.ranks), self._team.root)
         copied = {i: tensor.detach().cpu().clone() for i, tensor in enumerate(tensors) if not tensor.dim()}
         arguments = slotted(leaves, nesting)

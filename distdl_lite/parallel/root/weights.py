@@ -9,7 +9,7 @@ import torch
 
 from distdl_lite.buckets import grouped
 from distdl_lite.operator import Operator
-from distdl_lite.parallel.root.batch import refusal
+from distdl_lite.parallel.root.batch import check_movable
 from distdl_lite.structure import TensorStructure
 
 
@@ -144,9 +144,7 @@ def _described(module: torch.nn.Module) -> tuple[tuple[Weight, ...], list[torch.
     weights = []
     for tensor, names, is_buffer in found.values():
         structure = TensorStructure.of(tensor)
-        error = refusal(structure, names[0])
-        if error is not None:
-            raise error
+        check_movable(structure, names[0])
         weights.append(Weight(tuple(names), structure, is_buffer))
     return tuple(weights), [tensor for tensor, _, _ in found.values()]
 
