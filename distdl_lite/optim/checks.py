@@ -60,15 +60,12 @@ def told_of(
     }
 
 
-def check_same(team: Team, mine: Mapping[str, Any], owner: str) -> None:
-    """Raise ValueError on all of the team unless all have the same; the text names the owner and what differs."""
-    told = team.world.gather_objects(team, mine)
+def check_same(team: Team, told: Sequence[Mapping[str, Any]], text: str) -> None:
+    """Raise ValueError unless all ranks of a team have told the same; the text is formatted with what differs first."""
     for rank, other in zip(team, told, strict=True):
-        for name, value in told[0].items():
-            if other.get(name) != value:
-                raise ValueError(
-                    f"{owner}: the ranks disagree: {name} is {other.get(name)} on rank {rank}, {value} on rank {team[0]}"
-                )
+        for name, usual in told[0].items():
+            if (value := other.get(name)) != usual:
+                raise ValueError(text.format(rank=rank, name=name, value=value, first=team[0], usual=usual))
 
 
 def form_of(value: Any) -> Any:

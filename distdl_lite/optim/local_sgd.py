@@ -206,7 +206,8 @@ class LocalSGD(torch.optim.Optimizer):
 
     def _agree(self, mine: dict[str, Any]) -> None:
         """Raise ValueError on all ranks unless they have the same."""
-        check_same(self.levels.team, mine, type(self).__name__)
+        text = f"{type(self).__name__}: the ranks disagree: {{name}} is {{value}} on rank {{rank}}, {{usual}} on rank {{first}}"
+        check_same(self.levels.team, self._transport.gather_objects(self.levels.team, mine), text)
 
     def _plan_outer(self) -> None:
         """Give the outer optimizer the anchors, cut into tensors, and the states of those that it had before."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -10,8 +11,9 @@ import torch
 from distdl_lite.buckets import broadcast, unwritable
 from distdl_lite.model.replicas import checksum
 from distdl_lite.nn.parameter import Layer
-from distdl_lite.parallel.replicas.lanes import LANES, in_others, lanes_in_use
+from distdl_lite.optim.checks import check_same
 from distdl_lite.parallel.replicas.options import Options
+from distdl_lite.parallel.replicas.synchroniser import synchronisers
 from distdl_lite.transport import Team
 
 
@@ -53,18 +55,8 @@ def order(optimizers: Sequence[torch.optim.Optimizer], named: Iterable[tuple[str
     return found
 
 
-def check_same(team: Team, mine: Mapping[str, Any]) -> None:
-    """Raise ValueError on all of the team unless all have the same; the first that differs is named."""
-    _check_options(team, team.world.gather_objects(team, mine))
-
-
-def _check_options(team: Team, told: Sequence[Mapping[str, Any]]) -> None:
-    for rank, theirs in zip(team, told, strict=True):
-        for name, a in told[0].items():
-            if theirs.get(name) != a:
-                raise ValueError(f"DataParallel: rank {rank} has {name}={theirs.get(name)!r}, rank {team[0]} {a!r}")
-
-
+DIFFERENT = "DataParallel: rank {rank} has {name}={value!r}, rank {first} {usual!r}"
+LANES = 8  # containers whose sums may be under way at once; communicators are few
 _MIXED = (
     "DataParallel: the gradient of {} is summed over the batch axis by its layer, that of {} by the container, whose "
     'average="{}" has another scale: write average="none" and a loss over P, or build the distributed layers on the ranks that '
@@ -98,6 +90,25 @@ def _of_two_scales(module: torch.nn.Module, by_layers: Mapping[int, bool]) -> li
     trained = [(n, by_layers.get(id(p), False)) for n, p in module.named_parameters() if p.requires_grad]
     found = [next((n for n, covers in trained if covers is by_layer), None) for by_layer in (True, False)]
     return [n for n in found if n is not None] if None not in found else []
+
+
+def in_others(team: Team, named: Sequence[tuple[str, torch.Tensor]]) -> list[str]:
+    """The names of parameters that another container of this rank has."""
+
+    def found() -> list[str]:
+        held = {id(p) for other in synchronisers(team.world) for p in other.parameters}
+        return [name for name, p in named if id(p) in held]
+
+    if found():
+        gc.collect()  # it may be one that nobody uses any more
+    return found()
+
+
+def lanes_in_use(team: Team) -> list[int]:
+    """The numbers of the lanes that a new container of the team should leave to others, as far as this rank knows."""
+    alive = [(other.team, other.lane) for other in synchronisers(team.world)]
+    used = [*alive, *team.world.local.get("spoilt lanes", [])]
+    return [int(lane.split()[-1]) for others, lane in used if others == team]
 
 
 def agreed(
@@ -140,7 +151,7 @@ def _refusal_of(
         return TypeError(f"DataParallel: sparse gradients are not summed; build {sparse} with sparse=False")
     if mixed:
         return ValueError(_MIXED.format(*mixed, average))
-    if shared := ", ".join(in_others(team.world, parameters)):
+    if shared := ", ".join(in_others(team, parameters)):
         return ValueError(
             f"DataParallel: another container has {shared} already; put both modules into one container, or delete the other"
         )
@@ -160,7 +171,7 @@ def _check_same_module(
         for name, t in tensors.items()
     ]
     told = team.world.gather_objects(team, (mine, lanes_in_use(team), options, refusal))
-    _check_options(team, [theirs for _, _, theirs, _ in told])
+    check_same(team, [theirs for _, _, theirs, _ in told], DIFFERENT)
     for *_, refused in told:
         if refused is not None:
             raise refused

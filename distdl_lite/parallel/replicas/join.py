@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from distdl_lite.buckets import broadcast, broadcast_structure
-from distdl_lite.parallel.replicas.alike import check_same, order
+from distdl_lite.optim.checks import check_same
+from distdl_lite.parallel.replicas.alike import DIFFERENT, order
 from distdl_lite.parallel.replicas.options import listed
 from distdl_lite.parallel.replicas.synchroniser import Synchroniser
 
@@ -28,7 +29,8 @@ def joined(container: DataParallel, optimizers: Sequence[torch.optim.Optimizer])
     if sync is None or sync.team.size == 1:
         yield
         return
-    check_same(sync.team, order(given, container.module.named_parameters()))
+    told = sync.team.world.gather_objects(sync.team, order(given, container.module.named_parameters()))
+    check_same(sync.team, told, DIFFERENT)
     teams = sync.team.world.local.setdefault("teams in join", [])
     if sync.team in teams:
         raise RuntimeError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import weakref
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 
@@ -12,9 +13,8 @@ import torch
 from distdl_lite.agreement import raise_together
 from distdl_lite.parallel.replicas.bucket import FIRST_BYTES, Bucket, filled
 from distdl_lite.parallel.replicas.buffers import Buffers
-from distdl_lite.parallel.replicas.lanes import synchronisers
 from distdl_lite.parallel.replicas.options import BAD_WEIGHT, Options, as_weight
-from distdl_lite.transport import Team
+from distdl_lite.transport import Team, Transport
 from distdl_lite.transport.abort import fail_at_exit
 from distdl_lite.transport.sums import Pending
 from distdl_lite.transport.wire import wire_dtype
@@ -29,6 +29,11 @@ _CHANGED = (
     "let optimizers step after backward"
 )
 _serials = itertools.count()
+
+
+def synchronisers(transport: Transport) -> weakref.WeakSet[Synchroniser]:
+    """Those of this rank that are alive."""
+    return transport.local.setdefault("synchronisers", weakref.WeakSet())
 
 
 class Synchroniser:
@@ -183,9 +188,8 @@ class Synchroniser:
         if place is not None and self.starts_early:
             self.buckets[place].missing -= 1
             # The last one waits for the end, as it tells on how many ranks backward has ended well.
-            while self.may_start and len(self._pending) < len(self.buckets) - 1:
-                if self.buckets[len(self._pending)].missing or not self.buckets[len(self._pending)].numbers:
-                    break
+            last = len(self.buckets) - 1
+            while self.may_start and len(self._pending) < last and not self.buckets[len(self._pending)].missing:
                 self._start()
 
     def fail(self, error: str | Exception) -> None:
