@@ -32,7 +32,7 @@ class Route:
 
 
 def route(wanted: torch.Tensor, held: Cuts, result: Cuts, position: int) -> Route:
-    """How rank number `position` of a line of ranks moves its rows.
+    """The route of the rows of rank number `position` of a line of ranks.
 
     `wanted` has, for each row of the whole result, its place in the whole array as it is held; `held` and `result` say
     where the two are cut over the ranks.
@@ -50,7 +50,7 @@ def _holders(rows: torch.Tensor, cuts: Cuts) -> torch.Tensor:
 
 
 def inverse(order: torch.Tensor) -> torch.Tensor:
-    """Where each number of a permutation stands."""
+    """The place of each number in a permutation."""
     places = torch.empty_like(order)
     places[order] = torch.arange(len(order))
     return places

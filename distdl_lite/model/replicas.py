@@ -66,7 +66,7 @@ def check_replicas(module: torch.nn.Module) -> None:
 
 
 def checksum(tensor: torch.Tensor) -> int:
-    """Of a tensor's bits."""
+    """The checksum of a tensor's bits."""
     values = tensor.detach().resolve_conj().resolve_neg().cpu().contiguous()
     return zlib.crc32(values.reshape(-1).view(torch.uint8).numpy())
 

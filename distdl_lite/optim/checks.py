@@ -1,4 +1,4 @@
-"""What `LocalSGD` may be given, and what must be the same on all ranks."""
+"""Checks of the arguments of `LocalSGD`, and that they are the same on all ranks."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def check_same(team: Team, told: Sequence[Mapping[str, Any]], text: str) -> None
 
 
 def form_of(value: Any) -> Any:
-    """What two states must have in common to be of the same plan."""
+    """A description of a part of a state, the same in all states of the same plan."""
     if isinstance(value, list):
         return [None if vector is None else tuple(vector.shape) for vector in value]
     return None if value is None else "an optimizer"

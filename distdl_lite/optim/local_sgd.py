@@ -201,7 +201,7 @@ class LocalSGD(torch.optim.Optimizer):
         self._agree(mine)
 
     def _settings(self) -> dict[str, Any]:
-        """What else must be the same on all ranks."""
+        """Other settings that must be the same on all ranks."""
         return {}
 
     def _agree(self, mine: dict[str, Any]) -> None:

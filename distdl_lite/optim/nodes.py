@@ -1,4 +1,4 @@
-"""Which ranks average with which: those of a node, and one of each node."""
+"""The ranks that average together: those of a node, and one of each node."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Levels:
 
     @cached_property
     def weight(self) -> float:
-        """That of this rank's node in a sum over nodes: its ranks over the mean number of ranks of a node."""
+        """The weight of this rank's node in a sum over nodes: its ranks over the mean number of ranks of a node."""
         return self.node.size * len(self.nodes) / self.team.size
 
     @cached_property

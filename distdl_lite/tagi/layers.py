@@ -160,7 +160,7 @@ def _affine(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) ->
 
 
 class Activation(Layer):
-    """What is done elementwise."""
+    """A layer that works elementwise."""
 
     def forward(self, states: HiddenStates) -> HiddenStates:
         assert states.mu_a is not None

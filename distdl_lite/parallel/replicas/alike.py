@@ -1,4 +1,4 @@
-"""What must be the same on all ranks that hold copies of a module."""
+"""Checks that all ranks that hold copies of a module have the same parameters, buffers, options and optimizers."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def told_of(options: Options, optimizers: Sequence[Any], module: torch.nn.Module
 
 
 def _owners(optimizers: Sequence[Any], named: Iterable[tuple[str, torch.Tensor]]) -> dict[str, Any]:
-    """Which optimizer, with which hyperparameters, updates each of the parameters."""
+    """For each parameter the optimizer that updates it, with its hyperparameters."""
     found: dict[int, str] = {}
     for one in optimizers:
         kind = type(one.torch_optimizer).__name__
@@ -42,7 +42,7 @@ def _owners(optimizers: Sequence[Any], named: Iterable[tuple[str, torch.Tensor]]
 
 
 def order(optimizers: Sequence[torch.optim.Optimizer], named: Iterable[tuple[str, torch.Tensor]]) -> dict[str, Any]:
-    """What optimizers must have in common on all ranks whose states are to be exchanged."""
+    """A description of optimizers, the same on all ranks that may exchange their states."""
     names = {id(p): name for name, p in named}
     found: dict[str, Any] = {"number of optimizers": len(optimizers)}
     for number, one in enumerate(optimizers):

@@ -156,7 +156,7 @@ class Deferral:
         self._put_in(set(self.places))
 
     def begin_backward(self) -> None:
-        """What is open now is not of this backward."""
+        """Complete all that an earlier backward has left open."""
         self._confirm(failed=self.sync.is_open and not self.places)
         self.flush()
 

@@ -32,7 +32,7 @@ _serials = itertools.count()
 
 
 def synchronisers(transport: Transport) -> weakref.WeakSet[Synchroniser]:
-    """Those of this rank that are alive."""
+    """The synchronisers of this rank that are alive."""
     return transport.local.setdefault("synchronisers", weakref.WeakSet())
 
 
@@ -79,7 +79,7 @@ class Synchroniser:
         self._plan([n for n, p in enumerate(parameters) if p.requires_grad][::-1])
 
     def __del__(self) -> None:
-        if self.is_open:  # which leaves sums that other ranks may not have started
+        if self.is_open:  # other ranks may not have started its sums
             self.team.world.local.setdefault("spoilt lanes", []).append((self.team, self.lane))
 
     def _plan(self, order: Sequence[int]) -> None:
@@ -248,7 +248,7 @@ class Synchroniser:
                 self.fail(TypeError(f"DataParallel: the gradient of {self.names[number]} is sparse, and is not summed"))
 
     def _weigh(self) -> tuple[float, float]:
-        """By what the gradients are multiplied, and their weight in the mean."""
+        """The factor of this rank's gradients in the sum, and their weight in the mean."""
         if not self._takes_part:
             return 0.0, 0.0
         if not self._divides or self.options.average == "ranks":

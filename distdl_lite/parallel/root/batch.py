@@ -1,4 +1,4 @@
-"""Which rows of the root's tensors each rank computes, and the two operators that move rows and weights."""
+"""The rows of the root's tensors that each rank computes, and the two operators that move rows and weights."""
 
 from __future__ import annotations
 

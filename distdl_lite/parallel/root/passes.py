@@ -1,4 +1,4 @@
-"""What all ranks of a `RootDataParallel` do together in a forward and a backward: rows and weights go out, results come back."""
+"""Forward and backward of all ranks of a `RootDataParallel` together: rows and weights go out, results come back."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Passes:
     def call(
         self, module: torch.nn.Module, dim: int, leaves: list[Any], nesting: Any, tensors: list[torch.Tensor]
     ) -> tuple[Call, list[torch.Tensor]]:
-        """What the root tells of a forward, and its weights."""
+        """The root's message to the others about a forward, and its weights."""
         structures = tuple(TensorStructure.of(tensor) for tensor in tensors)
         for number, structure in enumerate(structures):
             check_movable(structure, f"tensor {number} of the arguments")
@@ -169,5 +169,5 @@ def _joined(output: Output, operator: Operator, block: torch.Tensor | None) -> t
 
 
 def _nothing_like(what: TensorStructure | Output) -> torch.Tensor:
-    """What a rank passes that holds nothing of a tensor."""
+    """The argument of an operator on a rank that holds nothing of a tensor."""
     return torch.empty(0, dtype=what.dtype, device=what.device)

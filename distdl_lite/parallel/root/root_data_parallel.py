@@ -221,7 +221,7 @@ class RootDataParallel(torch.nn.Module):
         return self._passes.forward(self.module, order.number, order.content, self._gather, tensors, weights)
 
     def _returned(self, run: Run, passed: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
-        """What goes out of forward, with the node whose backward all ranks run together."""
+        """The outputs of forward, with the node whose backward all ranks run together."""
         differentiable = [output.requires_grad for output, _ in run.outputs]
         if not self._is_root:
             run.returned, differentiable = [zero_volume_tensor()], [any(differentiable)]
@@ -239,7 +239,7 @@ class RootDataParallel(torch.nn.Module):
         return order
 
     def _gather(self, kind: str, number: int, value: Any, error: BaseException | None) -> dict[int, Any]:
-        """What the ranks have, by position, without those that have None; the error is one of this rank's replica."""
+        """The ranks' values by position, without those that have None; the error is one of this rank's replica."""
         where = f"{NAME}: replica {self._team.place}, on rank {self._team.transport.rank}"
         orders = self._orders(Order(kind, self._number, number, value, as_raised(error, where)), error)
         found = [orders[rank].content for rank in self._team.ranks]
@@ -286,7 +286,7 @@ class RootDataParallel(torch.nn.Module):
 
     @property
     def _blocks(self) -> int:
-        """How many blocks of `serve` the script is in."""
+        """The number of blocks of `serve` that the script is in."""
         return int(self._team.transport.local.get(_BLOCKS, 0))
 
     def _answer_until_left(self) -> None:

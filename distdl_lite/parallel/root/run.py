@@ -1,4 +1,4 @@
-"""What a rank does alone in a forward and a backward whose arguments one rank has."""
+"""One rank's own part of a forward and a backward whose arguments the root has."""
 
 from __future__ import annotations
 
