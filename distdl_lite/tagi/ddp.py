@@ -136,7 +136,14 @@ class DDPSequential(torch.nn.Module):
         self.config = DDPConfig() if config is None else config
         self.model, self.average = model, average
         with refused_together(_told_of(self.config), "DDPSequential"):
-            self._check()
+            if not isinstance(self.config, DDPConfig):
+                raise TypeError(f"config must be a DDPConfig, not {self.config!r}")
+            if not isinstance(model, Sequential):
+                raise TypeError(f"model must be a tagi.Sequential, not a {type(model).__name__}")
+            if not isinstance(average, bool):
+                raise TypeError(f"average must be a bool, not {average!r}")
+            if self.config.device is not None:
+                model.to(self.config.device)
         P, arrays = self.config.P, model.state_dict()
         _check_alike(P, {"average": average, **_described(model)})
         if P.size > 1:
@@ -144,17 +151,6 @@ class DDPSequential(torch.nn.Module):
         self._outputs: tuple[Any, Any] | None = None
         self._is_fresh = False
         self._steps, self._is_loaded = 0, False  # the latter since the last backward
-
-    def _check(self) -> None:
-        """Raise for arguments that cannot be used, and put the model where it is to stay."""
-        if not isinstance(self.config, DDPConfig):
-            raise TypeError(f"config must be a DDPConfig, not {self.config!r}")
-        if not isinstance(self.model, Sequential):
-            raise TypeError(f"model must be a tagi.Sequential, not a {type(self.model).__name__}")
-        if not isinstance(self.average, bool):
-            raise TypeError(f"average must be a bool, not {self.average!r}")
-        if self.config.device is not None:
-            self.model.to(self.config.device)
 
     @property
     def output_z_buffer(self) -> Any:

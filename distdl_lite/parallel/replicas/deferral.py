@@ -166,15 +166,18 @@ class Deferral:
             places, self.places, self._is_confirmed = self.places, [], False
             try:
                 ended_well = self.sync.abandon() if failed else self.sync.confirm()
-                self._is_confirmed = ended_well == len(self.sync.team)
+                self._is_confirmed = ended_well == self.sync.team.size
             finally:
-                if self._is_confirmed:
-                    self.places = places
-                else:
-                    for number in list(self._stand_ins):
-                        self._withdraw(number)
-            if ended_well and not self._is_confirmed:
-                self._tell(failed, in_forward)
+                for number in () if self._is_confirmed else list(self._stand_ins):
+                    self._withdraw(number)
+            if self._is_confirmed:
+                self.places = places
+            elif ended_well:
+                # Not in another kind of call than the ranks where backward has ended well: it may be another step's.
+                told = any(self.sync.team.world.gather_objects(self.sync.team, in_forward and not failed))
+                if not failed or told is in_forward:
+                    raise RuntimeError(_FAILED)
+                self._owes_error = told
         if in_forward and self._owes_error:
             self._owes_error = False
             raise RuntimeError(_FAILED)
@@ -186,14 +189,6 @@ class Deferral:
             self.sync.parameters[number].grad = None
         self._stand_ins.discard(number)
         return is_untouched
-
-    def _tell(self, failed: bool, in_forward: bool) -> None:
-        """Raise, but not in another kind of call than those ranks where backward has ended well: it may be another step's."""
-        told = any(self.sync.team.world.gather_objects(self.sync.team, in_forward and not failed))
-        if failed and told is not in_forward:
-            self._owes_error = told
-            return
-        raise RuntimeError(_FAILED)
 
     def _put_in(self, places: set[int]) -> None:
         self._confirm(self.is_interrupted)

@@ -234,19 +234,17 @@ class RootDataParallel(torch.nn.Module):
         dropped = tuple(self._dropped)
         del self._dropped[: len(dropped)]
         mine = Order(kind, self._number, number, content, as_raised(error, NAME), dropped)
-        order = self._orders(mine, error)[self._team.root_rank]
+        order = meet(self._team.team, self._team.root_rank, mine, error)[self._team.root_rank]
         self._team.transport.local[_IN_CALL] = order.kind != "leave"
         return order
 
     def _gather(self, kind: str, number: int, value: Any, error: BaseException | None) -> dict[int, Any]:
         """The ranks' values by position, without those that have None; the error is one of this rank's replica."""
         where = f"{NAME}: replica {self._team.place}, on rank {self._team.transport.rank}"
-        orders = self._orders(Order(kind, self._number, number, value, as_raised(error, where)), error)
+        mine = Order(kind, self._number, number, value, as_raised(error, where))
+        orders = meet(self._team.team, self._team.root_rank, mine, error)
         found = [orders[rank].content for rank in self._team.ranks]
         return {place: content for place, content in enumerate(found) if content is not None}
-
-    def _orders(self, mine: Order, error: BaseException | None) -> dict[int, Order]:
-        return meet(self._team.team, self._team.root_rank, mine, error)
 
     @contextmanager
     def serve(self) -> Iterator[bool]:
