@@ -210,7 +210,6 @@ class DataParallel(torch.nn.Module):
         ):
             self._prepare()
         sync = self._sync
-        assert sync is not None
         if sync.is_broken:
             raise RuntimeError("DataParallel: an earlier sum was not completed by all ranks; end the job")
         if sync.team.size == 1 and self._options.average != "sum":
@@ -274,21 +273,21 @@ class DataParallel(torch.nn.Module):
         sync.may_start = not self._awaited
 
     def _begin(self, backward: int, rows: int) -> None:
-        assert self._sync is not None
+        sync = self._sync
         if self._deferral is not None:
             self._deferral.begin_backward()
-        self._sync.begin(backward)
+        sync.begin(backward)
         if torch.is_grad_enabled():
-            self._sync.fail(
+            sync.fail(
                 "DataParallel: backward(create_graph=True) would lose the graph of the gradients in their sum over the ranks; "
                 "torch.autograd.grad(..., create_graph=True) keeps that of the rank's own"
             )
-        self._sync.weight = self.loss_weight
-        self._sync.count, self._unseen = self._sync.count + self._unseen, 0
-        if not (self._sync.count + rows if self.loss_weight is None else self.loss_weight):
-            self._sync.put_aside_unweighted()
-        self._sync.may_start = not self._awaited
-        self._waits_for_layers = bool(self._sync.late)
+        sync.weight = self.loss_weight
+        sync.count, self._unseen = sync.count + self._unseen, 0
+        if not (sync.count + rows if self.loss_weight is None else self.loss_weight):
+            sync.put_aside_unweighted()
+        sync.may_start = not self._awaited
+        self._waits_for_layers = bool(sync.late)
         at_end_of_backward(self._finish)
 
     def _came(self, number: int) -> None:
@@ -312,7 +311,6 @@ class DataParallel(torch.nn.Module):
             at_end_of_backward(self._finish)
             return
         sync = self._sync
-        assert sync is not None
         self.loss_weight = None  # the sums have it
         if self._deferral is None:
             sync.finish()

@@ -59,7 +59,6 @@ class OutputHook:
 def _share(container: DataParallel, rows: int) -> float:
     """The weight in the mean of a forward's gradients; the ranks along the batch axis call together."""
     sync, average = container._sync, container._options.average
-    assert sync is not None
     if average == "ranks":
         return 1 / sync.team.size
     if average == "sum" and not container._syncs:

@@ -118,7 +118,7 @@ class RootDataParallel(torch.nn.Module):
         except Exception as found:
             error = found
         settings = {"dim": self.dim, "device_ids": self.device_ids, "output_device": self.output_device}
-        mine = Order("construct", content=(settings, _last_number(transport)), error=as_raised(error, NAME))
+        mine = Order("construct", content=(settings, transport.local.get(_NUMBER, 0)), error=as_raised(error, NAME))
         orders = meet(transport.team(ranks), ranks[0], mine, error)
         for name in settings:
             try:
@@ -145,7 +145,7 @@ class RootDataParallel(torch.nn.Module):
     def _register(self) -> None:
         """Take the next number, by which the ranks know the container."""
         transport = self.P.world_transport
-        self._number = transport.local[_NUMBER] = _last_number(transport) + 1
+        self._number = transport.local[_NUMBER] = transport.local.get(_NUMBER, 0) + 1
         transport.local.setdefault(_CONTAINERS, WeakValueDictionary())[self._number] = self
         ranks = tuple(self.P.ranks[rank] for rank in self.device_ids)
         self._team = Places(transport, ranks, self.device_ids.index(self.output_device))
@@ -196,7 +196,7 @@ class RootDataParallel(torch.nn.Module):
     def _check_surroundings(self) -> None:
         if _are_functorch_transforms_active():
             raise RuntimeError("torch.func's transforms (grad, vmap, ...) see the graph of one rank alone")
-        if self._blocks and _current_graph_task_id() != -1:
+        if self._team.transport.local.get(_BLOCKS) and _current_graph_task_id() != -1:
             raise RuntimeError(
                 "called again in a backward, as by a checkpoint around it: the ranks in serve() would draw other random "
                 "numbers; put the checkpoint inside the module"
@@ -262,7 +262,7 @@ class RootDataParallel(torch.nn.Module):
             if not self._is_root:
                 self._answer_until_left()
         local = self._team.transport.local
-        local[_BLOCKS], local[_IN_CALL] = self._blocks + 1, False
+        local[_BLOCKS], local[_IN_CALL] = local.get(_BLOCKS, 0) + 1, False
         try:
             yield self._is_root
         finally:
@@ -281,11 +281,6 @@ class RootDataParallel(torch.nn.Module):
                 self._team.transport.local[_IN_CALL] = False
                 raise
         self._team.transport.local[_IN_CALL] = False
-
-    @property
-    def _blocks(self) -> int:
-        """The number of blocks of `serve` that the script is in."""
-        return int(self._team.transport.local.get(_BLOCKS, 0))
 
     def _answer_until_left(self) -> None:
         containers = self._team.transport.local[_CONTAINERS]
@@ -316,11 +311,7 @@ class RootDataParallel(torch.nn.Module):
 _NUMBER = "number of the latest RootDataParallel"
 _CONTAINERS = "RootDataParallel by number"
 _IN_CALL = "whether the ranks are inside a call of RootDataParallel"
-_BLOCKS = "blocks of RootDataParallel.serve"
-
-
-def _last_number(transport: Any) -> int:
-    return int(transport.local.get(_NUMBER, 0))
+_BLOCKS = "blocks of RootDataParallel.serve that the script is in"
 
 
 def _unused() -> dict[str, Any]:
