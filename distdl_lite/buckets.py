@@ -9,10 +9,18 @@ import torch
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from distdl_lite.autograd import flattened, unflattened
-from distdl_lite.transport import Team, Transport
+from distdl_lite.transport import Team
 
 HALVES = torch.float16, torch.bfloat16
 Item = TypeVar("Item")
+
+
+def grouped(items: Iterable[Item], kind: Callable[[Item], Any]) -> list[list[Item]]:
+    """The items by kind, in the order of their first."""
+    groups: dict[Any, list[Item]] = {}
+    for item in items:
+        groups.setdefault(kind(item), []).append(item)
+    return list(groups.values())
 
 
 def cut(
@@ -24,8 +32,8 @@ def cut(
 ) -> list[list[Item]]:
     """The items, in their order, in buckets of one kind, of `most` bytes, the first of `first`.
 
-    A bucket has more where one item has. An eighth of it is little: what has so little takes the next item in any case, and
-    one that lacks so little is closed. A layer's bias is then summed with its weight, not with those of the next layer.
+    A bucket has more where one item has. One that is filled to at most an eighth takes the next item whatever its size; one
+    that is filled to more than seven eighths takes no more. So a layer's bias joins its own weight, not that of the next.
     """
     made: list[list[Item]] = []
     latest: dict[Any, tuple[list[Item], int]] = {}
@@ -54,23 +62,23 @@ def is_writable(tensor: torch.Tensor) -> bool:
     return all(step or size < 2 for step, size in zip(tensor.stride(), tensor.shape, strict=True))
 
 
-def broadcast(transport: Transport, team: Team, tensors: Sequence[torch.Tensor], root: int | None = None) -> None:
+def broadcast(team: Team, tensors: Sequence[torch.Tensor], root: int | None = None) -> None:
     """Give all ranks of the team the values of its first rank, or another: one message for each dtype."""
     with torch.no_grad():
-        for group in _alike([t.detach() for t in tensors]):
+        for group in grouped([t.detach() for t in tensors], lambda t: (t.dtype, t.device)):
             flat = flattened([t.resolve_conj().resolve_neg() for t in group])
-            transport.broadcast(team, flat, team[0] if root is None else root)
+            team.world.broadcast(team, flat, team[0] if root is None else root)
             for tensor, values in zip(group, unflattened(flat, group), strict=True):
                 tensor.copy_(values)
 
 
-def broadcast_structure(transport: Transport, team: Team, value: Any, root: int) -> Any:
+def broadcast_structure(team: Team, value: Any, root: int) -> Any:
     """A rank's structure of tensors and other objects: the root's own there, a like one elsewhere."""
-    is_root = transport.rank == root
-    told = transport.gather_objects(team, _empty(value, "meta") if is_root else None)
+    is_root = team.world.rank == root
+    told = team.world.gather_objects(team, _empty(value, "meta") if is_root else None)
     if not is_root:
         value = _empty(told[team.index(root)], "cpu")
-    broadcast(transport, team, [x for x in tree_leaves(value) if isinstance(x, torch.Tensor)], root)
+    broadcast(team, [x for x in tree_leaves(value) if isinstance(x, torch.Tensor)], root)
     return value
 
 
@@ -78,31 +86,15 @@ def _empty(value: Any, device: str) -> Any:
     return tree_map_only(torch.Tensor, lambda tensor: torch.empty_like(tensor, device=device), value)
 
 
-def _alike(tensors: Iterable[torch.Tensor]) -> list[list[torch.Tensor]]:
-    """The tensors by dtype and device."""
-    groups: dict[Any, list[torch.Tensor]] = {}
-    for tensor in tensors:
-        groups.setdefault((tensor.dtype, tensor.device), []).append(tensor)
-    return list(groups.values())
-
-
 class Flat:
-    """Tensors of one dtype and device as one vector, in float32 where they are halves.
-
-    Attributes
-    ----------
-    tensors : list of torch.Tensor
-    point : torch.Tensor or None
-        The numbers that all ranks last had in common, where differences to them are sent.
-    left : torch.Tensor or None
-        What rounding has kept from the sums so far.
-    """
+    """Tensors of one dtype and device as one vector, in float32 where they are halves."""
 
     def __init__(self, tensors: Sequence[torch.Tensor], learns: bool = False) -> None:
         self.tensors = list(tensors)
         self.learns = learns  # whether they are parameters, which a rank goes on to change while their sum is under way
-        self.point: torch.Tensor | None = None
-        self.left: torch.Tensor | None = None
+        # The numbers that all ranks last had in common, if differences to them are sent.
+        self.anchor: torch.Tensor | None = None
+        self.residual: torch.Tensor | None = None  # that rounding has kept from the sums so far
 
     def read(self) -> torch.Tensor:
         """A copy of the numbers."""
@@ -120,24 +112,17 @@ class Flat:
             if tensor.requires_grad or not self.learns:
                 tensor.detach().copy_(torch.complex(*part.unbind(-1)) if tensor.is_complex() else part)
 
-    def target(self, mean: torch.Tensor) -> torch.Tensor:
-        """The point to merge, from the mean of what `contribution` gave."""
-        return mean if self.point is None else self.point.add_(mean)
-
     def contribution(self, values: torch.Tensor) -> torch.Tensor:
-        """What this rank adds to the sum: its numbers, or how far they are from the common point."""
-        if self.point is None:
+        """This rank's part of the sum: its numbers, or how far they are from the anchor."""
+        if self.anchor is None:
             return values
-        away = values - self.point
-        return away if self.left is None else away.add_(self.left)
+        away = values - self.anchor
+        return away if self.residual is None else away.add_(self.residual)
 
 
 def flats_of(tensors: Iterable[torch.Tensor], learns: bool = False) -> list[Flat]:
     """The tensors by dtype and device, in the order of their first."""
-    groups: dict[tuple[torch.dtype, torch.device], list[torch.Tensor]] = {}
-    for tensor in tensors:
-        groups.setdefault((_wide(tensor.dtype), tensor.device), []).append(tensor)
-    return [Flat(group, learns) for group in groups.values()]
+    return [Flat(group, learns) for group in grouped(tensors, lambda t: (_wide(t.dtype), t.device))]
 
 
 def by_tensor(flats: Iterable[Flat], name: str) -> dict[torch.Tensor, torch.Tensor]:
@@ -155,16 +140,16 @@ def joined(flat: Flat, known: dict[torch.Tensor, torch.Tensor], new: torch.Tenso
     return new
 
 
-def average(transport: Transport, team: Team, tensors: Iterable[torch.Tensor]) -> None:
+def average(team: Team, tensors: Iterable[torch.Tensor]) -> None:
     """Put the mean over the team into the tensors, waiting for it; all of the team call it with the same shapes."""
-    average_flats(transport, team, flats_of(tensors))
+    average_flats(team, flats_of(tensors))
 
 
-def average_flats(transport: Transport, team: Team, flats: Iterable[Flat]) -> None:
+def average_flats(team: Team, flats: Iterable[Flat]) -> None:
     """The same for vectors."""
     if team.size > 1:
         for flat in flats:
-            flat.write(transport.all_reduce(team, flat.read()) / team.size)
+            flat.write(team.world.all_reduce(team, flat.read()) / team.size)
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:

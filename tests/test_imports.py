@@ -39,6 +39,7 @@ LEVELS = [
     "nn/shape",
     "nn/loss",
     "model",
+    "data",
     "optim",
     "heat",
     "parallel/root/protocol",

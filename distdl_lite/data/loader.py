@@ -16,27 +16,13 @@ from distdl_lite.grid import balanced
 
 @dataclass(frozen=True)
 class _Epoch:
-    """The rows of an epoch as this rank holds them.
+    """The rows of an epoch as this rank holds them."""
 
-    Attributes
-    ----------
-    number : int
-        Of the epoch, -1 for the rows as they were given.
-    order : tensor of int64
-        Which of the rows that were given stands at each place of the whole array, and
-    cuts : sequence of int
-        where that is cut over the ranks.
-    places : tensor of int64
-        Where each of this rank's rows, in the order of the epoch, stands among
-    leaves : sequence of tensors
-        the rows, which may still be on their way.
-    """
-
-    number: int
-    order: torch.Tensor
-    cuts: Sequence[int]
-    places: torch.Tensor
-    leaves: Sequence[torch.Tensor]
+    number: int  # of the epoch, -1 for the rows as they were given
+    order: torch.Tensor  # the number, among the rows that were given, of each row of the whole array
+    cuts: Sequence[int]  # of the whole array over the ranks
+    places: torch.Tensor  # of this rank's rows, in the order of the epoch, in the leaves
+    leaves: Sequence[torch.Tensor]  # tensors with this rank's rows, which may still be on their way
 
 
 class ShuffledLoader:

@@ -24,33 +24,19 @@ _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # torc
 
 @dataclass(frozen=True)
 class Route:
-    """A rank's part in moving rows.
+    """A rank's part in moving rows."""
 
-    Attributes
-    ----------
-    leaving : tensor of int64
-        The rank's rows that go, in the order of the ranks they go to.
-    sends, receives : list of int
-        How many to and from each rank.
-    places : tensor of int64
-        For each row of the result, its place among those that arrive.
-    """
-
-    leaving: torch.Tensor
-    sends: list[int]
-    receives: list[int]
-    places: torch.Tensor
+    leaving: torch.Tensor  # the rank's rows that go, in the order of the ranks they go to
+    sends: list[int]  # numbers of rows to each rank
+    receives: list[int]  # and from each
+    places: torch.Tensor  # of each row of the result among those that arrive
 
 
 def route(wanted: torch.Tensor, held: Cuts, result: Cuts, position: int) -> Route:
-    """How rank number `position` of a line of ranks moves its rows.
+    """The route of the rows of rank number `position` of a line of ranks.
 
-    Parameters
-    ----------
-    wanted : tensor of int64
-        For each row of the whole result, its place in the whole array as it is held.
-    held, result : sequence of int
-        Where the two are cut over the ranks.
+    `wanted` has, for each row of the whole result, its place in the whole array as it is held; `held` and `result` say
+    where the two are cut over the ranks.
     """
     first, last = held[position], held[position + 1]
     going = ((wanted >= first) & (wanted < last)).nonzero().view(-1)  # ascending, so by the rank they go to
@@ -65,7 +51,7 @@ def _holders(rows: torch.Tensor, cuts: Cuts) -> torch.Tensor:
 
 
 def inverse(order: torch.Tensor) -> torch.Tensor:
-    """Where each number of a permutation stands."""
+    """The place of each number in a permutation."""
     places = torch.empty_like(order)
     places[order] = torch.arange(len(order))
     return places
@@ -83,22 +69,11 @@ def empty_rows(like: torch.Tensor, number: int) -> torch.Tensor:
 
 
 class LocalRows:
-    """A pytree of tensors with rows, seen along the first axis of a partition, all of whose ranks have the like.
+    """A pytree of tensors with rows, and a line of ranks that rows move between, all of which have the like.
 
-    Attributes
-    ----------
-    line : Partition
-        The ranks that rows move between.
-    leaves : list of tensors
-    cuts : tuple of int
-        Where the whole array is cut over the line.
-
-    Raises
-    ------
-    TypeError, ValueError
-        On all ranks of the line, which make it together, naming the rank: if something is no dense tensor with rows, or
-        requires grad, or numbers of rows differ between tensors; or names, dtypes or shapes but for the rows between ranks;
-        or if `arguments` raises, or returns another text than on other ranks.
+    TypeError or ValueError, on all ranks of the line, which make it together, naming the rank: if something is no dense
+    tensor with rows, or requires grad, or numbers of rows differ between tensors; or names, dtypes or shapes but for the rows
+    between ranks; or if `arguments` raises, or returns another text than on other ranks.
     """
 
     def __init__(self, name: str, rows: Any, line: Partition, arguments: Callable[[], str]) -> None:
@@ -114,6 +89,7 @@ class LocalRows:
         check_alike("arguments", {rank: text for rank, (_, _, text) in found.items()})
         leaves, self._spec = tree_flatten(rows)
         self.leaves = [x.detach().resolve_conj().resolve_neg() for x in leaves]
+        # Where the whole array is cut over the line.
         self.cuts = (0, *accumulate(count for _, count, _ in found.values()))
 
     @property

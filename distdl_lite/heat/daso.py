@@ -13,7 +13,6 @@ from distdl_lite.buckets import Flat, average, average_flats
 from distdl_lite.optim.local_sgd import LocalSGD
 from distdl_lite.optim.schedule import DASOSchedule, Skips, check_int
 from distdl_lite.partition import partition_of
-from distdl_lite.transport import Team, Transport
 
 _WIRES = torch.bfloat16, torch.half, torch.float
 
@@ -231,7 +230,20 @@ class DASO(LocalSGD):
         with torch.no_grad():
             if not were_equal:
                 self._make_node_equal(flats)
-            mean_gradients(self._transport, self.levels.node, [p for flat in flats for p in flat.tensors])
+            self._mean_gradients([p for flat in flats for p in flat.tensors])
+
+    def _mean_gradients(self, parameters: Sequence[torch.Tensor]) -> None:
+        """Put the mean over the node's ranks into ``.grad``; one without counts as zeros, and stays None where all are.
+
+        So it does on a rank that has frozen the parameter, which the others go on to train.
+        """
+        used = torch.tensor([p.grad is not None for p in parameters], dtype=torch.int32)
+        self._transport.all_reduce(self.levels.node, used, "max")
+        chosen = [p for p, is_used in zip(parameters, used.tolist(), strict=True) if is_used]
+        for p in chosen:
+            if p.grad is None and p.requires_grad:
+                p.grad = torch.zeros_like(p)
+        average(self.levels.node, [torch.zeros_like(p) if p.grad is None else p.grad for p in chosen])
 
     def _make_node_equal(self, flats: Sequence[Flat]) -> None:
         """Average parameters and states such as momentum; of other states, as counts of steps, take the first rank's.
@@ -242,7 +254,13 @@ class DASO(LocalSGD):
         learning = [p for flat in flats for p in flat.tensors]
         names = [sorted(states.get(p, {}), key=str) for p in learning]
         rest = [{k: v for k, v in states.get(p, {}).items() if not _is_averaged(v, p)} for p in learning]
-        mine = names, rest, None if scaler is None else scaler.state_dict()
+        averaged = {
+            (number, name): value
+            for number, p in enumerate(learning)
+            for name, value in states.get(p, {}).items()
+            if p.requires_grad and _is_averaged(value, p)  # a rank may have frozen others
+        }
+        mine = names, rest, list(averaged), None if scaler is None else scaler.state_dict()
         told = self._transport.gather_objects(self.levels.node, mine)
         for number, p in enumerate(learning):
             if any(other[0][number] != names[number] for other in told):
@@ -250,20 +268,10 @@ class DASO(LocalSGD):
             elif names[number]:
                 states[p].update(told[0][1][number])
         if scaler is not None:
-            scaler.load_state_dict(told[0][2])
-        average_flats(self._transport, self.levels.node, flats)
-        average(self._transport, self.levels.node, self._common_state())
-
-    def _common_state(self) -> list[torch.Tensor]:
-        """The optimizer's states such as momentum; those that some rank of the node lacks are not averaged."""
-        found = {}
-        held = [p for group in self.optimizer.param_groups for p in group["params"]]  # a rank may freeze others
-        for number, p in enumerate(held):
-            for name, value in self.optimizer.state.get(p, {}).items():
-                if p.requires_grad and _is_averaged(value, p):
-                    found[number, name] = value
-        told = self._transport.gather_objects(self.levels.node, list(found))
-        return [found[key] for key in told[0] if all(key in other for other in told)]
+            scaler.load_state_dict(told[0][3])
+        common = [key for key in told[0][2] if learning[key[0]] in states and all(key in other[2] for other in told)]
+        average_flats(self.levels.node, flats)
+        average(self.levels.node, [averaged[key] for key in common])
 
 
 def _is_averaged(state: Any, parameter: torch.Tensor) -> bool:
@@ -273,22 +281,6 @@ def _is_averaged(state: Any, parameter: torch.Tensor) -> bool:
         and state.shape == parameter.shape
         and (state.is_floating_point() or state.is_complex())
     )
-
-
-def mean_gradients(transport: Transport, team: Team, parameters: Sequence[torch.Tensor]) -> None:
-    """Put the mean over a node's ranks into ``.grad``; who has none counts as zeros, where none has one it stays None.
-
-    So it does on a rank that has frozen the parameter, which the others go on to train.
-
-    `DASO.step` knows whether the node's ranks step together; `distdl_lite.DataParallel` would have to during backward.
-    """
-    used = torch.tensor([p.grad is not None for p in parameters], dtype=torch.int32)
-    transport.all_reduce(team, used, "max")
-    chosen = [p for p, is_used in zip(parameters, used.tolist(), strict=True) if is_used]
-    for p in chosen:
-        if p.grad is None and p.requires_grad:
-            p.grad = torch.zeros_like(p)
-    average(transport, team, [torch.zeros_like(p) if p.grad is None else p.grad for p in chosen])
 
 
 def _scheduler_of(given: Any, optimizer: torch.optim.Optimizer) -> LRScheduler | None:

@@ -68,7 +68,7 @@ class DataParallelOptimizer(torch.optim.Optimizer):
         return f"DataParallelOptimizer({self.torch_optimizer!r})"
 
     def _pending(self) -> list[Any]:
-        """Those that have something left to do with its parameters, in one order on all ranks."""
+        """The deferrals that have something left to do with its parameters, in one order on all ranks."""
         alive = {other for deferral in self._deferrals for other in deferral.others}
         held = {id(p) for group in self.param_groups for p in group["params"]} if alive else set()
         return sorted((d for d in alive if d.waits_for(held)), key=lambda d: d.sync.serial)

@@ -43,15 +43,23 @@ class DataParallelMultiGPU(torch.nn.Module):
         super().__init__()
         P = optimizer._P if isinstance(optimizer, DASO) else partition_of(comm)
         with refused_together(P, type(self).__name__):
-            _check(module, optimizer, comm)
-        team, transport = optimizer.levels.team, optimizer._transport
+            if not isinstance(module, torch.nn.Module):
+                raise TypeError(f"module must be a torch.nn.Module, not {module!r}")
+            if not isinstance(optimizer, DASO):
+                raise TypeError(f"optimizer must be a DASO, not {optimizer!r}")
+            if reason := unwritable([*module.named_parameters(), *module.named_buffers()]):
+                raise ValueError(reason)
+            if comm is not None and partition_of(comm).team is not P.team:
+                ranks = list(partition_of(comm).ranks)
+                raise ValueError(f"comm has the ranks {ranks}, the optimizer {list(optimizer._P.ranks)}")
+        team = optimizer.levels.team
         tensors = [*module.named_parameters(), *module.named_buffers()]
-        told = transport.gather_objects(team, [(name, tuple(t.shape), t.dtype) for name, t in tensors])
+        told = team.world.gather_objects(team, [(name, tuple(t.shape), t.dtype) for name, t in tensors])
         for rank, other in zip(team, told, strict=True):
             if other != told[0]:
                 differ = sorted({name for name, *_ in set(other) ^ set(told[0])})
                 raise ValueError(f"DataParallelMultiGPU: the modules of ranks {team[0]} and {rank} differ in {differ}")
-        broadcast(transport, team, [tensor for _, tensor in tensors])
+        broadcast(team, [tensor for _, tensor in tensors])
         self.module = module
         self.optimizer = optimizer
         optimizer.set_model(module)
@@ -59,16 +67,3 @@ class DataParallelMultiGPU(torch.nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.module(*args, **kwargs)
-
-
-def _check(module: Any, optimizer: Any, comm: Any) -> None:
-    if not isinstance(module, torch.nn.Module):
-        raise TypeError(f"module must be a torch.nn.Module, not {module!r}")
-    if not isinstance(optimizer, DASO):
-        raise TypeError(f"optimizer must be a DASO, not {optimizer!r}")
-    if reason := unwritable([*module.named_parameters(), *module.named_buffers()]):
-        raise ValueError(reason)
-    if comm is not None:
-        P = partition_of(comm)
-        if tuple(sorted(P.ranks)) != tuple(sorted(optimizer._P.ranks)) or P.world_transport is not optimizer._transport:
-            raise ValueError(f"comm has the ranks {list(P.ranks)}, the optimizer {list(optimizer._P.ranks)}")

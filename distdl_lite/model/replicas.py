@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,11 +12,6 @@ from distdl_lite.agreement import check_alike, raise_together
 from distdl_lite.model.reparametrised import reparametrised_cut_weight
 from distdl_lite.model.weights import entries_of, team_of
 from distdl_lite.transport import Team
-
-Held = dict[str, tuple[torch.Tensor, Team]]  # by name, with the ranks that hold the same
-Told = Mapping[
-    int, Mapping[str, tuple[int, Any]]
-]  # by rank and name: the first of these ranks, and what they are to share
 
 
 def synchronise_replicas(module: torch.nn.Module) -> None:
@@ -37,14 +32,13 @@ def synchronise_replicas(module: torch.nn.Module) -> None:
         On all ranks, if names, shapes or dtypes differ between ranks that hold the same, or a parametrization has replaced a
         cut weight.
     """
-    team, held = _held(module)
-    error = _error("kinds of tensors", _told(team, held, lambda tensor: (tensor.dtype, tuple(tensor.shape))))
+    tensors, error = _compared(module, "kinds of tensors", lambda tensor: (tensor.dtype, tuple(tensor.shape)))
     if error:
         raise ValueError(error)
-    for tensor, ranks in held.values():
-        if ranks.size > 1:
+    for tensor, team in tensors:
+        if team.size > 1:
             values = tensor.detach().contiguous()
-            team.world.broadcast(ranks, values, ranks[0])
+            team.world.broadcast(team, values, team[0])
             with torch.no_grad():
                 tensor.copy_(values)
 
@@ -66,44 +60,36 @@ def check_replicas(module: torch.nn.Module) -> None:
     ValueError
         On all ranks, if the names differ, or a parametrization has replaced a cut weight.
     """
-    error = _error("values", _told(*_held(module), checksum))
+    _, error = _compared(module, "values", checksum)
     if error:
         raise RuntimeError(error)
 
 
 def checksum(tensor: torch.Tensor) -> int:
-    """Of a tensor's bits."""
+    """The checksum of a tensor's bits."""
     values = tensor.detach().resolve_conj().resolve_neg().cpu().contiguous()
     return zlib.crc32(values.reshape(-1).view(torch.uint8).numpy())
 
 
-def _held(module: torch.nn.Module) -> tuple[Team, Held]:
-    """The module's ranks, and its tensors on this one; nothing on a rank outside."""
+def _compared(
+    module: torch.nn.Module, what: str, tell: Callable[[torch.Tensor], Any]
+) -> tuple[list[tuple[torch.Tensor, Team]], str]:
+    """The module's tensors on this rank, with the ranks that hold the same, and an error text: empty if they tell the same.
+
+    It raises ValueError on all ranks if names differ. A rank outside the module has no tensors.
+    """
     team = team_of(module)
     if team.world.rank not in team:
-        return team, {}
+        return [], ""
     raise_together(team, reparametrised_cut_weight(module))
-    return team, {name: (t, place.replicas.team if place else team) for name, t, place in entries_of(module)}
-
-
-def _told(team: Team, held: Held, tell: Callable[[torch.Tensor], Any]) -> Told:
-    """The words of each rank on each tensor, with the first rank that holds the same, -1 if none holds any of it.
-
-    Raises ValueError if names differ.
-    """
-    if team.world.rank not in team:
-        return {}
+    held = {name: (t, place.replicas.team if place else team) for name, t, place in entries_of(module)}
+    # The first rank that holds the same, -1 if this rank's block is empty.
     mine = {name: (next(iter(ranks), -1), tell(tensor)) for name, (tensor, ranks) in held.items()}
     told = dict(zip(team, team.world.gather_objects(team, mine), strict=True))
     check_alike("weights and buffers", {rank: list(names) for rank, names in told.items()})
-    return told
-
-
-def _error(what: str, told: Told) -> str:
-    """The names of which some ranks tell something else than the first rank that holds the same; empty if there are none."""
     texts = []
-    for name in next(iter(told.values()), ()):
+    for name in held:
         holders = {rank: first for rank, one in told.items() if (first := one[name][0]) >= 0}
         odd = [rank for rank, first in holders.items() if told[rank][name][1] != told[first][name][1]]
         texts += [f"{name}: ranks {odd} hold other {what} than the first rank"] if odd else []
-    return "; ".join(texts)
+    return list(held.values()), "; ".join(texts)

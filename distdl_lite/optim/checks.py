@@ -1,4 +1,4 @@
-"""What `LocalSGD` may be given, and what must be the same on all ranks."""
+"""Checks of the arguments of `LocalSGD`, and that they are the same on all ranks."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from distdl_lite.buckets import HALVES, unwritable
 from distdl_lite.optim.flight import MERGES
 from distdl_lite.optim.schedule import check_int
-from distdl_lite.transport import Team, Transport
+from distdl_lite.transport import Team
 from distdl_lite.transport.sums import ENGINES
 
 
@@ -60,19 +60,16 @@ def told_of(
     }
 
 
-def check_same(transport: Transport, team: Team, mine: Mapping[str, Any], owner: str) -> None:
-    """Raise ValueError on all of the team unless all have the same; the text names the owner and what differs."""
-    told = transport.gather_objects(team, mine)
+def check_same(team: Team, told: Sequence[Mapping[str, Any]], text: str) -> None:
+    """Raise ValueError unless all ranks of a team have told the same; the text is formatted with what differs first."""
     for rank, other in zip(team, told, strict=True):
-        for name, value in told[0].items():
-            if other.get(name) != value:
-                raise ValueError(
-                    f"{owner}: the ranks disagree: {name} is {other.get(name)} on rank {rank}, {value} on rank {team[0]}"
-                )
+        for name, usual in told[0].items():
+            if (value := other.get(name)) != usual:
+                raise ValueError(text.format(rank=rank, name=name, value=value, first=team[0], usual=usual))
 
 
 def form_of(value: Any) -> Any:
-    """What two states must have in common to be of the same plan."""
+    """A description of a part of a state, the same in all states of the same plan."""
     if isinstance(value, list):
         return [None if vector is None else tuple(vector.shape) for vector in value]
     return None if value is None else "an optimizer"

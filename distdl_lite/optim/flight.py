@@ -2,48 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
 from distdl_lite.buckets import Flat
-from distdl_lite.transport import Team, Transport
+from distdl_lite.transport import Team
 from distdl_lite.transport.sums import Pending
 
 LANE = "averages by {}"  # Averages of several optimizers that different threads carry out must not meet.
 
 
-def _daso(now: torch.Tensor, old: torch.Tensor, target: torch.Tensor, waited: int, count: int) -> torch.Tensor:
-    return (2 * waited * now + count * target) / (count + 2 * waited)
-
-
-def _delta(now: torch.Tensor, old: torch.Tensor, target: torch.Tensor, waited: int, count: int) -> torch.Tensor:
-    return now + (target - old)
-
-
-def _replace(now: torch.Tensor, old: torch.Tensor, target: torch.Tensor, waited: int, count: int) -> torch.Tensor:
-    return target
-
-
-MERGES = {"daso": _daso, "delta": _delta, "replace": _replace}
+# From the numbers now and when the average began, the target, the steps since, and the number of members.
+MERGES: dict[str, Callable[[torch.Tensor, torch.Tensor, torch.Tensor, int, int], torch.Tensor]] = {
+    "daso": lambda now, old, target, waited, count: (2 * waited * now + count * target) / (count + 2 * waited),
+    "delta": lambda now, old, target, waited, count: now + (target - old),
+    "replace": lambda now, old, target, waited, count: target,
+}
 
 
 class Flight:
-    """An average under way: the vectors as they were, those that become sums, and who adds them up.
+    """An average under way over a team: the vectors as they were, and those that become sums.
 
-    Parameters
-    ----------
-    transport : Transport
-    team : tuple of int
-        The ranks whose vectors are added up.
-    is_shared : bool
-        Whether they are a rank of each node, which takes part for the others.
-    began, due : int
-        The steps with which it began, and before which it is merged.
+    It is shared if the team is a rank of each node, which takes part for the others. It begins with step `began`, and is
+    merged before step `due`.
     """
 
-    def __init__(self, transport: Transport, team: Team, is_shared: bool, began: int, due: int) -> None:
-        self._transport, self.team, self.is_shared, self.began, self.due = transport, team, is_shared, began, due
+    def __init__(self, team: Team, is_shared: bool, began: int, due: int) -> None:
+        self.team, self.is_shared, self.began, self.due = team, is_shared, began, due
         self.old: list[torch.Tensor] = []
         self.sums: list[torch.Tensor] = []
         self._pending: list[Pending] = []
@@ -54,31 +40,23 @@ class Flight:
         sent = flat.contribution(old)
         self.old.append(old.clone() if sent is old and self.due > self.began else old)
         self.sums.append(sent)
-        if self._transport.rank not in self.team:
+        if self.team.world.rank not in self.team:
             return
         if weight != 1:
             sent *= weight
-        lane, size = LANE.format(engine), chunk or sent.numel()
-        for start in range(0, sent.numel(), max(size, 1)):
-            part = sent[start : start + size]
-            if flat.left is None or wire is None:
-                self._pending.append(self._transport.start_sum(self.team, part, engine, lane))
-            else:
-                left = flat.left[start : start + size]
-                self._pending.append(self._transport.start_rounded_sum(self.team, part, left, wire, engine, lane))
+        world, lane, size = self.team.world, LANE.format(engine), chunk or max(sent.numel(), 1)
+        if flat.residual is None or wire is None:
+            self._pending += [world.start_sum(self.team, part, engine, lane) for part in sent.split(size)]
+        else:
+            pairs = zip(sent.split(size), flat.residual.split(size), strict=True)
+            self._pending += [world.start_rounded_sum(self.team, *pair, wire, engine, lane) for pair in pairs]
 
     def wait(self, timeout: float | None) -> None:
-        """Wait for the sums.
-
-        Raises
-        ------
-        TimeoutError
-            If one of them takes longer.
-        """
+        """Wait for the sums; TimeoutError if one of them takes longer."""
         for pending in self._pending:
             if not pending.wait(timeout):
                 raise TimeoutError(
-                    f"rank {self._transport.rank}: the average of ranks {list(self.team)} that began with step {self.began} "
+                    f"rank {self.team.world.rank}: the average of ranks {list(self.team)} that began with step {self.began} "
                     f"was not there after {timeout} s: some rank did not take part"
                 )
 
@@ -87,5 +65,5 @@ class Flight:
         if self.is_shared and node.size > 1:
             talker = next(rank for rank in node if rank in self.team)
             for total in self.sums:
-                self._transport.broadcast(node, total, talker)
+                self.team.world.broadcast(node, total, talker)
         return [total.div_(self.team.size) for total in self.sums]

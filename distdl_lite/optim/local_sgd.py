@@ -138,6 +138,7 @@ class LocalSGD(torch.optim.Optimizer):
         self.wire = wire if wire in HALVES else None
         self.outer = outer if isinstance(outer, torch.optim.Optimizer) else None
         self._make_outer = None if outer is self.outer else outer
+        self._has_outer = outer is not None
         self._outer_groups = [list(group["params"]) for group in self.outer.param_groups] if self.outer else []
         self.steps = self.epoch = self.batch = self._averages = self._since = self._since_local = 0
         self.losses: tuple[float, ...] = ()
@@ -157,10 +158,6 @@ class LocalSGD(torch.optim.Optimizer):
     def _transport(self) -> Any:
         return self._P.world_transport
 
-    @property
-    def _has_outer(self) -> bool:
-        return self.outer is not None or self._make_outer is not None
-
     def _learning(self) -> list[torch.Tensor]:
         return [p for group in self.optimizer.param_groups for p in group["params"] if p.requires_grad]
 
@@ -178,12 +175,12 @@ class LocalSGD(torch.optim.Optimizer):
         self._compare(learning)
         flats = flats_of(learning, learns=True)
         if self.wire is not None or self._has_outer:
-            points, left = by_tensor(self.flats, "point"), by_tensor(self.flats, "left")
+            anchors, residuals = by_tensor(self.flats, "anchor"), by_tensor(self.flats, "residual")
             for flat in flats:
-                point = flat.read()
-                self._transport.broadcast(self.levels.team, point, self.levels.team[0])
-                flat.point = joined(flat, points, point)
-                flat.left = None if self.wire is None else joined(flat, left, torch.zeros_like(point))
+                anchor = flat.read()
+                self._transport.broadcast(self.levels.team, anchor, self.levels.team[0])
+                flat.anchor = joined(flat, anchors, anchor)
+                flat.residual = None if self.wire is None else joined(flat, residuals, torch.zeros_like(anchor))
         self.flats = [*flats, *flats_of(self.buffers)]
         self._planned = {id(p) for p in learning}
         if self._has_outer:
@@ -204,18 +201,18 @@ class LocalSGD(torch.optim.Optimizer):
         self._agree(mine)
 
     def _settings(self) -> dict[str, Any]:
-        """What else must be the same on all ranks."""
+        """Other settings that must be the same on all ranks."""
         return {}
 
     def _agree(self, mine: dict[str, Any]) -> None:
         """Raise ValueError on all ranks unless they have the same."""
-        check_same(self._transport, self.levels.team, mine, type(self).__name__)
+        text = f"{type(self).__name__}: the ranks disagree: {{name}} is {{value}} on rank {{rank}}, {{usual}} on rank {{first}}"
+        check_same(self.levels.team, self._transport.gather_objects(self.levels.team, mine), text)
 
     def _plan_outer(self) -> None:
-        """Give the outer optimizer the common point, cut into tensors, and the states of those that it had before."""
+        """Give the outer optimizer the anchors, cut into tensors, and the states of those that it had before."""
         before, old_views = self.outer, self._outer_views
-        points = by_tensor(self.flats, "point")
-        views = {tensor: part.detach().requires_grad_() for tensor, part in points.items()}
+        views = {p: part.detach().requires_grad_() for p, part in by_tensor(self.flats, "anchor").items()}
         if self._make_outer is not None:
             self.outer = self._make_outer([views[p] for p in self._learning()])
             if not isinstance(self.outer, torch.optim.Optimizer):
@@ -281,7 +278,7 @@ class LocalSGD(torch.optim.Optimizer):
         is_shared = bool(local_every) or self._keeps_nodes_equal
         if is_local or (is_due and is_shared):
             flats = [flat for flat in self.flats if not (flat.learns and self._keeps_nodes_equal)]
-            average_flats(self._transport, self.levels.node, flats)
+            average_flats(self.levels.node, flats)
         if is_due:
             self._begin(delay, is_shared)
             if not delay:
@@ -292,10 +289,10 @@ class LocalSGD(torch.optim.Optimizer):
     def _begin(self, delay: int, is_shared: bool) -> None:
         """Begin the average over all ranks; where it is shared, those of a node are equal."""
         levels = self.levels
-        team = levels.crossing(self._averages) if is_shared else levels.team
+        team = levels.crossings[self._averages % len(levels.crossings)] if is_shared else levels.team
         self._averages += 1
         engine = "inline" if not delay and self.timeout is None else self.engine
-        self._flight = Flight(self._transport, team, is_shared, self.steps, self.steps + delay)
+        self._flight = Flight(team, is_shared, self.steps, self.steps + delay)
         for flat in self.flats:
             self._flight.add(flat, levels.weight if is_shared else 1, engine, self.wire, self.chunk)
 
@@ -321,16 +318,17 @@ class LocalSGD(torch.optim.Optimizer):
             flat.write(target)
 
     def _targets(self, means: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """What is merged: the means, or the common point that has moved."""
+        """The vectors to merge: the means, or the anchor that has moved."""
         if self.outer is None:
-            return [flat.target(mean) for flat, mean in zip(self.flats, means, strict=True)]
+            pairs = zip(self.flats, means, strict=True)
+            return [mean if flat.anchor is None else flat.anchor.add_(mean) for flat, mean in pairs]
         for flat, mean in zip(self.flats, means, strict=True):
-            if flat.point is not None:
+            if flat.anchor is not None:
                 for tensor, part in zip(flat.tensors, flat.parts(mean), strict=True):
                     self._outer_views[tensor].grad = part.neg()
         self.outer.step()
         self.outer.zero_grad()
-        return [mean if flat.point is None else flat.point for flat, mean in zip(self.flats, means, strict=True)]
+        return [mean if flat.anchor is None else flat.anchor for flat, mean in zip(self.flats, means, strict=True)]
 
     def synchronise(self) -> None:
         """Average over all ranks now, after what is under way; all ranks call it."""
@@ -392,7 +390,7 @@ class LocalSGD(torch.optim.Optimizer):
         """
         self.drain()
         own = {name: getattr(self, name) for name in _COUNTERS}
-        own |= {"points": [flat.point for flat in self.flats], "left": [flat.left for flat in self.flats]}
+        own |= {"points": [flat.anchor for flat in self.flats], "left": [flat.residual for flat in self.flats]}
         own["outer"] = None if self.outer is None else self.outer.state_dict()
         own["scaler"] = None if self._scaler is None else self._scaler.state_dict()
         return {**self.optimizer.state_dict(), "local_sgd": own}
@@ -422,10 +420,10 @@ class LocalSGD(torch.optim.Optimizer):
         for name in _COUNTERS:
             setattr(self, name, own[name])
         with torch.no_grad():
-            for flat, point, left in zip(self.flats, own["points"], own["left"], strict=True):
-                for vector, value in ((flat.point, point), (flat.left, left)):
+            for flat, *saved in zip(self.flats, own["points"], own["left"], strict=True):
+                for vector, values in zip((flat.anchor, flat.residual), saved, strict=True):
                     if vector is not None:
-                        vector.copy_(value)
+                        vector.copy_(values)
         if self.outer is not None:
             self.outer.load_state_dict(own["outer"])
         if self._scaler is not None and own["scaler"] is not None:
@@ -439,9 +437,9 @@ class LocalSGD(torch.optim.Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._planned = {id(tensor) for flat in self.flats if flat.learns for tensor in flat.tensors}
-        points = by_tensor(self.flats, "point")
+        anchors = by_tensor(self.flats, "anchor")
         for tensor, view in self._outer_views.items():  # pickle forgets that they share memory
-            view.data = points[tensor]
+            view.data = anchors[tensor]
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.optimizer!r}, {self.schedule!r})"

@@ -1,4 +1,4 @@
-"""Which ranks average with which: those of a node, and one of each node."""
+"""The ranks that average together: those of a node, and one of each node."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from distdl_lite.buckets import grouped
 from distdl_lite.optim.schedule import check_int
 from distdl_lite.partition import Partition
 from distdl_lite.transport import Team
@@ -17,18 +18,10 @@ Nodes = tuple[tuple[int, ...], ...]
 
 @dataclass(frozen=True)
 class Levels:
-    """Two levels of ranks, seen from one.
+    """Two levels of ranks, seen from one."""
 
-    Attributes
-    ----------
-    P : Partition
-        All ranks.
-    nodes : tuple of tuples of int
-        The world ranks of each node, sorted; a node may have one.
-    """
-
-    P: Partition
-    nodes: Nodes
+    P: Partition  # all ranks
+    nodes: Nodes  # the world ranks of each node, sorted; a node may have one
 
     @property
     def rank(self) -> int:
@@ -47,17 +40,13 @@ class Levels:
 
     @cached_property
     def weight(self) -> float:
-        """That of this rank's node in a sum over nodes: its ranks over the mean number of ranks of a node."""
+        """The weight of this rank's node in a sum over nodes: its ranks over the mean number of ranks of a node."""
         return self.node.size * len(self.nodes) / self.team.size
 
     @cached_property
     def crossings(self) -> tuple[Team, ...]:
-        """The teams of ranks with the same place in their node, where every node has one."""
+        """The teams of ranks with the same place in their node, where every node has one: they talk for the nodes in turn."""
         return tuple(map(self.P.world_transport.team, zip(*self.nodes, strict=False)))
-
-    def crossing(self, turn: int) -> Team:
-        """The team that talks for the nodes at this turn; the load goes round."""
-        return self.crossings[turn % len(self.crossings)]
 
 
 def levels_of(P: Partition, groups: Any = "node", ranks_per_node: int | None = None) -> Levels:
@@ -94,10 +83,7 @@ def levels_of(P: Partition, groups: Any = "node", ranks_per_node: int | None = N
     elif ranks_per_node is not None:
         nodes = [team[start : start + ranks_per_node] for start in range(0, team.size, ranks_per_node)]
     else:
-        hosts = [host for host, _ in told]
-        nodes = [
-            [rank for rank, other in zip(team, hosts, strict=True) if other == host] for host in dict.fromkeys(hosts)
-        ]
+        nodes = grouped(team, lambda rank: told[team.index(rank)][0])
     levels = Levels(P, tuple(tuple(sorted(node)) for node in nodes))
     if sorted(rank for node in levels.nodes for rank in node) != list(team):
         raise ValueError(f"groups {list(levels.nodes)} do not hold each of the ranks {list(team)} once")

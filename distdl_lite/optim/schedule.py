@@ -140,7 +140,7 @@ class DASOSchedule:
         return _after(self, tuple(losses[max(self.warmup_epochs, 1) - 1 : epoch]))
 
     def lowered(self, skips: Skips) -> Skips:
-        """What follows on a flat loss."""
+        """The skips that follow on a flat loss."""
         if skips[0] == 1:
             part = max(self.max_global_skips // self.local_skip_factor, 1)
             return self.max_global_skips, part, part

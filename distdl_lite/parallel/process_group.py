@@ -353,7 +353,7 @@ class MPIProcessGroup(dist.ProcessGroup):
         return self.alltoall(self._rows(output, output_sizes), self._rows(whole, input_sizes))
 
     def _rows(self, tensor: torch.Tensor, sizes: Sequence[int]) -> Tensors:
-        """What each rank has of the rows; without sizes, the same number each."""
+        """The rows of each rank; without sizes, the same number each."""
         rows = tensor.shape[0]
         if not sizes and rows % self.size():
             raise ValueError(f"{rows} rows cannot be cut evenly over {self.size()} ranks")
@@ -464,7 +464,7 @@ def _reductions(dtype: torch.dtype) -> dict[Any, str]:
 
 
 def _create(options: Any, more: Any) -> MPIProcessGroup:
-    """What torch calls for each group; the ranks of a sub-group are those of the default group."""
+    """Make a group for torch; the ranks of a sub-group are numbers in the default group."""
     P = MPIProcessGroup._origin
     if ranks := options.global_ranks_in_group:
         P = P.create_partition_inclusive(ranks)
@@ -528,7 +528,7 @@ class _Parts:
 
     @property
     def spec(self) -> list[Any]:
-        """What mpi4py takes: the bytes, and how many are each rank's."""
+        """The argument for mpi4py: the bytes, and how many are each rank's."""
         return [_bytes(self.buffer), [piece.nbytes for piece in self._pieces]]
 
     def check(self, rank: int, other: torch.Tensor) -> None:

@@ -11,10 +11,10 @@ import torch
 
 from distdl_lite.agreement import check_alike, raise_together, refused_together
 from distdl_lite.buckets import broadcast
+from distdl_lite.model.replicas import checksum
 from distdl_lite.partition import Partition, partition_of
 from distdl_lite.tagi.layers import Layer
 from distdl_lite.tagi.sequential import Sequential
-from distdl_lite.transport import Team
 
 
 class DDPConfig:
@@ -136,29 +136,21 @@ class DDPSequential(torch.nn.Module):
         self.config = DDPConfig() if config is None else config
         self.model, self.average = model, average
         with refused_together(_told_of(self.config), "DDPSequential"):
-            self._check()
+            if not isinstance(self.config, DDPConfig):
+                raise TypeError(f"config must be a DDPConfig, not {self.config!r}")
+            if not isinstance(model, Sequential):
+                raise TypeError(f"model must be a tagi.Sequential, not a {type(model).__name__}")
+            if not isinstance(average, bool):
+                raise TypeError(f"average must be a bool, not {average!r}")
+            if self.config.device is not None:
+                model.to(self.config.device)
         P, arrays = self.config.P, model.state_dict()
         _check_alike(P, {"average": average, **_described(model)})
         if P.size > 1:
-            broadcast(P.world_transport, self._team, list(arrays.values()), P.ranks[0])
+            broadcast(P.team, list(arrays.values()), P.ranks[0])
         self._outputs: tuple[Any, Any] | None = None
         self._is_fresh = False
         self._steps, self._is_loaded = 0, False  # the latter since the last backward
-
-    def _check(self) -> None:
-        """Raise for arguments that cannot be used, and put the model where it is to stay."""
-        if not isinstance(self.config, DDPConfig):
-            raise TypeError(f"config must be a DDPConfig, not {self.config!r}")
-        if not isinstance(self.model, Sequential):
-            raise TypeError(f"model must be a tagi.Sequential, not a {type(self.model).__name__}")
-        if not isinstance(self.average, bool):
-            raise TypeError(f"average must be a bool, not {self.average!r}")
-        if self.config.device is not None:
-            self.model.to(self.config.device)
-
-    @property
-    def _team(self) -> Team:
-        return self.config.P.team
 
     @property
     def output_z_buffer(self) -> Any:
@@ -199,7 +191,7 @@ class DDPSequential(torch.nn.Module):
             vote = zlib.crc32(repr((told, self._is_loaded)).encode())
         except Exception as found:
             error = found
-        is_agreed = P.world_transport.agree(self._team, vote) == vote * P.size and error is None
+        is_agreed = P.world_transport.agree(P.team, vote) == vote * P.size and error is None
         if not is_agreed:
             raise_together(P.team, error, f"DDPSequential: rank {P.rank}")
             _check_alike(P, told, RuntimeError)
@@ -220,7 +212,7 @@ class DDPSequential(torch.nn.Module):
         rows = deltas[-P.size :].zero_()
         rows[P.rank] = min(self.model.batch_size, int(2 / torch.finfo(deltas.dtype).eps))
         if P.size > 1:
-            P.world_transport.all_reduce(self._team, deltas)
+            P.world_transport.all_reduce(P.team, deltas)
         return list(map(int, rows.tolist()))
 
     def step(self) -> None:
@@ -239,7 +231,7 @@ class DDPSequential(torch.nn.Module):
 
     def barrier(self) -> None:
         """Wait for all ranks, which call it together."""
-        self.config.P.world_transport.agree(self._team, 0)
+        self.config.P.world_transport.agree(self.config.P.team, 0)
 
     def get_outputs(self) -> tuple[Any, Any]:
         """What the last forward returned.
@@ -278,8 +270,7 @@ class DDPSequential(torch.nn.Module):
 
     def check_replicas(self) -> None:
         """Raise RuntimeError, on all ranks, unless they hold the same means and variances, bit by bit; all ranks call it."""
-        bits = {name: t.cpu().contiguous().view(-1).view(torch.uint8) for name, t in self.model.state_dict().items()}
-        checksums = {name: f"of checksum {zlib.crc32(b.numpy()):08x}" for name, b in bits.items()}
+        checksums = {name: f"of checksum {checksum(t):08x}" for name, t in self.model.state_dict().items()}
         _check_alike(self.config.P, checksums, RuntimeError)
 
 

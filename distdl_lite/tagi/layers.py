@@ -122,26 +122,16 @@ class Linear(Layer):
             back_var.mul_(jcb).mul_(jcb)
         return DeltaStates(back_mu, back_var)
 
-    def step(self, cap: float, scratch: torch.Tensor) -> None:
-        """Add the deltas, each at most the standard deviation over `cap` in size.
-
-        `scratch` is memory for 3 times as many numbers as `block_size`.
-        """
+    def step(self, cap: float) -> None:
+        """Add the deltas, each at most the standard deviation over `cap` in size."""
         own = self._buffers
         for kind in "wb":
-            mu, var = own[f"mu_{kind}"], own[f"var_{kind}"]
-            if var is None:
-                continue
-            tensors, rows = (mu, var, own[f"delta_mu_{kind}"], own[f"delta_var_{kind}"]), _rows_of_block(var)
-            whole = [tensors] if rows >= len(var) else zip(*(tensor.split(rows) for tensor in tensors), strict=True)
-            for mu, var, delta_mu, delta_var in whole:
-                _clipped_step(mu, var, delta_mu, delta_var, cap, scratch)
-
-    @property
-    def block_size(self) -> int:
-        """How many weights, or biases, are updated at a time."""
-        weights = min(self.out_features, _rows_of_block(self.mu_w)) * self.in_features
-        return max(weights, min(self.out_features, BLOCK))
+            var = own[f"var_{kind}"]
+            if var is not None:
+                tensors = own[f"mu_{kind}"], var, own[f"delta_mu_{kind}"], own[f"delta_var_{kind}"]
+                rows = max(1, BLOCK // math.prod(var.shape[1:]))
+                for block in zip(*(tensor.split(rows) for tensor in tensors), strict=True):
+                    _clipped_step(*block, cap)
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, bias={self.mu_b is not None}"
@@ -152,20 +142,11 @@ class Linear(Layer):
         return {**self.__dict__, "_buffers": buffers}
 
 
-def _rows_of_block(tensor: torch.Tensor) -> int:
-    return int(max(1, BLOCK // math.prod(tensor.shape[1:])))
-
-
 def _clipped_step(
-    mu: torch.Tensor,
-    var: torch.Tensor,
-    delta_mu: torch.Tensor,
-    delta_var: torch.Tensor,
-    cap: float,
-    scratch: torch.Tensor,
+    mu: torch.Tensor, var: torch.Tensor, delta_mu: torch.Tensor, delta_var: torch.Tensor, cap: float
 ) -> None:
-    """Eight passes over memory that is there already: fresh pages would take longer than all of them."""
-    most, least, change = scratch[: 3 * var.numel()].view(3, *var.shape)
+    """Eight passes over memory that is soon there already: fresh pages would take longer than all of them."""
+    most, least, change = var.new_empty(3, *var.shape)
     torch.neg(torch.sqrt(var, out=most).div_(cap), out=least)
     mu.add_(torch.clamp(delta_mu, least, most, out=change))
     var.add_(torch.clamp(delta_var, least, most, out=change))
@@ -179,7 +160,7 @@ def _affine(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) ->
 
 
 class Activation(Layer):
-    """What is done elementwise."""
+    """A layer that works elementwise."""
 
     def forward(self, states: HiddenStates) -> HiddenStates:
         assert states.mu_a is not None

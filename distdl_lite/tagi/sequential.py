@@ -222,12 +222,8 @@ class Sequential(torch.nn.Sequential):
         if not self._is_fresh:
             raise RuntimeError("tagi: step needs a backward before it; the deltas of the last have been used")
         self._is_fresh = False
-        if not self._linears:
-            return
-        # Memory for all layers: fresh pages for each would take longer than all else.
-        scratch = self._linears[0].mu_w.new_empty(3 * max(layer.block_size for layer in self._linears))
         for layer in self._linears:
-            layer.step(cap_of(self.batch_size), scratch)
+            layer.step(cap_of(self.batch_size))
 
 
 def _check_features(layers: list[Layer]) -> None:

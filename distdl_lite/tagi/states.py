@@ -1,4 +1,4 @@
-"""What travels between layers, forward and backward, and arrays in and out."""
+"""The data that travels between layers, forward and backward, and arrays in and out."""
 
 from __future__ import annotations
 

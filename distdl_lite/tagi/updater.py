@@ -1,4 +1,4 @@
-"""What observations say about the output."""
+"""Updates of the output by observations."""
 
 from __future__ import annotations
 

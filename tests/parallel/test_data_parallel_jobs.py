@@ -83,18 +83,6 @@ for engine in ("poll", "thread"):  # rank 1 comes as far as the buckets that wer
     wait(lambda: loss(dp).backward())
     if world.rank == 0:
         world.Barrier()
-
-for engine in ("poll", "thread"):  # rank 0 does not tell the order of the buckets
-    optimizer = dl.DataParallelOptimizer(torch.optim.SGD((model := net()).parameters(), lr=0.1))
-    options = {"engine": engine, "bucket_mb": 1e-5, "timeout": 1, "update": "deferred"}
-    dp = dl.DataParallel(model, None, optimizer, **options)
-    if world.rank == 0:
-        dp._sync._start_order = lambda: None
-    loss(dp).backward()
-    optimizer.step()
-    if world.rank == 1:
-        wait(dp.eval)
-    world.Barrier()
 now()
 """
 
@@ -110,8 +98,7 @@ def test_a_rank_that_others_wait_for(tmp_path: Path) -> None:
         "DataParallel: an earlier sum was not completed by all ranks; end the job",
     ]
     stuck = [f"rank 0: a bucket of its own (4.bias) {late}"]
-    untold = [f"rank 1: the order of the buckets (4.bias) {late}"]
-    assert done.stdout.splitlines() == 3 * skipped + 2 * stuck + 2 * untold, done.stderr
+    assert done.stdout.splitlines() == 3 * skipped + 2 * stuck, done.stderr
     assert done.returncode != 0
     assert " ends with an error: a sum was not completed by all ranks" in done.stderr
     assert seconds_since(tmp_path, ended) < LOADED

@@ -688,7 +688,7 @@ def test_parameters_that_somebody_else_changes(world: dl.Partition) -> None:
 
 @on_ranks(2, mpi=True)
 def test_reading_on_one_rank_after_the_first_step(world: dl.Partition) -> None:
-    """By then the order of the buckets is known without the other rank."""
+    """What the other rank does not do is not waited for."""
     for engine in ("thread", "poll"):
         for dp, optimizer in pair(world, OPTIMIZERS["SGD"], engine=engine):
             train(world, dp, optimizer, 1)

@@ -1,8 +1,8 @@
-"""What must be the same on all ranks that hold copies of a module."""
+"""Checks that all ranks that hold copies of a module have the same parameters, buffers, options and optimizers."""
 
 from __future__ import annotations
 
-import math
+import gc
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -11,10 +11,10 @@ import torch
 from distdl_lite.buckets import broadcast, unwritable
 from distdl_lite.model.replicas import checksum
 from distdl_lite.nn.parameter import Layer
-from distdl_lite.parallel.replicas.lanes import LANES, in_others, lanes_in_use
+from distdl_lite.optim.checks import check_same
 from distdl_lite.parallel.replicas.options import Options
-from distdl_lite.partition import Partition
-from distdl_lite.transport import Team, Transport
+from distdl_lite.parallel.replicas.synchroniser import synchronisers
+from distdl_lite.transport import Team
 
 
 def told_of(options: Options, optimizers: Sequence[Any], module: torch.nn.Module) -> dict[str, Any]:
@@ -29,7 +29,7 @@ def told_of(options: Options, optimizers: Sequence[Any], module: torch.nn.Module
 
 
 def _owners(optimizers: Sequence[Any], named: Iterable[tuple[str, torch.Tensor]]) -> dict[str, Any]:
-    """Which optimizer, with which hyperparameters, updates each of the parameters."""
+    """For each parameter the optimizer that updates it, with its hyperparameters."""
     found: dict[int, str] = {}
     for one in optimizers:
         kind = type(one.torch_optimizer).__name__
@@ -42,7 +42,7 @@ def _owners(optimizers: Sequence[Any], named: Iterable[tuple[str, torch.Tensor]]
 
 
 def order(optimizers: Sequence[torch.optim.Optimizer], named: Iterable[tuple[str, torch.Tensor]]) -> dict[str, Any]:
-    """What optimizers must have in common on all ranks whose states are to be exchanged."""
+    """A description of optimizers, the same on all ranks that may exchange their states."""
     names = {id(p): name for name, p in named}
     found: dict[str, Any] = {"number of optimizers": len(optimizers)}
     for number, one in enumerate(optimizers):
@@ -55,31 +55,13 @@ def order(optimizers: Sequence[torch.optim.Optimizer], named: Iterable[tuple[str
     return found
 
 
-def check_same(transport: Transport, team: Team, mine: Mapping[str, Any]) -> None:
-    """Raise ValueError on all of the team unless all have the same; the first that differs is named."""
-    _check_options(team, transport.gather_objects(team, mine))
-
-
-def _check_options(team: Team, told: Sequence[Mapping[str, Any]]) -> None:
-    for rank, theirs in zip(team, told, strict=True):
-        for name, a in told[0].items():
-            if theirs.get(name) != a:
-                raise ValueError(f"DataParallel: rank {rank} has {name}={theirs.get(name)!r}, rank {team[0]} {a!r}")
-
-
+DIFFERENT = "DataParallel: rank {rank} has {name}={value!r}, rank {first} {usual!r}"
+LANES = 8  # containers whose sums may be under way at once; communicators are few
 _MIXED = (
     "DataParallel: the gradient of {} is summed over the batch axis by its layer, that of {} by the container, whose "
     'average="{}" has another scale: write average="none" and a loss over P, or build the distributed layers on the ranks that '
     "share a place along the batch axis"
 )
-
-
-def line_of(P: Partition) -> Team:
-    """The ranks along the batch axis."""
-    assert P.index is not None
-    step = math.prod(P.shape[1:])
-    first = P.rank - P.index[0] * step
-    return P.world_transport.team(P.ranks[first + n * step] for n in range(P.shape[0]))
 
 
 def summed_by_layers(module: torch.nn.Module, team: Sequence[int]) -> dict[int, bool]:
@@ -110,13 +92,27 @@ def _of_two_scales(module: torch.nn.Module, by_layers: Mapping[int, bool]) -> li
     return [n for n in found if n is not None] if None not in found else []
 
 
+def in_others(team: Team, named: Sequence[tuple[str, torch.Tensor]]) -> list[str]:
+    """The names of parameters that another container of this rank has."""
+
+    def found() -> list[str]:
+        held = {id(p) for other in synchronisers(team.world) for p in other.parameters}
+        return [name for name, p in named if id(p) in held]
+
+    if found():
+        gc.collect()  # it may be one that nobody uses any more
+    return found()
+
+
+def lanes_in_use(team: Team) -> list[int]:
+    """The numbers of the lanes that a new container of the team should leave to others, as far as this rank knows."""
+    alive = [(other.team, other.lane) for other in synchronisers(team.world)]
+    used = [*alive, *team.world.local.get("spoilt lanes", [])]
+    return [int(lane.split()[-1]) for others, lane in used if others == team]
+
+
 def agreed(
-    module: torch.nn.Module,
-    transport: Transport,
-    team: Team,
-    options: Mapping[str, Any],
-    writes_buffers: bool,
-    weighs_late: bool,
+    module: torch.nn.Module, team: Team, options: Mapping[str, Any], writes_buffers: bool, weighs_late: bool
 ) -> tuple[list[tuple[str, torch.nn.Parameter]], list[int], int]:
     """The parameters that the container sums, the numbers of those that come late, and a free lane.
 
@@ -126,24 +122,24 @@ def agreed(
     named = summed_by_container(module, by_layers)
     late = [number for number, (_, p) in enumerate(named) if id(p) in by_layers]
     if team.size == 1:
-        if refusal := _refusal_of(module, transport, named):
+        if refusal := _refusal_of(module, team, named):
             raise refusal
         return named, late, 0
     tensors = {**dict(named), **dict(module.named_buffers())}
     alike = tensors if writes_buffers else dict(named)
     mixed = _of_two_scales(module, by_layers) if weighs_late else []
-    refusal = _refusal_of(module, transport, named, alike.items(), mixed, options["average"])
-    lane = _check_same_module(transport, team, tensors, refusal, options)
+    refusal = _refusal_of(module, team, named, alike.items(), mixed, options["average"])
+    lane = _check_same_module(team, tensors, refusal, options)
     if options["init"] == "broadcast":
-        broadcast(transport, team, list(alike.values()))
+        broadcast(team, list(alike.values()))
     elif options["init"] == "check":
-        check_equal(transport, team, alike)
+        check_equal(team, alike)
     return named, late, lane
 
 
 def _refusal_of(
     module: torch.nn.Module,
-    transport: Transport,
+    team: Team,
     parameters: Sequence[tuple[str, torch.Tensor]],
     written: Iterable[tuple[str, torch.Tensor]] = (),
     mixed: Sequence[str] = (),
@@ -155,7 +151,7 @@ def _refusal_of(
         return TypeError(f"DataParallel: sparse gradients are not summed; build {sparse} with sparse=False")
     if mixed:
         return ValueError(_MIXED.format(*mixed, average))
-    if shared := ", ".join(in_others(transport, parameters)):
+    if shared := ", ".join(in_others(team, parameters)):
         return ValueError(
             f"DataParallel: another container has {shared} already; put both modules into one container, or delete the other"
         )
@@ -164,16 +160,18 @@ def _refusal_of(
 
 
 def _check_same_module(
-    transport: Transport,
     team: Team,
     tensors: Mapping[str, torch.Tensor],
     refusal: Exception | None,
     options: Mapping[str, Any],
 ) -> int:
     """Raise on all of the team unless all hold the same tensors, which none of them refuses; returns a free lane."""
-    mine = [(name, tuple(t.shape), str(t.dtype).removeprefix("torch."), *_elsewhere(t)) for name, t in tensors.items()]
-    told = transport.gather_objects(team, (mine, lanes_in_use(transport, team), options, refusal))
-    _check_options(team, [theirs for _, _, theirs, _ in told])
+    mine = [
+        (name, tuple(t.shape), str(t.dtype).removeprefix("torch."), *({t.device.type} - {"cpu"}))
+        for name, t in tensors.items()
+    ]
+    told = team.world.gather_objects(team, (mine, lanes_in_use(team), options, refusal))
+    check_same(team, [theirs for _, _, theirs, _ in told], DIFFERENT)
     for *_, refused in told:
         if refused is not None:
             raise refused
@@ -197,14 +195,9 @@ def _check_same_module(
     return min(range(LANES), key=in_use.count)
 
 
-def _elsewhere(tensor: torch.Tensor) -> list[str]:
-    """The kind of device, if it is not the usual one."""
-    return [] if tensor.device.type == "cpu" else [tensor.device.type]
-
-
-def check_equal(transport: Transport, team: Sequence[int], tensors: Mapping[str, torch.Tensor]) -> None:
+def check_equal(team: Team, tensors: Mapping[str, torch.Tensor]) -> None:
     """Raise RuntimeError on all of the team unless all hold the same values, bit by bit."""
-    told = transport.gather_objects(team, {name: checksum(t) for name, t in tensors.items()})
+    told = team.world.gather_objects(team, {name: checksum(t) for name, t in tensors.items()})
     names = dict.fromkeys(name for one in told for name in one)
     different = [name for name in names if len({one.get(name) for one in told}) > 1]
     if different:

@@ -18,21 +18,10 @@ FIRST_BYTES = 1 << 20  # the first bucket is soon full, and its sum soon on its 
 def filled(
     order: Sequence[int], nbytes: Sequence[int], kinds: Sequence[Any], most: int, first: int
 ) -> list[tuple[int, ...]]:
-    """Cut parameters, in this order, into buckets of one kind, of about `most` bytes unless one parameter has more.
+    """Cut parameters, in this order, into buckets of one kind, of about `most` bytes, the first of `first` if that is less.
 
-    Parameters
-    ----------
-    order : sequence of int
-        The parameters' numbers.
-    nbytes, kinds
-        By number: what each needs, and what must be the same in a bucket.
-    most, first : int
-        The first bucket's limit is the smaller of the two.
-
-    Returns
-    -------
-    list of tuple of int
-        The numbers, in the order in which the buckets are complete when the parameters come in theirs.
+    Parameters are given and returned by their numbers, which `nbytes` and `kinds` go by. The buckets come in the order in
+    which they are complete when the parameters come in theirs.
 
     >>> filled([3, 2, 1, 0], [8, 8, 8, 8], ["a", "a", "b", "a"], 16, 16)
     [(2,), (3, 1), (0,)]
@@ -45,14 +34,7 @@ def filled(
 class Bucket:
     """A flat tensor ``[gradients | a flag for each | weight | mark | header]``, which is summed over ranks as a whole.
 
-    Parameters
-    ----------
-    numbers : sequence of int
-        Of the parameters.
-    parameters : sequence of torch.Tensor
-        The same; none in a bucket that only has a header.
-    header : int
-        How many numbers travel at the end.
+    The header has as many numbers as the container that makes it says; there may be no parameters.
 
     Attributes
     ----------

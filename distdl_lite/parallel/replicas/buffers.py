@@ -7,19 +7,11 @@ from collections.abc import Callable, Iterable, Iterator
 import torch
 
 from distdl_lite.buckets import average, broadcast, is_writable
-from distdl_lite.transport import Team, Transport
+from distdl_lite.transport import Team
 
 
 class Buffers:
-    """The buffers of a module, of which forward may put others in their place.
-
-    Parameters
-    ----------
-    find : callable
-        Returns them.
-    mode : str
-        The `sync_buffers` of `DataParallel`.
-    """
+    """The buffers of a module, as `find` returns them: forward may put others in their place. `mode` is `sync_buffers`."""
 
     def __init__(self, find: Callable[[], Iterable[torch.Tensor | None]], mode: str) -> None:
         self._find, self.mode = find, mode
@@ -43,12 +35,12 @@ class Buffers:
     def are_writable(self) -> bool:
         return all(map(is_writable, self))
 
-    def synchronise(self, transport: Transport, team: Team) -> None:
+    def synchronise(self, team: Team) -> None:
         """Make them equal on all ranks; no change that autograd would see."""
         buffers = list(self)
         averaged = [b for b in buffers if self.mode == "mean" and (b.is_floating_point() or b.is_complex())]
         taken = [b for b in buffers if not any(b is other for other in averaged)]
         with torch.no_grad(), torch.autograd._unsafe_preserve_version_counter(tuple(buffers)):
-            average(transport, team, averaged)
-            broadcast(transport, team, taken)
+            average(team, averaged)
+            broadcast(team, taken)
         self._note()

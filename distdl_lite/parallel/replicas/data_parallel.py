@@ -14,16 +14,10 @@ import torch
 
 from distdl_lite.agreement import refused_together
 from distdl_lite.autograd import at_end_of_backward, running_backward, running_backward_accumulates
+from distdl_lite.data.rows import line_of
 from distdl_lite.nn.inputs import zero_volume_tensor
 from distdl_lite.nn.norm.sync_batch_norm import SyncBatchNorm
-from distdl_lite.parallel.replicas.alike import (
-    agreed,
-    check_equal,
-    line_of,
-    summed_by_container,
-    summed_by_layers,
-    told_of,
-)
+from distdl_lite.parallel.replicas.alike import agreed, check_equal, summed_by_container, summed_by_layers, told_of
 from distdl_lite.parallel.replicas.bucket import Bucket
 from distdl_lite.parallel.replicas.deferral import Deferral
 from distdl_lite.parallel.replicas.hooks import OutputHook, ReadyHook, rows_of, tensors_in, with_graph
@@ -159,11 +153,11 @@ class DataParallel(torch.nn.Module):
         self.synchronize()
         if self._sync is not None and self._sync.leave():
             if self._deferral is not None:
-                self.P.world_transport.gather_objects(self._sync.team, False)  # as the others do before they raise
+                self._sync.team.world.gather_objects(self._sync.team, False)  # as the others do before they raise
             raise RuntimeError(
                 "DataParallel: parameters were replaced, or have another dtype or shape, on some ranks alone"
             )
-        transport, team, self._sync = self.P.world_transport, line_of(self.P), None
+        team, self._sync = line_of(self.P).team, None
         if self._deferral is not None:
             self._deferral.remove()
             self._deferral = None
@@ -173,16 +167,14 @@ class DataParallel(torch.nn.Module):
         writes_buffers = self._options.sync_buffers != "none" or (at_start and self._options.init != "none")
         weighs_late = self._options.average != "none" and not self._couples
         told = told_of(self._options, listed(self.optimizer), self.module)
-        named, late, lane = agreed(self.module, transport, team, told, writes_buffers, weighs_late)
+        named, late, lane = agreed(self.module, team, told, writes_buffers, weighs_late)
         for handle in self._handles.values():
             handle.remove()
         self._handles.clear()
         names, parameters = [n for n, _ in named], [p for _, p in named]
         modules = list(self.module.modules())
         buffers_now = partial(_values, [module._buffers for module in modules])
-        self._sync = Synchroniser(
-            names, parameters, late, buffers_now, transport, team, self._options, lane, self._couples
-        )
+        self._sync = Synchroniser(names, parameters, late, buffers_now, team, self._options, lane, self._couples)
         self._owners = [owned for module in modules for owned in (module._modules, module._parameters)]
         self._held, self._kinds = _values(self._owners), list(map(_KIND, parameters))
         wants = not self._options.waits and team.size > 1
@@ -202,10 +194,10 @@ class DataParallel(torch.nn.Module):
         """Raise RuntimeError, on all ranks, unless they hold the same parameters and buffers, bit by bit."""
         self.synchronize()
         if self.P.active:
-            team = line_of(self.P)
+            team = line_of(self.P).team
             named = summed_by_container(self.module, summed_by_layers(self.module, team))
             buffers = () if self._options.sync_buffers == "none" else self.module.named_buffers()
-            check_equal(self.P.world_transport, team, {**dict(named), **dict(buffers)})
+            check_equal(team, {**dict(named), **dict(buffers)})
 
     def _refresh(self) -> None:
         """See what has changed in the module since the last forward."""
@@ -218,7 +210,6 @@ class DataParallel(torch.nn.Module):
         ):
             self._prepare()
         sync = self._sync
-        assert sync is not None
         if sync.is_broken:
             raise RuntimeError("DataParallel: an earlier sum was not completed by all ranks; end the job")
         if sync.team.size == 1 and self._options.average != "sum":
@@ -255,11 +246,10 @@ class DataParallel(torch.nn.Module):
         """Be told when backward reaches an output."""
         self._latest = rows
         hook = OutputHook(weakref.ref(self), rows)
-        for leaf in tensors_in(output):
-            if leaf.grad_fn is not None:  # a parameter that is returned would keep the hook
-                leaf.register_hook(hook)
-                hook.is_used = True
-        if hook.is_used:
+        leaves = [t for t in tensors_in(output) if t.grad_fn is not None]  # a parameter would keep the hook
+        for leaf in leaves:
+            leaf.register_hook(hook)
+        if leaves:
             self._awaited.add(hook)
         else:
             self._unseen += rows
@@ -274,8 +264,7 @@ class DataParallel(torch.nn.Module):
         if not self._syncs:
             if sync.is_open and self._deferral is None:
                 sync.abandon()
-            sync.keep_local()
-            self._told_at_end = backward
+            sync.keep_local(backward)
             sync.count += rows
             return
         if not (sync.is_open and sync.backward == backward):
@@ -284,23 +273,21 @@ class DataParallel(torch.nn.Module):
         sync.may_start = not self._awaited
 
     def _begin(self, backward: int, rows: int) -> None:
-        assert self._sync is not None
+        sync = self._sync
         if self._deferral is not None:
             self._deferral.begin_backward()
-        self._sync.begin(backward)
+        sync.begin(backward)
         if torch.is_grad_enabled():
-            self._sync.fail(
+            sync.fail(
                 "DataParallel: backward(create_graph=True) would lose the graph of the gradients in their sum over the ranks; "
                 "torch.autograd.grad(..., create_graph=True) keeps that of the rank's own"
             )
-        self._sync.weight = self.loss_weight
-        self._sync.count, self._unseen = self._sync.count + self._unseen, 0
-        if not (self._sync.count + rows if self.loss_weight is None else self.loss_weight):
-            self._sync.keep_what_weighs_nothing()
-        if self._deferral is None and not self._sync.starts_early:
-            self._told_at_end = backward
-        self._sync.may_start = not self._awaited
-        self._waits_for_layers = bool(self._sync.late)
+        sync.weight = self.loss_weight
+        sync.count, self._unseen = sync.count + self._unseen, 0
+        if not (sync.count + rows if self.loss_weight is None else self.loss_weight):
+            sync.put_aside_unweighted()
+        sync.may_start = not self._awaited
+        self._waits_for_layers = bool(sync.late)
         at_end_of_backward(self._finish)
 
     def _came(self, number: int) -> None:
@@ -309,8 +296,7 @@ class DataParallel(torch.nn.Module):
         if sync is None:
             return
         if not self._syncs:
-            self._told_at_end = running_backward()
-            sync.keep_local()
+            sync.keep_local(running_backward())
             return
         if self._deferral is not None:
             self._deferral.came(number)
@@ -325,7 +311,6 @@ class DataParallel(torch.nn.Module):
             at_end_of_backward(self._finish)
             return
         sync = self._sync
-        assert sync is not None
         self.loss_weight = None  # the sums have it
         if self._deferral is None:
             sync.finish()
@@ -440,5 +425,4 @@ def _unprepared() -> dict[str, Any]:
         "_awaited": weakref.WeakSet(),  # outputs that backward may yet come to
         "_latest": 0,
         "_waits_for_layers": False,
-        "_told_at_end": -1,  # of the gradients of this backward
     }

@@ -17,15 +17,7 @@ _FAILED = "DataParallel: backward failed on some rank, so its update is left out
 
 
 class Deferral:
-    """What one backward has left to do: sums to wait for, and steps to take with them.
-
-    Parameters
-    ----------
-    module : torch.nn.Module
-        Whose layers call for their parameters.
-    sync : Synchroniser
-    optimizers : sequence of DataParallelOptimizer
-    """
+    """All that a backward has left to do: sums to wait for, and steps to take when the module's layers need them."""
 
     def __init__(
         self, module: torch.nn.Module, sync: Synchroniser, optimizers: Sequence[DataParallelOptimizer]
@@ -41,7 +33,7 @@ class Deferral:
         self._is_confirmed = self._owes_error = self._is_stepping = False
         self._versions: dict[int, int] = {}  # of the parameters, at the end of backward
         self._handles: list[Any] = []
-        self.others: weakref.WeakSet[Deferral] = sync.transport.local.setdefault("deferrals", weakref.WeakSet())
+        self.others: weakref.WeakSet[Deferral] = sync.team.world.local.setdefault("deferrals", weakref.WeakSet())
         self.others.add(self)
         ref = weakref.ref(self)
         numbers = {id(p): n for n, p in enumerate(sync.parameters)}
@@ -98,12 +90,10 @@ class Deferral:
         if self.is_interrupted:  # of which all ranks will be told
             return
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        if any(optimizer is other for other, *_ in self._steps):
-            self.flush()
-            optimizer.step()
-            return
-        self._check_gradients(held)
-        if self._is_whole(optimizer):
+        is_second = any(optimizer is other for other, *_ in self._steps)
+        if not is_second:
+            self._check_gradients(held)
+        if is_second or self._is_whole(optimizer):
             self.flush()
             optimizer.step()
             return
@@ -166,7 +156,7 @@ class Deferral:
         self._put_in(set(self.places))
 
     def begin_backward(self) -> None:
-        """What is open now is not of this backward."""
+        """Complete all that an earlier backward has left open."""
         self._confirm(failed=self.sync.is_open and not self.places)
         self.flush()
 
@@ -176,15 +166,18 @@ class Deferral:
             places, self.places, self._is_confirmed = self.places, [], False
             try:
                 ended_well = self.sync.abandon() if failed else self.sync.confirm()
-                self._is_confirmed = ended_well == len(self.sync.team)
+                self._is_confirmed = ended_well == self.sync.team.size
             finally:
-                if self._is_confirmed:
-                    self.places = places
-                else:
-                    for number in list(self._stand_ins):
-                        self._withdraw(number)
-            if ended_well and not self._is_confirmed:
-                self._tell(failed, in_forward)
+                for number in () if self._is_confirmed else list(self._stand_ins):
+                    self._withdraw(number)
+            if self._is_confirmed:
+                self.places = places
+            elif ended_well:
+                # Not in another kind of call than the ranks where backward has ended well: it may be another step's.
+                told = any(self.sync.team.world.gather_objects(self.sync.team, in_forward and not failed))
+                if not failed or told is in_forward:
+                    raise RuntimeError(_FAILED)
+                self._owes_error = told
         if in_forward and self._owes_error:
             self._owes_error = False
             raise RuntimeError(_FAILED)
@@ -196,14 +189,6 @@ class Deferral:
             self.sync.parameters[number].grad = None
         self._stand_ins.discard(number)
         return is_untouched
-
-    def _tell(self, failed: bool, in_forward: bool) -> None:
-        """Raise, but not in another kind of call than those ranks where backward has ended well: it may be another step's."""
-        told = any(self.sync.transport.gather_objects(self.sync.team, in_forward and not failed))
-        if failed and told is not in_forward:
-            self._owes_error = told
-            return
-        raise RuntimeError(_FAILED)
 
     def _put_in(self, places: set[int]) -> None:
         self._confirm(self.is_interrupted)

@@ -41,7 +41,6 @@ class OutputHook:
 
     def __init__(self, container: weakref.ref[DataParallel], rows: int) -> None:
         self._container, self._rows, self._backward, self._share = container, rows, -1, 1.0
-        self.is_used = False
 
     def __call__(self, gradient: torch.Tensor) -> torch.Tensor | None:
         container, backward = self._container(), running_backward()
@@ -60,13 +59,12 @@ class OutputHook:
 def _share(container: DataParallel, rows: int) -> float:
     """The weight in the mean of a forward's gradients; the ranks along the batch axis call together."""
     sync, average = container._sync, container._options.average
-    assert sync is not None
     if average == "ranks":
         return 1 / sync.team.size
     if average == "sum" and not container._syncs:
         raise RuntimeError('DataParallel: with SyncBatchNorm inside, average="sum" allows no no_sync')
     weight = float(rows) if container.loss_weight is None else as_weight(container.loss_weight)
-    total = container.P.world_transport.all_reduce(sync.team, torch.tensor([weight], dtype=torch.float64)).item()
+    total = sync.team.world.all_reduce(sync.team, torch.tensor([weight], dtype=torch.float64)).item()
     if not math.isfinite(total):
         container.loss_weight = None
         raise ValueError(BAD_WEIGHT)
@@ -81,12 +79,8 @@ class ReadyHook:
 
     def __call__(self, parameter: torch.Tensor) -> None:
         container = self._container()
-        if container is None:
-            return
-        if container._told_at_end != running_backward():
+        if container is not None:
             container._came(self._number)
-        elif container._sync is not None:
-            container._sync.seen[self._number] = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ReadyHook:
         return self

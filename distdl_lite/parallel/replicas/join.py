@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from distdl_lite.buckets import broadcast, broadcast_structure
-from distdl_lite.parallel.replicas.alike import check_same, order
+from distdl_lite.optim.checks import check_same
+from distdl_lite.parallel.replicas.alike import DIFFERENT, order
 from distdl_lite.parallel.replicas.options import listed
 from distdl_lite.parallel.replicas.synchroniser import Synchroniser
 
@@ -24,12 +25,13 @@ def joined(container: DataParallel, optimizers: Sequence[torch.optim.Optimizer])
         container._refresh()  # where it is a copy or has been loaded, as ranks that make no step must know
     if container._couples:
         raise RuntimeError("DataParallel: SyncBatchNorm needs all ranks in every step; join is not for it")
-    given, transport, sync = optimizers or listed(container.optimizer), container.P.world_transport, container._sync
+    given, sync = optimizers or listed(container.optimizer), container._sync
     if sync is None or sync.team.size == 1:
         yield
         return
-    check_same(transport, sync.team, order(given, container.module.named_parameters()))
-    teams = transport.local.setdefault("teams in join", [])
+    told = sync.team.world.gather_objects(sync.team, order(given, container.module.named_parameters()))
+    check_same(sync.team, told, DIFFERENT)
+    teams = sync.team.world.local.setdefault("teams in join", [])
     if sync.team in teams:
         raise RuntimeError(
             "DataParallel: ranks that have ended would wait in one join while others are in that of another container; "
@@ -49,7 +51,7 @@ def joined(container: DataParallel, optimizers: Sequence[torch.optim.Optimizer])
 
 def _catch_up(sync: Synchroniser, optimizers: Sequence[torch.optim.Optimizer]) -> None:
     """Take part in the others' steps; then all take what a rank knows that made the last one."""
-    transport, steps_behind, takes_part = sync.transport, -1, True
+    transport, steps_behind, takes_part = sync.team.world, -1, True
     while takes_part:
         sync.begin(None, takes_part=False)
         takes_part = sync.finish()
@@ -58,9 +60,9 @@ def _catch_up(sync: Synchroniser, optimizers: Sequence[torch.optim.Optimizer]) -
     nearest = torch.tensor([steps_behind * sync.team.size + place])
     transport.all_reduce(sync.team, nearest, "min")
     root = sync.team[int(nearest) % sync.team.size]
-    broadcast(transport, sync.team, [*sync.parameters, *sync.buffers], root)
+    broadcast(sync.team, [*sync.parameters, *sync.buffers], root)
     for optimizer in optimizers:
-        state = broadcast_structure(transport, sync.team, optimizer.state_dict(), root)
+        state = broadcast_structure(sync.team, optimizer.state_dict(), root)
         if transport.rank != root:
             optimizer.load_state_dict(state)
 

@@ -1,4 +1,4 @@
-"""Which rows of the root's tensors each rank computes, and the two operators that move rows and weights."""
+"""The rows of the root's tensors that each rank computes, and the two operators that move rows and weights."""
 
 from __future__ import annotations
 
@@ -22,20 +22,11 @@ Cuts = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Places:
-    """The ranks of a container.
-
-    Attributes
-    ----------
-    transport : Transport
-    ranks : tuple of int
-        World ranks in the order of the rows they compute.
-    root : int
-        A position among them.
-    """
+    """The ranks of a container."""
 
     transport: Transport
-    ranks: tuple[int, ...]
-    root: int
+    ranks: tuple[int, ...]  # world ranks in the order of the rows they compute
+    root: int  # a position among them
 
     @cached_property
     def team(self) -> Team:
@@ -77,10 +68,7 @@ def dim_in(shape: Shape, dim: int) -> int | None:
 def rows_in(tensors: Sequence[TensorStructure], dim: int) -> int:
     """The length of all tensor arguments along the dim they are cut along; 0 where there is nothing to cut.
 
-    Raises
-    ------
-    ValueError
-        If they differ, or a tensor lacks the dim.
+    Raises ValueError if they differ, or a tensor lacks the dim.
     """
     cut = [(d, tensor.shape) for tensor in tensors if (d := dim_in(tensor.shape, dim)) is not None]
     if len({shape[d] for d, shape in cut}) > 1:
@@ -105,20 +93,19 @@ def runs(cuts: Cuts, place: int, root: int) -> bool:
     return cuts[place] < cuts[place + 1] or (place == root and not cuts[-1])
 
 
-def refusal(tensor: TensorStructure, what: str) -> TypeError | None:
-    """The error of a tensor that cannot be moved."""
+def check_movable(tensor: TensorStructure, what: str) -> None:
+    """Raise TypeError for a tensor that cannot be moved."""
     if tensor.kind != "Tensor":
-        return TypeError(f"{what} is {tensor.kind}, which cannot be moved")
+        raise TypeError(f"{what} is {tensor.kind}, which cannot be moved")
     dtype = tensor.dtype
     assert dtype is not None
     if tensor.device == "meta" or (dtype.is_floating_point and dtype.itemsize == 1) or "q" in str(dtype):
-        return TypeError(f"{what}, of {dtype} on device {tensor.device}, cannot be moved")
-    return None
+        raise TypeError(f"{what}, of {dtype} on device {tensor.device}, cannot be moved")
 
 
 @dataclass(frozen=True)
 class Report:
-    """What a replica returned: its nesting, and per item a tensor's structure or a type's name."""
+    """A replica's return value: its nesting, and per item a tensor's structure or a type's name."""
 
     nesting: str
     items: tuple[TensorStructure, ...]
@@ -143,10 +130,7 @@ class Output:
 def outputs_of(reports: Mapping[int, Report], parts: int, dim: int) -> list[Output]:
     """How to put the replicas' outputs together, from the reports by position of the ranks that ran.
 
-    Raises
-    ------
-    ValueError, TypeError
-        If they do not fit. The text names the replicas.
+    Raises ValueError or TypeError, with a text that names the replicas, if they do not fit.
     """
     first, report = next(iter(reports.items()))
     for place, other in reports.items():
@@ -178,9 +162,7 @@ def _joined(number: int, pieces: dict[int, TensorStructure], parts: int, dim: in
     d = 0 if not piece.shape else dim_in(piece.shape, dim)
     assert d is not None
     for place, other in pieces.items():
-        error = refusal(other, f"{what} of replica {place}")
-        if error is not None:
-            raise error
+        check_movable(other, f"{what} of replica {place}")
         if (_rest(other, d), other.dtype, other.device) != (_rest(piece, d), piece.dtype, piece.device):
             raise ValueError(
                 f"{what} cannot be put together along dim {dim}: replica {first} returned {piece.dtype} of shape "

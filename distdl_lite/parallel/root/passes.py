@@ -1,4 +1,4 @@
-"""What all ranks of a `RootDataParallel` do together in a forward and a backward: rows and weights go out, results come back."""
+"""Forward and backward of all ranks of a `RootDataParallel` together: rows and weights go out, results come back."""
 
 from __future__ import annotations
 
@@ -9,8 +9,20 @@ from typing import Any
 import torch
 
 from distdl_lite.agreement import TensorStructure
+from distdl_lite.autograd import flattened, unflattened
+from distdl_lite.buckets import grouped
 from distdl_lite.operator import Operator
-from distdl_lite.parallel.root.batch import Output, Places, Report, cut_rows, dim_in, outputs_of, refusal, rows_in, runs
+from distdl_lite.parallel.root.batch import (
+    Output,
+    Places,
+    Report,
+    check_movable,
+    cut_rows,
+    dim_in,
+    outputs_of,
+    rows_in,
+    runs,
+)
 from distdl_lite.parallel.root.protocol import NAME, Agreed
 from distdl_lite.parallel.root.run import Call, Leaf, Result, Run, apply, autocast_modes, local_gradients, slotted
 from distdl_lite.parallel.root.weights import Weights
@@ -31,12 +43,10 @@ class Passes:
     def call(
         self, module: torch.nn.Module, dim: int, leaves: list[Any], nesting: Any, tensors: list[torch.Tensor]
     ) -> tuple[Call, list[torch.Tensor]]:
-        """What the root tells of a forward, and its weights."""
+        """The root's message to the others about a forward, and its weights."""
         structures = tuple(TensorStructure.of(tensor) for tensor in tensors)
         for number, structure in enumerate(structures):
-            error = refusal(structure, f"tensor {number} of the arguments")
-            if error is not None:
-                raise error
+            check_movable(structure, f"tensor {number} of the arguments")
         cuts = cut_rows(rows_in(structures, dim), len(self._team.ranks), self._team.root)
         copied = {i: tensor.detach().cpu().clone() for i, tensor in enumerate(tensors) if not tensor.dim()}
         arguments = slotted(leaves, nesting)
@@ -133,23 +143,21 @@ class Passes:
         self, run: Run, found: Sequence[torch.Tensor | None], used: Sequence[bool]
     ) -> list[torch.Tensor | None]:
         """Bring the ranks' gradients of the leaves to the root."""
-        groups: dict[Any, list[tuple[int, torch.Tensor]]] = {}
         totals: list[torch.Tensor | None] = [None] * len(found)
-        for i, (leaf, gradient) in enumerate(zip(run.leaves, found, strict=True)):
-            if not used[i]:
-                continue
-            gradient = torch.zeros_like(leaf.part) if gradient is None else gradient
-            if leaf.cutter is not None:
-                totals[i] = leaf.cutter.adjoint.apply(gradient)
-            else:
-                groups.setdefault((leaf.structure.dtype, leaf.structure.device), []).append((i, gradient))
-        for members in groups.values():
-            flat = torch.cat([gradient.reshape(-1) for _, gradient in members])
-            total = self._weights_operator(len(flat)).adjoint.apply(flat)
+        parts = [torch.zeros_like(leaf.part) if g is None else g for leaf, g in zip(run.leaves, found, strict=True)]
+        copies = []
+        for i, leaf in enumerate(run.leaves):
+            if used[i] and leaf.cutter is not None:
+                totals[i] = leaf.cutter.adjoint.apply(parts[i])
+            elif used[i]:
+                copies.append(i)
+        structures = [leaf.structure for leaf in run.leaves]
+        for group in grouped(copies, lambda i: (structures[i].dtype, structures[i].device)):
+            members = [parts[i] for i in group]
+            total = self._weights_operator(sum(part.numel() for part in members)).adjoint.apply(flattened(members))
             if self._team.place == self._team.root:
-                parts = total.split([gradient.numel() for _, gradient in members])
-                for (i, gradient), part in zip(members, parts, strict=True):
-                    totals[i] = part.view(gradient.shape)
+                for i, part in zip(group, unflattened(total, members), strict=True):
+                    totals[i] = part
         return totals
 
 
@@ -161,5 +169,5 @@ def _joined(output: Output, operator: Operator, block: torch.Tensor | None) -> t
 
 
 def _nothing_like(what: TensorStructure | Output) -> torch.Tensor:
-    """What a rank passes that holds nothing of a tensor."""
+    """The argument of an operator on a rank that holds nothing of a tensor."""
     return torch.empty(0, dtype=what.dtype, device=what.device)

@@ -1,4 +1,4 @@
-"""How ranks keep together where one of them alone knows what comes next: it says so, and all raise what one has found."""
+"""Protocol between the root and the other ranks: the root announces each operation, and an error on any rank is raised on all."""
 
 from __future__ import annotations
 
@@ -34,32 +34,20 @@ def unwrapped() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Order:
-    """What a rank does next: on the root what all shall do, elsewhere what the rank came for.
+    """A rank's next operation: on the root the one that all shall do, elsewhere the one that the rank came for.
 
-    Attributes
-    ----------
-    kind : str
-        "construct", "forward" and in it "outputs", "backward" and in it "gradients", "leave", or "serve", which is whatever
-        the root says.
-    container : int
-        Its number; of "serve", none.
-    number : int
-        Of the forward that a backward belongs to.
-    content : Any
-        What the root tells; of "outputs" and "gradients", what each rank has; of "serve", the containers' numbers, and those
-        of their forwards that await a backward.
-    error : (type, str) or None
-        The kind and text of an error, for which nothing can be done.
-    dropped : tuple of int
-        Numbers of the container's forwards whose graphs the root has let go.
+    Its kind is "construct", "forward" and in it "outputs", "backward" and in it "gradients", "leave", or "serve", which is
+    whatever the root says.
     """
 
     kind: str
-    container: int = 0
-    number: int = 0
+    container: int = 0  # its number; of "serve", none
+    number: int = 0  # of the forward that a backward belongs to
+    # The root's data; of "outputs" and "gradients" each rank's; of "serve" the numbers of containers, and those of their
+    # forwards that await a backward.
     content: Any = None
-    error: tuple[type[Exception], str] | None = None
-    dropped: tuple[int, ...] = ()
+    error: tuple[type[Exception], str] | None = None  # for which nothing can be done
+    dropped: tuple[int, ...] = ()  # numbers of the container's forwards whose graphs the root has let go
 
     def fits(self, root: Order) -> bool:
         if self.kind == "serve":
@@ -77,13 +65,10 @@ class Order:
 
 
 def meet(team: Team, root: int, mine: Order, error: BaseException | None = None) -> dict[int, Order]:
-    """The orders of all of the team; `error` is what happened here.
+    """The orders of all of the team; `error` is one that this rank has found.
 
-    Raises
-    ------
-    Agreed
-        On all ranks, with the first one's error, or if one disagrees with the root. What ends the program on the root, such as
-        SystemExit, stays what it is there.
+    Raises `Agreed` on all ranks with the first one's error, or if one disagrees with the root. An exception that ends the
+    program on the root, such as SystemExit, stays what it is there.
     """
     orders = dict(zip(team, team.world.gather_objects(team, mine), strict=True))
     if error is not None and not isinstance(error, Exception) and team.world.rank == root:

@@ -87,13 +87,6 @@ class RootDataParallel(torch.nn.Module):
     ``state_dict()`` is that of `torch.nn.DataParallel`, with the prefix ``module.``; the root's is the one to save.
     """
 
-    _team: Places
-    _passes: Passes
-    _forwards: int  # counted by the root
-    _served: dict[int, Run]  # by number, those that the root may yet go back through
-    _dropped: list[int]  # on the root, numbers of those it will not
-    _left: int  # blocks that the root has left before this rank came to them
-
     def __init__(
         self,
         module: torch.nn.Module,
@@ -125,7 +118,7 @@ class RootDataParallel(torch.nn.Module):
         except Exception as found:
             error = found
         settings = {"dim": self.dim, "device_ids": self.device_ids, "output_device": self.output_device}
-        mine = Order("construct", content=(settings, _last_number(transport)), error=as_raised(error, NAME))
+        mine = Order("construct", content=(settings, transport.local.get(_NUMBER, 0)), error=as_raised(error, NAME))
         orders = meet(transport.team(ranks), ranks[0], mine, error)
         for name in settings:
             try:
@@ -152,7 +145,7 @@ class RootDataParallel(torch.nn.Module):
     def _register(self) -> None:
         """Take the next number, by which the ranks know the container."""
         transport = self.P.world_transport
-        self._number = transport.local[_NUMBER] = _last_number(transport) + 1
+        self._number = transport.local[_NUMBER] = transport.local.get(_NUMBER, 0) + 1
         transport.local.setdefault(_CONTAINERS, WeakValueDictionary())[self._number] = self
         ranks = tuple(self.P.ranks[rank] for rank in self.device_ids)
         self._team = Places(transport, ranks, self.device_ids.index(self.output_device))
@@ -203,7 +196,7 @@ class RootDataParallel(torch.nn.Module):
     def _check_surroundings(self) -> None:
         if _are_functorch_transforms_active():
             raise RuntimeError("torch.func's transforms (grad, vmap, ...) see the graph of one rank alone")
-        if self._blocks and _current_graph_task_id() != -1:
+        if self._team.transport.local.get(_BLOCKS) and _current_graph_task_id() != -1:
             raise RuntimeError(
                 "called again in a backward, as by a checkpoint around it: the ranks in serve() would draw other random "
                 "numbers; put the checkpoint inside the module"
@@ -228,7 +221,7 @@ class RootDataParallel(torch.nn.Module):
         return self._passes.forward(self.module, order.number, order.content, self._gather, tensors, weights)
 
     def _returned(self, run: Run, passed: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
-        """What goes out of forward, with the node whose backward all ranks run together."""
+        """The outputs of forward, with the node whose backward all ranks run together."""
         differentiable = [output.requires_grad for output, _ in run.outputs]
         if not self._is_root:
             run.returned, differentiable = [zero_volume_tensor()], [any(differentiable)]
@@ -241,19 +234,17 @@ class RootDataParallel(torch.nn.Module):
         dropped = tuple(self._dropped)
         del self._dropped[: len(dropped)]
         mine = Order(kind, self._number, number, content, as_raised(error, NAME), dropped)
-        order = self._orders(mine, error)[self._team.root_rank]
+        order = meet(self._team.team, self._team.root_rank, mine, error)[self._team.root_rank]
         self._team.transport.local[_IN_CALL] = order.kind != "leave"
         return order
 
     def _gather(self, kind: str, number: int, value: Any, error: BaseException | None) -> dict[int, Any]:
-        """What the ranks have, by position, without those that have None; the error is one of this rank's replica."""
+        """The ranks' values by position, without those that have None; the error is one of this rank's replica."""
         where = f"{NAME}: replica {self._team.place}, on rank {self._team.transport.rank}"
-        orders = self._orders(Order(kind, self._number, number, value, as_raised(error, where)), error)
+        mine = Order(kind, self._number, number, value, as_raised(error, where))
+        orders = meet(self._team.team, self._team.root_rank, mine, error)
         found = [orders[rank].content for rank in self._team.ranks]
         return {place: content for place, content in enumerate(found) if content is not None}
-
-    def _orders(self, mine: Order, error: BaseException | None) -> dict[int, Order]:
-        return meet(self._team.team, self._team.root_rank, mine, error)
 
     @contextmanager
     def serve(self) -> Iterator[bool]:
@@ -271,7 +262,7 @@ class RootDataParallel(torch.nn.Module):
             if not self._is_root:
                 self._answer_until_left()
         local = self._team.transport.local
-        local[_BLOCKS], local[_IN_CALL] = self._blocks + 1, False
+        local[_BLOCKS], local[_IN_CALL] = local.get(_BLOCKS, 0) + 1, False
         try:
             yield self._is_root
         finally:
@@ -290,11 +281,6 @@ class RootDataParallel(torch.nn.Module):
                 self._team.transport.local[_IN_CALL] = False
                 raise
         self._team.transport.local[_IN_CALL] = False
-
-    @property
-    def _blocks(self) -> int:
-        """How many blocks of `serve` the script is in."""
-        return int(self._team.transport.local.get(_BLOCKS, 0))
 
     def _answer_until_left(self) -> None:
         containers = self._team.transport.local[_CONTAINERS]
@@ -325,22 +311,18 @@ class RootDataParallel(torch.nn.Module):
 _NUMBER = "number of the latest RootDataParallel"
 _CONTAINERS = "RootDataParallel by number"
 _IN_CALL = "whether the ranks are inside a call of RootDataParallel"
-_BLOCKS = "blocks of RootDataParallel.serve"
-
-
-def _last_number(transport: Any) -> int:
-    return int(transport.local.get(_NUMBER, 0))
+_BLOCKS = "blocks of RootDataParallel.serve that the script is in"
 
 
 def _unused() -> dict[str, Any]:
     """The attributes of a container that has not been called."""
     return {
-        "_team": None,
+        "_team": None,  # `Places`
         "_passes": None,
-        "_forwards": 0,
-        "_served": {},
-        "_dropped": [],
-        "_left": 0,
+        "_forwards": 0,  # counted by the root
+        "_served": {},  # runs by number, of the forwards that the root may yet go back through
+        "_dropped": [],  # on the root, numbers of those it will not
+        "_left": 0,  # blocks that the root has left before this rank came to them
     }
 
 

@@ -1,4 +1,4 @@
-"""What a rank does alone in a forward and a backward whose arguments one rank has."""
+"""One rank's own part of a forward and a backward whose arguments the root has."""
 
 from __future__ import annotations
 
@@ -26,33 +26,16 @@ from distdl_lite.parallel.root.weights import News
 
 @dataclass(frozen=True)
 class Call:
-    """What the root tells of a forward.
+    """All that the root tells of a forward."""
 
-    Attributes
-    ----------
-    arguments : bytes
-        Pickled, with a `Slot` for each tensor.
-    tensors : tuple of TensorStructure
-    copied : dict from number to Tensor
-        Those without dims, which have no rows.
-    dim : int
-        Along which tensors are cut, and outputs put together.
-    cuts : tuple of int
-        Of the rows over the ranks.
-    news : News
-        Of the weights.
-    is_grad_enabled : bool
-    autocast : dict from device type to dtype, None where it is off
-    """
-
-    arguments: bytes
+    arguments: bytes  # pickled, with a `Slot` for each tensor
     tensors: tuple[TensorStructure, ...]
-    copied: dict[int, torch.Tensor]
-    dim: int
-    cuts: Cuts
-    news: News
+    copied: dict[int, torch.Tensor]  # those without dims, which have no rows, by number
+    dim: int  # along which tensors are cut, and outputs put together
+    cuts: Cuts  # of the rows over the ranks
+    news: News  # of the weights
     is_grad_enabled: bool
-    autocast: dict[str, torch.dtype | None]
+    autocast: dict[str, torch.dtype | None]  # by device type, None where it is off
 
 
 @dataclass(frozen=True)
@@ -64,7 +47,7 @@ class Slot:
 
 @dataclass(frozen=True)
 class Leaf:
-    """What gets a gradient: this rank's part, and the operator that cut it, None for copies, whose gradients add up."""
+    """A tensor that gets a gradient: this rank's part, and the operator that cut it, None for copies."""
 
     structure: TensorStructure
     cutter: Operator | None
@@ -73,30 +56,18 @@ class Leaf:
 
 @dataclass(eq=False)
 class Run:
-    """A forward on one rank, as its backward needs it.
-
-    Attributes
-    ----------
-    number : int
-    leaves : list of Leaf
-    outputs : list of (Output, Operator)
-        The tensors returned, and the operators whose adjoints put them together.
-    local : list of tensors or None
-        This rank's outputs, None where the module was not applied, and once its graph is let go.
-    returned : list of tensors
-        What goes out, until it has.
-    """
+    """A forward on one rank, as its backward needs it."""
 
     number: int
     leaves: list[Leaf]
-    outputs: list[tuple[Output, Operator]]
-    local: list[torch.Tensor] | None
-    returned: list[torch.Tensor]
+    outputs: list[tuple[Output, Operator]]  # the operators' adjoints put them together
+    local: list[torch.Tensor] | None  # this rank's outputs; None if it has not applied the module, or let its graph go
+    returned: list[torch.Tensor]  # whole tensors, until forward has returned them
 
 
 @dataclass(frozen=True)
 class Result:
-    """What the module returned, flattened, and the tensors in it; one without dims as a vector."""
+    """The module's return value, flattened, and the tensors in it; one without dims as a vector."""
 
     items: list[Any]
     nesting: Any
@@ -128,13 +99,7 @@ def autocast_modes() -> dict[str, torch.dtype | None]:
 def apply(
     module: torch.nn.Module, call: Call, blocks: Sequence[torch.Tensor], weights: Mapping[str, torch.Tensor]
 ) -> Result:
-    """Apply a module to this rank's blocks under the root's modes; `weights` stand for its own of these names.
-
-    Raises
-    ------
-    TypeError
-        If it returns an object with tensors that torch's pytree does not know: the other ranks' would be lost.
-    """
+    """Apply a module to this rank's blocks under the root's modes; `weights` stand for its own of these names."""
     arguments = pickle.loads(call.arguments)
     with ExitStack() as modes:
         modes.enter_context(_no_hooks_from_outside())
@@ -146,7 +111,7 @@ def apply(
         args, kwargs = pytree.tree_map_only(Slot, lambda slot: passed[slot.number], arguments)
         items, nesting = pytree.tree_flatten(functional_call(module, weights, args, kwargs, tie_weights=False))
         tensors = [item if item.dim() else item.view(1) for item in items if isinstance(item, torch.Tensor)]
-    for item in items:
+    for item in items:  # no object that torch's pytree does not know: the other ranks' tensors in it would be lost
         if any(isinstance(inner, torch.Tensor) for inner in getattr(item, "__dict__", {}).values()):
             kind = type(item).__name__
             raise TypeError(f"the module returned a {kind} with tensors: register it with torch.utils._pytree")
@@ -171,13 +136,7 @@ def _no_hooks_from_outside() -> Iterator[None]:
 
 
 def local_gradients(run: Run, received: Sequence[torch.Tensor | None], keep: bool) -> list[torch.Tensor | None]:
-    """The gradients of this rank's leaves, given the outputs'; the graph is let go unless kept.
-
-    Raises
-    ------
-    TypeError
-        If one is sparse.
-    """
+    """The gradients of this rank's leaves, given the outputs'; the graph is let go unless kept."""
     local, leaves = run.local or [], [leaf.part for leaf in run.leaves]
     pairs = [(y, g) for y, g in zip(local, received, strict=False) if g is not None and y.requires_grad]
     if not keep:

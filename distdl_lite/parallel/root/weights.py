@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
 from distdl_lite.agreement import TensorStructure
+from distdl_lite.buckets import grouped
 from distdl_lite.operator import Operator
-from distdl_lite.parallel.root.batch import refusal
+from distdl_lite.parallel.root.batch import check_movable
 
 
 @dataclass(frozen=True)
@@ -24,28 +24,16 @@ class Weight:
 
 @dataclass(frozen=True)
 class News:
-    """What has changed since the weights were last sent.
+    """All that has changed since the weights were last sent."""
 
-    Attributes
-    ----------
-    weights : tuple of Weight, or None
-        All of them, if names, shapes, dtypes, devices or requires_grad have changed.
-    layers : dict from name to kind and options, or None
-        All of them, if one has changed.
-    training : tuple of bool
-        Of all modules inside.
-    groups : tuple of int
-        Which groups are sent.
-    """
-
-    weights: tuple[Weight, ...] | None
-    layers: dict[str, str] | None
-    training: tuple[bool, ...]
-    groups: tuple[int, ...]
+    weights: tuple[Weight, ...] | None  # all, if names, shapes, dtypes, devices or requires_grad have changed
+    layers: dict[str, str] | None  # kinds and options by name: all, if one has changed
+    training: tuple[bool, ...]  # of all modules inside
+    groups: tuple[int, ...]  # the numbers of those that are sent
 
 
 class Weights:
-    """What was last sent, as views of one flat tensor per group; a group is the parameters, or buffers, of a dtype.
+    """The weights that were last sent: views of one flat tensor per group, the parameters, or buffers, of a dtype.
 
     The root compares its module with it before each forward, bit by bit: version counters miss what fused optimizers, writes
     through ``.data`` and inference mode change.
@@ -96,12 +84,7 @@ class Weights:
         """Make a module on another rank a replica; its tensors in the order of the weights.
 
         Parameters stay what they are until others come, as graphs and checkpoints inside the module may need them again.
-        Buffers are fresh at each forward, which may change them.
-
-        Raises
-        ------
-        ValueError
-            If the module is not built as the root's.
+        Buffers are fresh at each forward, which may change them. ValueError if the module is not built as the root's.
         """
         if not self._is_installed:
             self._check(module)
@@ -124,9 +107,7 @@ class Weights:
     def _check(self, module: torch.nn.Module) -> None:
         shapes = {name: weight.structure.shape for weight in self.weights for name in weight.names}
         own_shapes = {name: tuple(tensor.shape) for name, tensor, _ in _named(module)}
-        pairs: list[tuple[Mapping[str, Any], Mapping[str, Any]]]
-        pairs = [(shapes, own_shapes), (self._layers, _layers(module))]
-        for wanted, own in pairs:
+        for wanted, own in ((shapes, own_shapes), (self._layers, _layers(module))):
             odd = sorted(name for name in {*wanted, *own} if wanted.get(name) != own.get(name))
             if odd:
                 texts = [f"{name} {own.get(name, 'missing')}, not {wanted.get(name, 'missing')}" for name in odd]
@@ -163,19 +144,15 @@ def _described(module: torch.nn.Module) -> tuple[tuple[Weight, ...], list[torch.
     weights = []
     for tensor, names, is_buffer in found.values():
         structure = TensorStructure.of(tensor)
-        error = refusal(structure, names[0])
-        if error is not None:
-            raise error
+        check_movable(structure, names[0])
         weights.append(Weight(tuple(names), structure, is_buffer))
     return tuple(weights), [tensor for tensor, _, _ in found.values()]
 
 
 def _groups(weights: Sequence[Weight]) -> list[list[int]]:
     """Positions of the weights that travel together."""
-    groups: dict[Any, list[int]] = {}
-    for i, weight in enumerate(weights):
-        groups.setdefault((weight.is_buffer, weight.structure.dtype, weight.structure.device), []).append(i)
-    return list(groups.values())
+    kinds = [(weight.is_buffer, weight.structure.dtype, weight.structure.device) for weight in weights]
+    return grouped(range(len(weights)), kinds.__getitem__)
 
 
 def _put(module: torch.nn.Module, weight: Weight, tensor: torch.Tensor) -> None:
