@@ -12,9 +12,10 @@ from distdl_lite import layout as lay
 from distdl_lite.layout import Dim, Layout, Shape
 from distdl_lite.nn.blocks import edge_pad
 from distdl_lite.nn.conv import overlap
-from distdl_lite.nn.conv.convolution import Convolution, Convolve
+from distdl_lite.nn.conv.convolution import Convolution
 from distdl_lite.nn.movement import Inputs
 from distdl_lite.nn.options import per_dim, plain
+from distdl_lite.nn.work_grid import Product
 from distdl_lite.operator import Operator
 from distdl_lite.partition import Partition
 from distdl_lite.reducer import reducer_of
@@ -71,13 +72,7 @@ class _DistributedConv(Convolution):
         P_y: Partition | None = None,
         P_w: Partition | None = None,
     ) -> None:
-        P_y = P_x if P_y is None else P_y
-        super().__init__(P_x, P_y, P_w)
-        self.P_x, self.P_y, self.P_w = P_x, P_y, P_w
-        self.in_channels, self.out_channels, self.groups = in_channels, out_channels, groups
-        self.kernel_size = per_dim(self, self.dims, "kernel_size", kernel_size)
-        self.stride = per_dim(self, self.dims, "stride", stride)
-        self.dilation = per_dim(self, self.dims, "dilation", dilation)
+        super().__init__((P_x, P_y, P_w), in_channels, out_channels, groups, kernel_size, stride, dilation)
         self.padding, self.padding_mode = plain(padding), padding_mode
         self._check_options()
         self.pads = self._pads()
@@ -141,7 +136,7 @@ class _DistributedConv(Convolution):
         padding = tuple(left if whole else 0 for (left, _), whole in zip(self.pads, self._whole, strict=True))
         return overlap.Kernel(self.kernel_size, self.stride, padding, self.dilation, groups)
 
-    def _convolution(self, box: lay.Box, held: lay.Box, global_shape: Shape, groups: int) -> Convolve:
+    def _convolution(self, box: lay.Box, held: lay.Box, global_shape: Shape, groups: int) -> Product:
         kernel, edge = self._kernel(groups), self._edge(box, held, global_shape)
         return kernel if edge is None else lambda z, weight, bias: kernel(edge(z), weight, bias)
 
@@ -154,16 +149,16 @@ class _DistributedConv(Convolution):
         return edge_pad((*held[:2], *wanted), held, global_shape, self.padding_mode)
 
     def _fused(
-        self, inputs: Inputs, X: Layout, Z: Layout, groups: int, fetch: Operator | None, convolve: Convolve
+        self, inputs: Inputs, X: Layout, Z: Layout, Y: Layout, fetch: Operator | None, product: Product | None
     ) -> overlap.Fused | None:
         weight, bias = self._distdl_places["weight"].replicas, self._distdl_places.get("bias")
-        if self.padding_mode not in ("zeros", "circular") or (fetch is None and weight.team.size == 1):
+        has_empty = any(a == b for dim in (*Z.dims, *Y.dims) for a, b in dim.ranges)
+        if has_empty or X.grid != Y.grid or self.padding_mode not in ("zeros", "circular"):
             return None
-
-        def compose(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-            return convolve(x if fetch is None else fetch(x), weight, bias)
-
-        kernel, slabs, copied = self._kernel(groups), (), fetch
+        if not inputs.dtype.is_floating_point or (fetch is None and weight.team.size == 1):
+            return None
+        assert isinstance(product, overlap.Kernel)
+        kernel, slabs, copied = product, (), fetch
         widest = math.prod(max(b - a for a, b in dim.ranges) for dim in X.dims) * inputs.dtype.itemsize
         if fetch is not None and widest >= overlap.LEAST_BYTES:
             kernel, copied = replace(kernel, padding=tuple(left for left, _ in self.pads)), None
@@ -172,6 +167,10 @@ class _DistributedConv(Convolution):
             slabs = overlap.slabs(X, Z, kernel, cut, self._distdl_transport, type(self).__name__) if exact else None
             if slabs is None:  # a node of its own for the halo keeps no second copy of a large block
                 return None
+
+        def compose(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+            return product(x if fetch is None else fetch(x), weight, bias)
+
         replicas = weight, bias and bias.replicas
         return overlap.Fused(
             kernel, copied, slabs, compose, inputs.requires_grad, replicas, reducer_of(self._distdl_transport)

@@ -11,9 +11,10 @@ import torch.nn.functional as F
 
 from distdl_lite import layout as lay
 from distdl_lite.layout import Dim, Layout, Shape
-from distdl_lite.nn.conv.convolution import Convolution, Convolve, per_channel, with_bias
+from distdl_lite.nn.conv.convolution import Convolution
 from distdl_lite.nn.module import Call
 from distdl_lite.nn.options import per_dim
+from distdl_lite.nn.work_grid import Product, with_bias
 from distdl_lite.partition import Partition
 
 _CONVOLUTIONS: dict[int, Any] = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
@@ -70,13 +71,7 @@ class _DistributedConvTranspose(Convolution):
         P_y: Partition | None = None,
         P_w: Partition | None = None,
     ) -> None:
-        P_y = P_x if P_y is None else P_y
-        super().__init__(P_x, P_y, P_w)
-        self.P_x, self.P_y, self.P_w = P_x, P_y, P_w
-        self.in_channels, self.out_channels, self.groups = in_channels, out_channels, groups
-        self.kernel_size = per_dim(self, self.dims, "kernel_size", kernel_size)
-        self.stride = per_dim(self, self.dims, "stride", stride)
-        self.dilation = per_dim(self, self.dims, "dilation", dilation)
+        super().__init__((P_x, P_y, P_w), in_channels, out_channels, groups, kernel_size, stride, dilation)
         self.padding = per_dim(self, self.dims, "padding", padding, least=0)
         self.output_padding = per_dim(self, self.dims, "output_padding", output_padding, least=0)
         self.padding_mode = padding_mode
@@ -153,7 +148,7 @@ class _DistributedConvTranspose(Convolution):
         )
         return lay.bounded(Dim(ranges, (3 + d,)), n, "none")
 
-    def _convolution(self, box: lay.Box, held: lay.Box, global_shape: Shape, groups: int) -> Convolve:
+    def _convolution(self, box: lay.Box, held: lay.Box, global_shape: Shape, groups: int) -> Product:
         cut = [d for d, whole in enumerate(self._whole) if not whole]
         padding = [0 if d in cut else p for d, p in enumerate(self.padding)]
         extra = [
@@ -163,25 +158,20 @@ class _DistributedConvTranspose(Convolution):
         # Where this rank's outputs stand among those that the held inputs reach, and how far they go beyond.
         window: list[slice] = [slice(None)] * (2 + self.dims)
         beyond = [0, 0] * self.dims  # of the last dim first, as torch wants it
-        is_cropped = False
+        is_all = True
         for d in cut:
             first, reach = self._first(d, held), self._reach(d, held[2 + d][1] - held[2 + d][0])
             start, stop = box[2 + d][0] - first, box[2 + d][1] - first
             window[2 + d] = slice(max(start, 0), min(stop, reach))
             right = 2 * (self.dims - d) - 1
             beyond[right - 1], beyond[right] = max(-start, 0), max(stop - reach, 0)
-            is_cropped = is_cropped or start > 0 or stop < reach
+            is_all = is_all and (start, stop) == (0, reach)
 
         function, stride, dilation = _CONVOLUTIONS[self.dims], self.stride, self.dilation
 
         def convolve(z: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-            inside = None if is_cropped or any(beyond) else bias
-            y = function(z, weight, inside, stride, padding, extra, groups, dilation)
-            if any(beyond):
-                return with_bias(F.pad(y[tuple(window)], beyond), bias)
-            if is_cropped:
-                return y[tuple(window)] if bias is None else y[tuple(window)] + per_channel(bias, y)
-            return y
+            y = function(z, weight, bias if is_all else None, stride, padding, extra, groups, dilation)
+            return y if is_all else with_bias(F.pad(y[tuple(window)], beyond), bias, self.dims)
 
         return convolve
 
