@@ -56,9 +56,18 @@ class Norm(Layer):
     # Whether statistics are tracked before the output is there: also in a checkpoint that ends with the layer, and whose
     # recomputation ends with the layer's saved tensors.
     tracks_early = True
+    uses_batch = True  # whether the input's own statistics are used
+    tracks = False  # whether running statistics are updated
+    may_track = False  # whether they may be in this mode, as `track_running_stats` can be switched
+    least_dims = 0
 
     def __init__(self, P_x: Partition, eps: float) -> None:
         super().__init__(P_x)
+        if P_x.dim < self.least_dims:
+            least = {2: "two", 3: "three"}[self.least_dims]
+            raise self._refuse(
+                f"P_x of shape {P_x.shape} has {P_x.dim} axes, a tensor (N, C, *space) has {least} or more"
+            )
         numbers(self, eps=eps)
         if eps < 0:
             raise self._refuse(f"eps={eps} must not be negative")
@@ -82,21 +91,6 @@ class Norm(Layer):
 
     # ---- what a subclass says ----------------------------------------------------------------------------------------
 
-    @property
-    def uses_batch(self) -> bool:
-        """Whether the input's own statistics are used."""
-        return True
-
-    @property
-    def tracks(self) -> bool:
-        """Whether running statistics are updated."""
-        return False
-
-    @property
-    def may_track(self) -> bool:
-        """Whether they may be in this mode, as `track_running_stats` can be switched."""
-        return False
-
     def blocks(self, shapes: Mapping[int, Shape]) -> Layout:
         """How the input lies over the grid, from the ranks' local shapes."""
         grid = self.P_x.grid_of_ranks
@@ -114,12 +108,12 @@ class Norm(Layer):
         return None
 
     def as_channels(self, x: torch.Tensor) -> torch.Tensor:
-        """A block as ``(B, K, *S)``."""
-        raise NotImplementedError
+        """A block as ``(B, K, *S)``; each channel of each sample apart unless a subclass says otherwise."""
+        return x.reshape(1, math.prod(x.shape[:2]), math.prod(x.shape[2:]))
 
     def per_channel(self, parameter: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        """A parameter for that view of a block `x`."""
-        raise NotImplementedError
+        """A parameter for that view of a block `x`; unlike repeat with second gradients also for no samples."""
+        return parameter.expand(x.shape[0], -1).reshape(-1)
 
     def saves_nothing(self) -> bool:
         """Whether torch's saves no tensor of such an input, so that a checkpoint does not run it again."""
@@ -231,3 +225,11 @@ class Norm(Layer):
         """Weight and bias as the input is cut."""
         weight, bias = read("weight"), read("bias")
         return (weight, bias) if built.fit is None else tuple(t if t is None else built.fit(t) for t in (weight, bias))
+
+
+def by_kernel(kernel: Callable[..., torch.Tensor], x: torch.Tensor, *arguments: Any) -> torch.Tensor:
+    """A kernel of torch applied to a block ``(N, C, *space)``, with three dims where one has length one.
+
+    The strides of that one may hide the order of memory; in more dims the kernel then reads the gradient in another order.
+    """
+    return kernel(x.reshape(*x.shape[:2], -1), *arguments).view(x.shape) if 1 in x.shape else kernel(x, *arguments)

@@ -21,11 +21,11 @@ class _LastDimsNorm(Norm):
         self,
         P_x: Partition,
         normalized_shape: int | Sequence[int],
-        eps: float,
-        elementwise_affine: bool,
-        bias: bool,
-        device: torch.device | str | None,
-        dtype: torch.dtype | None,
+        eps: float = 1e-5,
+        elementwise_affine: bool = True,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(P_x, eps)
         sizes = listed(normalized_shape)
@@ -87,18 +87,6 @@ class DistributedLayerNorm(_LastDimsNorm):
     """
 
     reaches_bias = True
-
-    def __init__(
-        self,
-        P_x: Partition,
-        normalized_shape: int | Sequence[int],
-        eps: float = 1e-5,
-        elementwise_affine: bool = True,
-        bias: bool = True,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__(P_x, normalized_shape, eps, elementwise_affine, bias, device, dtype)
 
     def alone(self, x: torch.Tensor, *held: torch.Tensor | None) -> torch.Tensor:
         return torch.layer_norm(x, self.normalized_shape, *held, self.eps)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,7 +12,7 @@ from distdl_lite import layout as lay
 from distdl_lite.layout import Dim, Layout, Shape
 from distdl_lite.nn.blocks import anchored
 from distdl_lite.nn.movement import weight_dtype
-from distdl_lite.nn.norm.base import Built, Norm
+from distdl_lite.nn.norm.base import Built, Norm, by_kernel
 from distdl_lite.nn.options import integers, numbers
 from distdl_lite.nn.parameter import constant
 from distdl_lite.partition import Partition
@@ -23,24 +22,21 @@ class _RunningNorm(Norm):
     """Base of both: weights and running statistics per channel."""
 
     _distdl_free = frozenset({"eps", "momentum"})
-    least_dims: int
-    form: str
 
     def __init__(
         self,
         P_x: Partition,
         num_features: int,
-        eps: float,
-        momentum: float | None,
-        affine: bool,
-        track_running_stats: bool,
-        device: torch.device | str | None,
-        dtype: torch.dtype | None,
-        bias: bool,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        bias: bool = True,
     ) -> None:
         super().__init__(P_x, eps)
-        if P_x.dim < self.least_dims:
-            raise self._refuse(f"P_x of shape {P_x.shape} has {P_x.dim} axes, a tensor {self.form} or more")
         integers(self, 0, num_features=num_features)
         numbers(self, momentum=0.0 if momentum is None else momentum)
         self.num_features, self.momentum = num_features, momentum
@@ -137,22 +133,7 @@ class DistributedBatchNorm(_RunningNorm):
 
     _distdl_free = frozenset({"eps", "momentum", "track_running_stats"})
     weights_are_per_row = True
-    least_dims, form = 2, "(N, C, *space) has two"
-
-    def __init__(
-        self,
-        P_x: Partition,
-        num_features: int,
-        eps: float = 1e-5,
-        momentum: float | None = 0.1,
-        affine: bool = True,
-        track_running_stats: bool = True,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-        *,
-        bias: bool = True,
-    ) -> None:
-        super().__init__(P_x, num_features, eps, momentum, affine, track_running_stats, device, dtype, bias)
+    least_dims = 2
 
     @property
     def gamma(self) -> torch.nn.Parameter | None:
@@ -239,7 +220,7 @@ class DistributedInstanceNorm(_RunningNorm):
     the batch. Gradients of weight and bias are summed by the reducer when backward ends.
     """
 
-    least_dims, form = 3, "(N, C, *space) has three"
+    least_dims = 3
     tracks_early = False  # as torch's
 
     def __init__(
@@ -255,7 +236,7 @@ class DistributedInstanceNorm(_RunningNorm):
         *,
         bias: bool = True,
     ) -> None:
-        super().__init__(P_x, num_features, eps, momentum, affine, track_running_stats, device, dtype, bias)
+        super().__init__(P_x, num_features, eps, momentum, affine, track_running_stats, device, dtype, bias=bias)
 
     def check_shape(self, shape: Shape) -> None:
         if self.uses_batch and math.prod(shape[2:]) == 1:
@@ -264,12 +245,6 @@ class DistributedInstanceNorm(_RunningNorm):
 
     def rows(self, X: Layout) -> tuple[tuple[Dim, ...], int]:
         return X.dims[:2], math.prod(lay.global_shape_of(X)[2:])
-
-    def as_channels(self, x: torch.Tensor) -> torch.Tensor:
-        return samples_as_channels(x)
-
-    def per_channel(self, parameter: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        return channels_of_samples(parameter, x)
 
     def factor(self) -> float:
         return 0.0 if self.momentum is None else self.momentum
@@ -284,34 +259,6 @@ class DistributedInstanceNorm(_RunningNorm):
 
     def alone(self, x: torch.Tensor, *held: torch.Tensor | None) -> torch.Tensor:
         weight, bias, *running = held
-        # In four dims or more torch's kernel would mistake some memory; see `unhidden`.
+        # As of a block with a dim of length one, see `by_kernel`: torch makes all channels those of one sample.
         y = F.instance_norm(x.flatten(2), *running, weight, bias, self.uses_batch, self.factor(), self.eps)
         return y.view(x.shape)
-
-
-def by_kernel(kernel: Callable[..., torch.Tensor], x: torch.Tensor, *arguments: Any) -> torch.Tensor:
-    """A kernel of torch applied to a block, with strides that tell the order of its memory, and of its gradient's."""
-    y = kernel(unhidden(x), *arguments)
-    if 1 in x.shape and y.requires_grad:
-        y.register_hook(lambda g: g if g is None else unhidden(g))  # none comes where double backward reaches nothing
-    return y
-
-
-def unhidden(x: torch.Tensor) -> torch.Tensor:
-    """The same memory with strides that tell its order: those of dims of length one may not, and torch's kernel mistakes it."""
-    for place in (1, -1) if 1 in x.shape else ():
-        seen = x.movedim(1, place)
-        if seen.is_contiguous():
-            return seen.reshape(-1).view(seen.shape).movedim(place, 1)
-    return x
-
-
-def samples_as_channels(x: torch.Tensor) -> torch.Tensor:
-    """``(N, C, *space)`` as ``(1, N C, points)``."""
-    batch, channels, *space = x.shape
-    return x.reshape(1, batch * channels, math.prod(space))
-
-
-def channels_of_samples(parameter: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """A parameter per channel for that view; unlike repeat with second gradients also for no samples."""
-    return parameter.expand(x.shape[0], -1).reshape(-1)
