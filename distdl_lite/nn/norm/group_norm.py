@@ -16,31 +16,22 @@ from distdl_lite.partition import Partition
 class DistributedGroupNorm(Norm):
     """Group normalisation over the tensor that the blocks over `P_x` form, equal to torch's.
 
-    Input and output ``(N, C, *space)`` with any number of spatial dims, in blocks of any sizes; the channels may be cut
-    inside a group. Ranks outside `P_x` pass and get zero-volume tensors; those inside with an empty block take part.
+    As `DistributedBatchNorm`, but for these points. The channels may be cut inside a group.
 
     Parameters
     ----------
     P_x : Partition
-        ``[P_b, P_c, *P_space]``. Parameters are in balanced blocks along ``P_c`` and replicated over the other axes.
+        As there.
     num_groups, num_channels, eps, affine, device, dtype, bias
-        As in torch.nn.GroupNorm.
-
-    Raises
-    ------
-    ValueError
-        On all ranks: in the constructor if `P_x` has less than two axes, or `num_groups` does not divide `num_channels`; at
-        build if the input has other channels, or there is one value per group (torch's text).
-    TypeError
-        At build, if the dtypes of input and weight do not go together.
+        As in torch.nn.GroupNorm. A ValueError in the constructor says if `num_groups` does not divide `num_channels`; one at
+        build tells of one value per group.
 
     Notes
     -----
     Where space is cut, or a group is, two float64 numbers per group and sample (for float64 input, three from each rank) are
     added up forward and two backward over the ranks that share the group; else nothing is communicated. The sum is one
     all-reduce, or one exchange of messages where groups lie across some cuts of the channels. Gradients of weight and bias are
-    summed by the reducer when backward ends. An input whose channels are not in balanced blocks costs one more exchange for
-    each parameter, which it moves to the input's blocks. The statistics are found as in `DistributedBatchNorm`.
+    summed by the reducer when backward ends.
     """
 
     reaches_bias = True

@@ -82,8 +82,7 @@ class DistributedLayerNorm(_LastDimsNorm):
     -----
     Where a normalised dim is cut, one all-reduce forward of two float64 numbers per row (for float64 input, three from each
     rank) and one of two backward, among the ranks that share rows; else none. Gradients of weight and bias are summed by the
-    reducer when backward ends. An input whose normalised dims are not in balanced blocks costs one more exchange for each
-    parameter, which it moves to the input's blocks. The statistics are found as in `DistributedBatchNorm`.
+    reducer when backward ends. Blocks that are not balanced, and statistics, are as in `DistributedBatchNorm`.
     """
 
     reaches_bias = True

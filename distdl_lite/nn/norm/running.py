@@ -124,7 +124,7 @@ class DistributedBatchNorm(_RunningNorm):
     Notes
     -----
     Each rank finds mean and sum of squared deviations of its block in float64, without a copy of it: peak extra memory is that
-    of 2^18 elements in float64, here and in backward. Float32 ranks add up ``(n, sum(x - c),
+    of 2^18 elements in float64, here and in backward. Float32 ranks add up ``(sum(x - c),
     sum((x - c)^2))`` about a common pivot c, the running mean; float64 ranks gather theirs and merge them exactly (Chan,
     Golub and LeVeque 1979). The gradients of weight and bias come out of the all-reduce in backward, already
     summed over the replicas. With running statistics in use nothing is communicated forward. An input whose channels are
@@ -193,31 +193,21 @@ class DistributedBatchNorm(_RunningNorm):
 class DistributedInstanceNorm(_RunningNorm):
     """Instance normalisation over the tensor that the blocks over `P_x` form, equal to torch's for every option.
 
-    Input and output ``(N, C, *space)`` with any number of spatial dims, in blocks of any sizes; each channel of each sample is
-    normalised over its space. Ranks outside `P_x` pass and get zero-volume tensors; those inside with an empty block take
-    part.
+    As `DistributedBatchNorm`, but for these points. Each channel of each sample is normalised over its space, so `P_x` and the
+    tensors ``(N, C, *space)`` have three dims or more; a ValueError at build tells of one spatial point to train with.
 
     Parameters
     ----------
     P_x : Partition
-        ``[P_b, P_c, *P_space]``. Parameters and buffers are in balanced blocks along ``P_c`` and replicated over the other
-        axes.
+        As there.
     num_features, eps, momentum, affine, track_running_stats, device, dtype, bias
         As in torch.nn.InstanceNorm1d/2d/3d, with whom a momentum of None keeps the running statistics.
 
-    Raises
-    ------
-    ValueError
-        On all ranks: in the constructor if `P_x` has less than three axes; at build if the input does not have the channels
-        that the layer has weights or statistics for, or one spatial point to train with (torch's text).
-    TypeError
-        At build, if the dtypes of input and weight do not go together.
-
     Notes
     -----
-    Where space is cut, one all-reduce forward and one backward, as in `DistributedBatchNorm`; else none, nor with running
-    statistics in use. Where these are updated and batch or space are cut, one more all-reduce averages the statistics over
-    the batch. Gradients of weight and bias are summed by the reducer when backward ends.
+    Where space is cut, one all-reduce forward and one backward; else none, nor with running statistics in use. Where these are
+    updated and batch or space are cut, one more all-reduce averages the statistics over the batch. Gradients of weight and
+    bias are summed by the reducer when backward ends.
     """
 
     least_dims = 3

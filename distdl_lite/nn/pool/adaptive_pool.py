@@ -13,11 +13,20 @@ import torch.nn.functional as F
 
 from distdl_lite import layout as lay
 from distdl_lite.layout import Dim, Range
-from distdl_lite.nn.blocks import Local, anchored, check_floating, connected_zeros, operator_between, torch_dtype, wide
+from distdl_lite.nn.blocks import (
+    Local,
+    anchored,
+    check_floating,
+    connected_zeros,
+    operator_between,
+    own_box,
+    torch_dtype,
+    wide,
+)
 from distdl_lite.nn.module import Call, Module
 from distdl_lite.nn.movement import Inputs
 from distdl_lite.nn.options import integers, listed
-from distdl_lite.nn.pool.spatial import SpatialLayer, View, applied, windows
+from distdl_lite.nn.pool.spatial import SpatialLayer, View, windows
 from distdl_lite.partition import Partition
 
 _MAX_POOLS = {1: F.adaptive_max_pool1d, 2: F.adaptive_max_pool2d, 3: F.adaptive_max_pool3d}
@@ -145,7 +154,8 @@ class _DistributedAdaptivePool(SpatialLayer):
         return Adaptive(length, length if size is None else size)
 
     def extra_repr(self) -> str:
-        return f"output_size={self.output_size}, P_x={self.P_x.shape}"
+        places = ", return_indices=True" if self.return_indices else ""
+        return f"output_size={self.output_size}, P_x={self.P_x.shape}{places}"
 
 
 class _DistributedAdaptiveMaxPool(_DistributedAdaptivePool):
@@ -163,11 +173,9 @@ class _DistributedAdaptiveMaxPool(_DistributedAdaptivePool):
 
     def local(self, views: Sequence[View]) -> Local:
         if all(view.is_whole for view in views):
-            return applied(_MAX_POOLS[self.dims], _sizes(views), self.return_indices)
+            pool = _MAX_POOLS[self.dims]
+            return partial(pool, output_size=_sizes(views), return_indices=self.return_indices)
         return largest(views, self.return_indices)
-
-    def extra_repr(self) -> str:
-        return super().extra_repr() + (", return_indices=True" if self.return_indices else "")
 
 
 class _DistributedAdaptiveAvgPool(_DistributedAdaptivePool):
@@ -185,18 +193,13 @@ class _DistributedAdaptiveAvgPool(_DistributedAdaptivePool):
         X, Y, geometries = self.layouts(inputs)
         met = [Dim(tuple(g.meets(*r) for r in d.ranges), d.axes) for g, d in zip(geometries, X.dims[2:], strict=True)]
         parts = replace(X, dims=(*X.dims[:2], *met))
-        box, held = parts.box(self._distdl_transport.rank), X.box(self._distdl_transport.rank)
-        assert box is not None
-        assert held is not None
-        is_whole = [n == 1 for n in X.grid.shape[2:]]
-        views = [
-            View(*v) for v in zip(geometries, lay.global_shape_of(X)[2:], box[2:], held[2:], is_whole, strict=True)
-        ]
+        views, shape = self.views(geometries, lay.global_shape_of(X)[2:], parts, X), lay.shape_of(own_box(self, parts))
         deliver = operator_between(parts, Y, self, inputs.requires_grad)
-        shape, dtype = lay.shape_of(box), inputs.dtype if all(is_whole) else wide(inputs.dtype)
+        is_whole = all(view.is_whole for view in views)
+        dtype = inputs.dtype if is_whole else wide(inputs.dtype)
         local: Local = partial(connected_zeros, shape, linear=is_mean(views))
         if 0 not in shape:
-            local = applied(_AVG_POOLS[self.dims], _sizes(views)) if all(is_whole) else averaged(views)
+            local = partial(_AVG_POOLS[self.dims], output_size=_sizes(views)) if is_whole else averaged(views)
         graph, result = inputs.requires_grad, inputs.dtype
 
         def run(layer: Module, x: torch.Tensor) -> torch.Tensor:
@@ -211,10 +214,8 @@ def is_mean(views: Sequence[View]) -> bool:
     return not all(view.is_whole for view in views) or all(view.geometry.outputs == 1 for view in views)
 
 
-def _sizes(views: Sequence[View]) -> int | tuple[int, ...]:
-    """The numbers of outputs; as one where they are equal, which torch is quicker to take."""
-    sizes = tuple(view.geometry.outputs for view in views)
-    return sizes[0] if len(set(sizes)) == 1 else sizes
+def _sizes(views: Sequence[View]) -> tuple[int, ...]:
+    return tuple(view.geometry.outputs for view in views)
 
 
 class DistributedAdaptiveMaxPool1d(_DistributedAdaptiveMaxPool):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import reduce
+from functools import partial, reduce
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from distdl_lite.layout import Range
 from distdl_lite.nn.blocks import Local, check_floating, torch_dtype, wide
 from distdl_lite.nn.movement import Inputs
 from distdl_lite.nn.options import booleans, integers, per_dim
-from distdl_lite.nn.pool.spatial import SpatialLayer, View, applied
+from distdl_lite.nn.pool.spatial import SpatialLayer, View
 from distdl_lite.partition import Partition
 
 _MAX_POOLS = {1: F.max_pool1d, 2: F.max_pool2d, 3: F.max_pool3d}
@@ -69,7 +69,8 @@ class _Pool(SpatialLayer):
     def extra_repr(self) -> str:
         parts = [f"kernel_size={self.kernel_size}", f"stride={self.stride}", f"padding={self.padding}"]
         parts += [f"dilation={self.dilation}"] if max(self.dilation) > 1 else []
-        return ", ".join([*parts, f"ceil_mode={self.ceil_mode}", f"P_x={self.P_x.shape}"])
+        parts += [f"ceil_mode={self.ceil_mode}", f"P_x={self.P_x.shape}"]
+        return ", ".join([*parts, *(["return_indices=True"] if self.return_indices else [])])
 
 
 def _padding(views: Sequence[View], left: bool) -> tuple[tuple[int, ...], tuple[int, ...] | None]:
@@ -152,32 +153,28 @@ class _DistributedMaxPool(_Pool):
         return found
 
     def local(self, views: Sequence[View]) -> Local:
+        pool = partial(
+            _MAX_POOLS[self.dims],
+            kernel_size=self.kernel_size,
+            stride=self.stride,
+            dilation=self.dilation,
+            ceil_mode=self.ceil_mode,
+            return_indices=self.return_indices,
+        )
         if all(view.is_whole for view in views):
-            arguments = (
-                self.kernel_size,
-                self.stride,
-                self.padding,
-                self.dilation,
-                self.ceil_mode,
-                self.return_indices,
-            )
-            return applied(_MAX_POOLS[self.dims], *arguments)
+            return partial(pool, padding=self.padding)
         # torch's own padding on the left never wins: a maximum of nothing but -inf has the serial gradient.
         native, before = _padding(views, left=True)
-        options = (self.kernel_size, self.stride, native, self.dilation, self.ceil_mode, self.return_indices)
 
-        def pool(z: torch.Tensor) -> Any:
+        def pool_of_part(z: torch.Tensor) -> Any:
             if before is not None:
-                z = F.pad(z, before, value=_lowest(z.dtype))
-            y = _MAX_POOLS[self.dims](z, *options)
+                z = F.pad(z, before, value=float("-inf") if z.dtype.is_floating_point else torch.iinfo(z.dtype).min)
+            y = pool(z, padding=native)
             if not self.return_indices:
                 return _cropped(y, views)
             return _cropped(y[0], views), _global_places(_cropped(y[1], views), z.shape[2:], views)
 
-        return pool
-
-    def extra_repr(self) -> str:
-        return super().extra_repr() + (", return_indices=True" if self.return_indices else "")
+        return pool_of_part
 
 
 def _global_places(places: torch.Tensor, held: Sequence[int], views: Sequence[View]) -> torch.Tensor:
@@ -187,10 +184,6 @@ def _global_places(places: torch.Tensor, held: Sequence[int], views: Sequence[Vi
         found += (places % n + view.held[0]) * stride
         places, stride = places // n, stride * view.length
     return found
-
-
-def _lowest(dtype: torch.dtype) -> float:
-    return float("-inf") if dtype.is_floating_point else torch.iinfo(dtype).min
 
 
 class DistributedMaxPool1d(_DistributedMaxPool):
@@ -269,7 +262,7 @@ class _DistributedAvgPool(_Pool):
         if all(view.is_whole for view in views):
             options = [] if self.dims == 1 else [self.divisor_override]
             arguments = (self.kernel_size, self.stride, self.padding, self.ceil_mode, self.count_include_pad, *options)
-            return applied(_AVG_POOLS[self.dims], *arguments)
+            return lambda z: _AVG_POOLS[self.dims](z, *arguments)
         native, before = _padding(views, left=False)
         counts = self._counts(views)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Protocol
@@ -10,8 +10,8 @@ from typing import Any, Protocol
 import torch
 
 from distdl_lite import layout as lay
-from distdl_lite.layout import Dim, Layout, Range
-from distdl_lite.nn.blocks import Local, anchored, connected_zeros, operator_between
+from distdl_lite.layout import Dim, Layout, Range, Shape
+from distdl_lite.nn.blocks import Local, anchored, connected_zeros, operator_between, own_box
 from distdl_lite.nn.module import Call, Module
 from distdl_lite.nn.movement import Inputs, agreed_inputs
 from distdl_lite.partition import Partition
@@ -107,18 +107,18 @@ class SpatialLayer(Module):
         geometries = [self.geometry(d, n, inputs) for d, n in enumerate(space)]
         return X, lay.balanced_blocks(grid, (batch, channels, *(g.outputs for g in geometries))), geometries
 
+    def views(self, geometries: Sequence[Any], space: Shape, Y: Layout, Z: Layout) -> list[View]:
+        """The spatial dims as this rank sees them, which computes its box of `Y` from that of `Z`."""
+        ranges, is_whole = (own_box(self, Y)[2:], own_box(self, Z)[2:]), (n == 1 for n in Y.grid.shape[2:])
+        return [View(*view) for view in zip(geometries, space, *ranges, is_whole, strict=True)]
+
     def _distdl_module_setup(self, input: tuple[Any, ...]) -> Call:
         inputs = self.inputs()
         X, Y, geometries = self.layouts(inputs)
-        grid, space = X.grid, lay.global_shape_of(X)[2:]
-        reads = [_reads(Y.dims[2 + d], g, n) for d, (g, n) in enumerate(zip(geometries, space, strict=True))]
-        Z = Layout(grid, (*Y.dims[:2], *reads))
-        box, held = Y.box(self._distdl_transport.rank), Z.box(self._distdl_transport.rank)
-        assert box is not None
-        assert held is not None
-        whole = [n == 1 for n in grid.shape[2:]]
-        views = [View(*view) for view in zip(geometries, space, box[2:], held[2:], whole, strict=True)]
-        shape = lay.shape_of(box)
+        space = lay.global_shape_of(X)[2:]
+        reads = (_reads(*dim) for dim in zip(Y.dims[2:], geometries, space, strict=True))
+        Z = Layout(X.grid, (*Y.dims[:2], *reads))
+        views, shape = self.views(geometries, space, Y, Z), lay.shape_of(own_box(self, Y))
         local = self.local(views) if 0 not in shape else partial(connected_zeros, shape, linear=self.is_linear(views))
         fetch, graph, dtype = operator_between(X, Z, self, inputs.requires_grad), inputs.requires_grad, inputs.dtype
 
@@ -145,11 +145,6 @@ def _reads(outputs: Dim, geometry: Geometry, length: int) -> Dim:
 def windows(z: torch.Tensor, dim: int, index: torch.Tensor) -> torch.Tensor:
     """The points that each output of a dim reads: of shape ``(..., outputs, taps, ...)`` for an index (outputs, taps)."""
     return z.index_select(dim, index.reshape(-1).to(z.device)).unflatten(dim, index.shape)
-
-
-def applied(function: Callable[..., Any], *arguments: Any) -> Local:
-    """torch's own function of a block, where no other rank's values count."""
-    return lambda z: function(z, *arguments)
 
 
 def with_places(y: Any) -> tuple[torch.Tensor, torch.Tensor]:
