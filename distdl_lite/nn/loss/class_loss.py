@@ -13,7 +13,7 @@ from distdl_lite import layout as lay
 from distdl_lite.agreement import raise_together
 from distdl_lite.autograd import reduce_from_team
 from distdl_lite.layout import Layout, Shape
-from distdl_lite.nn.blocks import wide
+from distdl_lite.nn.blocks import own_box, wide
 from distdl_lite.nn.loss.loss import Block, _DistributedLoss
 from distdl_lite.nn.module import Call
 from distdl_lite.nn.norm.softmax import CutDim, cut_dim, log_softmax
@@ -90,12 +90,9 @@ class DistributedNLLLoss(_DistributedLoss):
         return {name: getattr(self, name) for name in self._options}
 
     def _call(self, X: Layout, graph: bool) -> Call:
-        box = X.box(self._distdl_transport.rank)
-        assert box is not None
+        counts = X.grid.index(self._distdl_transport.rank)[self._axis] == 0
         over_classes = cut_dim(self, X, self._axis, graph)
-        index = X.grid.index(self._distdl_transport.rank)
-        counts = index is not None and index[self._axis] == 0
-        block = _ClassBlock(box, lay.global_shape_of(X), graph, over_classes, counts)
+        block = _ClassBlock(own_box(self, X), lay.global_shape_of(X), graph, over_classes, counts)
         return lambda layer, input, target: layer._reduced(input, target, block)
 
     def _check_weight(self, name: str, weight: torch.Tensor, shape: Shape) -> None:

@@ -17,7 +17,7 @@ from distdl_lite import layout as lay
 from distdl_lite.agreement import raise_together
 from distdl_lite.autograd import reduce_from_team
 from distdl_lite.layout import Box, Layout, Shape
-from distdl_lite.nn.blocks import anchored, connected_zeros, wide
+from distdl_lite.nn.blocks import anchored, connected_zeros, own_box, wide
 from distdl_lite.nn.module import Call, Module
 from distdl_lite.nn.movement import agreed_inputs
 from distdl_lite.nn.options import booleans, numbers
@@ -103,9 +103,7 @@ class _DistributedLoss(Module):
 
     def _call(self, X: Layout, graph: bool) -> Call:
         """What forward does on several ranks."""
-        box = X.box(self._distdl_transport.rank)
-        assert box is not None
-        block = Block(box, lay.global_shape_of(X), graph)
+        block = Block(own_box(self, X), lay.global_shape_of(X), graph)
         return lambda layer, input, target: layer._reduced(input, target, block)
 
     def _target_shape(self, input: Shape, target: Shape, dtype: torch.dtype) -> Shape:
