@@ -203,15 +203,12 @@ class _ChannelDropout(DistributedDropout):
 
 
 class DistributedDropout1d(_ChannelDropout):
-    __doc__ = _ChannelDropout.__doc__
     _dims = 1
 
 
 class DistributedDropout2d(_ChannelDropout):
-    __doc__ = _ChannelDropout.__doc__
     _dims = 2
 
 
 class DistributedDropout3d(_ChannelDropout):
-    __doc__ = _ChannelDropout.__doc__
     _dims = 3

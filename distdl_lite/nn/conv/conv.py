@@ -182,15 +182,12 @@ class _DistributedConv(Convolution):
 
 
 class DistributedConv1d(_DistributedConv):
-    __doc__ = _DistributedConv.__doc__
     dims = 1
 
 
 class DistributedConv2d(_DistributedConv):
-    __doc__ = _DistributedConv.__doc__
     dims = 2
 
 
 class DistributedConv3d(_DistributedConv):
-    __doc__ = _DistributedConv.__doc__
     dims = 3

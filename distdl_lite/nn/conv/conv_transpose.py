@@ -202,15 +202,12 @@ class _DistributedConvTranspose(Convolution):
 
 
 class DistributedConvTranspose1d(_DistributedConvTranspose):
-    __doc__ = _DistributedConvTranspose.__doc__
     dims = 1
 
 
 class DistributedConvTranspose2d(_DistributedConvTranspose):
-    __doc__ = _DistributedConvTranspose.__doc__
     dims = 2
 
 
 class DistributedConvTranspose3d(_DistributedConvTranspose):
-    __doc__ = _DistributedConvTranspose.__doc__
     dims = 3

@@ -185,7 +185,6 @@ def _part(value: Any, box: Box) -> Any:
 
 
 class DistributedMSELoss(_DistributedLoss):
-    __doc__ = _DistributedLoss.__doc__
     function = F.mse_loss
 
     def __init__(self, P_x: Partition, *, reduction: str = "mean") -> None:
@@ -193,7 +192,6 @@ class DistributedMSELoss(_DistributedLoss):
 
 
 class DistributedL1Loss(_DistributedLoss):
-    __doc__ = _DistributedLoss.__doc__
     function = F.l1_loss
 
     def __init__(self, P_x: Partition, *, reduction: str = "mean") -> None:
@@ -201,7 +199,6 @@ class DistributedL1Loss(_DistributedLoss):
 
 
 class DistributedSmoothL1Loss(_DistributedLoss):
-    __doc__ = _DistributedLoss.__doc__
     function = F.smooth_l1_loss
 
     def __init__(self, P_x: Partition, *, reduction: str = "mean", beta: float = 1.0) -> None:
@@ -212,7 +209,6 @@ class DistributedSmoothL1Loss(_DistributedLoss):
 
 
 class DistributedHuberLoss(_DistributedLoss):
-    __doc__ = _DistributedLoss.__doc__
     function = F.huber_loss
 
     def __init__(self, P_x: Partition, *, reduction: str = "mean", delta: float = 1.0) -> None:
@@ -223,7 +219,6 @@ class DistributedHuberLoss(_DistributedLoss):
 
 
 class DistributedBCELoss(_DistributedLoss):
-    __doc__ = _DistributedLoss.__doc__
     function = F.binary_cross_entropy
 
     def __init__(self, P_x: Partition, *, weight: torch.Tensor | None = None, reduction: str = "mean") -> None:
@@ -231,7 +226,6 @@ class DistributedBCELoss(_DistributedLoss):
 
 
 class DistributedBCEWithLogitsLoss(_DistributedLoss):
-    __doc__ = _DistributedLoss.__doc__
     function = F.binary_cross_entropy_with_logits
 
     def __init__(
@@ -246,7 +240,6 @@ class DistributedBCEWithLogitsLoss(_DistributedLoss):
 
 
 class DistributedKLDivLoss(_DistributedLoss):
-    __doc__ = _DistributedLoss.__doc__
     function = F.kl_div
     reductions = ("mean", "batchmean", "sum", "none")
 
@@ -256,7 +249,6 @@ class DistributedKLDivLoss(_DistributedLoss):
 
 
 class DistributedPoissonNLLLoss(_DistributedLoss):
-    __doc__ = _DistributedLoss.__doc__
     function = F.poisson_nll_loss
 
     def __init__(

@@ -219,30 +219,24 @@ def _sizes(views: Sequence[View]) -> tuple[int, ...]:
 
 
 class DistributedAdaptiveMaxPool1d(_DistributedAdaptiveMaxPool):
-    __doc__ = _DistributedAdaptivePool.__doc__
     dims = 1
 
 
 class DistributedAdaptiveMaxPool2d(_DistributedAdaptiveMaxPool):
-    __doc__ = _DistributedAdaptivePool.__doc__
     dims = 2
 
 
 class DistributedAdaptiveMaxPool3d(_DistributedAdaptiveMaxPool):
-    __doc__ = _DistributedAdaptivePool.__doc__
     dims = 3
 
 
 class DistributedAdaptiveAvgPool1d(_DistributedAdaptiveAvgPool):
-    __doc__ = _DistributedAdaptivePool.__doc__
     dims = 1
 
 
 class DistributedAdaptiveAvgPool2d(_DistributedAdaptiveAvgPool):
-    __doc__ = _DistributedAdaptivePool.__doc__
     dims = 2
 
 
 class DistributedAdaptiveAvgPool3d(_DistributedAdaptiveAvgPool):
-    __doc__ = _DistributedAdaptivePool.__doc__
     dims = 3

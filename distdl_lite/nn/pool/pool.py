@@ -187,17 +187,14 @@ def _global_places(places: torch.Tensor, held: Sequence[int], views: Sequence[Vi
 
 
 class DistributedMaxPool1d(_DistributedMaxPool):
-    __doc__ = _DistributedMaxPool.__doc__
     dims = 1
 
 
 class DistributedMaxPool2d(_DistributedMaxPool):
-    __doc__ = _DistributedMaxPool.__doc__
     dims = 2
 
 
 class DistributedMaxPool3d(_DistributedMaxPool):
-    __doc__ = _DistributedMaxPool.__doc__
     dims = 3
 
 
@@ -300,15 +297,12 @@ class _DistributedAvgPool(_Pool):
 
 
 class DistributedAvgPool1d(_DistributedAvgPool):
-    __doc__ = _DistributedAvgPool.__doc__
     dims = 1
 
 
 class DistributedAvgPool2d(_DistributedAvgPool):
-    __doc__ = _DistributedAvgPool.__doc__
     dims = 2
 
 
 class DistributedAvgPool3d(_DistributedAvgPool):
-    __doc__ = _DistributedAvgPool.__doc__
     dims = 3

@@ -171,84 +171,69 @@ class _DistributedConstantPad(_DistributedPad):
 
 
 class DistributedZeroPad1d(_DistributedPad):
-    __doc__ = _DistributedPad.__doc__
     dims = 1
 
 
 class DistributedZeroPad2d(_DistributedPad):
-    __doc__ = _DistributedPad.__doc__
     dims = 2
 
 
 class DistributedZeroPad3d(_DistributedPad):
-    __doc__ = _DistributedPad.__doc__
     dims = 3
 
 
 class DistributedConstantPad1d(_DistributedConstantPad):
-    __doc__ = _DistributedPad.__doc__
     dims = 1
 
 
 class DistributedConstantPad2d(_DistributedConstantPad):
-    __doc__ = _DistributedPad.__doc__
     dims = 2
 
 
 class DistributedConstantPad3d(_DistributedConstantPad):
-    __doc__ = _DistributedPad.__doc__
     dims = 3
 
 
 class DistributedReflectionPad1d(_DistributedPad):
-    __doc__ = _DistributedPad.__doc__
     dims = 1
     mode = "reflect"
 
 
 class DistributedReflectionPad2d(_DistributedPad):
-    __doc__ = _DistributedPad.__doc__
     dims = 2
     mode = "reflect"
 
 
 class DistributedReflectionPad3d(_DistributedPad):
-    __doc__ = _DistributedPad.__doc__
     dims = 3
     mode = "reflect"
 
 
 class DistributedReplicationPad1d(_DistributedPad):
-    __doc__ = _DistributedPad.__doc__
     dims = 1
     mode = "replicate"
 
 
 class DistributedReplicationPad2d(_DistributedPad):
-    __doc__ = _DistributedPad.__doc__
     dims = 2
     mode = "replicate"
 
 
 class DistributedReplicationPad3d(_DistributedPad):
-    __doc__ = _DistributedPad.__doc__
     dims = 3
     mode = "replicate"
 
 
 class DistributedCircularPad1d(_DistributedPad):
-    __doc__ = _DistributedPad.__doc__
     dims = 1
     mode = "circular"
 
 
 class DistributedCircularPad2d(_DistributedPad):
-    __doc__ = _DistributedPad.__doc__
     dims = 2
     mode = "circular"
 
 
 class DistributedCircularPad3d(_DistributedPad):
-    __doc__ = _DistributedPad.__doc__
     dims = 3
     mode = "circular"
