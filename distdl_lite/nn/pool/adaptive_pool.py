@@ -11,19 +11,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from distdl_lite import layout as lay
-from distdl_lite.layout import Dim, Range
+from distdl_lite.layout import Dim, Layout, Range
 from distdl_lite.nn.blocks import (
     Local,
-    anchored,
     check_floating,
-    connected_zeros,
-    operator_between,
-    own_box,
     torch_dtype,
     wide,
 )
-from distdl_lite.nn.module import Call, Module
 from distdl_lite.nn.movement import Inputs
 from distdl_lite.nn.options import integers, listed
 from distdl_lite.nn.pool.spatial import SpatialLayer, View, windows
@@ -135,6 +129,11 @@ class _DistributedAdaptivePool(SpatialLayer):
         In the constructor if the partition does not fit the dims or the size is not positive. On all ranks alike.
     TypeError
         At build, if integers are to be averaged.
+
+    Notes
+    -----
+    For averages each rank adds up what it holds of every window that meets its block, and the owner of an output adds these
+    shares: a global average moves one number per channel, not the tensor.
     """
 
     dims: int
@@ -179,34 +178,21 @@ class _DistributedAdaptiveMaxPool(_DistributedAdaptivePool):
 
 
 class _DistributedAdaptiveAvgPool(_DistributedAdaptivePool):
-    """Each rank averages what it holds of every window that meets its block, and the owner of an output adds up.
-
-    So a global average moves one number per channel, not the tensor.
-    """
-
     def result_dtype(self, inputs: Inputs) -> torch.dtype:
         check_floating(self, inputs)
         return torch_dtype(self, inputs, self.dims + 2, lambda x: _AVG_POOLS[self.dims](x, 1))
 
-    def _distdl_module_setup(self, input: tuple[Any, ...]) -> Call:
-        inputs = self.inputs()
-        X, Y, geometries = self.layouts(inputs)
-        met = [Dim(tuple(g.meets(*r) for r in d.ranges), d.axes) for g, d in zip(geometries, X.dims[2:], strict=True)]
-        parts = replace(X, dims=(*X.dims[:2], *met))
-        views, shape = self.views(geometries, lay.global_shape_of(X)[2:], parts, X), lay.shape_of(own_box(self, parts))
-        deliver = operator_between(parts, Y, self, inputs.requires_grad)
-        is_whole = all(view.is_whole for view in views)
-        dtype = inputs.dtype if is_whole else wide(inputs.dtype)
-        local: Local = partial(connected_zeros, shape, linear=is_mean(views))
-        if 0 not in shape:
-            local = partial(_AVG_POOLS[self.dims], output_size=_sizes(views)) if is_whole else averaged(views)
-        graph, result = inputs.requires_grad, inputs.dtype
+    def between(self, X: Layout, Y: Layout, geometries: Sequence[Any]) -> tuple[Layout, Layout]:
+        met = (Dim(tuple(g.meets(*r) for r in d.ranges), d.axes) for g, d in zip(geometries, X.dims[2:], strict=True))
+        return X, replace(X, dims=(*X.dims[:2], *met))
 
-        def run(layer: Module, x: torch.Tensor) -> torch.Tensor:
-            shares = local(anchored(x.to(result), graph)).to(dtype)
-            return (shares if deliver is None else deliver(shares)).to(result)
+    def is_linear(self, views: Sequence[View]) -> bool:
+        return is_mean(views)
 
-        return run
+    def local(self, views: Sequence[View]) -> Local:
+        if all(view.is_whole for view in views):
+            return partial(_AVG_POOLS[self.dims], output_size=_sizes(views))
+        return averaged(views)
 
 
 def is_mean(views: Sequence[View]) -> bool:

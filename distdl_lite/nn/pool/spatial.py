@@ -10,8 +10,8 @@ from typing import Any, Protocol
 import torch
 
 from distdl_lite import layout as lay
-from distdl_lite.layout import Dim, Layout, Range, Shape
-from distdl_lite.nn.blocks import Local, anchored, connected_zeros, operator_between, own_box
+from distdl_lite.layout import Dim, Layout, Range
+from distdl_lite.nn.blocks import Local, anchored, connected_zeros, operator_between, own_box, wide
 from distdl_lite.nn.module import Call, Module
 from distdl_lite.nn.movement import Inputs, agreed_inputs
 from distdl_lite.partition import Partition
@@ -58,7 +58,7 @@ class SpatialLayer(Module):
     """Base of layers without weights that treat each channel alone: pools and interpolation.
 
     Each rank fetches the inputs that its outputs read, wherever their owners are, by one operator, and computes alone. A dim
-    that is not cut stays whole. Override `geometry` and `local`.
+    that is not cut stays whole. Override `geometry` and `local`; also `between` where outputs are sums of what ranks compute.
 
     Parameters
     ----------
@@ -107,26 +107,30 @@ class SpatialLayer(Module):
         geometries = [self.geometry(d, n, inputs) for d, n in enumerate(space)]
         return X, lay.balanced_blocks(grid, (batch, channels, *(g.outputs for g in geometries))), geometries
 
-    def views(self, geometries: Sequence[Any], space: Shape, Y: Layout, Z: Layout) -> list[View]:
-        """The spatial dims as this rank sees them, which computes its box of `Y` from that of `Z`."""
-        ranges, is_whole = (own_box(self, Y)[2:], own_box(self, Z)[2:]), (n == 1 for n in Y.grid.shape[2:])
-        return [View(*view) for view in zip(geometries, space, *ranges, is_whole, strict=True)]
+    def between(self, X: Layout, Y: Layout, geometries: Sequence[Any]) -> tuple[Layout, Layout]:
+        """What `local` is given and what it computes: what the rank's outputs read, and these outputs."""
+        dims = zip(Y.dims[2:], geometries, lay.global_shape_of(X)[2:], strict=True)
+        return Layout(X.grid, (*Y.dims[:2], *(_reads(*dim) for dim in dims))), Y
 
     def _distdl_module_setup(self, input: tuple[Any, ...]) -> Call:
         inputs = self.inputs()
         X, Y, geometries = self.layouts(inputs)
-        space = lay.global_shape_of(X)[2:]
-        reads = (_reads(*dim) for dim in zip(Y.dims[2:], geometries, space, strict=True))
-        Z = Layout(X.grid, (*Y.dims[:2], *reads))
-        views, shape = self.views(geometries, space, Y, Z), lay.shape_of(own_box(self, Y))
+        Z, W = self.between(X, Y, geometries)
+        box, is_whole = own_box(self, W), [n == 1 for n in X.grid.shape[2:]]
+        dims = zip(geometries, lay.global_shape_of(X)[2:], box[2:], own_box(self, Z)[2:], is_whole, strict=True)
+        views, shape = [View(*dim) for dim in dims], lay.shape_of(box)
         local = self.local(views) if 0 not in shape else partial(connected_zeros, shape, linear=self.is_linear(views))
-        fetch, graph, dtype = operator_between(X, Z, self, inputs.requires_grad), inputs.requires_grad, inputs.dtype
+        graph, dtype = inputs.requires_grad, inputs.dtype
+        fetch, deliver = operator_between(X, Z, self, graph), operator_between(W, Y, self, graph)
+        added = dtype if all(is_whole) else wide(dtype)
 
         def run(layer: SpatialLayer, x: torch.Tensor) -> Any:
             x = x.to(dtype)
             # Also where nothing moves: a checkpoint around it runs the layer again on the ranks that have a graph.
             y = local(anchored(x, graph) if fetch is None else fetch(x))
-            return with_places(y) if layer.return_indices else y
+            if layer.return_indices:
+                return with_places(y)
+            return (y if deliver is None else deliver(y.to(added))).to(dtype)
 
         return run
 
