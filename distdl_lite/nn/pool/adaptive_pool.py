@@ -12,12 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from distdl_lite.layout import Dim, Layout, Range
-from distdl_lite.nn.blocks import (
-    Local,
-    check_floating,
-    torch_dtype,
-    wide,
-)
+from distdl_lite.nn.blocks import Local, check_floating, torch_dtype, wide
 from distdl_lite.nn.movement import Inputs
 from distdl_lite.nn.options import integers, listed
 from distdl_lite.nn.pool.spatial import SpatialLayer, View, windows
@@ -110,8 +105,7 @@ def averaged(views: Sequence[View]) -> Local:
 class _DistributedAdaptivePool(SpatialLayer):
     """A pool to a given number of outputs over the tensor that the blocks over `P_x` form, equal to torch's.
 
-    Input ``(N, C, *space)`` in blocks of any sizes, cut along any dims; output in balanced blocks over `P_x`, whose ranks
-    call it together. Ranks outside return what they pass.
+    Input, output and ranks are as for `DistributedMaxPool2d`.
 
     Parameters
     ----------
@@ -120,8 +114,7 @@ class _DistributedAdaptivePool(SpatialLayer):
     output_size : int, None or sequence of them
         The global number of outputs per dim; None keeps the input's.
     return_indices : bool
-        Of a max pool: whether the blocks of maxima and of their places are returned, as a pair. A place is torch's: the flat
-        index into the spatial dims of the global tensor.
+        Of a max pool: whether the blocks of maxima and of their places are returned, as there.
 
     Raises
     ------

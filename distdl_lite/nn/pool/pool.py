@@ -204,8 +204,7 @@ class DistributedMaxPool3d(_DistributedMaxPool):
 class _DistributedAvgPool(_Pool):
     """An average pool over the tensor that the blocks over `P_x` form, equal to torch's.
 
-    Input ``(N, C, *space)`` of a floating dtype in blocks of any sizes, cut along any dims; output in balanced blocks over
-    `P_x`, whose ranks call it together. Ranks outside return what they pass.
+    As `DistributedMaxPool2d` but for the options, and the dtype of the input, which must be a floating one.
 
     Parameters
     ----------
@@ -217,8 +216,7 @@ class _DistributedAvgPool(_Pool):
     Raises
     ------
     ValueError
-        In the constructor if the partition does not fit the dims, or an option is one torch refuses; at build if the
-        input does not fit. On all ranks alike.
+        As there.
     TypeError
         At build, if the input is of an integer dtype, or of half precision in three dims on a CPU.
     """
@@ -269,7 +267,7 @@ class _DistributedAvgPool(_Pool):
             if isinstance(counts, int):
                 return _cropped(self._sums(z, native, counts), views)
             sums = _cropped(self._sums(z.to(wide(z.dtype)), native, 1), views)
-            return (sums / counts.to(sums)).to(z.dtype)
+            return sums / counts.to(sums)
 
         return pool
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, reduce
 from numbers import Integral, Real
 from typing import Any
 
@@ -202,17 +202,14 @@ class DistributedUpsample(SpatialLayer):
         if all(view.is_whole for view in views):
             return self._whole
         if self.mode == "area":
-            average = averaged(views)
-            return lambda z: average(z).to(z.dtype)
+            return averaged(views)
         if all(view.is_whole or view.geometry.factor for view in views):
             return self._blockwise(views)
         dims = [_placed(view) for view in views]
 
         def interpolate(z: torch.Tensor) -> torch.Tensor:
-            y = z if self._taps == 1 else z.to(wide(z.dtype))
-            for dim in range(z.dim() - 1, 1, -1):
-                y = _weighted(y, dim, *dims[dim - 2])
-            return y.to(z.dtype)
+            z = z if self._taps == 1 else z.to(wide(z.dtype))
+            return reduce(lambda y, dim: _weighted(y, dim, *dims[dim - 2]), range(z.dim() - 1, 1, -1), z)
 
         return interpolate
 
