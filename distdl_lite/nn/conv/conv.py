@@ -86,7 +86,6 @@ class _DistributedConv(Convolution):
             raise self._refuse(f"padding {self.padding!r} is neither 'same' nor 'valid'")
         if self.padding == "same" and any(s != 1 for s in self.stride):
             raise self._refuse(f"padding='same' needs stride 1, not {self.stride}")
-        self._check_sizes()
 
     def _pads(self) -> tuple[tuple[int, int], ...]:
         """Points of padding to the left and right of each spatial dim."""
@@ -108,16 +107,16 @@ class _DistributedConv(Convolution):
         return Layout(self._work, (Dim(outs, (1,)), in_dim, *(Dim(((0, k),)) for k in self.kernel_size)))
 
     def _output_space(self, space: Shape) -> Shape:
-        return tuple(self._output_length(d, n) for d, n in enumerate(space))
-
-    def _output_length(self, d: int, n: int) -> int:
-        length = n + sum(self.pads[d]) - self.dilation[d] * (self.kernel_size[d] - 1) - 1
-        if length < 0:
-            raise self._refuse(
-                f"dim {d + 2} of length {n} with padding {self.pads[d]} is shorter than the kernel of "
-                f"{self.kernel_size[d]} with dilation {self.dilation[d]}"
-            )
-        return length // self.stride[d] + 1
+        lengths = []
+        for d, (n, k, dilation) in enumerate(zip(space, self.kernel_size, self.dilation, strict=True)):
+            room = n + sum(self.pads[d]) - dilation * (k - 1) - 1
+            if room < 0:
+                raise self._refuse(
+                    f"dim {d + 2} of length {n} with padding {self.pads[d]} is shorter than the kernel of {k} with "
+                    f"dilation {dilation}"
+                )
+            lengths.append(room // self.stride[d] + 1)
+        return tuple(lengths)
 
     def _reads(self, d: int, n: int, cuts: Sequence[int]) -> Dim:
         if self._whole[d]:

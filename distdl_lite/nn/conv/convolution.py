@@ -41,16 +41,14 @@ class Convolution(WorkGridLayer):
         self.kernel_size = per_dim(self, self.dims, "kernel_size", kernel_size)
         self.stride = per_dim(self, self.dims, "stride", stride)
         self.dilation = per_dim(self, self.dims, "dilation", dilation)
+        integers(self, 1, out_channels=out_channels, groups=groups)
+        integers(self, 0, in_channels=in_channels)
+        if in_channels % groups or out_channels % groups:
+            raise self._refuse(
+                f"groups={groups} do not divide in_channels={in_channels} and out_channels={out_channels}"
+            )
 
     # ---- the constructor's parts -------------------------------------------------------------------------------------
-
-    def _check_sizes(self) -> None:
-        integers(self, 1, out_channels=self.out_channels, groups=self.groups)
-        integers(self, 0, in_channels=self.in_channels)
-        if self.in_channels % self.groups or self.out_channels % self.groups:
-            raise self._refuse(
-                f"groups={self.groups} do not divide in_channels={self.in_channels} and out_channels={self.out_channels}"
-            )
 
     def _place(self, bias: bool, device: Any, dtype: torch.dtype | None) -> None:
         """Lay out the work grid and put the parameters on it."""
