@@ -156,11 +156,11 @@ class _DistributedConvTranspose(Convolution):
             beyond[right - 1], beyond[right] = max(-start, 0), max(stop - reach, 0)
             is_all = is_all and (start, stop) == (0, reach)
 
-        function, stride, dilation = _CONVOLUTIONS[self.dims], self.stride, self.dilation
+        function, stride, dilation, dims = _CONVOLUTIONS[self.dims], self.stride, self.dilation, self.dims
 
         def convolve(z: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
             y = function(z, weight, bias if is_all else None, stride, padding, extra, groups, dilation)
-            return y if is_all else with_bias(F.pad(y[tuple(window)], beyond), bias, self.dims)
+            return y if is_all else with_bias(F.pad(y[tuple(window)], beyond), bias, dims)
 
         return convolve
 

@@ -48,8 +48,6 @@ class Convolution(WorkGridLayer):
                 f"groups={groups} do not divide in_channels={in_channels} and out_channels={out_channels}"
             )
 
-    # ---- the constructor's parts -------------------------------------------------------------------------------------
-
     def _place(self, bias: bool, device: Any, dtype: torch.dtype | None) -> None:
         """Lay out the work grid and put the parameters on it."""
         self._work = self._work_grid()
@@ -96,8 +94,6 @@ class Convolution(WorkGridLayer):
         width = self.in_channels // self.groups
         return outs, tuple((a // per_group * width, b // per_group * width) for a, b in outs), 1
 
-    # ---- what a subclass decides -------------------------------------------------------------------------------------
-
     def _weight_layout(self, outs: tuple[lay.Range, ...], ins: tuple[lay.Range, ...], axis: int) -> Layout:
         """The weight's blocks, for the ranges of output and input channels; `axis` of the work grid chooses the latter."""
         raise NotImplementedError
@@ -113,8 +109,6 @@ class Convolution(WorkGridLayer):
     def _convolution(self, box: lay.Box, held: lay.Box, global_shape: Shape, groups: int) -> Product:
         """The local convolution from the inputs held to the outputs of the box; neither is empty."""
         raise NotImplementedError
-
-    # ---- set-up ------------------------------------------------------------------------------------------------------
 
     def layouts(self, shapes: Mapping[int, Shape], *wanted: Any) -> tuple[Layout, Layout, Layout, Layout]:
         """X, Z, the work grid's partial outputs, and Y, for the output's lengths if they are wanted; pure."""
@@ -136,15 +130,9 @@ class Convolution(WorkGridLayer):
     def _product(self, box: lay.Box, held: lay.Box, global_shape: Shape, dtype: torch.dtype) -> Product:
         shape = lay.shape_of(box)
         if 0 in shape or 0 in lay.shape_of(held):  # torch refuses to convolve nothing
-            return functools.partial(self._nothing, shape, dtype)
+            return functools.partial(_nothing, shape, dtype, self.dims)
         groups = 1 if self.groups == 1 else shape[1] * self.groups // self.out_channels
         return self._convolution(box, held, global_shape, groups)
-
-    def _nothing(
-        self, shape: Shape, dtype: torch.dtype, z: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
-    ) -> torch.Tensor:
-        """The convolution of an empty block, or to one."""
-        return with_bias(connected_zeros(shape, z, weight, added=bias).to(dtype), bias, self.dims)
 
     def extra_repr(self) -> str:
         parts = [f"{self.in_channels}, {self.out_channels}", f"kernel_size={self.kernel_size}", f"stride={self.stride}"]
@@ -157,3 +145,10 @@ class Convolution(WorkGridLayer):
     def _own_repr(self) -> list[str]:
         """What a subclass adds to `extra_repr`."""
         return []
+
+
+def _nothing(
+    shape: Shape, dtype: torch.dtype, dims: int, z: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+) -> torch.Tensor:
+    """The convolution of an empty block, or to one."""
+    return with_bias(connected_zeros(shape, z, weight, added=bias).to(dtype), bias, dims)
