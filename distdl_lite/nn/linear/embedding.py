@@ -105,8 +105,6 @@ class DistributedEmbedding(Layer):
             with torch.no_grad():
                 self.weight[self._local_padding] = 0
 
-    # ---- set-up ------------------------------------------------------------------------------------------------------
-
     def _distdl_module_setup(self, input: tuple[Any, ...]) -> Call:
         grid, transport = self.P.grid_of_ranks, self._distdl_transport
         inputs = agreed_inputs(self, self.P)

@@ -92,8 +92,6 @@ class _ParallelLinear(Layer):
         """What is done before and after the product, where the line has several ranks."""
         raise NotImplementedError
 
-    # ---- set-up ------------------------------------------------------------------------------------------------------
-
     def _lines(self, shapes: Mapping[int, Shape], rows: bool, copied: bool) -> tuple[Grid, list[Cuts], Cuts]:
         """P with an axis per dim, and the checked cut points of the leading dims and of the features.
 

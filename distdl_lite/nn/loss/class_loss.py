@@ -78,8 +78,6 @@ class DistributedNLLLoss(_DistributedLoss):
         super().__init__(P_x, reduction, weight=weight, ignore_index=ignore_index, **options)
         self._axis = 0 if P_x.dim == 1 else 1
 
-    # ---- set-up ------------------------------------------------------------------------------------------------------
-
     def _target_shape(self, input: Shape, target: Shape, dtype: torch.dtype) -> Shape:
         return self._without_classes(input)
 
@@ -98,8 +96,6 @@ class DistributedNLLLoss(_DistributedLoss):
     def _check_weight(self, name: str, weight: torch.Tensor, shape: Shape) -> None:
         if weight.shape != (shape[self._axis],):
             raise self._refuse(f"{name} of shape {tuple(weight.shape)} does not fit {shape[self._axis]} classes")
-
-    # ---- forward -----------------------------------------------------------------------------------------------------
 
     def _terms(self, input: torch.Tensor, target: torch.Tensor, block: _ClassBlock) -> torch.Tensor:
         if block.over_classes is None:

@@ -80,8 +80,6 @@ class _DistributedLoss(Module):
             else:
                 setattr(self, name, value)
 
-    # ---- set-up ------------------------------------------------------------------------------------------------------
-
     def _distdl_module_setup(self, input: tuple[Any, ...]) -> Call:
         grid, rank = self.P_x.grid_of_ranks, self._distdl_transport.rank
         inputs = agreed_inputs(self, self.P_x)
@@ -119,8 +117,6 @@ class _DistributedLoss(Module):
     def _local_options(self, box: Box) -> dict[str, Any]:
         """The options for a block: of a tensor that torch would broadcast to the whole input, the part that meets it."""
         return {name: _part(getattr(self, name), box) for name in self._options}
-
-    # ---- forward -----------------------------------------------------------------------------------------------------
 
     def _alone(self, input: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         options = {name: getattr(self, name) for name in self._options}

@@ -89,8 +89,6 @@ class Norm(Layer):
         self.place("weight", self._held if weight else None, constant(1.0), dtype, device)
         self.place("bias", self._held if weight and bias else None, constant(0.0), dtype, device)
 
-    # ---- what a subclass says ----------------------------------------------------------------------------------------
-
     def blocks(self, shapes: Mapping[int, Shape]) -> Layout:
         """How the input lies over the grid, from the ranks' local shapes."""
         grid = self.P_x.grid_of_ranks
@@ -137,8 +135,6 @@ class Norm(Layer):
 
     def track(self, built: Built, mean: torch.Tensor, var: torch.Tensor) -> None:
         """Update running statistics by those of the rows."""
-
-    # ---- set-up ------------------------------------------------------------------------------------------------------
 
     def _distdl_module_setup(self, input: tuple[Any, ...]) -> Built:
         (x,) = input
@@ -193,8 +189,6 @@ class Norm(Layer):
         if held in (None, inputs.dtype, wide(inputs.dtype)):
             return
         raise self._refuse(f"the input has dtype {inputs.dtype}, weights and statistics {held}", TypeError)
-
-    # ---- forward -----------------------------------------------------------------------------------------------------
 
     def _run(self, x: torch.Tensor, built: Built) -> torch.Tensor:
         rows = built.rows

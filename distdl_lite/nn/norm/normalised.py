@@ -102,9 +102,6 @@ def normalised(
     return _Normalise.apply(x, weight, bias, anchor, pivot, eps, rows, shape, track)
 
 
-# ---- statistics ------------------------------------------------------------------------------------------------------
-
-
 def _statistics(x: torch.Tensor, pivot: torch.Tensor, rows: Rows) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean and biased variance of each row over all ranks, in float64; zero and mean square if it is not centred."""
     n, mean, var = _own_statistics(x, rows)
@@ -173,9 +170,6 @@ def _merged(
     shares = n / spread(total).clamp(min=1)
     merged = add(shares * mean)
     return total, merged, add(shares * (var + (mean - spread(merged)) ** 2))
-
-
-# ---- the function ----------------------------------------------------------------------------------------------------
 
 
 class _Normalise(Node):
@@ -306,9 +300,6 @@ def _sums(
         sums[:, part[1]] += torch.stack([g.sum(over), z.sum(over)])
     sums[1] = (sums[1] - rest * sums[0]) * scale
     return sums, of_elements
-
-
-# ---- gradients of gradients ------------------------------------------------------------------------------------------
 
 
 def _composed(

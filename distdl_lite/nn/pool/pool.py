@@ -94,9 +94,6 @@ def _cropped(y: torch.Tensor, views: Sequence[View]) -> torch.Tensor:
     return y if y.shape[2:] == sizes else y[(..., *map(slice, sizes))]
 
 
-# ---- maximum ---------------------------------------------------------------------------------------------------------
-
-
 class _DistributedMaxPool(_Pool):
     """A max pool over the tensor that the blocks over `P_x` form, equal to torch's.
 
@@ -196,9 +193,6 @@ class DistributedMaxPool2d(_DistributedMaxPool):
 
 class DistributedMaxPool3d(_DistributedMaxPool):
     dims = 3
-
-
-# ---- average ---------------------------------------------------------------------------------------------------------
 
 
 class _DistributedAvgPool(_Pool):

@@ -83,8 +83,6 @@ class DistributedFFT(Module):
         if len(self.s) != len(self.dim):
             raise self._refuse(f"s={self.s} does not have a length for each of dim={self.dim}")
 
-    # ---- set-up ------------------------------------------------------------------------------------------------------
-
     def _distdl_module_setup(self, input: tuple[Any, ...]) -> Call:
         inputs = agreed_inputs(self, self.P_x)
         torch_dtype(self, inputs, 1, partial(_TRANSFORMS[self.function], s=(1,)))

@@ -64,8 +64,6 @@ class _DistributedPad(Module):
                 f"P_x of shape {P_x.shape} has {P_x.dim} axes, which does not fit {self.dims} padded dims"
             )
 
-    # ---- set-up ------------------------------------------------------------------------------------------------------
-
     def _distdl_module_setup(self, input: tuple[Any, ...]) -> Call:
         inputs = agreed_inputs(self, self.P_x)
         grid, first = self.P_x.grid_of_ranks, self.P_x.dim - self.dims
