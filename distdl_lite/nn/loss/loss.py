@@ -22,6 +22,7 @@ from distdl_lite.nn.module import Call, Module
 from distdl_lite.nn.movement import agreed_inputs
 from distdl_lite.nn.options import booleans, numbers
 from distdl_lite.partition import Partition
+from distdl_lite.transport import Team
 
 
 @dataclass(frozen=True)
@@ -97,12 +98,11 @@ class _DistributedLoss(Module):
                 self._check_weight(option, weight, lay.global_shape_of(X))
         if self._distdl_team.size == 1:
             return type(self)._alone
-        return self._call(X, inputs.requires_grad or targets.requires_grad)
-
-    def _call(self, X: Layout, graph: bool) -> Call:
-        """What forward does on several ranks."""
-        block = Block(own_box(self, X), lay.global_shape_of(X), graph)
+        block = self._block(X, inputs.requires_grad or targets.requires_grad)
         return lambda layer, input, target: layer._reduced(input, target, block)
+
+    def _block(self, X: Layout, graph: bool) -> Block:
+        return Block(own_box(self, X), lay.global_shape_of(X), graph)
 
     def _target_shape(self, input: Shape, target: Shape, dtype: torch.dtype) -> Shape:
         """The shape a target block of this shape and dtype must have."""
@@ -136,24 +136,34 @@ class _DistributedLoss(Module):
         input = anchored(input, block.graph)
         if self.reduction == "none":
             return self._terms(input, target, block)
-        dtype, error, failed = input.dtype, None, False
-        try:
+        dtype = input.dtype
+
+        def sums() -> torch.Tensor:
+            nonlocal dtype
             terms = self._terms(input, target, block)
             dtype = terms.dtype
-            total = terms.sum(dtype=wide(dtype)).double()
-            weight = self._weight(terms, target, block)
-        except Exception as raised:  # raised again below, on all ranks
-            error, failed = raised, True
-            total = weight = torch.zeros((), dtype=torch.float64, device=input.device)
-        parts = torch.stack([total, weight, torch.full_like(weight, failed)])
-        value, weight, failures = reduce_from_team(parts, self._distdl_team)
-        if failures.item():
-            raise_together(self._distdl_team, error, self._distdl_label)
+            return torch.stack([terms.sum(dtype=wide(dtype)).double(), self._weight(terms, target, block)])
+
+        nothing = torch.zeros(2, dtype=torch.float64, device=input.device)
+        value, weight = self._added_up(sums, nothing, self._distdl_team)
         if self.reduction == "mean":
             value = self._mean(value, weight.detach())
         elif self.reduction == "batchmean":
             value = value / block.global_shape[0]
         return value.to(dtype)
+
+    def _added_up(self, parts: Callable[[], torch.Tensor], nothing: torch.Tensor, team: Team) -> torch.Tensor:
+        """Sums over a team, which travel with whether any rank failed to find its parts: then all of them raise."""
+        error = None
+        try:
+            mine = parts()
+        except Exception as raised:
+            error, mine = raised, nothing
+        failed = mine.new_full((1,), error is not None)
+        sums = reduce_from_team(torch.cat([mine.reshape(-1), failed]), team)
+        if sums[-1].item():
+            raise_together(team, error, self._distdl_label)
+        return sums[:-1].view(mine.shape)
 
     def _terms(self, input: torch.Tensor, target: torch.Tensor, block: Block) -> torch.Tensor:
         """This rank's terms of the sum."""
