@@ -44,6 +44,17 @@ def per_dim(layer: Module, dims: int, name: str, value: int | Sequence[int], lea
     return tuple(map(operator.index, values))
 
 
+def different_dims(layer: Module, dims: int, value: int | Sequence[int]) -> tuple[int, ...]:
+    """The dims that an option `dim` names, of a tensor of so many, counted from the first one on."""
+    named = listed(value)
+    for d in named:
+        integers(layer, dim=d)
+    found = tuple(d % dims for d in named)
+    if any(not -dims <= d < dims for d in named) or len(set(found)) != len(found):
+        raise layer._refuse(f"dim={value} are not different dims of a tensor of {dims} dims")
+    return found
+
+
 def _is_integer(value: Any) -> bool:
     try:
         operator.index(value)

@@ -16,7 +16,7 @@ from distdl_lite.layout import Dim, Shape
 from distdl_lite.nn.blocks import Local, operator_between, torch_dtype
 from distdl_lite.nn.module import Call, Module
 from distdl_lite.nn.movement import agreed_inputs
-from distdl_lite.nn.options import integers, listed
+from distdl_lite.nn.options import different_dims, integers, listed
 from distdl_lite.partition import Partition
 
 _TRANSFORMS = {"fft": torch.fft.fftn, "ifft": torch.fft.ifftn, "rfft": torch.fft.rfftn, "irfft": torch.fft.irfftn}
@@ -70,16 +70,15 @@ class DistributedFFT(Module):
         self.P_x, self.function, self.norm = P_x, function, norm
         self.dim = listed(dim)
         self.s = (-1,) * len(self.dim) if s is None else listed(s)
-        for name, values in (("dim", self.dim), ("s", self.s)):
-            for value in values:
-                integers(self, **{name: value})
+        for value in self.s:
+            integers(self, s=value)
         if function not in _TRANSFORMS:
             raise self._refuse(f"function {function!r} is none of {', '.join(_TRANSFORMS)}")
         if norm not in (None, "forward", "backward", "ortho"):
             raise self._refuse(f"norm {norm!r} is none of forward, backward, ortho")
-        self._dims = tuple(d % P_x.dim for d in self.dim)
-        if any(not -P_x.dim <= d < P_x.dim for d in self.dim) or not 0 < len(set(self._dims)) == len(self.dim):
-            raise self._refuse(f"dim={self.dim} are not different dims of a tensor of {P_x.dim} dims")
+        self._dims = different_dims(self, P_x.dim, self.dim)
+        if not self._dims:
+            raise self._refuse("dim=() are no dims")
         if len(self.s) != len(self.dim):
             raise self._refuse(f"s={self.s} does not have a length for each of dim={self.dim}")
 
