@@ -169,5 +169,6 @@ class DistributedEmbedding(Layer):
         return rows.masked_fill_(is_elsewhere.unsqueeze(-1), 0)
 
     def extra_repr(self) -> str:
-        padding = "" if self.padding_idx is None else f", padding_idx={self.padding_idx}"
-        return f"{self.num_embeddings}, {self.embedding_dim}{padding}, cut={self.cut!r}, P={self.P.shape}"
+        given = "" if self.padding_idx is None else f", padding_idx={self.padding_idx}"
+        given += ", scale_grad_by_freq=True" if self.scale_grad_by_freq else ""
+        return f"{self.num_embeddings}, {self.embedding_dim}{given}, cut={self.cut!r}, P={self.P.shape}"

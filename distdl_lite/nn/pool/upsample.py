@@ -229,8 +229,10 @@ class DistributedUpsample(SpatialLayer):
 
     def extra_repr(self) -> str:
         given = f"size={self.size}" if self.scale_factor is None else f"scale_factor={self.scale_factor}"
-        corners = "" if self.align_corners is None else f", align_corners={self.align_corners}"
-        return f"{given}, mode={self.mode!r}{corners}, P_x={self.P_x.shape}"
+        given += f", mode={self.mode!r}"
+        for name in ("align_corners", "recompute_scale_factor"):
+            given += "" if getattr(self, name) is None else f", {name}={getattr(self, name)}"
+        return f"{given}, P_x={self.P_x.shape}"
 
 
 def _placed(view: View) -> tuple[torch.Tensor, torch.Tensor]:
