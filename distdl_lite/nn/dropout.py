@@ -12,7 +12,7 @@ from distdl_lite.layout import Box, Shape
 from distdl_lite.nn.blocks import anchored, check_floating, own_box
 from distdl_lite.nn.module import Call, Module
 from distdl_lite.nn.movement import agreed_inputs
-from distdl_lite.nn.options import numbers
+from distdl_lite.nn.options import numbers, spatial_axes
 from distdl_lite.partition import Partition
 
 _HASHED_AT_ONCE = 2**16  # elements: the two int64 tensors of a hash then stay in the cache
@@ -174,21 +174,10 @@ class DistributedDropout(Module):
 
 
 class _ChannelDropout(DistributedDropout):
-    """Dropout of whole channels of the tensor ``(N, C, *space)`` that the blocks over `P_x` form.
+    """Dropout of whole channels of the tensor ``(N, C, *space)`` that the blocks over `P_x` form, any dim of which may be cut.
 
-    The mask is that of `DistributedDropout` for a tensor ``(N, C)``, whose description holds for the rest.
-
-    Parameters
-    ----------
-    P_x : Partition
-        ``[P_b, P_c, *P_space]``, any axis of which may be cut.
-    p, inplace
-        As in `DistributedDropout`.
-
-    Raises
-    ------
-    ValueError
-        As in `DistributedDropout`; also in the constructor if `P_x` has another number of axes.
+    The mask is that of `DistributedDropout` for a tensor ``(N, C)``, whose description holds for the rest. A ValueError in the
+    constructor says if `P_x` has another number of axes.
     """
 
     _masked = 2
@@ -196,10 +185,7 @@ class _ChannelDropout(DistributedDropout):
 
     def __init__(self, P_x: Partition, p: float = 0.5, inplace: bool = False) -> None:
         super().__init__(P_x, p, inplace)
-        if P_x.dim != 2 + self._dims:
-            raise self._refuse(
-                f"P_x of shape {P_x.shape} has {P_x.dim} axes, a tensor (N, C, *space) has {2 + self._dims} dims"
-            )
+        spatial_axes(self, "P_x", P_x, self._dims)
 
 
 class DistributedDropout1d(_ChannelDropout):

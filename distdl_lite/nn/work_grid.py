@@ -41,6 +41,21 @@ class WorkGridLayer(Layer):
         super().__init__(P_x, P_y, P_w)
         self.P_x, self.P_y, self.P_w = P_x, P_y, P_w
 
+    def _work_grid(self, out: int, axes: str) -> Grid:
+        """The grid on which the layer is computed; `out` is the axis of its output features, `axes` names all."""
+        x, y = self.P_x.shape, self.P_y.shape
+        if self.P_w is None:
+            return Grid((*y[: out + 1], 1, *y[out + 1 :]), self.P_y.ranks)
+        w, wanted = self.P_w.shape, (*y[: out + 1], x[out], *y[out + 1 :])
+        lead = max(len(w) - 2 - self.dims, 0)
+        shape = (*w[:lead], *(1,) * (out - lead), *w[lead:])
+        if shape != wanted:
+            raise self._refuse(
+                f"P_w of shape {w} does not fit P_x of shape {x} and P_y of shape {y}: {axes} must be {wanted} (axes of "
+                f"length one before P_out may be left out)"
+            )
+        return Grid(shape, self.P_w.ranks)
+
     def layouts(self, shapes: Mapping[int, Shape], *wanted: Any) -> tuple[Layout, Layout, Layout, Layout]:
         """X, Z, the work grid's partial outputs, and Y; pure."""
         raise NotImplementedError

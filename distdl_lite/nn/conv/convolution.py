@@ -9,11 +9,11 @@ from typing import Any
 import torch
 
 from distdl_lite import layout as lay
-from distdl_lite.grid import Grid, balanced
+from distdl_lite.grid import balanced
 from distdl_lite.layout import Dim, Layout, Shape, balanced_blocks, ranges_of
 from distdl_lite.nn.blocks import connected_zeros
 from distdl_lite.nn.movement import whose_blocks
-from distdl_lite.nn.options import integers, per_dim
+from distdl_lite.nn.options import integers, per_dim, spatial_axes
 from distdl_lite.nn.parameter import bias_bound, kaiming_bound, uniform
 from distdl_lite.nn.work_grid import Product, WorkGridLayer, with_bias
 from distdl_lite.partition import Partition
@@ -50,33 +50,17 @@ class Convolution(WorkGridLayer):
 
     def _place(self, bias: bool, device: Any, dtype: torch.dtype | None) -> None:
         """Lay out the work grid and put the parameters on it."""
-        self._work = self._work_grid()
+        for name, P in (("P_x", self.P_x), ("P_y", self.P_y)):
+            if P is None:
+                raise self._refuse(f"{name}: a Partition is needed, not None", TypeError)
+            spatial_axes(self, name, P, self.dims)
+        self._work = self._work_grid(1, "[P_b, P_out, P_in, *P_space]")
         self._channels = self._channel_cuts()
         weight = self._weight_layout(*self._channels)
         fan_in = torch.Size(lay.global_shape_of(weight)[1:]).numel()
         self.place("weight", weight, uniform(kaiming_bound(fan_in)), dtype, device)
         along = Layout(self.P_y.grid_of_ranks, (Dim(self._channels[0], (1,)),)) if bias else None
         self.place("bias", along, uniform(bias_bound(fan_in)), dtype, device)
-
-    def _work_grid(self) -> Grid:
-        """The grid [batch, out, in, *space] on which the convolution is computed."""
-        n = self.dims + 2
-        for name, P in (("P_x", self.P_x), ("P_y", self.P_y)):
-            if P is None:
-                raise self._refuse(f"{name}: a Partition is needed, not None", TypeError)
-            if P.dim != n:
-                raise self._refuse(f"{name} of shape {P.shape} has {P.dim} axes, a tensor (N, C, *space) has {n} dims")
-        x, y = self.P_x.shape, self.P_y.shape
-        if self.P_w is None:
-            return Grid((y[0], y[1], 1, *y[2:]), self.P_y.ranks)
-        shape = self.P_w.shape if self.P_w.dim == n + 1 else (1, *self.P_w.shape)
-        wanted = (y[0], y[1], x[1], *y[2:])
-        if shape != wanted:
-            raise self._refuse(
-                f"P_w of shape {self.P_w.shape} does not fit P_x of shape {x} and P_y of shape {y}: "
-                f"[P_b, P_out, P_in, *P_space] must be {wanted} (P_b may be left out where it is 1)"
-            )
-        return Grid(shape, self.P_w.ranks)
 
     def _channel_cuts(self) -> tuple[tuple[lay.Range, ...], tuple[lay.Range, ...], int]:
         """Ranges of output and input channels of the work grid, and the axis that chooses the input's."""

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from distdl_lite import layout as lay
-from distdl_lite.grid import Grid, balanced
+from distdl_lite.grid import balanced
 from distdl_lite.layout import Box, Dim, Layout, Shape, balanced_blocks, ranges_of
 from distdl_lite.nn.movement import whose_blocks
 from distdl_lite.nn.options import integers
@@ -60,7 +60,10 @@ class DistributedLinear(WorkGridLayer):
         super().__init__(P_x, P_y, P_w)
         integers(self, 0, in_features=in_features, out_features=out_features)
         self.in_features, self.out_features = in_features, out_features
-        self._work = self._work_grid()
+        x, y = self.P_x.shape, self.P_y.shape
+        if len(x) != len(y) or not x:
+            raise self._refuse(f"P_x of shape {x} and P_y of shape {y} must have one axis per dim of the tensors each")
+        self._work = self._work_grid(len(y) - 1, "[*P_lead, P_out, P_in]")
         lead = self._work.dim - 2
         self._outs = Dim(ranges_of(balanced(out_features, self._work.shape[lead])), (lead,))
         self._ins = Dim(ranges_of(balanced(in_features, self._work.shape[lead + 1])), (lead + 1,))
@@ -69,21 +72,6 @@ class DistributedLinear(WorkGridLayer):
         cuts = balanced(out_features, self.P_y.shape[-1])
         own = Layout(self.P_y.grid_of_ranks, (Dim(ranges_of(cuts), (self.P_y.dim - 1,)),))
         self.place("bias", own if bias else None, uniform(bias_bound(in_features)), dtype, device)
-
-    def _work_grid(self) -> Grid:
-        x, y = self.P_x.shape, self.P_y.shape
-        if len(x) != len(y) or not x:
-            raise self._refuse(f"P_x of shape {x} and P_y of shape {y} must have one axis per dim of the tensors each")
-        if self.P_w is None:
-            return Grid((*y, 1), self.P_y.ranks)
-        w, wanted = self.P_w.shape, (*y, x[-1])
-        shape = (*w[:-2], *(1,) * (len(wanted) - len(w)), *w[-2:])
-        if shape != wanted:
-            raise self._refuse(
-                f"P_w of shape {w} does not fit P_x of shape {x} and P_y of shape {y}: [*P_lead, P_out, P_in] must be "
-                f"{wanted} (lead axes of length one may be left out at the end)"
-            )
-        return Grid(shape, self.P_w.ranks)
 
     def layouts(self, shapes: Mapping[int, Shape]) -> tuple[Layout, Layout, Layout, Layout]:
         X = lay.blocks(self.P_x.grid_of_ranks, lay.cuts_from_shapes(self.P_x.grid_of_ranks, shapes))

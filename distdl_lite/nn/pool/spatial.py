@@ -14,6 +14,7 @@ from distdl_lite.layout import Dim, Layout, Range
 from distdl_lite.nn.blocks import Local, anchored, connected_zeros, operator_between, own_box, wide
 from distdl_lite.nn.module import Call, Module
 from distdl_lite.nn.movement import Inputs, agreed_inputs
+from distdl_lite.nn.options import spatial_axes
 from distdl_lite.partition import Partition
 
 
@@ -71,10 +72,7 @@ class SpatialLayer(Module):
     def __init__(self, P_x: Partition, dims: int) -> None:
         super().__init__(P_x)
         self.P_x, self.dims = P_x, dims
-        if P_x.dim != dims + 2:
-            raise self._refuse(
-                f"P_x of shape {P_x.shape} has {P_x.dim} axes, a tensor (N, C, *space) has {dims + 2} dims"
-            )
+        spatial_axes(self, "P_x", P_x, dims)
 
     def geometry(self, d: int, length: int, inputs: Inputs) -> Geometry:
         """The geometry of spatial dim `d`; the same on all ranks. Raises ValueError if the length does not fit."""
