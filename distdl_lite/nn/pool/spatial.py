@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
@@ -18,24 +18,15 @@ from distdl_lite.nn.options import spatial_axes
 from distdl_lite.partition import Partition
 
 
-class Geometry(Protocol):
-    """How the outputs of one spatial dim read its inputs."""
-
-    @property
-    def outputs(self) -> int:
-        """The global number of outputs."""
-
-    def reads(self, start: int, stop: int) -> Range:
-        """The input range that the outputs [start, stop) read; it may leave the dim, which ends it there."""
-
-
 @dataclass(frozen=True)
 class View:
     """One spatial dim as one rank sees it.
 
     Attributes
     ----------
-    geometry : Geometry
+    geometry
+        How outputs read inputs: `outputs`, their global number, and ``reads(start, stop)``, the input range that these read;
+        it may leave the dim, which ends it there.
     length : int
         The global number of inputs.
     block, held : (start, stop)
@@ -74,7 +65,7 @@ class SpatialLayer(Module):
         self.P_x, self.dims = P_x, dims
         spatial_axes(self, "P_x", P_x, dims)
 
-    def geometry(self, d: int, length: int, inputs: Inputs) -> Geometry:
+    def geometry(self, d: int, length: int, inputs: Inputs) -> Any:
         """The geometry of spatial dim `d`; the same on all ranks. Raises ValueError if the length does not fit."""
         raise NotImplementedError
 
@@ -89,11 +80,6 @@ class SpatialLayer(Module):
     def result_dtype(self, inputs: Inputs) -> torch.dtype:
         """The dtype of torch's result. Raises TypeError if torch's layer does not take the input's."""
         raise NotImplementedError
-
-    def inputs(self) -> Inputs:
-        """What the ranks passed, in the dtype of torch's result: where autocast chooses another, it is the input it casts."""
-        inputs = agreed_inputs(self, self.P_x)
-        return replace(inputs, dtype=self.result_dtype(inputs))
 
     def layouts(self, inputs: Inputs) -> tuple[Layout, Layout, list[Any]]:
         """The layouts of input and output, and the geometry of each spatial dim; the same on all ranks."""
@@ -111,7 +97,8 @@ class SpatialLayer(Module):
         return Layout(X.grid, (*Y.dims[:2], *(_reads(*dim) for dim in dims))), Y
 
     def _distdl_module_setup(self, input: tuple[Any, ...]) -> Call:
-        inputs = self.inputs()
+        inputs = agreed_inputs(self, self.P_x)
+        inputs = replace(inputs, dtype=self.result_dtype(inputs))  # where autocast chooses another, it casts the input
         X, Y, geometries = self.layouts(inputs)
         Z, W = self.between(X, Y, geometries)
         box, is_whole = own_box(self, W), [n == 1 for n in X.grid.shape[2:]]
@@ -136,7 +123,7 @@ class SpatialLayer(Module):
         return with_places(x) if self.return_indices else x
 
 
-def _reads(outputs: Dim, geometry: Geometry, length: int) -> Dim:
+def _reads(outputs: Dim, geometry: Any, length: int) -> Dim:
     """What the output blocks of a dim hold of the input."""
     if len(outputs.ranges) == 1:
         return Dim(((0, length),), outputs.axes)

@@ -22,7 +22,7 @@ from distdl_lite.nn.blocks import Local, check_floating, torch_dtype, wide
 from distdl_lite.nn.movement import Inputs
 from distdl_lite.nn.options import listed, plain
 from distdl_lite.nn.pool.adaptive_pool import Adaptive, averaged, is_mean
-from distdl_lite.nn.pool.spatial import Geometry, SpatialLayer, View, windows
+from distdl_lite.nn.pool.spatial import SpatialLayer, View, windows
 from distdl_lite.partition import Partition
 
 _LINEAR = {1: "linear", 2: "bilinear", 3: "trilinear"}
@@ -136,7 +136,7 @@ class DistributedUpsample(SpatialLayer):
         size = (1,) * self.dims
         return torch_dtype(self, inputs, self.dims + 2, lambda x: F.interpolate(x, size, None, self.mode))
 
-    def geometry(self, d: int, length: int, inputs: Inputs) -> Geometry:
+    def geometry(self, d: int, length: int, inputs: Inputs) -> Adaptive | _Interpolated:
         size, factor = self._sizes[d], self._factors[d]
         outputs = int(length * factor) if size is None else int(size)
         if outputs < 1:
