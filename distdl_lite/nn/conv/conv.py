@@ -74,33 +74,28 @@ class _DistributedConv(Convolution):
     ) -> None:
         super().__init__((P_x, P_y, P_w), in_channels, out_channels, groups, kernel_size, stride, dilation)
         self.padding, self.padding_mode = plain(padding), padding_mode
-        self._check_options()
         self.pads = self._pads()
         self._place(bias, device, dtype)
-        self._whole = tuple(self._is_whole(d) for d in range(self.dims))
-
-    def _check_options(self) -> None:
-        if self.padding_mode not in _PADDING_MODES:
-            raise self._refuse(f"padding_mode {self.padding_mode!r} is none of {', '.join(_PADDING_MODES)}")
-        if isinstance(self.padding, str) and self.padding not in ("same", "valid"):
-            raise self._refuse(f"padding {self.padding!r} is neither 'same' nor 'valid'")
-        if self.padding == "same" and any(s != 1 for s in self.stride):
-            raise self._refuse(f"padding='same' needs stride 1, not {self.stride}")
+        # A spatial dim may be left to the local convolution, which pads it without a copy.
+        pads = zip(self._work.shape[3:], self.pads, strict=True)
+        self._whole = tuple(
+            n == 1 and left == right and (padding_mode == "zeros" or left == 0) for n, (left, right) in pads
+        )
 
     def _pads(self) -> tuple[tuple[int, int], ...]:
-        """Points of padding to the left and right of each spatial dim."""
+        """Points of padding to the left and right of each spatial dim. Raises ValueError if torch refuses the options."""
+        if self.padding_mode not in _PADDING_MODES:
+            raise self._refuse(f"padding_mode {self.padding_mode!r} is none of {', '.join(_PADDING_MODES)}")
+        if not isinstance(self.padding, str):
+            return tuple((p, p) for p in per_dim(self, self.dims, "padding", self.padding, least=0))
         if self.padding == "valid":
             return ((0, 0),) * self.dims
-        if self.padding == "same":
-            total = [d * (k - 1) for d, k in zip(self.dilation, self.kernel_size, strict=True)]
-            return tuple((t // 2, t - t // 2) for t in total)
-        assert not isinstance(self.padding, str)
-        return tuple((p, p) for p in per_dim(self, self.dims, "padding", self.padding, least=0))
-
-    def _is_whole(self, d: int) -> bool:
-        """Whether a spatial dim is left to the local convolution, which pads it without a copy."""
-        left, right = self.pads[d]
-        return self._work.shape[3 + d] == 1 and left == right and (self.padding_mode == "zeros" or left == 0)
+        if self.padding != "same":
+            raise self._refuse(f"padding {self.padding!r} is neither 'same' nor 'valid'")
+        if any(s != 1 for s in self.stride):
+            raise self._refuse(f"padding='same' needs stride 1, not {self.stride}")
+        total = [d * (k - 1) for d, k in zip(self.dilation, self.kernel_size, strict=True)]
+        return tuple((t // 2, t - t // 2) for t in total)
 
     def _weight_layout(self, outs: tuple[lay.Range, ...], ins: tuple[lay.Range, ...], axis: int) -> Layout:
         in_dim = Dim(ins, (2,)) if axis == 2 else Dim(((0, self.in_channels // self.groups),))
