@@ -11,11 +11,12 @@ from typing import Any
 import torch
 
 from distdl_lite import layout as lay
+from distdl_lite.autograd import ANCHOR
 from distdl_lite.grid import balanced, ravel
 from distdl_lite.layout import Box, Dim, Layout, Shape, ranges_of
 from distdl_lite.nn.blocks import check_floating, connected_zeros, operator_between, wide
 from distdl_lite.nn.movement import Inputs, agreed_inputs, weight_dtype
-from distdl_lite.nn.norm.normalised import Rows, normalised
+from distdl_lite.nn.norm.normalised import Normalise, Rows
 from distdl_lite.nn.options import numbers
 from distdl_lite.nn.parameter import Layer, constant
 from distdl_lite.operator import Operator
@@ -178,9 +179,8 @@ class Norm(Layer):
 
     def _sum_over(self, R: Layout) -> Operator:
         """The sum of the numbers of each row over all ranks that have it."""
-        return Operator(
-            plan(R, R, self._distdl_transport.rank), self._distdl_transport, type(self).__name__, graph=True
-        )
+        transport = self._distdl_transport
+        return Operator(plan(R, R, transport.rank), transport, type(self).__name__, graph=True)
 
     def _check_dtype(self, inputs: Inputs) -> None:
         held, statistics = weight_dtype(self), self._buffers.get("running_mean")
@@ -200,8 +200,8 @@ class Norm(Layer):
         late: list[tuple[torch.Tensor, torch.Tensor]] = []
         track = partial(self.track, built) if self.tracks_early else lambda *statistics: late.append(statistics)
         seen = track if self.tracks else None
-        pivot, eps = self.pivot(x, built), self.epsilon(x)
-        y = normalised(self.as_channels(x), weight, bias, pivot, eps, rows, x.shape, seen)
+        anchor, pivot, eps = ANCHOR if rows.graph else None, self.pivot(x, built), self.epsilon(x)
+        y = Normalise.apply(self.as_channels(x), weight, bias, anchor, pivot, eps, rows, x.shape, seen)
         for statistics in late:
             self.track(built, *statistics)
         return y
