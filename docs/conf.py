@@ -1,4 +1,5 @@
 import importlib
+import inspect
 from importlib.metadata import version as version_of
 
 import distdl_lite
@@ -32,12 +33,18 @@ def let_doctests_see_their_module(app, what, name, obj, options, lines):
         lines += ["", ".. testsetup::", "", f"   from {module} import *"]
 
 
+def let_classes_have_the_words_of_their_base(app, what, name, obj, options, lines):
+    if what == "class" and not lines:
+        lines += inspect.getdoc(obj).splitlines()
+
+
 def leave_out_what_torch_documents(app, what, name, obj, skip, options):
     return skip or str(getattr(obj, "__module__", "")).startswith("torch")
 
 
 def setup(app):
     app.connect("autodoc-skip-member", leave_out_what_torch_documents)
+    app.connect("autodoc-process-docstring", let_classes_have_the_words_of_their_base, priority=1)  # before napoleon
     app.connect("autodoc-process-docstring", let_doctests_see_their_module)
     # autosummary looks a module up as an attribute of its package, where the function `plan` hides the module `plan`.
     function = distdl_lite.plan

@@ -8,8 +8,7 @@ from typing import Any
 
 import torch
 
-from distdl_lite import layout as lay
-from distdl_lite.layout import Layout, Shape
+from distdl_lite.layout import Box, Layout, Shape
 from distdl_lite.nn.inputs import Inputs
 from distdl_lite.nn.module import Module
 from distdl_lite.nn.movement import keeping_batch
@@ -26,6 +25,13 @@ def operator_between(X: Layout, Y: Layout, layer: Module, graph: bool) -> Operat
     transport = layer._distdl_transport
     built = keeping_batch(plan(X, Y, transport.rank), layer._distdl_structure.mine[0].shape)
     return Operator(built, transport, type(layer).__name__, graph)
+
+
+def own_box(layer: Module, X: Layout) -> Box:
+    """This rank's box of a layout that has one for it."""
+    box = X.box(layer._distdl_transport.rank)
+    assert box is not None
+    return box
 
 
 def anchored(x: torch.Tensor, graph: bool) -> torch.Tensor:
@@ -75,7 +81,7 @@ def torch_dtype(layer: Module, inputs: Inputs, dims: int, function: Callable[[to
 
 
 def edge_pad(
-    wanted: lay.Box, held: lay.Box, global_shape: Shape, boundary: str
+    wanted: Box, held: Box, global_shape: Shape, boundary: str
 ) -> Callable[[torch.Tensor], torch.Tensor] | None:
     """The local step that reflects or replicates at the global edge: from the box held to the box wanted, None if equal."""
     if wanted == held:

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from distdl_lite import layout as lay
 from distdl_lite.layout import Box, Shape
-from distdl_lite.nn.blocks import anchored, check_floating
+from distdl_lite.nn.blocks import anchored, check_floating, own_box
 from distdl_lite.nn.inputs import agreed_inputs
 from distdl_lite.nn.module import Call, Module
-from distdl_lite.nn.options import numbers
+from distdl_lite.nn.options import numbers, spatial_axes
 from distdl_lite.partition import Partition
 
 _HASHED_AT_ONCE = 2**16  # elements: the two int64 tensors of a hash then stay in the cache
@@ -95,20 +94,6 @@ def _hashed(starts: list[int], shape: Shape, global_shape: Shape, device: torch.
     return _fold(_fold(steps, first).mul_(_signed(factor)), second)
 
 
-@dataclass(frozen=True)
-class _Mask:
-    """The box that has a mask, and what of its hash is the same in every call; None where that is large."""
-
-    box: Box
-    global_shape: Shape
-    hashed: torch.Tensor | None
-
-    def __call__(self, seed: int, p: float, device: torch.device) -> torch.Tensor:
-        if self.hashed is None:
-            return mask_of(self.box, self.global_shape, seed, p, device)
-        return self.hashed * _factor(seed) >= _threshold(p)
-
-
 class DistributedDropout(Module):
     """Dropout over the tensor that the blocks over `P_x` form: the same mask on any partition, though not torch's.
 
@@ -154,12 +139,9 @@ class DistributedDropout(Module):
         X = lay.blocks(self.P_x.grid_of_ranks, lay.cuts_from_shapes(self.P_x.grid_of_ranks, inputs.shapes))
         if self.training and 0 < self.p < 1 and not inputs.dtype.is_complex:
             check_floating(self, inputs)
-        box = X.box(self._distdl_transport.rank)
-        assert box is not None
-        box, global_shape, hashed = box[: self._masked], lay.global_shape_of(X)[: self._masked], None
-        if math.prod(lay.shape_of(box)) <= _HASHED_AT_ONCE:
+        box, global_shape, hashed = own_box(self, X)[: self._masked], lay.global_shape_of(X)[: self._masked], None
+        if math.prod(lay.shape_of(box)) <= _HASHED_AT_ONCE:  # then that is the same in every call
             hashed = _hashed([start for start, _ in box], lay.shape_of(box), global_shape, input[0].device)
-        mask_of_call = _Mask(box, global_shape, hashed)
         team, root, graph = self._distdl_team, self.P_x.ranks[0], inputs.requires_grad
 
         def run(layer: DistributedDropout, x: torch.Tensor) -> torch.Tensor:
@@ -169,11 +151,15 @@ class DistributedDropout(Module):
                 return x.mul_(0) if layer.inplace else x * 0
             seed = torch.randint(2**63 - 1, (1,))
             team.world.broadcast(team, seed, root)
+            number, p = int(seed), layer.p
             if not layer.inplace:  # with a graph node everywhere, all ranks recompute a checkpoint
                 x = anchored(x, graph)
-            mask = mask_of_call(int(seed), layer.p, x.device)
+            if hashed is None:
+                mask = mask_of(box, global_shape, number, p, x.device)
+            else:
+                mask = hashed * _factor(number) >= _threshold(p)
             mask = mask.view(*mask.shape, *(1,) * (x.dim() - mask.dim()))
-            factor = mask.to(x.dtype).mul_(1 / (1 - layer.p))  # as torch's: one node, whose backward is one product
+            factor = mask.to(x.dtype).mul_(1 / (1 - p))  # as torch's: one node, whose backward is one product
             return x.mul_(factor) if layer.inplace else x * factor
 
         return run
@@ -188,21 +174,10 @@ class DistributedDropout(Module):
 
 
 class _ChannelDropout(DistributedDropout):
-    """Dropout of whole channels of the tensor ``(N, C, *space)`` that the blocks over `P_x` form.
+    """Dropout of whole channels of the tensor ``(N, C, *space)`` that the blocks over `P_x` form, any dim of which may be cut.
 
-    The mask is that of `DistributedDropout` for a tensor ``(N, C)``, whose description holds for the rest.
-
-    Parameters
-    ----------
-    P_x : Partition
-        ``[P_b, P_c, *P_space]``, any axis of which may be cut.
-    p, inplace
-        As in `DistributedDropout`.
-
-    Raises
-    ------
-    ValueError
-        As in `DistributedDropout`; also in the constructor if `P_x` has another number of axes.
+    The mask is that of `DistributedDropout` for a tensor ``(N, C)``, whose description holds for the rest. A ValueError in the
+    constructor says if `P_x` has another number of axes.
     """
 
     _masked = 2
@@ -210,22 +185,16 @@ class _ChannelDropout(DistributedDropout):
 
     def __init__(self, P_x: Partition, p: float = 0.5, inplace: bool = False) -> None:
         super().__init__(P_x, p, inplace)
-        if P_x.dim != 2 + self._dims:
-            raise self._refuse(
-                f"P_x of shape {P_x.shape} has {P_x.dim} axes, a tensor (N, C, *space) has {2 + self._dims} dims"
-            )
+        spatial_axes(self, "P_x", P_x, self._dims)
 
 
 class DistributedDropout1d(_ChannelDropout):
-    __doc__ = _ChannelDropout.__doc__
     _dims = 1
 
 
 class DistributedDropout2d(_ChannelDropout):
-    __doc__ = _ChannelDropout.__doc__
     _dims = 2
 
 
 class DistributedDropout3d(_ChannelDropout):
-    __doc__ = _ChannelDropout.__doc__
     _dims = 3

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from distdl_lite.nn.module import Module
+    from distdl_lite.partition import Partition
 
 
 def plain(value: Any) -> Any:
@@ -42,6 +43,23 @@ def per_dim(layer: Module, dims: int, name: str, value: int | Sequence[int], lea
         raise layer._refuse(rule)
     _check_least(layer, name, value, min(values), least)
     return tuple(map(operator.index, values))
+
+
+def different_dims(layer: Module, dims: int, value: int | Sequence[int]) -> tuple[int, ...]:
+    """The dims that an option `dim` names, of a tensor of so many, counted from the first one on."""
+    named = listed(value)
+    for d in named:
+        integers(layer, dim=d)
+    found = tuple(d % dims for d in named)
+    if any(not -dims <= d < dims for d in named) or len(set(found)) != len(found):
+        raise layer._refuse(f"dim={value} are not different dims of a tensor of {dims} dims")
+    return found
+
+
+def spatial_axes(layer: Module, name: str, P: Partition, dims: int) -> None:
+    """Raise ValueError unless a partition has an axis for batch, channels and each of so many spatial dims."""
+    if P.dim != dims + 2:
+        raise layer._refuse(f"{name} of shape {P.shape} has {P.dim} axes, a tensor (N, C, *space) has {dims + 2} dims")
 
 
 def _is_integer(value: Any) -> bool:

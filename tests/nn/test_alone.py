@@ -31,11 +31,14 @@ def test_losses_with_their_targets(world: dl.Partition) -> None:
 @on_ranks(1)
 def test_a_dropped_layer_goes_at_once(world: dl.Partition) -> None:
     """Its weights do not wait for the garbage collector."""
-    P = world.grid((1, 1))
+    P, line = world.grid((1, 1)), world.grid((1, 1, 1))
     makers: list[Callable[[], Any]] = [
         lambda: dnn.DistributedLinear(P, None, None, 3, 3),
         lambda: dnn.DistributedBatchNorm(P, 3),
         lambda: dnn.DistributedDropout(P),
+        lambda: torch.nn.Sequential(torch.nn.Unflatten(1, (1, 3)), dnn.DistributedConv1d(line, 1, 1, 1)),
+        lambda: torch.nn.Sequential(torch.nn.Unflatten(1, (1, 3)), dnn.DistributedConvTranspose1d(line, 1, 1, 1)),
+        lambda: torch.nn.Sequential(torch.nn.Unflatten(1, (3, 1)), dnn.DistributedGroupNorm(line, 1, 3)),
         lambda: torch.nn.Sequential(dnn.DistributedZeroPad1d(P, 1), dnn.DistributedMean(P, 1, keepdim=True)),
     ]
     gc.disable()

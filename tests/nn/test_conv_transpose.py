@@ -134,9 +134,11 @@ def check_output_sizes(world: dl.Partition, P: dl.CartesianPartition) -> None:
         assert_refused(world, P, lambda size=size: layer(mine, size), text)
     for size in (13, [13.0, 9.0], "13"):
         assert_refused(world, P, lambda size=size: layer(mine, size), "neither a list nor a tuple", TypeError)
+    here = world.rank == P.ranks[0]
+    assert torch.equal(layer(mine, [13, 9] if here else (13, 9)), layer(mine, (13, 9)))
     if P.size > 1:
         for one, other in (([13, 9], [14, 9]), (13, None)):
-            size = one if world.rank == P.ranks[0] else other
+            size = one if here else other
             assert_refused(world, P, lambda size=size: layer(mine, size), "the ranks disagree", (ValueError, TypeError))
 
 

@@ -23,6 +23,7 @@ MADE: list[tuple[str, str, tuple[Any, ...], dict[str, Any]]] = [
     ("count_include_pad=False", "AvgPool2d", (3, 1, 1), {"count_include_pad": False}),
     ("divisor_override=2", "AvgPool2d", (3,), {"divisor_override": 2}),
     ("mode='bilinear'", "Upsample", (8,), {"mode": "bilinear"}),
+    ("recompute_scale_factor=True", "Upsample", (None, 1.7), {"recompute_scale_factor": True}),
     ("padding=1", "Conv2d", CONV, {"padding": 1}),
     ("dilation=(2, 2)", "Conv2d", CONV, {"dilation": 2}),
     ("padding_mode=circular", "Conv2d", (*CONV, 1, 1), {"padding_mode": "circular"}),
@@ -41,6 +42,14 @@ def check(text: str, world: Partition, make: Callable[..., torch.nn.Module], *us
     assert text in told[0]
 
 
+class _Table(dnn.DistributedEmbedding):
+    def __init__(self, P: Partition, **options: Any) -> None:
+        super().__init__(P, 5, 4, **options)
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return super().forward(input.long())
+
+
 @on_ranks(3, mpi=True)
 def test_what_differs_is_named_on_all_ranks(world: Partition) -> None:
     rows, columns = world.grid((1, 1, 3, 1)), world.grid((1, 1, 1, 3))
@@ -50,5 +59,7 @@ def test_what_differs_is_named_on_all_ranks(world: Partition) -> None:
     conv = dnn.DistributedConv2d(rows, *CONV)  # what is made afterwards is the same on all ranks again
     conv(torch.ones(1, 4, 4, 4)).sum().backward()
     assert conv.weight.grad is not None
+    line = world.grid((3, 1))
+    check("scale_grad_by_freq=True", world, lambda **odd: _Table(line, **odd), scale_grad_by_freq=True)
     kinds = dnn.DistributedMaxPool2d, dnn.DistributedAvgPool2d
     check("DistributedMaxPool2d number", world, lambda kind=kinds[1]: kind(rows, 2), kind=kinds[0])

@@ -144,7 +144,9 @@ def test_variance_of_large_blocks(world: Partition) -> None:
         built = layer._distdl_plan
         seen: list[tuple[torch.Tensor, ...]] = []
         pivot = torch.zeros(3, dtype=torch.float64)
-        normalised.normalised(x, None, None, pivot, 0.0, built.rows, x.shape, lambda *s, seen=seen: seen.append(s))
+        normalised.Normalise.apply(
+            x, None, None, None, pivot, 0.0, built.rows, x.shape, lambda *s, seen=seen: seen.append(s)
+        )
         ((mean, var),) = seen
         torch.testing.assert_close(mean, whole.double().mean((0, 2)), rtol=1e-12, atol=0)
         torch.testing.assert_close(var, whole.double().var((0, 2), correction=0), rtol=tolerance, atol=0)

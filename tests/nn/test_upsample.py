@@ -114,7 +114,7 @@ def test_refusals(world: dl.Partition) -> None:
         ({"size": 3, "align_corners": True}, "align_corners"),
         ({"size": 3, "scale_factor": 2}, "one of size=3 and scale_factor=2"),
         ({}, "one of size=None"),
-        ({"size": (3, 3)}, "size=(3, 3) is not 1 positive integers, nor one for all"),
+        ({"size": (3, 3)}, "size=(3, 3) is neither an integer nor 1 of them"),
         ({"scale_factor": -1.0}, "scale_factor=-1.0"),
         ({"size": 3, "recompute_scale_factor": True}, "recompute_scale_factor"),
         ({"scale_factor": 0.1}, "has no output"),

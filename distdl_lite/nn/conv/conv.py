@@ -12,9 +12,10 @@ from distdl_lite import layout as lay
 from distdl_lite.layout import Dim, Layout, Shape
 from distdl_lite.nn.blocks import edge_pad
 from distdl_lite.nn.conv import overlap
-from distdl_lite.nn.conv.convolution import Convolution, Convolve
+from distdl_lite.nn.conv.convolution import Convolution
 from distdl_lite.nn.inputs import Inputs
 from distdl_lite.nn.options import per_dim, plain
+from distdl_lite.nn.work_grid import Product
 from distdl_lite.operator import Operator
 from distdl_lite.partition import Partition
 from distdl_lite.reducer import reducer_of
@@ -71,58 +72,46 @@ class _DistributedConv(Convolution):
         P_y: Partition | None = None,
         P_w: Partition | None = None,
     ) -> None:
-        P_y = P_x if P_y is None else P_y
-        super().__init__(P_x, P_y, P_w)
-        self.P_x, self.P_y, self.P_w = P_x, P_y, P_w
-        self.in_channels, self.out_channels, self.groups = in_channels, out_channels, groups
-        self.kernel_size = per_dim(self, self.dims, "kernel_size", kernel_size)
-        self.stride = per_dim(self, self.dims, "stride", stride)
-        self.dilation = per_dim(self, self.dims, "dilation", dilation)
+        super().__init__((P_x, P_y, P_w), in_channels, out_channels, groups, kernel_size, stride, dilation)
         self.padding, self.padding_mode = plain(padding), padding_mode
-        self._check_options()
         self.pads = self._pads()
         self._place(bias, device, dtype)
-        self._whole = tuple(self._is_whole(d) for d in range(self.dims))
-
-    def _check_options(self) -> None:
-        if self.padding_mode not in _PADDING_MODES:
-            raise self._refuse(f"padding_mode {self.padding_mode!r} is none of {', '.join(_PADDING_MODES)}")
-        if isinstance(self.padding, str) and self.padding not in ("same", "valid"):
-            raise self._refuse(f"padding {self.padding!r} is neither 'same' nor 'valid'")
-        if self.padding == "same" and any(s != 1 for s in self.stride):
-            raise self._refuse(f"padding='same' needs stride 1, not {self.stride}")
-        self._check_sizes()
+        # A spatial dim may be left to the local convolution, which pads it without a copy.
+        pads = zip(self._work.shape[3:], self.pads, strict=True)
+        self._whole = tuple(
+            n == 1 and left == right and (padding_mode == "zeros" or left == 0) for n, (left, right) in pads
+        )
 
     def _pads(self) -> tuple[tuple[int, int], ...]:
-        """Points of padding to the left and right of each spatial dim."""
+        """Points of padding to the left and right of each spatial dim. Raises ValueError if torch refuses the options."""
+        if self.padding_mode not in _PADDING_MODES:
+            raise self._refuse(f"padding_mode {self.padding_mode!r} is none of {', '.join(_PADDING_MODES)}")
+        if not isinstance(self.padding, str):
+            return tuple((p, p) for p in per_dim(self, self.dims, "padding", self.padding, least=0))
         if self.padding == "valid":
             return ((0, 0),) * self.dims
-        if self.padding == "same":
-            total = [d * (k - 1) for d, k in zip(self.dilation, self.kernel_size, strict=True)]
-            return tuple((t // 2, t - t // 2) for t in total)
-        assert not isinstance(self.padding, str)
-        return tuple((p, p) for p in per_dim(self, self.dims, "padding", self.padding, least=0))
-
-    def _is_whole(self, d: int) -> bool:
-        """Whether a spatial dim is left to the local convolution, which pads it without a copy."""
-        left, right = self.pads[d]
-        return self._work.shape[3 + d] == 1 and left == right and (self.padding_mode == "zeros" or left == 0)
+        if self.padding != "same":
+            raise self._refuse(f"padding {self.padding!r} is neither 'same' nor 'valid'")
+        if any(s != 1 for s in self.stride):
+            raise self._refuse(f"padding='same' needs stride 1, not {self.stride}")
+        total = [d * (k - 1) for d, k in zip(self.dilation, self.kernel_size, strict=True)]
+        return tuple((t // 2, t - t // 2) for t in total)
 
     def _weight_layout(self, outs: tuple[lay.Range, ...], ins: tuple[lay.Range, ...], axis: int) -> Layout:
         in_dim = Dim(ins, (2,)) if axis == 2 else Dim(((0, self.in_channels // self.groups),))
         return Layout(self._work, (Dim(outs, (1,)), in_dim, *(Dim(((0, k),)) for k in self.kernel_size)))
 
     def _output_space(self, space: Shape) -> Shape:
-        return tuple(self._output_length(d, n) for d, n in enumerate(space))
-
-    def _output_length(self, d: int, n: int) -> int:
-        length = n + sum(self.pads[d]) - self.dilation[d] * (self.kernel_size[d] - 1) - 1
-        if length < 0:
-            raise self._refuse(
-                f"dim {d + 2} of length {n} with padding {self.pads[d]} is shorter than the kernel of "
-                f"{self.kernel_size[d]} with dilation {self.dilation[d]}"
-            )
-        return length // self.stride[d] + 1
+        lengths = []
+        for d, (n, k, dilation) in enumerate(zip(space, self.kernel_size, self.dilation, strict=True)):
+            room = n + sum(self.pads[d]) - dilation * (k - 1) - 1
+            if room < 0:
+                raise self._refuse(
+                    f"dim {d + 2} of length {n} with padding {self.pads[d]} is shorter than the kernel of {k} with "
+                    f"dilation {dilation}"
+                )
+            lengths.append(room // self.stride[d] + 1)
+        return tuple(lengths)
 
     def _reads(self, d: int, n: int, cuts: Sequence[int]) -> Dim:
         if self._whole[d]:
@@ -141,7 +130,7 @@ class _DistributedConv(Convolution):
         padding = tuple(left if whole else 0 for (left, _), whole in zip(self.pads, self._whole, strict=True))
         return overlap.Kernel(self.kernel_size, self.stride, padding, self.dilation, groups)
 
-    def _convolution(self, box: lay.Box, held: lay.Box, global_shape: Shape, groups: int) -> Convolve:
+    def _convolution(self, box: lay.Box, held: lay.Box, global_shape: Shape, groups: int) -> Product:
         kernel, edge = self._kernel(groups), self._edge(box, held, global_shape)
         return kernel if edge is None else lambda z, weight, bias: kernel(edge(z), weight, bias)
 
@@ -154,16 +143,16 @@ class _DistributedConv(Convolution):
         return edge_pad((*held[:2], *wanted), held, global_shape, self.padding_mode)
 
     def _fused(
-        self, inputs: Inputs, X: Layout, Z: Layout, groups: int, fetch: Operator | None, convolve: Convolve
+        self, inputs: Inputs, X: Layout, Z: Layout, Y: Layout, fetch: Operator | None, product: Product | None
     ) -> overlap.Fused | None:
         weight, bias = self._distdl_places["weight"].replicas, self._distdl_places.get("bias")
-        if self.padding_mode not in ("zeros", "circular") or (fetch is None and weight.team.size == 1):
+        has_empty = any(a == b for dim in (*Z.dims, *Y.dims) for a, b in dim.ranges)
+        if has_empty or X.grid != Y.grid or self.padding_mode not in ("zeros", "circular"):
             return None
-
-        def compose(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-            return convolve(x if fetch is None else fetch(x), weight, bias)
-
-        kernel, slabs, copied = self._kernel(groups), (), fetch
+        if not inputs.dtype.is_floating_point or (fetch is None and weight.team.size == 1):
+            return None
+        assert isinstance(product, overlap.Kernel)
+        kernel, slabs, copied = product, (), fetch
         widest = math.prod(max(b - a for a, b in dim.ranges) for dim in X.dims) * inputs.dtype.itemsize
         if fetch is not None and widest >= overlap.LEAST_BYTES:
             kernel, copied = replace(kernel, padding=tuple(left for left, _ in self.pads)), None
@@ -172,6 +161,10 @@ class _DistributedConv(Convolution):
             slabs = overlap.slabs(X, Z, kernel, cut, self._distdl_transport, type(self).__name__) if exact else None
             if slabs is None:  # a node of its own for the halo keeps no second copy of a large block
                 return None
+
+        def compose(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+            return product(x if fetch is None else fetch(x), weight, bias)
+
         replicas = weight, bias and bias.replicas
         return overlap.Fused(
             kernel, copied, slabs, compose, inputs.requires_grad, replicas, reducer_of(self._distdl_transport)
@@ -183,15 +176,12 @@ class _DistributedConv(Convolution):
 
 
 class DistributedConv1d(_DistributedConv):
-    __doc__ = _DistributedConv.__doc__
     dims = 1
 
 
 class DistributedConv2d(_DistributedConv):
-    __doc__ = _DistributedConv.__doc__
     dims = 2
 
 
 class DistributedConv3d(_DistributedConv):
-    __doc__ = _DistributedConv.__doc__
     dims = 3

@@ -11,9 +11,10 @@ import torch.nn.functional as F
 
 from distdl_lite import layout as lay
 from distdl_lite.layout import Dim, Layout, Shape
-from distdl_lite.nn.conv.convolution import Convolution, Convolve, per_channel, with_bias
+from distdl_lite.nn.conv.convolution import Convolution
 from distdl_lite.nn.module import Call
-from distdl_lite.nn.options import per_dim
+from distdl_lite.nn.options import listed, per_dim
+from distdl_lite.nn.work_grid import Product, with_bias
 from distdl_lite.partition import Partition
 
 _CONVOLUTIONS: dict[int, Any] = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
@@ -22,33 +23,25 @@ _CONVOLUTIONS: dict[int, Any] = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3
 class _DistributedConvTranspose(Convolution):
     """A transposed convolution over the tensor that the blocks over `P_x` form, equal to torch's for every option.
 
-    Input ``(N, C_in, *space)`` in blocks of any sizes over `P_x`; output ``(N, C_out, *space)`` in balanced blocks over
-    `P_y`. Ranks outside all partitions pass and get zero-volume tensors; those inside with an empty block take part.
+    As `DistributedConv2d` but for these points.
 
     Parameters
     ----------
-    P_x : Partition
-        Of the input: ``[P_b, P_in, *P_space]``.
+    P_x, P_y, P_w : Partition
+        As there.
     in_channels, out_channels, kernel_size, stride, padding, output_padding, groups, bias, dilation, padding_mode, device, dtype
         As in torch.nn.ConvTranspose1d/2d/3d.
-    P_y : Partition, optional
-        Of the output: ``[P_b, P_out, *P_space]``; None is `P_x`.
-    P_w : Partition, optional
-        Of the work: ``[P_out, P_in, *P_space]``, or ``[P_b, P_out, P_in, *P_space]`` with the batch cut too. Without it
-        each rank of `P_y` fetches all input channels it needs and computes its output channels.
 
     Raises
     ------
     ValueError
-        In the constructor if partitions do not fit each other or the dims, an option is one torch refuses, or a cut of
-        the features does not fall on group boundaries; at build if the input or `output_size` does not fit, or the
-        output has no points (torch refuses that too, but for a batch of none and where oneDNN computes). On all ranks
-        alike.
+        As there; also at build if `output_size` does not fit, or the output has no points (torch refuses that too, but for a
+        batch of none and where oneDNN computes).
 
     Notes
     -----
-    The weight is ``(C_in, C_out / groups, *kernel)``. Parameters start from the serial layer's values for the same seed.
-    Output j of a dim gathers the inputs i with ``i s - p <= j <= i s - p + d (k - 1)``, wherever their owners are.
+    The weight is ``(C_in, C_out / groups, *kernel)``. Output j of a dim gathers the inputs i with
+    ``i s - p <= j <= i s - p + d (k - 1)``, wherever their owners are.
     """
 
     def __init__(
@@ -70,29 +63,19 @@ class _DistributedConvTranspose(Convolution):
         P_y: Partition | None = None,
         P_w: Partition | None = None,
     ) -> None:
-        P_y = P_x if P_y is None else P_y
-        super().__init__(P_x, P_y, P_w)
-        self.P_x, self.P_y, self.P_w = P_x, P_y, P_w
-        self.in_channels, self.out_channels, self.groups = in_channels, out_channels, groups
-        self.kernel_size = per_dim(self, self.dims, "kernel_size", kernel_size)
-        self.stride = per_dim(self, self.dims, "stride", stride)
-        self.dilation = per_dim(self, self.dims, "dilation", dilation)
+        super().__init__((P_x, P_y, P_w), in_channels, out_channels, groups, kernel_size, stride, dilation)
         self.padding = per_dim(self, self.dims, "padding", padding, least=0)
         self.output_padding = per_dim(self, self.dims, "output_padding", output_padding, least=0)
         self.padding_mode = padding_mode
-        self._check_options()
-        self._place(bias, device, dtype)
-        self._whole = tuple(n == 1 for n in self._work.shape[3:])
-
-    def _check_options(self) -> None:
-        self._check_sizes()
-        if self.padding_mode != "zeros":
-            raise self._refuse(f"padding_mode {self.padding_mode!r} is not 'zeros', the only one there is")
+        if padding_mode != "zeros":
+            raise self._refuse(f"padding_mode {padding_mode!r} is not 'zeros', the only one there is")
         limits = zip(self.output_padding, self.stride, self.dilation, strict=True)
         if any(o >= max(s, d) for o, s, d in limits):
             raise self._refuse(
                 f"output_padding={self.output_padding} must be below stride={self.stride} or dilation={self.dilation}"
             )
+        self._place(bias, device, dtype)
+        self._whole = tuple(n == 1 for n in self._work.shape[3:])
 
     def _weight_layout(self, outs: tuple[lay.Range, ...], ins: tuple[lay.Range, ...], axis: int) -> Layout:
         out_dim = Dim(outs, (1,)) if axis == 2 else Dim(((0, self.out_channels // self.groups),))
@@ -135,7 +118,8 @@ class _DistributedConvTranspose(Convolution):
         return lengths
 
     def _distdl_same(self, input: tuple[Any, ...], kwargs: Mapping[str, Any] | None) -> dict[str, Any]:
-        return {**super()._distdl_same(input, kwargs), "output_size": str(input[1:])}
+        size = listed(input[1] if len(input) > 1 else None)  # the same in a list and in a tuple
+        return {**super()._distdl_same(input, kwargs), "output_size": str(size)}
 
     def _distdl_module_setup(self, input: tuple[Any, ...]) -> Call:
         if len(input) == 1 or input[1] is None:
@@ -153,7 +137,7 @@ class _DistributedConvTranspose(Convolution):
         )
         return lay.bounded(Dim(ranges, (3 + d,)), n, "none")
 
-    def _convolution(self, box: lay.Box, held: lay.Box, global_shape: Shape, groups: int) -> Convolve:
+    def _convolution(self, box: lay.Box, held: lay.Box, global_shape: Shape, groups: int) -> Product:
         cut = [d for d, whole in enumerate(self._whole) if not whole]
         padding = [0 if d in cut else p for d, p in enumerate(self.padding)]
         extra = [
@@ -163,31 +147,22 @@ class _DistributedConvTranspose(Convolution):
         # Where this rank's outputs stand among those that the held inputs reach, and how far they go beyond.
         window: list[slice] = [slice(None)] * (2 + self.dims)
         beyond = [0, 0] * self.dims  # of the last dim first, as torch wants it
-        is_cropped = False
+        is_all = True
         for d in cut:
-            first, reach = self._first(d, held), self._reach(d, held[2 + d][1] - held[2 + d][0])
-            start, stop = box[2 + d][0] - first, box[2 + d][1] - first
+            (low, high), first = held[2 + d], held[2 + d][0] * self.stride[d] - self.padding[d]
+            start, stop, reach = box[2 + d][0] - first, box[2 + d][1] - first, self._reach(d, high - low)
             window[2 + d] = slice(max(start, 0), min(stop, reach))
             right = 2 * (self.dims - d) - 1
             beyond[right - 1], beyond[right] = max(-start, 0), max(stop - reach, 0)
-            is_cropped = is_cropped or start > 0 or stop < reach
+            is_all = is_all and (start, stop) == (0, reach)
 
-        function, stride, dilation = _CONVOLUTIONS[self.dims], self.stride, self.dilation
+        function, stride, dilation, dims = _CONVOLUTIONS[self.dims], self.stride, self.dilation, self.dims
 
         def convolve(z: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-            inside = None if is_cropped or any(beyond) else bias
-            y = function(z, weight, inside, stride, padding, extra, groups, dilation)
-            if any(beyond):
-                return with_bias(F.pad(y[tuple(window)], beyond), bias)
-            if is_cropped:
-                return y[tuple(window)] if bias is None else y[tuple(window)] + per_channel(bias, y)
-            return y
+            y = function(z, weight, bias if is_all else None, stride, padding, extra, groups, dilation)
+            return y if is_all else with_bias(F.pad(y[tuple(window)], beyond), bias, dims)
 
         return convolve
-
-    def _first(self, d: int, held: lay.Box) -> int:
-        """The first output that the held inputs of a cut dim reach."""
-        return held[2 + d][0] * self.stride[d] - self.padding[d]
 
     def _reach(self, d: int, n: int) -> int:
         """How many outputs n inputs of a dim reach, padding among them."""
@@ -212,15 +187,12 @@ class _DistributedConvTranspose(Convolution):
 
 
 class DistributedConvTranspose1d(_DistributedConvTranspose):
-    __doc__ = _DistributedConvTranspose.__doc__
     dims = 1
 
 
 class DistributedConvTranspose2d(_DistributedConvTranspose):
-    __doc__ = _DistributedConvTranspose.__doc__
     dims = 2
 
 
 class DistributedConvTranspose3d(_DistributedConvTranspose):
-    __doc__ = _DistributedConvTranspose.__doc__
     dims = 3

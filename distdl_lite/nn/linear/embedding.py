@@ -106,8 +106,6 @@ class DistributedEmbedding(Layer):
             with torch.no_grad():
                 self.weight[self._local_padding] = 0
 
-    # ---- set-up ------------------------------------------------------------------------------------------------------
-
     def _distdl_module_setup(self, input: tuple[Any, ...]) -> Call:
         grid, transport = self.P.grid_of_ranks, self._distdl_transport
         inputs = agreed_inputs(self, self.P)
@@ -172,5 +170,6 @@ class DistributedEmbedding(Layer):
         return rows.masked_fill_(is_elsewhere.unsqueeze(-1), 0)
 
     def extra_repr(self) -> str:
-        padding = "" if self.padding_idx is None else f", padding_idx={self.padding_idx}"
-        return f"{self.num_embeddings}, {self.embedding_dim}{padding}, cut={self.cut!r}, P={self.P.shape}"
+        given = "" if self.padding_idx is None else f", padding_idx={self.padding_idx}"
+        given += ", scale_grad_by_freq=True" if self.scale_grad_by_freq else ""
+        return f"{self.num_embeddings}, {self.embedding_dim}{given}, cut={self.cut!r}, P={self.P.shape}"

@@ -1,30 +1,23 @@
-"""The linear layer, cut along its leading dims and along features by the rule of the convolutions.
-
-The weight lives on a work grid with the axes [*lead, out, in]; see `distdl_lite.nn.conv.convolution` for the three layouts.
-"""
+"""The linear layer, cut along its leading dims and along features."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 
 from distdl_lite import layout as lay
-from distdl_lite.grid import Grid, balanced
-from distdl_lite.layout import Dim, Layout, Shape, balanced_blocks, ranges_of
-from distdl_lite.nn.blocks import operator_between
+from distdl_lite.grid import balanced
+from distdl_lite.layout import Box, Dim, Layout, Shape, balanced_blocks, ranges_of
 from distdl_lite.nn.draws import bias_bound, kaiming_bound, uniform
-from distdl_lite.nn.inputs import agreed_inputs, computing_dtype, weight_dtype, whose_blocks
-from distdl_lite.nn.module import Call
-from distdl_lite.nn.movement import into
+from distdl_lite.nn.inputs import whose_blocks
 from distdl_lite.nn.options import integers
-from distdl_lite.nn.parameter import Layer
+from distdl_lite.nn.work_grid import Product, WorkGridLayer
 from distdl_lite.partition import Partition
 
 
-class DistributedLinear(Layer):
+class DistributedLinear(WorkGridLayer):
     """``y = x W^T + b`` over the tensor that the blocks over `P_x` form, equal to torch's.
 
     Input ``(*lead, in_features)`` in blocks of any sizes over `P_x`; output ``(*lead, out_features)`` in balanced blocks
@@ -64,39 +57,23 @@ class DistributedLinear(Layer):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        P_y = P_x if P_y is None else P_y
         super().__init__(P_x, P_y, P_w)
-        self.P_x, self.P_y, self.P_w = P_x, P_y, P_w
         integers(self, 0, in_features=in_features, out_features=out_features)
         self.in_features, self.out_features = in_features, out_features
-        self._work = self._work_grid()
+        x, y = self.P_x.shape, self.P_y.shape
+        if len(x) != len(y) or not x:
+            raise self._refuse(f"P_x of shape {x} and P_y of shape {y} must have one axis per dim of the tensors each")
+        self._work = self._work_grid(len(y) - 1, "[*P_lead, P_out, P_in]")
         lead = self._work.dim - 2
         self._outs = Dim(ranges_of(balanced(out_features, self._work.shape[lead])), (lead,))
         self._ins = Dim(ranges_of(balanced(in_features, self._work.shape[lead + 1])), (lead + 1,))
         weight = Layout(self._work, (self._outs, self._ins))
         self.place("weight", weight, uniform(kaiming_bound(in_features)), dtype, device)
-        own = Layout(P_y.grid_of_ranks, (Dim(ranges_of(balanced(out_features, P_y.shape[-1])), (P_y.dim - 1,)),))
+        cuts = balanced(out_features, self.P_y.shape[-1])
+        own = Layout(self.P_y.grid_of_ranks, (Dim(ranges_of(cuts), (self.P_y.dim - 1,)),))
         self.place("bias", own if bias else None, uniform(bias_bound(in_features)), dtype, device)
 
-    def _work_grid(self) -> Grid:
-        x, y = self.P_x.shape, self.P_y.shape
-        if len(x) != len(y) or not x:
-            raise self._refuse(f"P_x of shape {x} and P_y of shape {y} must have one axis per dim of the tensors each")
-        if self.P_w is None:
-            return Grid((*y, 1), self.P_y.ranks)
-        w, wanted = self.P_w.shape, (*y, x[-1])
-        shape = (*w[:-2], *(1,) * (len(wanted) - len(w)), *w[-2:])
-        if shape != wanted:
-            raise self._refuse(
-                f"P_w of shape {w} does not fit P_x of shape {x} and P_y of shape {y}: [*P_lead, P_out, P_in] must be "
-                f"{wanted} (lead axes of length one may be left out at the end)"
-            )
-        return Grid(shape, self.P_w.ranks)
-
-    # ---- set-up ------------------------------------------------------------------------------------------------------
-
     def layouts(self, shapes: Mapping[int, Shape]) -> tuple[Layout, Layout, Layout, Layout]:
-        """X, Z on the work grid, its partial outputs, and Y; pure."""
         X = lay.blocks(self.P_x.grid_of_ranks, lay.cuts_from_shapes(self.P_x.grid_of_ranks, shapes))
         *lead, features = lay.global_shape_of(X)
         if features != self.in_features:
@@ -106,30 +83,9 @@ class DistributedLinear(Layer):
         Z, partial = Layout(self._work, (*leads, self._ins)), Layout(self._work, (*leads, self._outs))
         return X, Z, partial, balanced_blocks(self.P_y.grid_of_ranks, (*lead, self.out_features))
 
-    def _distdl_module_setup(self, input: tuple[Any, ...]) -> Call:
-        name = type(self).__name__
-        inputs = agreed_inputs(self, self.P_x)
-        X, Z, partial, Y = self.layouts(inputs.shapes)
-        graph = inputs.requires_grad or any(p.requires_grad for p in self.parameters())
-        fetch = operator_between(X, Z, self, inputs.requires_grad)
-        deliver = operator_between(partial, Y, self, graph)
-        out_dtype = computing_dtype(name, inputs, weight_dtype(self))
-        rank, dtype = self._distdl_transport.rank, inputs.dtype
-        works, adds_bias = partial.box(rank) is not None, Y.box(rank) is not None
-
-        def run(layer: DistributedLinear, x: torch.Tensor) -> torch.Tensor:
-            z = x if fetch is None else into(fetch, x, dtype)
-            bias = layer.use("bias") if adds_bias else None
-            if deliver is None:
-                return F.linear(z, layer.use("weight"), bias) if works else layer.given(z)
-            y = into(deliver, F.linear(z, layer.use("weight")) if works else z, out_dtype)
-            return y if bias is None else y + bias.to(y.dtype)
-
-        return run
+    def _product(self, box: Box, held: Box, global_shape: Shape, dtype: torch.dtype) -> Product:
+        return F.linear
 
     def extra_repr(self) -> str:
-        parts = [f"in_features={self.in_features}", f"out_features={self.out_features}", f"P_x={self.P_x.shape}"]
-        parts += ["bias=False"] if self.bias is None else []
-        parts += [f"P_y={self.P_y.shape}"] if self.P_y is not self.P_x else []
-        parts += [f"P_w={self.P_w.shape}"] if self.P_w is not None else []
-        return ", ".join(parts)
+        parts = [f"in_features={self.in_features}", f"out_features={self.out_features}"]
+        return ", ".join([*parts, *(["bias=False"] if self.bias is None else []), *self._partitions_repr()])

@@ -93,8 +93,6 @@ class _ParallelLinear(Layer):
         """What is done before and after the product, where the line has several ranks."""
         raise NotImplementedError
 
-    # ---- set-up ------------------------------------------------------------------------------------------------------
-
     def _lines(self, shapes: Mapping[int, Shape], rows: bool, copied: bool) -> tuple[Grid, list[Cuts], Cuts]:
         """P with an axis per dim, and the checked cut points of the leading dims and of the features.
 
@@ -227,35 +225,25 @@ class DistributedColumnParallelLinear(_ParallelLinear):
 class DistributedRowParallelLinear(_ParallelLinear):
     """``y = x W^T + b`` with the columns of W, that is the input features, cut over the last axis of `P`.
 
-    The ranks that differ along the last axis alone form a line. Input ``(*lead, in_features)`` in blocks of any sizes over `P`;
-    without `input_is_parallel` the ranks of a line pass the same block, of all features, and each gets the whole gradient of
-    it. Output ``(*lead, out_features)``, the leading dims as in the input: each rank of a line is shown the whole, and passes
-    back the whole gradient; with `scatter_output` it gets a part of the last leading dim. Ranks outside `P` pass and get
-    zero-volume tensors; those inside with an empty block take part.
+    As `DistributedColumnParallelLinear` but for these points. Input features are in blocks of any sizes over `P`; without
+    `input_is_parallel` the ranks of a line pass the same block, of all features, and each gets the whole gradient of it. Each
+    rank of a line is shown the whole output, and passes back the whole gradient; with `scatter_output` it gets a part of the
+    last leading dim.
 
     Parameters
     ----------
-    P : Partition
-        ``[*P_lead, p]``; axes of length one for leading dims may be left out in front.
-    in_features, out_features, bias, device, dtype
-        As in torch.nn.Linear.
+    P, in_features, out_features, bias, device, dtype
+        As there.
     input_is_parallel : bool
         Whether the line cuts the input's features.
     scatter_output : bool
         Whether the line cuts the dim before the features of the output, in balanced parts of the line's block.
 
-    Raises
-    ------
-    ValueError, TypeError
-        At set-up, on all ranks alike, if blocks or dtypes do not fit.
-
     Notes
     -----
     Each line adds up its products in one all-reduce forward and communicates nothing backward; with `scatter_output` in one
     reduce-scatter forward, and backward is one all-gather. Input features in other blocks than balanced ones are moved
-    there first. Without `input_is_parallel` the input's gradient is gathered. The bias lives on the first rank of each
-    line. Gradients of weight and bias are summed over the leading axes when backward ends. Parameters start from the
-    serial layer's values for the same seed.
+    there first. Without `input_is_parallel` the input's gradient is gathered. The bias lives on the first rank of each line.
     """
 
     _options = ("input_is_parallel", "scatter_output")
@@ -290,10 +278,8 @@ class DistributedRowParallelLinear(_ParallelLinear):
             before = self._gathered_and_kept(entire, parts)[1]
         if not self.scatter_output:
             return before, self._over_line(reduce_from_team)
-        cuts = [
-            0,
-            *(start + c for start, stop in ranges_of(lead[-1]) for c in balanced(stop - start, grid.shape[-1])[1:]),
-        ]
+        lines = ranges_of(lead[-1])
+        cuts = [0, *(start + c for start, stop in lines for c in balanced(stop - start, grid.shape[-1])[1:])]
         outs = Dim(((0, self.out_features),))
         entire, parts = (_along_lines(grid, lead, rows, outs) for rows in _row_dims(cuts, grid))
         return before, self._operator(entire, parts)

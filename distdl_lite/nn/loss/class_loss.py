@@ -4,18 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
 from distdl_lite import layout as lay
-from distdl_lite.agreement import raise_together
-from distdl_lite.autograd import reduce_from_team
 from distdl_lite.layout import Layout, Shape
-from distdl_lite.nn.blocks import wide
+from distdl_lite.nn.blocks import own_box, wide
 from distdl_lite.nn.loss.loss import Block, _DistributedLoss
-from distdl_lite.nn.module import Call
 from distdl_lite.nn.norm.softmax import CutDim, cut_dim, log_softmax
 from distdl_lite.nn.options import integers, numbers
 from distdl_lite.partition import Partition
@@ -78,8 +76,6 @@ class DistributedNLLLoss(_DistributedLoss):
         super().__init__(P_x, reduction, weight=weight, ignore_index=ignore_index, **options)
         self._axis = 0 if P_x.dim == 1 else 1
 
-    # ---- set-up ------------------------------------------------------------------------------------------------------
-
     def _target_shape(self, input: Shape, target: Shape, dtype: torch.dtype) -> Shape:
         return self._without_classes(input)
 
@@ -89,41 +85,26 @@ class DistributedNLLLoss(_DistributedLoss):
     def _local_options(self, box: lay.Box) -> dict[str, Any]:
         return {name: getattr(self, name) for name in self._options}
 
-    def _call(self, X: Layout, graph: bool) -> Call:
-        box = X.box(self._distdl_transport.rank)
-        assert box is not None
+    def _block(self, X: Layout, graph: bool) -> _ClassBlock:
+        counts = X.grid.index(self._distdl_transport.rank)[self._axis] == 0
         over_classes = cut_dim(self, X, self._axis, graph)
-        index = X.grid.index(self._distdl_transport.rank)
-        counts = index is not None and index[self._axis] == 0
-        block = _ClassBlock(box, lay.global_shape_of(X), graph, over_classes, counts)
-        return lambda layer, input, target: layer._reduced(input, target, block)
+        return _ClassBlock(own_box(self, X), lay.global_shape_of(X), graph, over_classes, counts)
 
     def _check_weight(self, name: str, weight: torch.Tensor, shape: Shape) -> None:
         if weight.shape != (shape[self._axis],):
             raise self._refuse(f"{name} of shape {tuple(weight.shape)} does not fit {shape[self._axis]} classes")
 
-    # ---- forward -----------------------------------------------------------------------------------------------------
-
     def _terms(self, input: torch.Tensor, target: torch.Tensor, block: _ClassBlock) -> torch.Tensor:
         if block.over_classes is None:
             return super()._terms(input, target, block)
-        find = self._shown if self.reduction == "none" else self._partial
-        terms = find(self._log_probabilities(input, block), target, block)
-        return terms if torch.is_autocast_enabled(input.device.type) else terms.to(input.dtype)
-
-    def _shown(self, log_p: torch.Tensor, target: torch.Tensor, block: _ClassBlock) -> torch.Tensor:
-        """The terms, shown on all ranks that hold classes of these points; with them travels whether any of these failed."""
-        assert block.over_classes is not None
-        team, error = block.over_classes.team, None
-        try:
-            parts = self._partial(log_p, target, block)
-        except Exception as raised:  # raised again below, on all of the team
-            error, parts = raised, log_p.new_zeros(self._without_classes(log_p.shape))
-        failed = parts.new_full((1,), error is not None)
-        terms = reduce_from_team(torch.cat([parts.reshape(-1), failed]), team)
-        if terms[-1].item():
-            raise_together(team, error, self._distdl_label)
-        return terms[:-1].view(parts.shape)
+        log_p = self._log_probabilities(input, block)
+        terms = partial(self._partial, log_p, target, block)
+        if self.reduction == "none":  # shown on all ranks that hold classes of these points
+            nothing = log_p.new_zeros(self._without_classes(log_p.shape))
+            found = self._added_up(terms, nothing, block.over_classes.team)
+        else:
+            found = terms()
+        return found if torch.is_autocast_enabled(input.device.type) else found.to(input.dtype)
 
     def _log_probabilities(self, input: torch.Tensor, block: _ClassBlock) -> torch.Tensor:
         """The input; autocast has torch's loss compute in single precision."""

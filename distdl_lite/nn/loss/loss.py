@@ -17,11 +17,12 @@ from distdl_lite import layout as lay
 from distdl_lite.agreement import raise_together
 from distdl_lite.autograd import reduce_from_team
 from distdl_lite.layout import Box, Layout, Shape
-from distdl_lite.nn.blocks import anchored, connected_zeros, wide
+from distdl_lite.nn.blocks import anchored, connected_zeros, own_box, wide
 from distdl_lite.nn.inputs import agreed_inputs
 from distdl_lite.nn.module import Call, Module
 from distdl_lite.nn.options import booleans, numbers
 from distdl_lite.partition import Partition
+from distdl_lite.transport import Team
 
 
 @dataclass(frozen=True)
@@ -80,8 +81,6 @@ class _DistributedLoss(Module):
             else:
                 setattr(self, name, value)
 
-    # ---- set-up ------------------------------------------------------------------------------------------------------
-
     def _distdl_module_setup(self, input: tuple[Any, ...]) -> Call:
         grid, rank = self.P_x.grid_of_ranks, self._distdl_transport.rank
         inputs = agreed_inputs(self, self.P_x)
@@ -99,14 +98,11 @@ class _DistributedLoss(Module):
                 self._check_weight(option, weight, lay.global_shape_of(X))
         if self._distdl_team.size == 1:
             return type(self)._alone
-        return self._call(X, inputs.requires_grad or targets.requires_grad)
-
-    def _call(self, X: Layout, graph: bool) -> Call:
-        """What forward does on several ranks."""
-        box = X.box(self._distdl_transport.rank)
-        assert box is not None
-        block = Block(box, lay.global_shape_of(X), graph)
+        block = self._block(X, inputs.requires_grad or targets.requires_grad)
         return lambda layer, input, target: layer._reduced(input, target, block)
+
+    def _block(self, X: Layout, graph: bool) -> Block:
+        return Block(own_box(self, X), lay.global_shape_of(X), graph)
 
     def _target_shape(self, input: Shape, target: Shape, dtype: torch.dtype) -> Shape:
         """The shape a target block of this shape and dtype must have."""
@@ -121,8 +117,6 @@ class _DistributedLoss(Module):
     def _local_options(self, box: Box) -> dict[str, Any]:
         """The options for a block: of a tensor that torch would broadcast to the whole input, the part that meets it."""
         return {name: _part(getattr(self, name), box) for name in self._options}
-
-    # ---- forward -----------------------------------------------------------------------------------------------------
 
     def _alone(self, input: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         options = {name: getattr(self, name) for name in self._options}
@@ -142,24 +136,34 @@ class _DistributedLoss(Module):
         input = anchored(input, block.graph)
         if self.reduction == "none":
             return self._terms(input, target, block)
-        dtype, error, failed = input.dtype, None, False
-        try:
+        dtype = input.dtype
+
+        def sums() -> torch.Tensor:
+            nonlocal dtype
             terms = self._terms(input, target, block)
             dtype = terms.dtype
-            total = terms.sum(dtype=wide(dtype)).double()
-            weight = self._weight(terms, target, block)
-        except Exception as raised:  # raised again below, on all ranks
-            error, failed = raised, True
-            total = weight = torch.zeros((), dtype=torch.float64, device=input.device)
-        parts = torch.stack([total, weight, torch.full_like(weight, failed)])
-        value, weight, failures = reduce_from_team(parts, self._distdl_team)
-        if failures.item():
-            raise_together(self._distdl_team, error, self._distdl_label)
+            return torch.stack([terms.sum(dtype=wide(dtype)).double(), self._weight(terms, target, block)])
+
+        nothing = torch.zeros(2, dtype=torch.float64, device=input.device)
+        value, weight = self._added_up(sums, nothing, self._distdl_team)
         if self.reduction == "mean":
             value = self._mean(value, weight.detach())
         elif self.reduction == "batchmean":
             value = value / block.global_shape[0]
         return value.to(dtype)
+
+    def _added_up(self, parts: Callable[[], torch.Tensor], nothing: torch.Tensor, team: Team) -> torch.Tensor:
+        """Sums over a team, which travel with whether any rank failed to find its parts: then all of them raise."""
+        error = None
+        try:
+            mine = parts()
+        except Exception as raised:
+            error, mine = raised, nothing
+        failed = mine.new_full((1,), error is not None)
+        sums = reduce_from_team(torch.cat([mine.reshape(-1), failed]), team)
+        if sums[-1].item():
+            raise_together(team, error, self._distdl_label)
+        return sums[:-1].view(mine.shape)
 
     def _terms(self, input: torch.Tensor, target: torch.Tensor, block: Block) -> torch.Tensor:
         """This rank's terms of the sum."""
@@ -187,7 +191,6 @@ def _part(value: Any, box: Box) -> Any:
 
 
 class DistributedMSELoss(_DistributedLoss):
-    __doc__ = _DistributedLoss.__doc__
     function = F.mse_loss
 
     def __init__(self, P_x: Partition, *, reduction: str = "mean") -> None:
@@ -195,7 +198,6 @@ class DistributedMSELoss(_DistributedLoss):
 
 
 class DistributedL1Loss(_DistributedLoss):
-    __doc__ = _DistributedLoss.__doc__
     function = F.l1_loss
 
     def __init__(self, P_x: Partition, *, reduction: str = "mean") -> None:
@@ -203,7 +205,6 @@ class DistributedL1Loss(_DistributedLoss):
 
 
 class DistributedSmoothL1Loss(_DistributedLoss):
-    __doc__ = _DistributedLoss.__doc__
     function = F.smooth_l1_loss
 
     def __init__(self, P_x: Partition, *, reduction: str = "mean", beta: float = 1.0) -> None:
@@ -214,7 +215,6 @@ class DistributedSmoothL1Loss(_DistributedLoss):
 
 
 class DistributedHuberLoss(_DistributedLoss):
-    __doc__ = _DistributedLoss.__doc__
     function = F.huber_loss
 
     def __init__(self, P_x: Partition, *, reduction: str = "mean", delta: float = 1.0) -> None:
@@ -225,7 +225,6 @@ class DistributedHuberLoss(_DistributedLoss):
 
 
 class DistributedBCELoss(_DistributedLoss):
-    __doc__ = _DistributedLoss.__doc__
     function = F.binary_cross_entropy
 
     def __init__(self, P_x: Partition, *, weight: torch.Tensor | None = None, reduction: str = "mean") -> None:
@@ -233,7 +232,6 @@ class DistributedBCELoss(_DistributedLoss):
 
 
 class DistributedBCEWithLogitsLoss(_DistributedLoss):
-    __doc__ = _DistributedLoss.__doc__
     function = F.binary_cross_entropy_with_logits
 
     def __init__(
@@ -248,7 +246,6 @@ class DistributedBCEWithLogitsLoss(_DistributedLoss):
 
 
 class DistributedKLDivLoss(_DistributedLoss):
-    __doc__ = _DistributedLoss.__doc__
     function = F.kl_div
     reductions = ("mean", "batchmean", "sum", "none")
 
@@ -258,7 +255,6 @@ class DistributedKLDivLoss(_DistributedLoss):
 
 
 class DistributedPoissonNLLLoss(_DistributedLoss):
-    __doc__ = _DistributedLoss.__doc__
     function = F.poisson_nll_loss
 
     def __init__(

@@ -11,12 +11,13 @@ from typing import Any
 import torch
 
 from distdl_lite import layout as lay
+from distdl_lite.autograd import ANCHOR
 from distdl_lite.grid import balanced, ravel
 from distdl_lite.layout import Box, Dim, Layout, Shape, ranges_of
 from distdl_lite.nn.blocks import check_floating, connected_zeros, operator_between, wide
 from distdl_lite.nn.draws import constant
 from distdl_lite.nn.inputs import Inputs, agreed_inputs, weight_dtype
-from distdl_lite.nn.norm.normalised import Rows, normalised
+from distdl_lite.nn.norm.normalised import Normalise, Rows
 from distdl_lite.nn.options import numbers
 from distdl_lite.nn.parameter import Layer
 from distdl_lite.operator import Operator
@@ -57,9 +58,18 @@ class Norm(Layer):
     # Whether statistics are tracked before the output is there: also in a checkpoint that ends with the layer, and whose
     # recomputation ends with the layer's saved tensors.
     tracks_early = True
+    uses_batch = True  # whether the input's own statistics are used
+    tracks = False  # whether running statistics are updated
+    may_track = False  # whether they may be in this mode, as `track_running_stats` can be switched
+    least_dims = 0
 
     def __init__(self, P_x: Partition, eps: float) -> None:
         super().__init__(P_x)
+        if P_x.dim < self.least_dims:
+            least = {2: "two", 3: "three"}[self.least_dims]
+            raise self._refuse(
+                f"P_x of shape {P_x.shape} has {P_x.dim} axes, a tensor (N, C, *space) has {least} or more"
+            )
         numbers(self, eps=eps)
         if eps < 0:
             raise self._refuse(f"eps={eps} must not be negative")
@@ -81,23 +91,6 @@ class Norm(Layer):
         self.place("weight", self._held if weight else None, constant(1.0), dtype, device)
         self.place("bias", self._held if weight and bias else None, constant(0.0), dtype, device)
 
-    # ---- what a subclass says ----------------------------------------------------------------------------------------
-
-    @property
-    def uses_batch(self) -> bool:
-        """Whether the input's own statistics are used."""
-        return True
-
-    @property
-    def tracks(self) -> bool:
-        """Whether running statistics are updated."""
-        return False
-
-    @property
-    def may_track(self) -> bool:
-        """Whether they may be in this mode, as `track_running_stats` can be switched."""
-        return False
-
     def blocks(self, shapes: Mapping[int, Shape]) -> Layout:
         """How the input lies over the grid, from the ranks' local shapes."""
         grid = self.P_x.grid_of_ranks
@@ -115,12 +108,12 @@ class Norm(Layer):
         return None
 
     def as_channels(self, x: torch.Tensor) -> torch.Tensor:
-        """A block as ``(B, K, *S)``."""
-        raise NotImplementedError
+        """A block as ``(B, K, *S)``; each channel of each sample apart unless a subclass says otherwise."""
+        return x.reshape(1, math.prod(x.shape[:2]), math.prod(x.shape[2:]))
 
     def per_channel(self, parameter: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        """A parameter for that view of a block `x`."""
-        raise NotImplementedError
+        """A parameter for that view of a block `x`; unlike repeat with second gradients also for no samples."""
+        return parameter.expand(x.shape[0], -1).reshape(-1)
 
     def saves_nothing(self) -> bool:
         """Whether torch's saves no tensor of such an input, so that a checkpoint does not run it again."""
@@ -144,8 +137,6 @@ class Norm(Layer):
 
     def track(self, built: Built, mean: torch.Tensor, var: torch.Tensor) -> None:
         """Update running statistics by those of the rows."""
-
-    # ---- set-up ------------------------------------------------------------------------------------------------------
 
     def _distdl_module_setup(self, input: tuple[Any, ...]) -> Built:
         (x,) = input
@@ -189,9 +180,8 @@ class Norm(Layer):
 
     def _sum_over(self, R: Layout) -> Operator:
         """The sum of the numbers of each row over all ranks that have it."""
-        return Operator(
-            plan(R, R, self._distdl_transport.rank), self._distdl_transport, type(self).__name__, graph=True
-        )
+        transport = self._distdl_transport
+        return Operator(plan(R, R, transport.rank), transport, type(self).__name__, graph=True)
 
     def _check_dtype(self, inputs: Inputs) -> None:
         held, statistics = weight_dtype(self), self._buffers.get("running_mean")
@@ -200,8 +190,6 @@ class Norm(Layer):
         if held in (None, inputs.dtype, wide(inputs.dtype)):
             return
         raise self._refuse(f"the input has dtype {inputs.dtype}, weights and statistics {held}", TypeError)
-
-    # ---- forward -----------------------------------------------------------------------------------------------------
 
     def _run(self, x: torch.Tensor, built: Built) -> torch.Tensor:
         rows = built.rows
@@ -213,8 +201,8 @@ class Norm(Layer):
         late: list[tuple[torch.Tensor, torch.Tensor]] = []
         track = partial(self.track, built) if self.tracks_early else lambda *statistics: late.append(statistics)
         seen = track if self.tracks else None
-        pivot, eps = self.pivot(x, built), self.epsilon(x)
-        y = normalised(self.as_channels(x), weight, bias, pivot, eps, rows, x.shape, seen)
+        anchor, pivot, eps = ANCHOR if rows.graph else None, self.pivot(x, built), self.epsilon(x)
+        y = Normalise.apply(self.as_channels(x), weight, bias, anchor, pivot, eps, rows, x.shape, seen)
         for statistics in late:
             self.track(built, *statistics)
         return y
@@ -232,3 +220,11 @@ class Norm(Layer):
         """Weight and bias as the input is cut."""
         weight, bias = read("weight"), read("bias")
         return (weight, bias) if built.fit is None else tuple(t if t is None else built.fit(t) for t in (weight, bias))
+
+
+def by_kernel(kernel: Callable[..., torch.Tensor], x: torch.Tensor, *arguments: Any) -> torch.Tensor:
+    """A kernel of torch applied to a block ``(N, C, *space)``, with three dims where one has length one.
+
+    The strides of that one may hide the order of memory; in more dims the kernel then reads the gradient in another order.
+    """
+    return kernel(x.reshape(*x.shape[:2], -1), *arguments).view(x.shape) if 1 in x.shape else kernel(x, *arguments)

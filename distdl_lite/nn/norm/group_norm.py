@@ -8,8 +8,7 @@ import torch
 
 from distdl_lite import layout as lay
 from distdl_lite.layout import Box, Dim, Layout, Shape
-from distdl_lite.nn.norm.base import Norm
-from distdl_lite.nn.norm.running import by_kernel, channels_of_samples, samples_as_channels
+from distdl_lite.nn.norm.base import Norm, by_kernel
 from distdl_lite.nn.options import integers
 from distdl_lite.partition import Partition
 
@@ -17,34 +16,26 @@ from distdl_lite.partition import Partition
 class DistributedGroupNorm(Norm):
     """Group normalisation over the tensor that the blocks over `P_x` form, equal to torch's.
 
-    Input and output ``(N, C, *space)`` with any number of spatial dims, in blocks of any sizes; the channels may be cut
-    inside a group. Ranks outside `P_x` pass and get zero-volume tensors; those inside with an empty block take part.
+    As `DistributedBatchNorm`, but for these points. The channels may be cut inside a group.
 
     Parameters
     ----------
     P_x : Partition
-        ``[P_b, P_c, *P_space]``. Parameters are in balanced blocks along ``P_c`` and replicated over the other axes.
+        As there.
     num_groups, num_channels, eps, affine, device, dtype, bias
-        As in torch.nn.GroupNorm.
-
-    Raises
-    ------
-    ValueError
-        On all ranks: in the constructor if `P_x` has less than two axes, or `num_groups` does not divide `num_channels`; at
-        build if the input has other channels, or there is one value per group (torch's text).
-    TypeError
-        At build, if the dtypes of input and weight do not go together.
+        As in torch.nn.GroupNorm. A ValueError in the constructor says if `num_groups` does not divide `num_channels`; one at
+        build tells of one value per group.
 
     Notes
     -----
     Where space is cut, or a group is, two float64 numbers per group and sample (for float64 input, three from each rank) are
     added up forward and two backward over the ranks that share the group; else nothing is communicated. The sum is one
     all-reduce, or one exchange of messages where groups lie across some cuts of the channels. Gradients of weight and bias are
-    summed by the reducer when backward ends. An input whose channels are not in balanced blocks costs one more exchange for
-    each parameter, which it moves to the input's blocks. The statistics are found as in `DistributedBatchNorm`.
+    summed by the reducer when backward ends.
     """
 
     reaches_bias = True
+    least_dims = 2
 
     def __init__(
         self,
@@ -59,13 +50,12 @@ class DistributedGroupNorm(Norm):
         bias: bool = True,
     ) -> None:
         super().__init__(P_x, eps)
-        if P_x.dim < 2:
-            raise self._refuse(f"P_x of shape {P_x.shape} has {P_x.dim} axes, a tensor (N, C, *space) has two or more")
         integers(self, 1, num_groups=num_groups)
         integers(self, 0, num_channels=num_channels)
         if num_channels % num_groups:
             raise self._refuse(f"num_channels ({num_channels}) must be divisible by num_groups ({num_groups})")
         self.num_groups, self.num_channels, self.affine = num_groups, num_channels, affine
+        self._size = num_channels // num_groups
         self.place_affine((num_channels,), (1,), affine, bias, dtype, device)
 
     def check_shape(self, shape: Shape) -> None:
@@ -75,10 +65,6 @@ class DistributedGroupNorm(Norm):
         size = [batch * channels // self.num_groups, self.num_groups, *space]
         if size[0] * math.prod(space) == 1:
             raise ValueError(f"Expected more than 1 value per channel when training, got input size {size}")
-
-    @property
-    def _size(self) -> int:
-        return self.num_channels // self.num_groups
 
     def rows(self, X: Layout) -> tuple[tuple[Dim, ...], int]:
         channels = X.dims[1]
@@ -91,12 +77,6 @@ class DistributedGroupNorm(Norm):
         groups = groups - groups[:1]
         samples = torch.arange(last - first, device=device).unsqueeze(1)
         return (samples * (groups[-1:] + 1) + groups).view(-1)
-
-    def as_channels(self, x: torch.Tensor) -> torch.Tensor:
-        return samples_as_channels(x)
-
-    def per_channel(self, parameter: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        return channels_of_samples(parameter, x)
 
     def alone(self, x: torch.Tensor, *held: torch.Tensor | None) -> torch.Tensor:
         return by_kernel(torch.group_norm, x, x.shape[1] // self._size, *held, self.eps)

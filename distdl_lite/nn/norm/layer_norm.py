@@ -21,11 +21,11 @@ class _LastDimsNorm(Norm):
         self,
         P_x: Partition,
         normalized_shape: int | Sequence[int],
-        eps: float,
-        elementwise_affine: bool,
-        bias: bool,
-        device: torch.device | str | None,
-        dtype: torch.dtype | None,
+        eps: float = 1e-5,
+        elementwise_affine: bool = True,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(P_x, eps)
         sizes = listed(normalized_shape)
@@ -82,23 +82,10 @@ class DistributedLayerNorm(_LastDimsNorm):
     -----
     Where a normalised dim is cut, one all-reduce forward of two float64 numbers per row (for float64 input, three from each
     rank) and one of two backward, among the ranks that share rows; else none. Gradients of weight and bias are summed by the
-    reducer when backward ends. An input whose normalised dims are not in balanced blocks costs one more exchange for each
-    parameter, which it moves to the input's blocks. The statistics are found as in `DistributedBatchNorm`.
+    reducer when backward ends. Blocks that are not balanced, and statistics, are as in `DistributedBatchNorm`.
     """
 
     reaches_bias = True
-
-    def __init__(
-        self,
-        P_x: Partition,
-        normalized_shape: int | Sequence[int],
-        eps: float = 1e-5,
-        elementwise_affine: bool = True,
-        bias: bool = True,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__(P_x, normalized_shape, eps, elementwise_affine, bias, device, dtype)
 
     def alone(self, x: torch.Tensor, *held: torch.Tensor | None) -> torch.Tensor:
         return torch.layer_norm(x, self.normalized_shape, *held, self.eps)

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from distdl_lite.autograd import ANCHOR, Node, check_unbatched, copy_to_team, reduce_from_team
+from distdl_lite.autograd import Node, check_unbatched, copy_to_team, reduce_from_team
 from distdl_lite.layout import Shape
 from distdl_lite.nn.blocks import wide
 from distdl_lite.operator import Operator
@@ -19,7 +19,7 @@ from distdl_lite.transport import Team
 _AT_ONCE = 2**18  # elements of a block in wide temporaries: 2 MiB of float64 stay in a cache
 _AT_ONCE_ON_DEVICES = 2**24  # where a launch costs more than a cache would give
 
-
+Map = Callable[[torch.Tensor], torch.Tensor]
 Track = Callable[[torch.Tensor, torch.Tensor], None]
 
 
@@ -83,28 +83,6 @@ class Rows:
         return move(values.reshape(self.add_up.plan.returned_shape)).view(values.shape)
 
 
-def normalised(
-    x: torch.Tensor,
-    weight: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    pivot: torch.Tensor,
-    eps: float,
-    rows: Rows,
-    shape: Shape,
-    track: Track | None = None,
-) -> torch.Tensor:
-    """The normalised block, in the given shape. (Were it a view, backward would copy it three times if it is changed in place.)
-
-    Weight and bias have one number per channel, or one per element of the channels of ``(B, K, S)`` as ``(1, 1, S)``. `track` is
-    given mean and biased variance of each row over all ranks, in float64; before a checkpoint that recomputes may stop.
-    """
-    anchor = ANCHOR if rows.graph else None
-    return _Normalise.apply(x, weight, bias, anchor, pivot, eps, rows, shape, track)
-
-
-# ---- statistics ------------------------------------------------------------------------------------------------------
-
-
 def _statistics(x: torch.Tensor, pivot: torch.Tensor, rows: Rows) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean and biased variance of each row over all ranks, in float64; zero and mean square if it is not centred."""
     n, mean, var = _own_statistics(x, rows)
@@ -162,9 +140,6 @@ def _parts(x: torch.Tensor) -> Iterable[tuple[slice, ...]]:
     return product(*([slice(start, start + r.step) for start in r] for r in steps))
 
 
-Map = Callable[[torch.Tensor], torch.Tensor]
-
-
 def _merged(
     n: torch.Tensor, mean: torch.Tensor, var: torch.Tensor, add: Map, spread: Map
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -175,11 +150,13 @@ def _merged(
     return total, merged, add(shares * (var + (mean - spread(merged)) ** 2))
 
 
-# ---- the function ----------------------------------------------------------------------------------------------------
+class Normalise(Node):
+    """Normalisation by the values' own statistics, of a block as ``(B, K, *S)``; `_composed` is the same in plain operations.
 
-
-class _Normalise(Node):
-    """Normalisation by the values' own statistics; `_composed` is the same in plain operations."""
+    Weight and bias have one number per channel, or one per element of the channels of ``(B, K, S)`` as ``(1, 1, S)``. `track` is
+    given mean and biased variance of each row over all ranks, in float64; before a checkpoint that recomputes may stop. The
+    result has the given shape. (Were it a view, backward would copy it three times if it is changed in place.)
+    """
 
     @staticmethod
     def forward(
@@ -306,9 +283,6 @@ def _sums(
         sums[:, part[1]] += torch.stack([g.sum(over), z.sum(over)])
     sums[1] = (sums[1] - rest * sums[0]) * scale
     return sums, of_elements
-
-
-# ---- gradients of gradients ------------------------------------------------------------------------------------------
 
 
 def _composed(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,7 +13,7 @@ from distdl_lite.layout import Dim, Layout, Shape
 from distdl_lite.nn.blocks import anchored
 from distdl_lite.nn.draws import constant
 from distdl_lite.nn.inputs import weight_dtype
-from distdl_lite.nn.norm.base import Built, Norm
+from distdl_lite.nn.norm.base import Built, Norm, by_kernel
 from distdl_lite.nn.options import integers, numbers
 from distdl_lite.partition import Partition
 
@@ -23,24 +22,21 @@ class _RunningNorm(Norm):
     """Base of both: weights and running statistics per channel."""
 
     _distdl_free = frozenset({"eps", "momentum"})
-    least_dims: int
-    form: str
 
     def __init__(
         self,
         P_x: Partition,
         num_features: int,
-        eps: float,
-        momentum: float | None,
-        affine: bool,
-        track_running_stats: bool,
-        device: torch.device | str | None,
-        dtype: torch.dtype | None,
-        bias: bool,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        bias: bool = True,
     ) -> None:
         super().__init__(P_x, eps)
-        if P_x.dim < self.least_dims:
-            raise self._refuse(f"P_x of shape {P_x.shape} has {P_x.dim} axes, a tensor {self.form} or more")
         integers(self, 0, num_features=num_features)
         numbers(self, momentum=0.0 if momentum is None else momentum)
         self.num_features, self.momentum = num_features, momentum
@@ -128,7 +124,7 @@ class DistributedBatchNorm(_RunningNorm):
     Notes
     -----
     Each rank finds mean and sum of squared deviations of its block in float64, without a copy of it: peak extra memory is that
-    of 2^18 elements in float64, here and in backward. Float32 ranks add up ``(n, sum(x - c),
+    of 2^18 elements in float64, here and in backward. Float32 ranks add up ``(sum(x - c),
     sum((x - c)^2))`` about a common pivot c, the running mean; float64 ranks gather theirs and merge them exactly (Chan,
     Golub and LeVeque 1979). The gradients of weight and bias come out of the all-reduce in backward, already
     summed over the replicas. With running statistics in use nothing is communicated forward. An input whose channels are
@@ -137,22 +133,7 @@ class DistributedBatchNorm(_RunningNorm):
 
     _distdl_free = frozenset({"eps", "momentum", "track_running_stats"})
     weights_are_per_row = True
-    least_dims, form = 2, "(N, C, *space) has two"
-
-    def __init__(
-        self,
-        P_x: Partition,
-        num_features: int,
-        eps: float = 1e-5,
-        momentum: float | None = 0.1,
-        affine: bool = True,
-        track_running_stats: bool = True,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-        *,
-        bias: bool = True,
-    ) -> None:
-        super().__init__(P_x, num_features, eps, momentum, affine, track_running_stats, device, dtype, bias)
+    least_dims = 2
 
     @property
     def gamma(self) -> torch.nn.Parameter | None:
@@ -212,34 +193,24 @@ class DistributedBatchNorm(_RunningNorm):
 class DistributedInstanceNorm(_RunningNorm):
     """Instance normalisation over the tensor that the blocks over `P_x` form, equal to torch's for every option.
 
-    Input and output ``(N, C, *space)`` with any number of spatial dims, in blocks of any sizes; each channel of each sample is
-    normalised over its space. Ranks outside `P_x` pass and get zero-volume tensors; those inside with an empty block take
-    part.
+    As `DistributedBatchNorm`, but for these points. Each channel of each sample is normalised over its space, so `P_x` and the
+    tensors ``(N, C, *space)`` have three dims or more; a ValueError at build tells of one spatial point to train with.
 
     Parameters
     ----------
     P_x : Partition
-        ``[P_b, P_c, *P_space]``. Parameters and buffers are in balanced blocks along ``P_c`` and replicated over the other
-        axes.
+        As there.
     num_features, eps, momentum, affine, track_running_stats, device, dtype, bias
         As in torch.nn.InstanceNorm1d/2d/3d, with whom a momentum of None keeps the running statistics.
 
-    Raises
-    ------
-    ValueError
-        On all ranks: in the constructor if `P_x` has less than three axes; at build if the input does not have the channels
-        that the layer has weights or statistics for, or one spatial point to train with (torch's text).
-    TypeError
-        At build, if the dtypes of input and weight do not go together.
-
     Notes
     -----
-    Where space is cut, one all-reduce forward and one backward, as in `DistributedBatchNorm`; else none, nor with running
-    statistics in use. Where these are updated and batch or space are cut, one more all-reduce averages the statistics over
-    the batch. Gradients of weight and bias are summed by the reducer when backward ends.
+    Where space is cut, one all-reduce forward and one backward; else none, nor with running statistics in use. Where these are
+    updated and batch or space are cut, one more all-reduce averages the statistics over the batch. Gradients of weight and
+    bias are summed by the reducer when backward ends.
     """
 
-    least_dims, form = 3, "(N, C, *space) has three"
+    least_dims = 3
     tracks_early = False  # as torch's
 
     def __init__(
@@ -255,7 +226,7 @@ class DistributedInstanceNorm(_RunningNorm):
         *,
         bias: bool = True,
     ) -> None:
-        super().__init__(P_x, num_features, eps, momentum, affine, track_running_stats, device, dtype, bias)
+        super().__init__(P_x, num_features, eps, momentum, affine, track_running_stats, device, dtype, bias=bias)
 
     def check_shape(self, shape: Shape) -> None:
         if self.uses_batch and math.prod(shape[2:]) == 1:
@@ -264,12 +235,6 @@ class DistributedInstanceNorm(_RunningNorm):
 
     def rows(self, X: Layout) -> tuple[tuple[Dim, ...], int]:
         return X.dims[:2], math.prod(lay.global_shape_of(X)[2:])
-
-    def as_channels(self, x: torch.Tensor) -> torch.Tensor:
-        return samples_as_channels(x)
-
-    def per_channel(self, parameter: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        return channels_of_samples(parameter, x)
 
     def factor(self) -> float:
         return 0.0 if self.momentum is None else self.momentum
@@ -284,34 +249,6 @@ class DistributedInstanceNorm(_RunningNorm):
 
     def alone(self, x: torch.Tensor, *held: torch.Tensor | None) -> torch.Tensor:
         weight, bias, *running = held
-        # In four dims or more torch's kernel would mistake some memory; see `unhidden`.
+        # As of a block with a dim of length one, see `by_kernel`: torch makes all channels those of one sample.
         y = F.instance_norm(x.flatten(2), *running, weight, bias, self.uses_batch, self.factor(), self.eps)
         return y.view(x.shape)
-
-
-def by_kernel(kernel: Callable[..., torch.Tensor], x: torch.Tensor, *arguments: Any) -> torch.Tensor:
-    """A kernel of torch applied to a block, with strides that tell the order of its memory, and of its gradient's."""
-    y = kernel(unhidden(x), *arguments)
-    if 1 in x.shape and y.requires_grad:
-        y.register_hook(lambda g: g if g is None else unhidden(g))  # none comes where double backward reaches nothing
-    return y
-
-
-def unhidden(x: torch.Tensor) -> torch.Tensor:
-    """The same memory with strides that tell its order: those of dims of length one may not, and torch's kernel mistakes it."""
-    for place in (1, -1) if 1 in x.shape else ():
-        seen = x.movedim(1, place)
-        if seen.is_contiguous():
-            return seen.reshape(-1).view(seen.shape).movedim(place, 1)
-    return x
-
-
-def samples_as_channels(x: torch.Tensor) -> torch.Tensor:
-    """``(N, C, *space)`` as ``(1, N C, points)``."""
-    batch, channels, *space = x.shape
-    return x.reshape(1, batch * channels, math.prod(space))
-
-
-def channels_of_samples(parameter: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """A parameter per channel for that view; unlike repeat with second gradients also for no samples."""
-    return parameter.expand(x.shape[0], -1).reshape(-1)

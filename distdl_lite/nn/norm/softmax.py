@@ -117,6 +117,5 @@ class DistributedSoftmax(Module):
 
 
 class DistributedLogSoftmax(DistributedSoftmax):
-    __doc__ = DistributedSoftmax.__doc__
     _whole = staticmethod(torch.log_softmax)
     _cut = staticmethod(log_softmax)

@@ -11,13 +11,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from distdl_lite import layout as lay
-from distdl_lite.layout import Dim, Range
-from distdl_lite.nn.blocks import Local, anchored, check_floating, connected_zeros, operator_between, torch_dtype, wide
+from distdl_lite.layout import Dim, Layout, Range
+from distdl_lite.nn.blocks import Local, check_floating, torch_dtype, wide
 from distdl_lite.nn.inputs import Inputs
-from distdl_lite.nn.module import Call, Module
 from distdl_lite.nn.options import integers, listed
-from distdl_lite.nn.pool.spatial import SpatialLayer, View, applied, windows
+from distdl_lite.nn.pool.spatial import SpatialLayer, View, windows
 from distdl_lite.partition import Partition
 
 _MAX_POOLS = {1: F.adaptive_max_pool1d, 2: F.adaptive_max_pool2d, 3: F.adaptive_max_pool3d}
@@ -107,8 +105,7 @@ def averaged(views: Sequence[View]) -> Local:
 class _DistributedAdaptivePool(SpatialLayer):
     """A pool to a given number of outputs over the tensor that the blocks over `P_x` form, equal to torch's.
 
-    Input ``(N, C, *space)`` in blocks of any sizes, cut along any dims; output in balanced blocks over `P_x`, whose ranks
-    call it together. Ranks outside return what they pass.
+    Input, output and ranks are as for `DistributedMaxPool2d`.
 
     Parameters
     ----------
@@ -117,8 +114,7 @@ class _DistributedAdaptivePool(SpatialLayer):
     output_size : int, None or sequence of them
         The global number of outputs per dim; None keeps the input's.
     return_indices : bool
-        Of a max pool: whether the blocks of maxima and of their places are returned, as a pair. A place is torch's: the flat
-        index into the spatial dims of the global tensor.
+        Of a max pool: whether the blocks of maxima and of their places are returned, as there.
 
     Raises
     ------
@@ -126,6 +122,11 @@ class _DistributedAdaptivePool(SpatialLayer):
         In the constructor if the partition does not fit the dims or the size is not positive. On all ranks alike.
     TypeError
         At build, if integers are to be averaged.
+
+    Notes
+    -----
+    For averages each rank adds up what it holds of every window that meets its block, and the owner of an output adds these
+    shares: a global average moves one number per channel, not the tensor.
     """
 
     dims: int
@@ -145,7 +146,8 @@ class _DistributedAdaptivePool(SpatialLayer):
         return Adaptive(length, length if size is None else size)
 
     def extra_repr(self) -> str:
-        return f"output_size={self.output_size}, P_x={self.P_x.shape}"
+        places = ", return_indices=True" if self.return_indices else ""
+        return f"output_size={self.output_size}, P_x={self.P_x.shape}{places}"
 
 
 class _DistributedAdaptiveMaxPool(_DistributedAdaptivePool):
@@ -163,47 +165,27 @@ class _DistributedAdaptiveMaxPool(_DistributedAdaptivePool):
 
     def local(self, views: Sequence[View]) -> Local:
         if all(view.is_whole for view in views):
-            return applied(_MAX_POOLS[self.dims], _sizes(views), self.return_indices)
+            pool = _MAX_POOLS[self.dims]
+            return partial(pool, output_size=_sizes(views), return_indices=self.return_indices)
         return largest(views, self.return_indices)
-
-    def extra_repr(self) -> str:
-        return super().extra_repr() + (", return_indices=True" if self.return_indices else "")
 
 
 class _DistributedAdaptiveAvgPool(_DistributedAdaptivePool):
-    """Each rank averages what it holds of every window that meets its block, and the owner of an output adds up.
-
-    So a global average moves one number per channel, not the tensor.
-    """
-
     def result_dtype(self, inputs: Inputs) -> torch.dtype:
         check_floating(self, inputs)
         return torch_dtype(self, inputs, self.dims + 2, lambda x: _AVG_POOLS[self.dims](x, 1))
 
-    def _distdl_module_setup(self, input: tuple[Any, ...]) -> Call:
-        inputs = self.inputs()
-        X, Y, geometries = self.layouts(inputs)
-        met = [Dim(tuple(g.meets(*r) for r in d.ranges), d.axes) for g, d in zip(geometries, X.dims[2:], strict=True)]
-        parts = replace(X, dims=(*X.dims[:2], *met))
-        box, held = parts.box(self._distdl_transport.rank), X.box(self._distdl_transport.rank)
-        assert box is not None
-        assert held is not None
-        is_whole = [n == 1 for n in X.grid.shape[2:]]
-        views = [
-            View(*v) for v in zip(geometries, lay.global_shape_of(X)[2:], box[2:], held[2:], is_whole, strict=True)
-        ]
-        deliver = operator_between(parts, Y, self, inputs.requires_grad)
-        shape, dtype = lay.shape_of(box), inputs.dtype if all(is_whole) else wide(inputs.dtype)
-        local: Local = partial(connected_zeros, shape, linear=is_mean(views))
-        if 0 not in shape:
-            local = applied(_AVG_POOLS[self.dims], _sizes(views)) if all(is_whole) else averaged(views)
-        graph, result = inputs.requires_grad, inputs.dtype
+    def between(self, X: Layout, Y: Layout, geometries: Sequence[Any]) -> tuple[Layout, Layout]:
+        met = (Dim(tuple(g.meets(*r) for r in d.ranges), d.axes) for g, d in zip(geometries, X.dims[2:], strict=True))
+        return X, replace(X, dims=(*X.dims[:2], *met))
 
-        def run(layer: Module, x: torch.Tensor) -> torch.Tensor:
-            shares = local(anchored(x.to(result), graph)).to(dtype)
-            return (shares if deliver is None else deliver(shares)).to(result)
+    def is_linear(self, views: Sequence[View]) -> bool:
+        return is_mean(views)
 
-        return run
+    def local(self, views: Sequence[View]) -> Local:
+        if all(view.is_whole for view in views):
+            return partial(_AVG_POOLS[self.dims], output_size=_sizes(views))
+        return averaged(views)
 
 
 def is_mean(views: Sequence[View]) -> bool:
@@ -211,37 +193,29 @@ def is_mean(views: Sequence[View]) -> bool:
     return not all(view.is_whole for view in views) or all(view.geometry.outputs == 1 for view in views)
 
 
-def _sizes(views: Sequence[View]) -> int | tuple[int, ...]:
-    """The numbers of outputs; as one where they are equal, which torch is quicker to take."""
-    sizes = tuple(view.geometry.outputs for view in views)
-    return sizes[0] if len(set(sizes)) == 1 else sizes
+def _sizes(views: Sequence[View]) -> tuple[int, ...]:
+    return tuple(view.geometry.outputs for view in views)
 
 
 class DistributedAdaptiveMaxPool1d(_DistributedAdaptiveMaxPool):
-    __doc__ = _DistributedAdaptivePool.__doc__
     dims = 1
 
 
 class DistributedAdaptiveMaxPool2d(_DistributedAdaptiveMaxPool):
-    __doc__ = _DistributedAdaptivePool.__doc__
     dims = 2
 
 
 class DistributedAdaptiveMaxPool3d(_DistributedAdaptiveMaxPool):
-    __doc__ = _DistributedAdaptivePool.__doc__
     dims = 3
 
 
 class DistributedAdaptiveAvgPool1d(_DistributedAdaptiveAvgPool):
-    __doc__ = _DistributedAdaptivePool.__doc__
     dims = 1
 
 
 class DistributedAdaptiveAvgPool2d(_DistributedAdaptiveAvgPool):
-    __doc__ = _DistributedAdaptivePool.__doc__
     dims = 2
 
 
 class DistributedAdaptiveAvgPool3d(_DistributedAdaptiveAvgPool):
-    __doc__ = _DistributedAdaptivePool.__doc__
     dims = 3

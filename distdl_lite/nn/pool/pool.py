@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import reduce
+from functools import partial, reduce
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from distdl_lite.layout import Range
 from distdl_lite.nn.blocks import Local, check_floating, torch_dtype, wide
 from distdl_lite.nn.inputs import Inputs
 from distdl_lite.nn.options import booleans, integers, per_dim
-from distdl_lite.nn.pool.spatial import SpatialLayer, View, applied
+from distdl_lite.nn.pool.spatial import SpatialLayer, View
 from distdl_lite.partition import Partition
 
 _MAX_POOLS = {1: F.max_pool1d, 2: F.max_pool2d, 3: F.max_pool3d}
@@ -69,7 +69,8 @@ class _Pool(SpatialLayer):
     def extra_repr(self) -> str:
         parts = [f"kernel_size={self.kernel_size}", f"stride={self.stride}", f"padding={self.padding}"]
         parts += [f"dilation={self.dilation}"] if max(self.dilation) > 1 else []
-        return ", ".join([*parts, f"ceil_mode={self.ceil_mode}", f"P_x={self.P_x.shape}"])
+        parts += [f"ceil_mode={self.ceil_mode}", f"P_x={self.P_x.shape}"]
+        return ", ".join([*parts, *(["return_indices=True"] if self.return_indices else [])])
 
 
 def _padding(views: Sequence[View], left: bool) -> tuple[tuple[int, ...], tuple[int, ...] | None]:
@@ -91,9 +92,6 @@ def _cropped(y: torch.Tensor, views: Sequence[View]) -> torch.Tensor:
     """The first outputs of every spatial dim, as many as the rank has."""
     sizes = tuple(view.size for view in views)
     return y if y.shape[2:] == sizes else y[(..., *map(slice, sizes))]
-
-
-# ---- maximum ---------------------------------------------------------------------------------------------------------
 
 
 class _DistributedMaxPool(_Pool):
@@ -152,32 +150,28 @@ class _DistributedMaxPool(_Pool):
         return found
 
     def local(self, views: Sequence[View]) -> Local:
+        pool = partial(
+            _MAX_POOLS[self.dims],
+            kernel_size=self.kernel_size,
+            stride=self.stride,
+            dilation=self.dilation,
+            ceil_mode=self.ceil_mode,
+            return_indices=self.return_indices,
+        )
         if all(view.is_whole for view in views):
-            arguments = (
-                self.kernel_size,
-                self.stride,
-                self.padding,
-                self.dilation,
-                self.ceil_mode,
-                self.return_indices,
-            )
-            return applied(_MAX_POOLS[self.dims], *arguments)
+            return partial(pool, padding=self.padding)
         # torch's own padding on the left never wins: a maximum of nothing but -inf has the serial gradient.
         native, before = _padding(views, left=True)
-        options = (self.kernel_size, self.stride, native, self.dilation, self.ceil_mode, self.return_indices)
 
-        def pool(z: torch.Tensor) -> Any:
+        def pool_of_part(z: torch.Tensor) -> Any:
             if before is not None:
-                z = F.pad(z, before, value=_lowest(z.dtype))
-            y = _MAX_POOLS[self.dims](z, *options)
+                z = F.pad(z, before, value=float("-inf") if z.dtype.is_floating_point else torch.iinfo(z.dtype).min)
+            y = pool(z, padding=native)
             if not self.return_indices:
                 return _cropped(y, views)
             return _cropped(y[0], views), _global_places(_cropped(y[1], views), z.shape[2:], views)
 
-        return pool
-
-    def extra_repr(self) -> str:
-        return super().extra_repr() + (", return_indices=True" if self.return_indices else "")
+        return pool_of_part
 
 
 def _global_places(places: torch.Tensor, held: Sequence[int], views: Sequence[View]) -> torch.Tensor:
@@ -189,33 +183,22 @@ def _global_places(places: torch.Tensor, held: Sequence[int], views: Sequence[Vi
     return found
 
 
-def _lowest(dtype: torch.dtype) -> float:
-    return float("-inf") if dtype.is_floating_point else torch.iinfo(dtype).min
-
-
 class DistributedMaxPool1d(_DistributedMaxPool):
-    __doc__ = _DistributedMaxPool.__doc__
     dims = 1
 
 
 class DistributedMaxPool2d(_DistributedMaxPool):
-    __doc__ = _DistributedMaxPool.__doc__
     dims = 2
 
 
 class DistributedMaxPool3d(_DistributedMaxPool):
-    __doc__ = _DistributedMaxPool.__doc__
     dims = 3
-
-
-# ---- average ---------------------------------------------------------------------------------------------------------
 
 
 class _DistributedAvgPool(_Pool):
     """An average pool over the tensor that the blocks over `P_x` form, equal to torch's.
 
-    Input ``(N, C, *space)`` of a floating dtype in blocks of any sizes, cut along any dims; output in balanced blocks over
-    `P_x`, whose ranks call it together. Ranks outside return what they pass.
+    As `DistributedMaxPool2d` but for the options, and the dtype of the input, which must be a floating one.
 
     Parameters
     ----------
@@ -227,8 +210,7 @@ class _DistributedAvgPool(_Pool):
     Raises
     ------
     ValueError
-        In the constructor if the partition does not fit the dims, or an option is one torch refuses; at build if the
-        input does not fit. On all ranks alike.
+        As there.
     TypeError
         At build, if the input is of an integer dtype, or of half precision in three dims on a CPU.
     """
@@ -269,7 +251,7 @@ class _DistributedAvgPool(_Pool):
         if all(view.is_whole for view in views):
             options = [] if self.dims == 1 else [self.divisor_override]
             arguments = (self.kernel_size, self.stride, self.padding, self.ceil_mode, self.count_include_pad, *options)
-            return applied(_AVG_POOLS[self.dims], *arguments)
+            return lambda z: _AVG_POOLS[self.dims](z, *arguments)
         native, before = _padding(views, left=False)
         counts = self._counts(views)
 
@@ -279,7 +261,7 @@ class _DistributedAvgPool(_Pool):
             if isinstance(counts, int):
                 return _cropped(self._sums(z, native, counts), views)
             sums = _cropped(self._sums(z.to(wide(z.dtype)), native, 1), views)
-            return (sums / counts.to(sums)).to(z.dtype)
+            return sums / counts.to(sums)
 
         return pool
 
@@ -307,15 +289,12 @@ class _DistributedAvgPool(_Pool):
 
 
 class DistributedAvgPool1d(_DistributedAvgPool):
-    __doc__ = _DistributedAvgPool.__doc__
     dims = 1
 
 
 class DistributedAvgPool2d(_DistributedAvgPool):
-    __doc__ = _DistributedAvgPool.__doc__
     dims = 2
 
 
 class DistributedAvgPool3d(_DistributedAvgPool):
-    __doc__ = _DistributedAvgPool.__doc__
     dims = 3

@@ -2,30 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
 from distdl_lite import layout as lay
 from distdl_lite.layout import Dim, Layout, Range
-from distdl_lite.nn.blocks import Local, anchored, connected_zeros, operator_between
+from distdl_lite.nn.blocks import Local, anchored, connected_zeros, operator_between, own_box, wide
 from distdl_lite.nn.inputs import Inputs, agreed_inputs
 from distdl_lite.nn.module import Call, Module
+from distdl_lite.nn.options import spatial_axes
 from distdl_lite.partition import Partition
-
-
-class Geometry(Protocol):
-    """How the outputs of one spatial dim read its inputs."""
-
-    @property
-    def outputs(self) -> int:
-        """The global number of outputs."""
-
-    def reads(self, start: int, stop: int) -> Range:
-        """The input range that the outputs [start, stop) read; it may leave the dim, which ends it there."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +24,9 @@ class View:
 
     Attributes
     ----------
-    geometry : Geometry
+    geometry
+        How outputs read inputs: `outputs`, their global number, and ``reads(start, stop)``, the input range that these read;
+        it may leave the dim, which ends it there.
     length : int
         The global number of inputs.
     block, held : (start, stop)
@@ -58,7 +50,7 @@ class SpatialLayer(Module):
     """Base of layers without weights that treat each channel alone: pools and interpolation.
 
     Each rank fetches the inputs that its outputs read, wherever their owners are, by one operator, and computes alone. A dim
-    that is not cut stays whole. Override `geometry` and `local`.
+    that is not cut stays whole. Override `geometry` and `local`; also `between` where outputs are sums of what ranks compute.
 
     Parameters
     ----------
@@ -71,12 +63,9 @@ class SpatialLayer(Module):
     def __init__(self, P_x: Partition, dims: int) -> None:
         super().__init__(P_x)
         self.P_x, self.dims = P_x, dims
-        if P_x.dim != dims + 2:
-            raise self._refuse(
-                f"P_x of shape {P_x.shape} has {P_x.dim} axes, a tensor (N, C, *space) has {dims + 2} dims"
-            )
+        spatial_axes(self, "P_x", P_x, dims)
 
-    def geometry(self, d: int, length: int, inputs: Inputs) -> Geometry:
+    def geometry(self, d: int, length: int, inputs: Inputs) -> Any:
         """The geometry of spatial dim `d`; the same on all ranks. Raises ValueError if the length does not fit."""
         raise NotImplementedError
 
@@ -92,11 +81,6 @@ class SpatialLayer(Module):
         """The dtype of torch's result. Raises TypeError if torch's layer does not take the input's."""
         raise NotImplementedError
 
-    def inputs(self) -> Inputs:
-        """What the ranks passed, in the dtype of torch's result: where autocast chooses another, it is the input it casts."""
-        inputs = agreed_inputs(self, self.P_x)
-        return replace(inputs, dtype=self.result_dtype(inputs))
-
     def layouts(self, inputs: Inputs) -> tuple[Layout, Layout, list[Any]]:
         """The layouts of input and output, and the geometry of each spatial dim; the same on all ranks."""
         grid = self.P_x.grid_of_ranks
@@ -107,26 +91,31 @@ class SpatialLayer(Module):
         geometries = [self.geometry(d, n, inputs) for d, n in enumerate(space)]
         return X, lay.balanced_blocks(grid, (batch, channels, *(g.outputs for g in geometries))), geometries
 
+    def between(self, X: Layout, Y: Layout, geometries: Sequence[Any]) -> tuple[Layout, Layout]:
+        """What `local` is given and what it computes: what the rank's outputs read, and these outputs."""
+        dims = zip(Y.dims[2:], geometries, lay.global_shape_of(X)[2:], strict=True)
+        return Layout(X.grid, (*Y.dims[:2], *(_reads(*dim) for dim in dims))), Y
+
     def _distdl_module_setup(self, input: tuple[Any, ...]) -> Call:
-        inputs = self.inputs()
+        inputs = agreed_inputs(self, self.P_x)
+        inputs = replace(inputs, dtype=self.result_dtype(inputs))  # where autocast chooses another, it casts the input
         X, Y, geometries = self.layouts(inputs)
-        grid, space = X.grid, lay.global_shape_of(X)[2:]
-        reads = [_reads(Y.dims[2 + d], g, n) for d, (g, n) in enumerate(zip(geometries, space, strict=True))]
-        Z = Layout(grid, (*Y.dims[:2], *reads))
-        box, held = Y.box(self._distdl_transport.rank), Z.box(self._distdl_transport.rank)
-        assert box is not None
-        assert held is not None
-        whole = [n == 1 for n in grid.shape[2:]]
-        views = [View(*view) for view in zip(geometries, space, box[2:], held[2:], whole, strict=True)]
-        shape = lay.shape_of(box)
+        Z, W = self.between(X, Y, geometries)
+        box, is_whole = own_box(self, W), [n == 1 for n in X.grid.shape[2:]]
+        dims = zip(geometries, lay.global_shape_of(X)[2:], box[2:], own_box(self, Z)[2:], is_whole, strict=True)
+        views, shape = [View(*dim) for dim in dims], lay.shape_of(box)
         local = self.local(views) if 0 not in shape else partial(connected_zeros, shape, linear=self.is_linear(views))
-        fetch, graph, dtype = operator_between(X, Z, self, inputs.requires_grad), inputs.requires_grad, inputs.dtype
+        graph, dtype = inputs.requires_grad, inputs.dtype
+        fetch, deliver = operator_between(X, Z, self, graph), operator_between(W, Y, self, graph)
+        added = dtype if all(is_whole) else wide(dtype)
 
         def run(layer: SpatialLayer, x: torch.Tensor) -> Any:
             x = x.to(dtype)
             # Also where nothing moves: a checkpoint around it runs the layer again on the ranks that have a graph.
             y = local(anchored(x, graph) if fetch is None else fetch(x))
-            return with_places(y) if layer.return_indices else y
+            if layer.return_indices:
+                return with_places(y)
+            return (y if deliver is None else deliver(y.to(added))).to(dtype)
 
         return run
 
@@ -134,7 +123,7 @@ class SpatialLayer(Module):
         return with_places(x) if self.return_indices else x
 
 
-def _reads(outputs: Dim, geometry: Geometry, length: int) -> Dim:
+def _reads(outputs: Dim, geometry: Any, length: int) -> Dim:
     """What the output blocks of a dim hold of the input."""
     if len(outputs.ranges) == 1:
         return Dim(((0, length),), outputs.axes)
@@ -145,11 +134,6 @@ def _reads(outputs: Dim, geometry: Geometry, length: int) -> Dim:
 def windows(z: torch.Tensor, dim: int, index: torch.Tensor) -> torch.Tensor:
     """The points that each output of a dim reads: of shape ``(..., outputs, taps, ...)`` for an index (outputs, taps)."""
     return z.index_select(dim, index.reshape(-1).to(z.device)).unflatten(dim, index.shape)
-
-
-def applied(function: Callable[..., Any], *arguments: Any) -> Local:
-    """torch's own function of a block, where no other rank's values count."""
-    return lambda z: function(z, *arguments)
 
 
 def with_places(y: Any) -> tuple[torch.Tensor, torch.Tensor]:

@@ -10,9 +10,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
-from numbers import Integral, Real
-from typing import Any
+from functools import cached_property, reduce
+from numbers import Real
 
 import torch
 import torch.nn.functional as F
@@ -20,9 +19,9 @@ import torch.nn.functional as F
 from distdl_lite.layout import Range
 from distdl_lite.nn.blocks import Local, check_floating, torch_dtype, wide
 from distdl_lite.nn.inputs import Inputs
-from distdl_lite.nn.options import listed, plain
+from distdl_lite.nn.options import listed, per_dim, plain
 from distdl_lite.nn.pool.adaptive_pool import Adaptive, averaged, is_mean
-from distdl_lite.nn.pool.spatial import Geometry, SpatialLayer, View, windows
+from distdl_lite.nn.pool.spatial import SpatialLayer, View, windows
 from distdl_lite.partition import Partition
 
 _LINEAR = {1: "linear", 2: "bilinear", 3: "trilinear"}
@@ -103,8 +102,10 @@ class DistributedUpsample(SpatialLayer):
         self.mode, self.align_corners = mode, align_corners
         self.recompute_scale_factor = recompute_scale_factor
         self._check_mode()
-        self._sizes = self._per_dim("size", size, Integral)
-        self._factors = self._per_dim("scale_factor", scale_factor, Real)
+        self._sizes = (None,) * self.dims if size is None else per_dim(self, self.dims, "size", size)
+        self._factors = listed(scale_factor, self.dims)
+        if scale_factor is not None:
+            self._check_factors()
 
     def _check_mode(self) -> None:
         modes = {"nearest", "nearest-exact", "area", _LINEAR.get(self.dims), "bicubic" if self.dims == 2 else None}
@@ -120,25 +121,21 @@ class DistributedUpsample(SpatialLayer):
         if self.recompute_scale_factor and self.size is not None:
             raise self._refuse(f"recompute_scale_factor has no meaning for size={self.size}")
 
-    def _per_dim(self, name: str, value: Any, kind: type) -> tuple[Any, ...]:
-        """A positive number of a kind per dim, or None for each where the option is not given."""
-        values = listed(value, self.dims)
-        words = "integers" if kind is Integral else "finite numbers"
-        rule = f"{name}={value!r} is not {self.dims} positive {words}, nor one for all"
-        if value is not None and any(isinstance(v, bool) or not isinstance(v, kind) for v in values):
+    def _check_factors(self) -> None:
+        rule = f"scale_factor={self.scale_factor!r} is not {self.dims} positive finite numbers, nor one for all"
+        if any(isinstance(factor, bool) or not isinstance(factor, Real) for factor in self._factors):
             raise self._refuse(rule, TypeError)
-        if len(values) != self.dims or (value is not None and not all(0 < v < math.inf for v in values)):
+        if len(self._factors) != self.dims or not all(0 < factor < math.inf for factor in self._factors):
             raise self._refuse(rule)
-        return values
 
     def result_dtype(self, inputs: Inputs) -> torch.dtype:
         check_floating(self, inputs)
         size = (1,) * self.dims
         return torch_dtype(self, inputs, self.dims + 2, lambda x: F.interpolate(x, size, None, self.mode))
 
-    def geometry(self, d: int, length: int, inputs: Inputs) -> Geometry:
+    def geometry(self, d: int, length: int, inputs: Inputs) -> Adaptive | _Interpolated:
         size, factor = self._sizes[d], self._factors[d]
-        outputs = int(length * factor) if size is None else int(size)
+        outputs = int(length * factor) if size is None else size
         if outputs < 1:
             raise self._refuse(f"dim {d + 2} of length {length} with scale_factor={factor} has no output")
         if self.recompute_scale_factor:
@@ -202,17 +199,21 @@ class DistributedUpsample(SpatialLayer):
         if all(view.is_whole for view in views):
             return self._whole
         if self.mode == "area":
-            average = averaged(views)
-            return lambda z: average(z).to(z.dtype)
+            return averaged(views)
         if all(view.is_whole or view.geometry.factor for view in views):
             return self._blockwise(views)
-        dims = [_placed(view) for view in views]
+        # Index and weight (outputs, taps) of this rank's outputs in the block it holds; a point outside weighs nothing.
+        dims = [
+            (
+                v.geometry.index[slice(*v.block)].clamp(v.held[0], v.held[1] - 1) - v.held[0],
+                v.geometry.weight[slice(*v.block)],
+            )
+            for v in views
+        ]
 
         def interpolate(z: torch.Tensor) -> torch.Tensor:
-            y = z if self._taps == 1 else z.to(wide(z.dtype))
-            for dim in range(z.dim() - 1, 1, -1):
-                y = _weighted(y, dim, *dims[dim - 2])
-            return y.to(z.dtype)
+            z = z if self._taps == 1 else z.to(wide(z.dtype))
+            return reduce(lambda y, dim: _weighted(y, dim, *dims[dim - 2]), range(z.dim() - 1, 1, -1), z)
 
         return interpolate
 
@@ -232,15 +233,10 @@ class DistributedUpsample(SpatialLayer):
 
     def extra_repr(self) -> str:
         given = f"size={self.size}" if self.scale_factor is None else f"scale_factor={self.scale_factor}"
-        corners = "" if self.align_corners is None else f", align_corners={self.align_corners}"
-        return f"{given}, mode={self.mode!r}{corners}, P_x={self.P_x.shape}"
-
-
-def _placed(view: View) -> tuple[torch.Tensor, torch.Tensor]:
-    """Index and weight (outputs, taps) of this rank's outputs in the block it holds."""
-    start, stop = view.block
-    index = view.geometry.index[start:stop].clamp(view.held[0], view.held[1] - 1)  # what is outside weighs nothing
-    return index - view.held[0], view.geometry.weight[start:stop]
+        given += f", mode={self.mode!r}"
+        for name in ("align_corners", "recompute_scale_factor"):
+            given += "" if getattr(self, name) is None else f", {name}={getattr(self, name)}"
+        return f"{given}, P_x={self.P_x.shape}"
 
 
 def _weighted(z: torch.Tensor, dim: int, index: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

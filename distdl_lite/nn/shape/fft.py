@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import replace
+from functools import partial, reduce
 from typing import Any
 
 import torch
@@ -16,33 +16,11 @@ from distdl_lite.layout import Dim, Shape
 from distdl_lite.nn.blocks import Local, operator_between, torch_dtype
 from distdl_lite.nn.inputs import agreed_inputs
 from distdl_lite.nn.module import Call, Module
-from distdl_lite.nn.options import integers, listed
-from distdl_lite.operator import Operator
+from distdl_lite.nn.options import different_dims, integers, listed
 from distdl_lite.partition import Partition
 
 _TRANSFORMS = {"fft": torch.fft.fftn, "ifft": torch.fft.ifftn, "rfft": torch.fft.rfftn, "irfft": torch.fft.irfftn}
 _COMPLEX = {"fft": "fft", "ifft": "ifft", "rfft": "fft", "irfft": "ifft"}  # of the other dims
-
-
-@dataclass(frozen=True)
-class _Step:
-    """Move to blocks in which some dims are whole, and transform along them."""
-
-    move: Operator | None
-    transform: Local
-
-
-@dataclass(frozen=True)
-class _Transform:
-    """The call for one structure: the steps, and home."""
-
-    steps: tuple[_Step, ...]
-    home: Operator | None
-
-    def __call__(self, layer: Module, x: torch.Tensor) -> torch.Tensor:
-        for step in self.steps:
-            x = step.transform(x if step.move is None else step.move(x))
-        return x if self.home is None else self.home(x)
 
 
 class DistributedFFT(Module):
@@ -92,20 +70,17 @@ class DistributedFFT(Module):
         self.P_x, self.function, self.norm = P_x, function, norm
         self.dim = listed(dim)
         self.s = (-1,) * len(self.dim) if s is None else listed(s)
-        for name, values in (("dim", self.dim), ("s", self.s)):
-            for value in values:
-                integers(self, **{name: value})
+        for value in self.s:
+            integers(self, s=value)
         if function not in _TRANSFORMS:
             raise self._refuse(f"function {function!r} is none of {', '.join(_TRANSFORMS)}")
         if norm not in (None, "forward", "backward", "ortho"):
             raise self._refuse(f"norm {norm!r} is none of forward, backward, ortho")
-        self._dims = tuple(d % P_x.dim for d in self.dim)
-        if any(not -P_x.dim <= d < P_x.dim for d in self.dim) or not 0 < len(set(self._dims)) == len(self.dim):
-            raise self._refuse(f"dim={self.dim} are not different dims of a tensor of {P_x.dim} dims")
+        self._dims = different_dims(self, P_x.dim, self.dim)
+        if not self._dims:
+            raise self._refuse("dim=() are no dims")
         if len(self.s) != len(self.dim):
             raise self._refuse(f"s={self.s} does not have a length for each of dim={self.dim}")
-
-    # ---- set-up ------------------------------------------------------------------------------------------------------
 
     def _distdl_module_setup(self, input: tuple[Any, ...]) -> Call:
         inputs = agreed_inputs(self, self.P_x)
@@ -113,7 +88,8 @@ class DistributedFFT(Module):
         grid = self.P_x.grid_of_ranks
         here = lay.blocks(grid, lay.cuts_from_shapes(grid, inputs.shapes))
         sizes = self._sizes(lay.global_shape_of(here))
-        steps, left = [], self._dims
+        steps: list[Local | None] = []
+        left = self._dims
         while left:
             there, now = here, self._ready(here.grid, left)
             if not now:
@@ -123,11 +99,12 @@ class DistributedFFT(Module):
             move = operator_between(here, there, self, inputs.requires_grad)
             function = self.function if self._dims[-1] in now else _COMPLEX[self.function]
             box = there.box(self._distdl_transport.rank)
-            steps.append(_Step(move, self._transform(_TRANSFORMS[function], now, sizes, lay.shape_of(box or ()))))
+            steps += [move, self._transform(_TRANSFORMS[function], now, sizes, lay.shape_of(box or ()))]
             here = replace(there, dims=tuple(self._transformed(d, dim, now, sizes) for d, dim in enumerate(there.dims)))
             left = tuple(d for d in left if d not in now)
         Y = lay.balanced_blocks(grid, lay.global_shape_of(here))
-        return _Transform(tuple(steps), operator_between(here, Y, self, inputs.requires_grad))
+        steps.append(operator_between(here, Y, self, inputs.requires_grad))
+        return partial(_in_turn, [step for step in steps if step is not None])
 
     def _sizes(self, shape: Shape) -> dict[int, int]:
         """The length of the transform of each dim."""
@@ -182,6 +159,10 @@ class DistributedFFT(Module):
     def extra_repr(self) -> str:
         s = "" if set(self.s) == {-1} else f", s={self.s}"
         return f"function={self.function!r}, dim={self.dim}{s}, norm={self.norm!r}, P_x={self.P_x.shape}"
+
+
+def _in_turn(steps: Sequence[Local], layer: Module, x: torch.Tensor) -> torch.Tensor:
+    return reduce(lambda y, step: step(y), steps, x)
 
 
 def moved(grid: Grid, shape: Shape, whole: Sequence[int]) -> Grid | None:

@@ -72,10 +72,8 @@ class DistributedFlatten(Module):
             shape, ones = self.P_y.shape, (1,) * (last - first)
             rows = Grid((*shape[: first + 1], *ones, *shape[first + 1 :]), self.P_y.ranks)
             Z = lay.balanced_blocks(rows, lay.global_shape_of(X))
-            move, gets = (
-                operator_between(X, Z, self, inputs.requires_grad),
-                Z.box(self._distdl_transport.rank) is not None,
-            )
+            move = operator_between(X, Z, self, inputs.requires_grad)
+            gets = self.P_y.active
 
         def run(layer: DistributedFlatten, x: torch.Tensor) -> torch.Tensor:
             z = x if move is None else into(move, x, dtype)

@@ -13,7 +13,7 @@ from distdl_lite.autograd import reduce_from_team
 from distdl_lite.nn.blocks import anchored, wide
 from distdl_lite.nn.inputs import agreed_inputs
 from distdl_lite.nn.module import Call, Module
-from distdl_lite.nn.options import booleans, integers, listed
+from distdl_lite.nn.options import booleans, different_dims
 from distdl_lite.partition import Partition
 
 
@@ -51,13 +51,9 @@ class DistributedMean(Module):
     def __init__(self, P_x: Partition, dim: int | Sequence[int] | None = None, keepdim: bool = False) -> None:
         super().__init__(P_x)
         self.P_x, self.dim, self.keepdim = P_x, dim, keepdim
-        named = () if dim is None else listed(dim)
-        for d in named:
-            integers(self, dim=d)
         booleans(self, keepdim=keepdim)
-        self._dims = tuple(sorted(d % P_x.dim for d in named)) or tuple(range(P_x.dim))
-        if any(not -P_x.dim <= d < P_x.dim for d in named) or len(set(self._dims)) != len(self._dims):
-            raise self._refuse(f"dim={dim} are not different dims of a tensor of {P_x.dim} dims")
+        named = () if dim is None else different_dims(self, P_x.dim, dim)
+        self._dims = tuple(sorted(named)) or tuple(range(P_x.dim))
 
     def _distdl_module_setup(self, input: tuple[Any, ...]) -> Call:
         inputs = agreed_inputs(self, self.P_x)

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 from distdl_lite import layout as lay
 from distdl_lite.layout import Dim, Layout, Shape
-from distdl_lite.nn.blocks import Local, connected_zeros, edge_pad, torch_dtype
+from distdl_lite.nn.blocks import Local, connected_zeros, edge_pad, own_box, torch_dtype
 from distdl_lite.nn.inputs import agreed_inputs
 from distdl_lite.nn.module import Call, Module
 from distdl_lite.nn.options import numbers, per_dim
@@ -64,11 +64,9 @@ class _DistributedPad(Module):
                 f"P_x of shape {P_x.shape} has {P_x.dim} axes, which does not fit {self.dims} padded dims"
             )
 
-    # ---- set-up ------------------------------------------------------------------------------------------------------
-
     def _distdl_module_setup(self, input: tuple[Any, ...]) -> Call:
         inputs = agreed_inputs(self, self.P_x)
-        grid, rank, first = self.P_x.grid_of_ranks, self._distdl_transport.rank, self.P_x.dim - self.dims
+        grid, first = self.P_x.grid_of_ranks, self.P_x.dim - self.dims
         X = lay.blocks(grid, lay.cuts_from_shapes(grid, inputs.shapes))
         n = lay.global_shape_of(X)
         dtype = inputs.dtype
@@ -80,14 +78,21 @@ class _DistributedPad(Module):
         moved = [tuple((a - left, b - left) for a, b in dim.ranges) for dim, left in zip(Y.dims, lefts, strict=True)]
         wanted = Layout(grid, tuple(Dim(ranges, (axis,)) for axis, ranges in enumerate(moved)))
         kept, Z = self._around(X, wanted) if self.mode == "circular" else (X, self._bounded(wanted, n))
-        index = grid.index(rank)
-        assert index is not None
-        mine, left, box, held = (layout.box_at(index) for layout in (X, kept, wanted, Z))
+        mine, left, box, held = (own_box(self, layout) for layout in (X, kept, wanted, Z))
         if max(grid.shape[first:]) == 1 and X.dims[:first] == Y.dims[:first]:
-            return _call(None, None, dtype, self._whole(lay.shape_of(box)))
+            whole = self._whole(lay.shape_of(box))
+            return lambda layer, x: whole(x.to(dtype))
         crop = tuple(slice(c - a, d - a) for (a, _), (c, d) in zip(mine, left, strict=True))
-        operator = Operator(plan(kept, Z, rank), self._distdl_transport, type(self).__name__, inputs.requires_grad)
-        return _call(None if kept == X else crop, operator, dtype, self._edge(box, held, n))
+        transport = self._distdl_transport
+        fetch = Operator(plan(kept, Z, transport.rank), transport, type(self).__name__, inputs.requires_grad)
+        edge = self._edge(box, held, n)
+
+        def run(layer: Module, x: torch.Tensor) -> torch.Tensor:
+            x = x.to(dtype)
+            y = fetch(x if kept == X else x[crop])
+            return y if edge is None else edge(y)
+
+        return run
 
     def _padded_shape(self, shape: Shape, dtype: torch.dtype) -> Shape:
         """The shape of the padded tensor. Raises ValueError if torch refuses to pad."""
@@ -139,7 +144,6 @@ class _DistributedPad(Module):
             tuple(slice(a - start, b - start) for (a, b), (start, _) in zip(piece, wanted, strict=True))
             for piece in lay.uncovered(wanted, [tuple((0, n) for n in shape)])
         ]
-
         value = self.value
 
         def fill(y: torch.Tensor) -> torch.Tensor:
@@ -154,18 +158,6 @@ class _DistributedPad(Module):
         return f"padding={self.padding}, P_x={self.P_x.shape}"
 
 
-def _call(crop: tuple[slice, ...] | None, fetch: Operator | None, dtype: torch.dtype, local: Local | None) -> Call:
-    """Crop, fetch and finish a block of a dtype, as far as there is anything to do."""
-
-    def run(layer: Module, x: torch.Tensor) -> torch.Tensor:
-        x = x.to(dtype)
-        x = x if crop is None else x[crop]
-        y = x if fetch is None else fetch(x)
-        return y if local is None else local(y)
-
-    return run
-
-
 class _DistributedConstantPad(_DistributedPad):
     def __init__(self, P_x: Partition, padding: int | Sequence[int], value: float) -> None:
         super().__init__(P_x, padding)
@@ -177,84 +169,69 @@ class _DistributedConstantPad(_DistributedPad):
 
 
 class DistributedZeroPad1d(_DistributedPad):
-    __doc__ = _DistributedPad.__doc__
     dims = 1
 
 
 class DistributedZeroPad2d(_DistributedPad):
-    __doc__ = _DistributedPad.__doc__
     dims = 2
 
 
 class DistributedZeroPad3d(_DistributedPad):
-    __doc__ = _DistributedPad.__doc__
     dims = 3
 
 
 class DistributedConstantPad1d(_DistributedConstantPad):
-    __doc__ = _DistributedPad.__doc__
     dims = 1
 
 
 class DistributedConstantPad2d(_DistributedConstantPad):
-    __doc__ = _DistributedPad.__doc__
     dims = 2
 
 
 class DistributedConstantPad3d(_DistributedConstantPad):
-    __doc__ = _DistributedPad.__doc__
     dims = 3
 
 
 class DistributedReflectionPad1d(_DistributedPad):
-    __doc__ = _DistributedPad.__doc__
     dims = 1
     mode = "reflect"
 
 
 class DistributedReflectionPad2d(_DistributedPad):
-    __doc__ = _DistributedPad.__doc__
     dims = 2
     mode = "reflect"
 
 
 class DistributedReflectionPad3d(_DistributedPad):
-    __doc__ = _DistributedPad.__doc__
     dims = 3
     mode = "reflect"
 
 
 class DistributedReplicationPad1d(_DistributedPad):
-    __doc__ = _DistributedPad.__doc__
     dims = 1
     mode = "replicate"
 
 
 class DistributedReplicationPad2d(_DistributedPad):
-    __doc__ = _DistributedPad.__doc__
     dims = 2
     mode = "replicate"
 
 
 class DistributedReplicationPad3d(_DistributedPad):
-    __doc__ = _DistributedPad.__doc__
     dims = 3
     mode = "replicate"
 
 
 class DistributedCircularPad1d(_DistributedPad):
-    __doc__ = _DistributedPad.__doc__
     dims = 1
     mode = "circular"
 
 
 class DistributedCircularPad2d(_DistributedPad):
-    __doc__ = _DistributedPad.__doc__
     dims = 2
     mode = "circular"
 
 
 class DistributedCircularPad3d(_DistributedPad):
-    __doc__ = _DistributedPad.__doc__
     dims = 3
     mode = "circular"
