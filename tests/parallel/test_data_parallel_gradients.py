@@ -195,3 +195,34 @@ def test_what_is_not_a_number_passes(world: dl.Partition) -> None:
             torch.testing.assert_close(actual.grad, expected.grad, equal_nan=True)
             assert actual.grad[:3].isfinite().sum() == 0
             assert actual.grad[3].isfinite().all()
+
+
+class Backwards(nn.Module):
+    """Layers that are called in the order of their construction, or in the reverse."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(4, 4, dtype=torch.float64) for _ in range(3))
+
+    def forward(self, x: torch.Tensor, reverses: bool) -> torch.Tensor:
+        for layer in reversed(self.layers) if reverses else self.layers:
+            x = layer(x).tanh()
+        return x
+
+
+@on_ranks(2, mpi=True)
+def test_buckets_follow_the_order_of_the_first_rank(world: dl.Partition) -> None:
+    for engine in ("thread", "poll"):
+        dp, single = twins(Backwards(), world, engine=engine, bucket_mb=1e-4)
+        assert dp._sync.buckets[0].numbers[0] == 5
+        for step in range(2):
+            x = draw(4, 4, seed=step)
+            reverses = world.rank == 0
+            dp.zero_grad()
+            single.zero_grad()
+            mean_square(dp(x.view(2, 2, 4)[world.rank], reverses)).backward()
+            ((mean_square(single(x[:2], True)) + mean_square(single(x[2:], False))) / 2).backward()
+            assert_gradients(dp, single)
+            order = [n for bucket in dp._sync.buckets for n in bucket.numbers]
+            assert [n // 2 for n in order[:2]] == [0, 0]
+            assert order[-1] // 2 == 2

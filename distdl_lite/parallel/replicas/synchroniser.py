@@ -124,9 +124,7 @@ class Synchroniser:
             bucket.missing = len(bucket.numbers)
         self._already_summed: dict[int, torch.Tensor] = {}
         self._unweighted: dict[int, torch.Tensor] = {}
-        if not takes_part:
-            return
-        for number, grad in self._settled():
+        for number, grad in self._settled() if takes_part else ():
             self._already_summed[number], self.parameters[number].grad = grad, None
 
     def put_aside_unweighted(self) -> None:
