@@ -73,7 +73,7 @@ class DistributedFlatten(Module):
             rows = Grid((*shape[: first + 1], *ones, *shape[first + 1 :]), self.P_y.ranks)
             Z = lay.balanced_blocks(rows, lay.global_shape_of(X))
             move = operator_between(X, Z, self, inputs.requires_grad)
-            gets = self.P_y.active
+            gets = Z.box(self._distdl_transport.rank) is not None
 
         def run(layer: DistributedFlatten, x: torch.Tensor) -> torch.Tensor:
             z = x if move is None else into(move, x, dtype)
