@@ -125,13 +125,10 @@ class _DistributedConv(Convolution):
         """The inputs that output blocks read, also beyond the edge."""
         return lay.read_by_kernel(cuts, self.kernel_size[d], self.stride[d], self.dilation[d], self.pads[d][0])
 
-    def _kernel(self, groups: int) -> overlap.Kernel:
-        """The local convolution, which pads the dims that are whole."""
-        padding = tuple(left if whole else 0 for (left, _), whole in zip(self.pads, self._whole, strict=True))
-        return overlap.Kernel(self.kernel_size, self.stride, padding, self.dilation, groups)
-
     def _convolution(self, box: lay.Box, held: lay.Box, global_shape: Shape, groups: int) -> Product:
-        kernel, edge = self._kernel(groups), self._edge(box, held, global_shape)
+        padding = tuple(left if whole else 0 for (left, _), whole in zip(self.pads, self._whole, strict=True))
+        kernel = overlap.Kernel(self.kernel_size, self.stride, padding, self.dilation, groups)
+        edge = self._edge(box, held, global_shape)
         return kernel if edge is None else lambda z, weight, bias: kernel(edge(z), weight, bias)
 
     def _edge(self, box: lay.Box, held: lay.Box, global_shape: Shape) -> Callable[[torch.Tensor], torch.Tensor] | None:

@@ -22,8 +22,8 @@ from distdl_lite.partition import Partition
 class Convolution(WorkGridLayer):
     """Base of convolutions, transposed or not: the work grid, where weights live, fetch and deliver.
 
-    A subclass sets its options before it calls `_place`, and overrides `_weight_layout`, `_output_space`, `_reads` and
-    `_convolution`.
+    A subclass sets its options before it calls `_place`, and has `_weight_layout`, `_output_space`, `_reads`, `_convolution`
+    and, for its part of `extra_repr`, `_own_repr`.
     """
 
     def __init__(
@@ -125,10 +125,6 @@ class Convolution(WorkGridLayer):
         parts += [f"groups={self.groups}"] if self.groups > 1 else []
         parts += ["bias=False"] if self.bias is None else []
         return ", ".join([*parts, *self._partitions_repr()])
-
-    def _own_repr(self) -> list[str]:
-        """What a subclass adds to `extra_repr`."""
-        return []
 
 
 def _nothing(

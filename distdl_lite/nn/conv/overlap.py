@@ -124,10 +124,8 @@ def slabs(
     """
     for d, (have, want) in enumerate(zip(X.dims, Z.dims, strict=True)):
         grown = kernel.padding[d - 2] if d - 2 in cut else 0
-        if (
-            tuple((a - grown, b + grown) for a, b in have.ranges) != want.ranges
-            or min(b - a for a, b in have.ranges) < 1
-        ):
+        wide = tuple((a - grown, b + grown) for a, b in have.ranges)
+        if wide != want.ranges or min(b - a for a, b in have.ranges) < 1:
             return None
     found = []
     for number, d in enumerate(cut):
@@ -141,14 +139,10 @@ def slabs(
             if built.pattern is not Pattern.EXCHANGE:
                 return None
             taps = math.ceil(width / kernel.dilation[d])
-            done, own = cut[: number + 1], {d: taps}
-            part = replace(
-                kernel,
-                size=tuple(own.get(e, k) for e, k in enumerate(kernel.size)),
-                padding=tuple(0 if e in cut and (e not in done or e == d) else p for e, p in enumerate(kernel.padding)),
-            )
-            arrives = any(leg.receives for leg in built.legs)
-            fetch = Operator(built, transport, label)
+            size = tuple(taps if e == d else k for e, k in enumerate(kernel.size))
+            padding = tuple(0 if e in cut[number:] else p for e, p in enumerate(kernel.padding))
+            part = replace(kernel, size=size, padding=padding)
+            fetch, arrives = Operator(built, transport, label), any(leg.receives for leg in built.legs)
             found.append(Slab(fetch, arrives, 2 + d, width, is_left, taps, (taps - 1) * kernel.dilation[d], part))
     return tuple(found)
 

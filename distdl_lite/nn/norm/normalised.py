@@ -122,19 +122,16 @@ def _moments(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return pivot.view(-1) + shift, (square - shift * shift).clamp_(min=0)
 
 
-def _at_once(x: torch.Tensor) -> int:
-    return _AT_ONCE if x.device.type == "cpu" else _AT_ONCE_ON_DEVICES
-
-
 def _parts(x: torch.Tensor) -> Iterable[tuple[slice, ...]]:
     """Where the parts of a block are of which wide copies may be made; it is cut along its outermost dims in memory."""
+    limit = _AT_ONCE if x.device.type == "cpu" else _AT_ONCE_ON_DEVICES
     size, lengths = x.numel(), list(x.shape)
-    if 0 < size <= _at_once(x):
+    if 0 < size <= limit:
         return [(slice(None),) * x.dim()]
     for dim in sorted(range(x.dim()), key=x.stride, reverse=True):
-        if size > _at_once(x):
+        if size > limit:
             n = lengths[dim]
-            lengths[dim] = max(1, n * _at_once(x) // size)
+            lengths[dim] = max(1, n * limit // size)
             size = size // n * lengths[dim]
     steps = (range(0, n, max(step, 1)) for n, step in zip(x.shape, lengths, strict=True))
     return product(*([slice(start, start + r.step) for start in r] for r in steps))
@@ -155,7 +152,7 @@ class Normalise(Node):
 
     Weight and bias have one number per channel, or one per element of the channels of ``(B, K, S)`` as ``(1, 1, S)``. `track` is
     given mean and biased variance of each row over all ranks, in float64; before a checkpoint that recomputes may stop. The
-    result has the given shape. (Were it a view, backward would copy it three times if it is changed in place.)
+    result has the given shape. (Were it a view, a Function's output could not be changed in place but by three copies.)
     """
 
     @staticmethod
@@ -186,7 +183,7 @@ class Normalise(Node):
             if by_element:
                 z.mul_(weight[..., part[2]])
                 z = z if bias is None else z.add_(bias[..., part[2]])
-        return _of_shape(y, shape)
+        return y if y.shape == shape else torch.ops.aten._unsafe_view.default(y, shape)
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[Any, ...]:
@@ -199,11 +196,6 @@ class Normalise(Node):
             found = _backward(gradient, x, weight, mean, var, ctx.eps, ctx.rows)
         wanted = (g if needed else None for g, needed in zip(found, ctx.needs_input_grad, strict=False))
         return (*wanted, *(None,) * 6)
-
-
-def _of_shape(y: torch.Tensor, shape: Shape) -> torch.Tensor:
-    """A tensor of our own in another shape; not as a view, which may not be changed in place as a Function's output."""
-    return y if y.shape == shape else torch.ops.aten._unsafe_view.default(y, shape)
 
 
 def _scaled(

@@ -76,7 +76,8 @@ class _Pool(SpatialLayer):
 def _padding(views: Sequence[View], left: bool) -> tuple[tuple[int, ...], tuple[int, ...] | None]:
     """The padding left to torch's pool, and in the order of F.pad what is done beforehand (None: nothing).
 
-    A whole dim is left to torch; of a cut one the left edge is if `left`.
+    A whole dim is left to torch; of a cut one the left edge is if `left` (torch's averages in three dims count no padding where
+    they ask whether the kernel fits).
     """
     native, before = [], []
     for view in views:

@@ -83,13 +83,13 @@ class _DistributedPad(Module):
             whole = self._whole(lay.shape_of(box))
             return lambda layer, x: whole(x.to(dtype))
         crop = tuple(slice(c - a, d - a) for (a, _), (c, d) in zip(mine, left, strict=True))
-        transport = self._distdl_transport
+        crops, transport = kept != X, self._distdl_transport
         fetch = Operator(plan(kept, Z, transport.rank), transport, type(self).__name__, inputs.requires_grad)
         edge = self._edge(box, held, n)
 
         def run(layer: Module, x: torch.Tensor) -> torch.Tensor:
             x = x.to(dtype)
-            y = fetch(x if kept == X else x[crop])
+            y = fetch(x[crop] if crops else x)
             return y if edge is None else edge(y)
 
         return run
@@ -107,7 +107,7 @@ class _DistributedPad(Module):
 
     def _bounded(self, wanted: Layout, shape: Shape) -> Layout:
         """What the ranks hold of a tensor of the given shape to make the wanted boxes, which may leave it."""
-        boundary = {"constant": "zeros", "reflect": "reflect", "replicate": "replicate"}[self.mode]
+        boundary = "zeros" if self.mode == "constant" else self.mode
         padded = zip(wanted.dims[-self.dims :], shape[-self.dims :], strict=True)
         dims = (*wanted.dims[: -self.dims], *(lay.bounded(dim, n, boundary) for dim, n in padded))
         return replace(wanted, dims=dims)
