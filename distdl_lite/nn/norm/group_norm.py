@@ -79,6 +79,8 @@ class DistributedGroupNorm(Norm):
         return (samples * (groups[-1:] + 1) + groups).view(-1)
 
     def alone(self, x: torch.Tensor, *held: torch.Tensor | None) -> torch.Tensor:
+        if torch.is_grad_enabled() and not x.requires_grad:
+            x = x.contiguous()  # in channels_last memory torch's backward to the weight alone ends the process
         return by_kernel(torch.group_norm, x, x.shape[1] // self._size, *held, self.eps)
 
     def extra_repr(self) -> str:
