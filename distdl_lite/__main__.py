@@ -49,16 +49,14 @@ def info(arguments: argparse.Namespace) -> str | None:
     hosts = MPI.COMM_WORLD.gather(MPI.Get_processor_name())
     if hosts is None:
         return None
-    return _listed([*lines, *_mpi_facts(MPI, hosts)])
-
-
-def _mpi_facts(MPI: Any, hosts: list[str]) -> list[tuple[str, str]]:
     levels = {getattr(MPI, f"THREAD_{name}"): name for name in ("SINGLE", "FUNNELED", "SERIALIZED", "MULTIPLE")}
     kinds = MPI.COMM_WORLD.Get_info().Get("mpi_memory_alloc_kinds")
     aware = (
-        "the MPI library does not say" if kinds is None else f"{'yes' if 'cuda' in kinds else 'no'} (memory: {kinds})"
+        f"{'yes' if 'cuda' in kinds else 'no'} (memory: {kinds})"
+        if kinds is not None
+        else "the MPI library does not say"
     )
-    return [
+    lines += [
         ("mpi4py", sys.modules["mpi4py"].__version__),
         ("MPI library", MPI.Get_library_version().split("\n")[0].strip("\0 ")),
         ("MPI standard", ".".join(map(str, MPI.Get_version()))),
@@ -67,6 +65,7 @@ def _mpi_facts(MPI: Any, hosts: list[str]) -> list[tuple[str, str]]:
         ("ranks", str(len(hosts))),
         ("hosts", ", ".join(f"{host} ({number})" for host, number in Counter(hosts).items())),
     ]
+    return _listed(lines)
 
 
 def _listed(facts: Sequence[tuple[str, str]]) -> str:
@@ -220,8 +219,8 @@ def parser() -> argparse.ArgumentParser:
     """The command line's grammar."""
     made = argparse.ArgumentParser(prog="python -m distdl_lite", description=distdl_lite.__doc__)
     commands = made.add_subparsers(required=True, metavar="COMMAND")
-    told = commands.add_parser("info", help="versions, MPI library, thread level, CUDA awareness, ranks, hosts")
-    told.set_defaults(run=info)
+    about = "versions, MPI library, thread level, CUDA awareness, ranks, hosts"
+    commands.add_parser("info", help=about).set_defaults(run=info)
     _add_explain(commands.add_parser("explain", help="who sends what to whom for a primitive; needs no MPI"))
     timed = commands.add_parser(
         "bench", help="our calls beside hand-written ones; start it with mpirun -n 2", description=_BARS
