@@ -32,8 +32,6 @@ from distdl_lite.transport.wire import wire_dtype
 _MOST_LISTED = 16
 _MOST_RANKS = 2**24
 
-# ---- info ------------------------------------------------------------------------------------------------------------
-
 
 def info(arguments: argparse.Namespace) -> str | None:
     """Versions and what MPI offers; None on the ranks that do not print."""
@@ -51,16 +49,14 @@ def info(arguments: argparse.Namespace) -> str | None:
     hosts = MPI.COMM_WORLD.gather(MPI.Get_processor_name())
     if hosts is None:
         return None
-    return _listed([*lines, *_mpi_facts(MPI, hosts)])
-
-
-def _mpi_facts(MPI: Any, hosts: list[str]) -> list[tuple[str, str]]:
     levels = {getattr(MPI, f"THREAD_{name}"): name for name in ("SINGLE", "FUNNELED", "SERIALIZED", "MULTIPLE")}
     kinds = MPI.COMM_WORLD.Get_info().Get("mpi_memory_alloc_kinds")
     aware = (
-        "the MPI library does not say" if kinds is None else f"{'yes' if 'cuda' in kinds else 'no'} (memory: {kinds})"
+        f"{'yes' if 'cuda' in kinds else 'no'} (memory: {kinds})"
+        if kinds is not None
+        else "the MPI library does not say"
     )
-    return [
+    lines += [
         ("mpi4py", sys.modules["mpi4py"].__version__),
         ("MPI library", MPI.Get_library_version().split("\n")[0].strip("\0 ")),
         ("MPI standard", ".".join(map(str, MPI.Get_version()))),
@@ -69,13 +65,12 @@ def _mpi_facts(MPI: Any, hosts: list[str]) -> list[tuple[str, str]]:
         ("ranks", str(len(hosts))),
         ("hosts", ", ".join(f"{host} ({number})" for host, number in Counter(hosts).items())),
     ]
+    return _listed(lines)
 
 
 def _listed(facts: Sequence[tuple[str, str]]) -> str:
     return "\n".join(f"{name + ':':16}{value}" for name, value in facts)
 
-
-# ---- explain ---------------------------------------------------------------------------------------------------------
 
 _TWO_GRIDS = ("Broadcast", "SumReduce", "Repartition")
 _AXES = {"AllSumReduce": "axes_reduce", "AllGather": "axes_all_gather", "ReduceScatter": "axes_reduce_scatter"}
@@ -89,9 +84,10 @@ def explain(arguments: argparse.Namespace) -> str:
     ranks = max(size, math.prod(arguments.to or (1,)))
     if ranks > _MOST_RANKS:
         raise ValueError(f"grids of at most {_MOST_RANKS} ranks can be explained, not of {ranks}")
-    if not 0 <= arguments.rank < ranks:
-        raise ValueError(f"--rank {arguments.rank} is not among the {ranks} ranks of the grids")
-    enter(ThreadTransport(World(ranks), arguments.rank))
+    rank = arguments.rank or 0
+    if not 0 <= rank < ranks:
+        raise ValueError(f"--rank {rank} is not among the {ranks} ranks of the grids")
+    enter(ThreadTransport(World(ranks), rank))
     try:
         layer = _primitive(arguments)
         X, Y = layer.layouts(_local_shapes(arguments, layer.P_x.grid_of_ranks))
@@ -110,9 +106,9 @@ def _primitive(arguments: argparse.Namespace) -> Any:
     P_x = world.grid(arguments.grid)
     if arguments.to and name not in _TWO_GRIDS:
         raise ValueError(f"{name} has one grid: --to is for {', '.join(_TWO_GRIDS)}")
+    if name in _TWO_GRIDS and not arguments.to:
+        raise ValueError(f"{name} needs --to, the grid of the output")
     if name in _TWO_GRIDS:
-        if not arguments.to:
-            raise ValueError(f"{name} needs --to, the grid of the output")
         return getattr(dnn, name)(P_x, world.grid(arguments.to))
     if name in _AXES:
         return getattr(dnn, name)(P_x, **{_AXES[name]: _axes(arguments)})
@@ -136,8 +132,8 @@ def _local_shapes(arguments: argparse.Namespace, grid: Grid) -> dict[int, tuple[
 
 
 def _explanation(arguments: argparse.Namespace, X: lay.Layout, Y: lay.Layout, ranks: int) -> str:
-    few = ranks <= _MOST_LISTED and not arguments.rank_chosen
-    chosen = range(ranks) if few else [arguments.rank]
+    few, rank = ranks <= _MOST_LISTED and arguments.rank is None, arguments.rank or 0
+    chosen = range(ranks) if few else [rank]
     plans = [plan(X, Y, rank) for rank in chosen]
     pattern, shape = plans[0].pattern, "x".join(map(str, arguments.shape))
     dtype = getattr(torch, arguments.dtype)
@@ -153,12 +149,10 @@ def _explanation(arguments: argparse.Namespace, X: lay.Layout, Y: lay.Layout, ra
     lines += ["", "traffic:", *(show.plan_text(p, X, Y, itemsize) for p in plans), ""]
     counted = [show.traffic(p, itemsize) for p in plans]
     what = "messages" if not any(leg.team for p in plans for leg in p.legs) else "calls of collectives, one a rank"
-    whose = "all ranks together" if few else f"rank {arguments.rank} of {ranks}"
+    whose = "all ranks together" if few else f"rank {rank} of {ranks}"
     lines.append(f"{whose}: {sum(n for n, _ in counted)} {what}, {sum(b for _, b in counted)} bytes for others")
     return "\n".join(lines)
 
-
-# ---- bench -----------------------------------------------------------------------------------------------------------
 
 _BENCHMARKS = ("primitives", "conv", "layers", "unet", "memory", "plan", "data_parallel", "tagi")
 
@@ -183,9 +177,6 @@ def bench(arguments: argparse.Namespace) -> str | None:
     if arguments.json:
         write_json(rows, arguments.json)
     return f"{table(rows)}\n\n{_BARS}"
-
-
-# ---- arguments -------------------------------------------------------------------------------------------------------
 
 
 def _numbers(separator: str, least: int) -> Callable[[str], tuple[int, ...]]:
@@ -228,8 +219,8 @@ def parser() -> argparse.ArgumentParser:
     """The command line's grammar."""
     made = argparse.ArgumentParser(prog="python -m distdl_lite", description=distdl_lite.__doc__)
     commands = made.add_subparsers(required=True, metavar="COMMAND")
-    told = commands.add_parser("info", help="versions, MPI library, thread level, CUDA awareness, ranks, hosts")
-    told.set_defaults(run=info)
+    about = "versions, MPI library, thread level, CUDA awareness, ranks, hosts"
+    commands.add_parser("info", help=about).set_defaults(run=info)
     _add_explain(commands.add_parser("explain", help="who sends what to whom for a primitive; needs no MPI"))
     timed = commands.add_parser(
         "bench", help="our calls beside hand-written ones; start it with mpirun -n 2", description=_BARS
@@ -268,9 +259,6 @@ def main(words: Sequence[str] | None = None) -> int:
     abort_on_exception()
     grammar = parser()
     arguments = grammar.parse_args(words)
-    if "rank" in arguments:
-        arguments.rank_chosen = arguments.rank is not None
-        arguments.rank = arguments.rank or 0
     try:
         text = arguments.run(arguments)
     except (OSError, ValueError) as error:

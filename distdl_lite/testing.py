@@ -170,27 +170,20 @@ def _block(x: torch.Tensor | None, P: Partition) -> torch.Tensor | None:
 def _weights(distributed: torch.nn.Module, serial: torch.nn.Module, rank: int) -> dict[str, tuple[Any, Any]]:
     """The gradients of parameters, and the buffers, that this rank holds, each with the serial layer's."""
     pairs: dict[str, tuple[Any, Any]] = {}
-    gradients = {name: parameter.grad for name, parameter in serial.named_parameters()}
-    buffers = dict(serial.named_buffers())
-    for prefix, inner in distributed.named_modules(prefix=""):
-        places = getattr(inner, "_distdl_places", {})
-        for kind, tensors, wanted in (
-            ("gradient of", inner._parameters, gradients),
-            ("buffer", inner._buffers, buffers),
-        ):
-            for own_name, tensor in tensors.items():
-                name = f"{prefix}.{own_name}" if prefix else own_name
-                if tensor is None or name not in wanted:
-                    continue
-                place = places.get(own_name)
-                box = None if place is None else place.layout.box(rank)
-                if place is not None and box is None:
-                    continue
-                value = tensor.grad if kind == "gradient of" else tensor
-                serial_value = wanted[name]
-                if box is not None and serial_value is not None:
-                    serial_value = serial_value[tuple(slice(*r) for r in box)]
-                pairs[f"{kind} {name}"] = value, serial_value
+    serials = {**dict(serial.named_parameters()), **dict(serial.named_buffers())}
+    for path, inner in distributed.named_modules():
+        for own_name, tensor in {**inner._parameters, **inner._buffers}.items():
+            name = f"{path}.{own_name}".lstrip(".")
+            place = getattr(inner, "_distdl_places", {}).get(own_name)
+            box = place and place.layout.box(rank)
+            if tensor is None or name not in serials or (place and box is None):
+                continue
+            found, wanted, kind = tensor, serials[name], "buffer"
+            if own_name in inner._parameters:
+                found, wanted, kind = tensor.grad, wanted.grad, "gradient of"
+            if box and wanted is not None:
+                wanted = wanted[tuple(slice(*r) for r in box)]
+            pairs[f"{kind} {name}"] = found, wanted
     return pairs
 
 

@@ -10,6 +10,7 @@ import pytest
 from jobs import mpirun, run
 
 from distdl_lite.__main__ import PRIMITIVES, main
+from distdl_lite.transport import abort
 from distdl_lite.transport.abort import abort_on_exception
 
 CASES = {
@@ -134,10 +135,8 @@ def test_info_prints_once_and_bench_refuses_a_number_of_ranks_that_does_not_fit(
 
 
 _ENDS = """
-import os, signal, threading
-import distdl_lite as dl
+import os, runpy, signal, threading
 from mpi4py import MPI
-dl.abort_on_exception()
 world = MPI.COMM_WORLD
 def gloo():
     import torch.distributed as dist
@@ -148,24 +147,25 @@ def gloo():
 def fail():
     raise RuntimeError("only this rank")
 {}
-P = dl.Partition.world()
-P.allgather_data(0)
-if P.rank == 1:
+world.Barrier()
+if world.rank == 1:
     {}
-P.allgather_data(0)
+world.Barrier()
 """
+_HOOK = f"runpy.run_path({abort.__file__!r})['abort_on_exception']()"  # torch is not read
+_LIBRARY = "import distdl_lite as dl; dl.abort_on_exception(); "
 
 
 @pytest.mark.jobs
 @pytest.mark.parametrize(
     ("before", "end"),
     [
-        ("", "os.kill(os.getpid(), signal.SIGKILL)"),
-        ("", "fail()"),
-        ("", "threading.Thread(target=fail).start()"),
-        ("gloo()", "fail()"),
-        ("gloo(); dl.abort_on_exception()", "fail()"),
-        ("dl.MPIProcessGroup.init()", "fail()"),
+        (_HOOK, "os.kill(os.getpid(), signal.SIGKILL)"),
+        (_HOOK, "fail()"),
+        (_HOOK, "threading.Thread(target=fail).start()"),
+        (_LIBRARY + "gloo()", "fail()"),
+        (_LIBRARY + "gloo(); dl.abort_on_exception()", "fail()"),
+        (_LIBRARY + "dl.MPIProcessGroup.init()", "fail()"),
     ],
 )
 def test_a_rank_that_ends_alone_ends_the_job(before: str, end: str) -> None:

@@ -35,39 +35,36 @@ def rows(P: Partition, seconds: float) -> list[Row]:
 def _pairs(P: Partition, line: Partition, shape: tuple[int, ...]) -> Iterator[Pair]:
     """Names, our layers and torch's of the same weights."""
     _, channels, _, width = shape
-    pairs: list[tuple[str, nn.Module, nn.Module]] = [
-        ("Conv2d 3x3", dnn.DistributedConv2d(P, channels, channels, 3, padding=1), _conv(nn.Conv2d, channels)),
-        (
-            "ConvTranspose2d 3x3",
-            dnn.DistributedConvTranspose2d(P, channels, channels, 3, padding=1),
-            _conv(nn.ConvTranspose2d, channels),
-        ),
-        ("Linear", dnn.DistributedLinear(P, None, None, width, width), nn.Linear(width, width)),
-        ("ColumnParallelLinear", dnn.DistributedColumnParallelLinear(line, width, width), nn.Linear(width, width)),
-        ("RowParallelLinear", dnn.DistributedRowParallelLinear(line, width, width), nn.Linear(width, width)),
-        ("BatchNorm2d", dnn.DistributedBatchNorm(P, channels), nn.BatchNorm2d(channels)),
-        ("BatchNorm2d, eval", dnn.DistributedBatchNorm(P, channels).eval(), nn.BatchNorm2d(channels).eval()),
-        ("InstanceNorm2d", dnn.DistributedInstanceNorm(P, channels), nn.InstanceNorm2d(channels)),
-        ("GroupNorm", dnn.DistributedGroupNorm(P, 4, channels), nn.GroupNorm(4, channels)),
-        ("LayerNorm", dnn.DistributedLayerNorm(P, width), nn.LayerNorm(width)),
-        ("RMSNorm", dnn.DistributedRMSNorm(P, width), nn.RMSNorm(width)),
-        ("MaxPool2d", dnn.DistributedMaxPool2d(P, 2), nn.MaxPool2d(2)),
-        ("AvgPool2d", dnn.DistributedAvgPool2d(P, 2), nn.AvgPool2d(2)),
-        ("AdaptiveMaxPool2d", dnn.DistributedAdaptiveMaxPool2d(P, 7), nn.AdaptiveMaxPool2d(7)),
-        ("AdaptiveAvgPool2d", dnn.DistributedAdaptiveAvgPool2d(P, 7), nn.AdaptiveAvgPool2d(7)),
-        ("Upsample nearest", dnn.DistributedUpsample(P, scale_factor=2), nn.Upsample(scale_factor=2)),
-        ("Upsample bilinear", _bilinear(dnn.DistributedUpsample, P), _bilinear(nn.Upsample)),
-        ("ZeroPad2d", dnn.DistributedZeroPad2d(P, 1), nn.ZeroPad2d(1)),
-        ("ReflectionPad2d", dnn.DistributedReflectionPad2d(P, 1), nn.ReflectionPad2d(1)),
-        ("ReplicationPad2d", dnn.DistributedReplicationPad2d(P, 1), nn.ReplicationPad2d(1)),
-        ("CircularPad2d", dnn.DistributedCircularPad2d(P, 1), nn.CircularPad2d(1)),
-        ("Softmax", dnn.DistributedSoftmax(P, 1), nn.Softmax(1)),
-        ("LogSoftmax", dnn.DistributedLogSoftmax(P, 1), nn.LogSoftmax(1)),
-        ("Dropout", dnn.DistributedDropout(P), nn.Dropout()),
-        ("Dropout, eval", dnn.DistributedDropout(P).eval(), nn.Dropout().eval()),
-        ("Flatten", dnn.DistributedFlatten(P), nn.Flatten()),
-    ]
-    yield from pairs
+    for name, arguments, options in (
+        ("Conv2d", (channels, channels, 3), {"padding": 1}),
+        ("ConvTranspose2d", (channels, channels, 3), {"padding": 1}),
+        ("BatchNorm2d", (channels,), {}),
+        ("BatchNorm2d, eval", (channels,), {}),
+        ("InstanceNorm2d", (channels,), {}),
+        ("GroupNorm", (4, channels), {}),
+        ("LayerNorm", (width,), {}),
+        ("RMSNorm", (width,), {}),
+        *((f"{kind}Pool2d", (2,), {}) for kind in ("Max", "Avg")),
+        *((f"Adaptive{kind}Pool2d", (7,), {}) for kind in ("Max", "Avg")),
+        ("Upsample", (), {"scale_factor": 2, "mode": "nearest"}),
+        ("Upsample", (), {"scale_factor": 2, "mode": "bilinear"}),
+        *((f"{kind}Pad2d", (1,), {}) for kind in ("Zero", "Reflection", "Replication", "Circular")),
+        ("Softmax", (1,), {}),
+        ("LogSoftmax", (1,), {}),
+        ("Dropout", (), {}),
+        ("Dropout, eval", (), {}),
+        ("Flatten", (), {}),
+    ):
+        kind, _, mode = name.partition(", ")
+        own_kind = "Distributed" + (kind.removesuffix("2d") if "Norm" in kind else kind)
+        ours, theirs = getattr(dnn, own_kind)(P, *arguments, **options), getattr(nn, kind)(*arguments, **options)
+        yield f"{name} {options.get('mode', '')}".rstrip(), ours.train(not mode), theirs.train(not mode)
+    linears = (
+        dnn.DistributedColumnParallelLinear(line, width, width),
+        dnn.DistributedRowParallelLinear(line, width, width),
+    )
+    for layer in (dnn.DistributedLinear(P, None, None, width, width), *linears):
+        yield type(layer).__name__.removeprefix("Distributed"), layer, nn.Linear(width, width)
     yield "mean", dnn.DistributedMean(P, (2, 3)), lambda x: x.mean((2, 3))
     yield "fft", dnn.DistributedFFT(P, "fft", (2, 3)), lambda x: torch.fft.fftn(x, dim=(2, 3))
     yield "rfft", dnn.DistributedFFT(P, "rfft", (2, 3)), lambda x: torch.fft.rfftn(x, dim=(2, 3))
@@ -78,14 +75,6 @@ def _pairs(P: Partition, line: Partition, shape: tuple[int, ...]) -> Iterator[Pa
     tables = dnn.DistributedEmbedding(line, width, width), nn.Embedding(width, width)
     index = torch.randint(width, shape[:3])
     yield "Embedding", *((lambda x, table=table: table(index)) for table in tables)  # type: ignore[misc]
-
-
-def _conv(kind: Callable[..., nn.Module], channels: int) -> nn.Module:
-    return kind(channels, channels, 3, padding=1)
-
-
-def _bilinear(kind: Callable[..., nn.Module], *partition: Partition) -> nn.Module:
-    return kind(*partition, scale_factor=2, mode="bilinear")
 
 
 def _with(loss: nn.Module, target: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:

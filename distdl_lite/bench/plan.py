@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import tracemalloc
-from collections.abc import Sequence
+from functools import partial
 from time import perf_counter
-from typing import Any
 from unittest import mock
 
 import torch
@@ -23,55 +22,37 @@ RANKS = None  # any number
 
 def rows(P: Partition, seconds: float) -> list[Row]:
     """Plans on 65,536 ranks, what an unchanged forward agrees on, and communicators left by 3,000 layers."""
-    n = 256
-    grid, other = Grid((n, n), range(n * n)), Grid((n, n), range(n * n)[::-1])
-    shape = 40 * n, 40 * n + 7
+    n, cut = 256, lay.balanced_blocks
+    grid, wide = Grid((n, n), range(n * n)), Grid((n // 2, 2 * n), range(n * n))
+    back, shape = Grid((n, n), range(n * n)[::-1]), (40 * n, 40 * n + 7)
     cases: dict[str, Call] = {
-        "plan: blocks to the reverse order": lambda: plan(_blocks(grid, shape), _blocks(other, shape), n // 2),
-        "plan: 256x256 to 128x512 blocks": lambda: plan(_blocks(grid, shape), _blocks(_wide(n), shape), n // 2),
-        "plan: halo": lambda: plan(_blocks(grid, shape), lay.haloed(_blocks(grid, shape), [(1, 1)] * 2), n // 2),
+        "plan: blocks to the reverse order": lambda: plan(cut(grid, shape), cut(back, shape), n // 2),
+        "plan: 256x256 to 128x512 blocks": lambda: plan(cut(grid, shape), cut(wide, shape), n // 2),
+        "plan: halo": lambda: plan(cut(grid, shape), lay.haloed(cut(grid, shape), [(1, 1)] * 2), n // 2),
     }
     rows = [row for what, build in cases.items() for row in _cost_of_plan(what, build)]
-    return [*rows, *_scaling_rows(), *_setup_rows(P), _dropped_layers(P)]
+    return [*rows, *_scaling_rows(P), *_setup_rows(P), _dropped_layers(P)]
 
 
-def _scaling_rows() -> list[Row]:
+def _scaling_rows(P: Partition) -> list[Row]:
     """What a rank of many does by itself: an unchanged forward, and set-up with the cut points."""
-    sides = 2, 32, 256
-    calls: dict[str, list[Call]] = {"halo: unchanged forward": [], "20 layers: unchanged forward": []}
-    x, found = torch.rand(6, 7), []
-    for side in sides:
-        P = world_of(side * side).grid((side, side))
-        halo, network = dnn.HaloExchange(P, (1, 1)), _Network(*(dnn.HaloExchange(P, (1, 1)) for _ in range(20)))
-        for what, layer in zip(calls, (halo, network), strict=True):
-            calls[what].append(lambda layer=layer: layer(x))  # type: ignore[misc]
-    for what, turns in calls.items():
-        times = interleaved(_Alone(), turns, 1.0)
-        for side, taken in zip(sides[1:], times[1:], strict=True):
-            size = f"{side * side} : 4 ranks"
-            found.append(Row(what, size, "time", taken, times[0], times=1.2))
-    P = world_of(256 * 256).grid((256, 256))
+    alone, x, found = P.create_partition_inclusive([P.rank]).comm, torch.rand(6, 7), []
+    grids = [world_of(side * side).grid((side, side)) for side in (2, 32, 256)]
     for what, make in (
-        ("halo", lambda: dnn.HaloExchange(P, (1, 1))),
-        ("repartition", lambda: dnn.Repartition(P, P.grid((128, 512)))),
+        ("halo", lambda P: dnn.HaloExchange(P, (1, 1))),
+        ("20 layers", lambda P: _Network(*(dnn.HaloExchange(P, (1, 1)) for _ in range(20)))),
     ):
-        layer = make()
+        few, *times = interleaved(alone, [partial(make(P), x) for P in grids], 1.0)
+        for P, taken in zip(grids[1:], times, strict=True):
+            found.append(Row(f"{what}: unchanged forward", f"{P.size} : 4 ranks", "time", taken, few, times=1.2))
+    P = world_of(256 * 256).grid((256, 256))
+    for what, layer in (("halo", dnn.HaloExchange(P, (1, 1))), ("repartition", dnn.Repartition(P, P.grid((128, 512))))):
         before, began = P.world_transport.received, perf_counter()
         layer(x)
         taken, received = 1e3 * (perf_counter() - began), P.world_transport.received - before
         found.append(Row(f"{what}: set-up", "65536 ranks", "time", taken, unit="ms", most=40))
         found.append(Row(f"{what}: set-up", "65536 ranks", "numbers received", received, unit=""))
     return found
-
-
-class _Alone:
-    """A communicator of one rank."""
-
-    def Barrier(self) -> None:
-        pass
-
-    def allgather(self, value: Any) -> list[Any]:
-        return [value]
 
 
 class _Network(dnn.Module):
@@ -83,14 +64,6 @@ class _Network(dnn.Module):
         for layer in self.layers:
             x = layer(x)[:6, :7]
         return x
-
-
-def _blocks(grid: Grid, shape: Sequence[int]) -> lay.Layout:
-    return lay.balanced_blocks(grid, shape)
-
-
-def _wide(n: int) -> Grid:
-    return Grid((n // 2, 2 * n), range(n * n))
 
 
 def _cost_of_plan(what: str, build: Call) -> list[Row]:

@@ -103,12 +103,7 @@ def calls_of(function: Callable[[torch.Tensor], torch.Tensor], shape: Sequence[i
     """A call of `function` on a tensor of a shape, without grad or with a backward."""
     x = torch.rand(tuple(shape), requires_grad=mode == BOTH)
     if mode == FORWARD:
-
-        def forward() -> None:
-            with torch.no_grad():
-                function(x)
-
-        return forward
+        return torch.no_grad()(lambda: function(x))
     gradient = torch.ones_like(function(x))
 
     def both() -> None:

@@ -53,8 +53,6 @@ class Team(Sequence[int]):
         return place
 
     def __contains__(self, rank: object) -> bool:
-        if isinstance(self.ranks, range):
-            return rank in self.ranks
         place = bisect_left(self.ranks, rank)  # type: ignore[type-var]
         return place < self.size and self.ranks[place] == rank
 

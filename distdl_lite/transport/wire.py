@@ -98,11 +98,6 @@ class Message:
         for slices, part in self._parts:
             y[slices].add_(part)
 
-    def whole(self, shape: tuple[int, ...]) -> torch.Tensor:
-        """A copy of the buffer."""
-        self._load()
-        return self._flat.view(shape).clone()
-
     def _load(self) -> None:
         if self._staged:
             self._flat.copy_(self.host)
@@ -114,12 +109,6 @@ def messages(
     """One message per peer other than this rank, in the order of the peers."""
     crossing = [edge for edge in edges if edge.peer != rank]
     return [Message(peer, group, dtype, device, adds) for peer, group in groupby(crossing, key=lambda edge: edge.peer)]
-
-
-def is_one_piece(messages: Sequence[Message], shape: Sequence[int]) -> bool:
-    """Whether what comes is one piece, and all of a tensor of this shape."""
-    boxes = [part.shape for message in messages for _, part in message._parts]
-    return boxes == [tuple(shape)]
 
 
 def kept(sends: Sequence[Edge], receives: Sequence[Edge], rank: int) -> list[tuple[Slices, Slices]]:

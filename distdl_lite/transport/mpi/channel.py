@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from itertools import accumulate
 from typing import Any
 
 import torch
 
-from distdl_lite.layout import Shape, shape_of
-from distdl_lite.plan import Edge, Leg, Pattern, Plan
+from distdl_lite.layout import shape_of
+from distdl_lite.plan import Leg, Pattern, Plan
 from distdl_lite.transport import Team, wire
 from distdl_lite.transport.mpi.buffers import MPI, TAG, as_bytes, as_numbers, at_host, on_wire
 from distdl_lite.transport.waiting import BEGUN
@@ -74,9 +75,6 @@ class _Exchange:
         self._receiving = [comm.Recv_init(as_bytes(m.host), m.peer, TAG) for m in self._receives]
         self._sending = [comm.Send_init(as_bytes(m.host), m.peer, TAG) for m in self._sends]
         self._is_sending = False
-        self._is_one_piece = not (self._gaps or self._kept or self._adds) and wire.is_one_piece(
-            self._receives, self._shape
-        )
         self._starts = list(zip(self._sends, self._sending, strict=True))
         self._x: torch.Tensor | None = None
         self._source: Any = None
@@ -102,9 +100,6 @@ class _Exchange:
         x, source = self._x, self._source
         assert x is not None
         self._x = self._source = None
-        if self._is_one_piece:
-            self._receive()
-            return self._receives[0].whole(self._shape)
         y = x.new_empty(self._shape, dtype=self._sum_dtype)
         if self._widens:
             source, target = x.detach(), y
@@ -213,47 +208,50 @@ class _AllReduce(_Collective):
         return self._home(y)
 
 
-class _AllGather(_Collective):
+class _Blocks(_Collective):
+    """A collective of whose tensor each rank has a block; a flat buffer has them one after the other."""
+
     def __init__(self, comm: MPI.Comm, plan: Plan, leg: Leg, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__(comm, plan, leg, dtype, device)
-        self._counts = [count * dtype.itemsize for count in _counts(leg.team, leg.receives)]
+        gathers = leg.pattern is Pattern.ALL_GATHER
+        edges, shape = (leg.receives, self.shape_out) if gathers else (leg.sends, plan.shape_in or ())
+        sizes = {edge.peer: edge.size for edge in edges}
+        self._counts = [sizes.get(rank, 0) for rank in leg.team]  # a rank with an empty block has no edge
         self._even = len(set(self._counts)) == 1
-        self._in_order = wire.lie_in_order(leg.receives, self.shape_out)
-        self._places = _places(leg.receives)
+        self._in_order = wire.lie_in_order(edges, shape)
+        starts = accumulate((edge.size for edge in edges), initial=0)
+        self._places = [
+            (edge.slices, slice(start, start + edge.size), shape_of(edge.box))
+            for edge, start in zip(edges, starts, strict=False)
+        ]
 
+
+class _AllGather(_Blocks):
     def run(self, x: torch.Tensor) -> torch.Tensor:
         sent = at_host(x)
         y = sent.new_empty(self.shape_out)
         flat = y if self._in_order else sent.new_empty(y.numel())
+        counts = [count * flat.itemsize for count in self._counts]
         if self._even:
-            self.comm.Allgather(as_bytes(sent), [as_bytes(flat)[0], self._counts[0], MPI.BYTE])
+            self.comm.Allgather(as_bytes(sent), [as_bytes(flat)[0], counts[0], MPI.BYTE])
         else:
-            self.comm.Allgatherv(as_bytes(sent), [as_bytes(flat)[0], self._counts, MPI.BYTE])
+            self.comm.Allgatherv(as_bytes(sent), [as_bytes(flat)[0], counts, MPI.BYTE])
         if not self._in_order:
-            self._lay_out(flat, y)
+            target, parts = wire.indexable(y), wire.indexable(flat)
+            for slices, place, shape in self._places:
+                target[slices] = parts[place].reshape(shape)
         return self._home(y)
 
-    def _lay_out(self, flat: torch.Tensor, y: torch.Tensor) -> None:
-        target = wire.indexable(y)
-        parts = wire.indexable(flat)
-        start = 0
-        for slices, shape, size in self._places:
-            target[slices] = parts[start : start + size].reshape(shape)
-            start += size
 
-
-class _ReduceScatter(_Collective):
-    def __init__(self, comm: MPI.Comm, plan: Plan, leg: Leg, dtype: torch.dtype, device: torch.device) -> None:
-        super().__init__(comm, plan, leg, dtype, device)
-        self._counts = _counts(leg.team, leg.sends)
-        self._even = len(set(self._counts)) == 1
-        self._in_order = wire.lie_in_order(leg.sends, plan.shape_in or ())
-        self._places = _places(leg.sends)
-
+class _ReduceScatter(_Blocks):
     def run(self, x: torch.Tensor) -> torch.Tensor:
         sent = on_wire(x)
         if not self._in_order:
-            sent = self._line_up(sent)
+            flat = sent.new_empty(sent.numel())
+            source, parts = wire.indexable(sent), wire.indexable(flat)
+            for slices, place, shape in self._places:
+                parts[place].reshape(shape)[...] = source[slices]
+            sent = flat
         y = sent.new_empty(self.shape_out)
         if self._even:
             memory, _, kind = as_numbers(sent)
@@ -261,26 +259,6 @@ class _ReduceScatter(_Collective):
         else:
             self.comm.Reduce_scatter(as_numbers(sent), as_numbers(y), self._counts, MPI.SUM)
         return self._home(y)
-
-    def _line_up(self, x: torch.Tensor) -> torch.Tensor:
-        flat = x.new_empty(x.numel())
-        source, parts = wire.indexable(x), wire.indexable(flat)
-        start = 0
-        for slices, shape, size in self._places:
-            parts[start : start + size].reshape(shape)[...] = source[slices]
-            start += size
-        return flat
-
-
-def _counts(team: Sequence[int], edges: Sequence[Edge]) -> list[int]:
-    """Elements per rank of a team; a rank with an empty block has no edge."""
-    sizes = {edge.peer: edge.size for edge in edges}
-    return [sizes.get(rank, 0) for rank in team]
-
-
-def _places(edges: Sequence[Edge]) -> list[tuple[wire.Slices, Shape, int]]:
-    """The places of the runs of a flat buffer in a tensor."""
-    return [(edge.slices, shape_of(edge.box), edge.size) for edge in edges]
 
 
 _COLLECTIVES = {
