@@ -1,4 +1,4 @@
-"""The most memory that a rank takes for training steps of a U-Net on 4, 2 and 1 of the ranks."""
+"""The most memory that a rank takes for two forwards and backwards of a U-Net on 4, 2 and 1 of the ranks."""
 
 from __future__ import annotations
 
@@ -6,8 +6,11 @@ import gc
 import resource
 from functools import partial
 
-from distdl_lite.bench.table import Row
-from distdl_lite.bench.unet import step_of, while_others_sleep
+import torch
+
+from distdl_lite import nn as dnn
+from distdl_lite.bench.table import BOTH, Row
+from distdl_lite.bench.unet import UNet, while_others_sleep
 from distdl_lite.partition import Partition
 
 RANKS = 1, 2, 4
@@ -22,20 +25,22 @@ def rows(P: Partition, seconds: float) -> list[Row]:
     peaks: dict[int, float] = {}
     for ranks in sorted((n for n in RANKS if n <= P.size), reverse=True):
         part = P.grid((1, 1, *_GRIDS[ranks]))
-        while_others_sleep(P.comm, partial(_two_steps, part) if part.active else lambda: None)
+        while_others_sleep(P.comm, partial(_two_passes, part) if part.active else lambda: None)
         peaks[ranks] = max(P.allgather_data(_peak() - before if part.active else 0.0) or ())
-    size, mode = f"(1,3,{_SIZE[0]},{_SIZE[1]})", "training steps"
+    size = f"(1,3,{_SIZE[0]},{_SIZE[1]})"
     return [
-        Row(f"U-Net on {n} ranks; other is one", size, mode, peak, peaks[1], "MiB", _BARS.get(n))
+        Row(f"U-Net on {n} ranks; other is one", size, BOTH, peak, peaks[1], "MiB", _BARS.get(n))
         for n, peak in sorted(peaks.items())
     ]
 
 
-def _two_steps(P: Partition) -> None:
-    step = step_of(P, _SIZE)
+def _two_passes(P: Partition) -> None:
+    net, loss, shape = UNet(P), dnn.DistributedMSELoss(P), (1, 3, *_SIZE)
+    x = torch.rand(shape)[P.block(shape)].clone()  # without the rest of the picture
     for _ in range(2):
-        step()
-    del step
+        net.zero_grad()
+        loss(net(x), x).backward()
+    del net, loss, x
     gc.collect()
 
 

@@ -37,7 +37,7 @@ def while_others_sleep(comm: Any, call: Call) -> None:
 def step_of(P: Partition, size: tuple[int, int] = _SIZE) -> Call:
     """A training step on this rank's block of a picture."""
     torch.manual_seed(0)
-    net, loss = _UNet(P), dnn.DistributedMSELoss(P)
+    net, loss = UNet(P), dnn.DistributedMSELoss(P)
     optimizer = torch.optim.Adam(net.parameters(), lr=1e-3)
     shape = 1, 3, *size
     x = torch.rand(shape)[P.block(shape)]
@@ -50,7 +50,7 @@ def step_of(P: Partition, size: tuple[int, int] = _SIZE) -> Call:
     return step
 
 
-class _UNet(nn.Module):
+class UNet(nn.Module):
     """That of docs/examples/denoise.py."""
 
     def __init__(self, P: Partition) -> None:
