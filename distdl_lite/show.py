@@ -99,9 +99,6 @@ def traffic(plan: Plan, itemsize: int) -> tuple[int, int]:
     return collectives or len({edge.peer for edge in sent}), sum(edge.size for edge in sent) * itemsize
 
 
-# ---- SVG -------------------------------------------------------------------------------------------------------------
-
-
 def svg(layouts: Sequence[tuple[str, Layout]], side: int = 320) -> str:
     """The boxes of layouts, each under its title, beside each other.
 

@@ -43,9 +43,6 @@ def count() -> Iterator[Tally]:
         opened.remove(tally)
 
 
-# ---- adjoints --------------------------------------------------------------------------------------------------------
-
-
 def adjoint_test(function: Callable[..., Any], *inputs: torch.Tensor, P: Partition) -> float:
     """The relative error of <F x, y> = <x, F* y>, where F* is what autograd finds for the linear function F.
 
@@ -92,9 +89,6 @@ def _dot(left: Sequence[torch.Tensor], right: Sequence[torch.Tensor]) -> complex
     for a, b in zip(left, right, strict=True):
         total += complex(torch.vdot(*(v.detach().cpu().to(torch.complex128).reshape(-1) for v in (a, b))))
     return total
-
-
-# ---- equality with the serial layer ----------------------------------------------------------------------------------
 
 
 def assert_equals_serial(

@@ -18,7 +18,7 @@ _MODES = FORWARD, BOTH
 _SIZES: dict[str, tuple[tuple[int, ...], tuple[dict[str, float], ...]]] = {  # a rank's block, and the bar of each mode
     "1 KiB": ((1, 1, 16, 16), ({"more": 35}, {"more": 80})),
     "64 KiB": ((1, 4, 64, 64), ({"more": 35}, {"more": 80})),
-    "4096 KiB": ((1, 16, 256, 256), ({"times": 1.2}, {"times": 1.2})),
+    "4096 KiB": ((1, 16, 256, 256), ({"times": 1.15}, {"times": 1.15})),
 }
 _SEVERAL, _INSIDE = 8, ({"more": 20}, {"more": 60})  # layers inside one module, and the bars of each
 

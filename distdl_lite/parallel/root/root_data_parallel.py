@@ -121,10 +121,7 @@ class RootDataParallel(torch.nn.Module):
         mine = Order("construct", content=(settings, transport.local.get(_NUMBER, 0)), error=as_raised(error, NAME))
         orders = meet(transport.team(ranks), ranks[0], mine, error)
         for name in settings:
-            try:
-                check_alike(name, {rank: order.content[0][name] for rank, order in orders.items()})
-            except ValueError as found:
-                raise ValueError(f"{NAME}: {found}") from None
+            check_alike(name, {rank: order.content[0][name] for rank, order in orders.items()}, NAME)
         transport.local[_NUMBER] = max(order.content[1] for order in orders.values())
 
     def _check(self, module: torch.nn.Module) -> None:
