@@ -198,7 +198,10 @@ def exchanged(
         On all ranks, if `same` differs; the text begins with a name.
     """
     mine = tuple(map(TensorStructure.of, input))
-    found = _by_axis(team, P, mine, str(same)) if is_cut else None
+    # How many lengths there are follows from the partition, which is among what must be the same.
+    vote = int.from_bytes(hashlib.blake2b(str(same).encode(), digest_size=7).digest(), "little")
+    are_same = team.world.agree(team, vote) == vote * team.size % 2**64
+    found = _by_axis(team, P, mine) if is_cut and are_same else None
     if found is not None:
         return found
     passed = dict(zip(team, team.world.gather_objects(team, (mine, same)), strict=True))
@@ -207,7 +210,7 @@ def exchanged(
     return Structure(team.world.rank, mine, passed={rank: tensors for rank, (tensors, _) in passed.items()})
 
 
-def _by_axis(team: Team, P: Partition | None, mine: tuple[TensorStructure, ...], same: str) -> Structure | None:
+def _by_axis(team: Team, P: Partition | None, mine: tuple[TensorStructure, ...]) -> Structure | None:
     """The structure that the team's ranks agree on, by one maximum over O(sum of the grid's sides) numbers.
 
     The first argument is in blocks over `P`: its ranks with the same index along an axis have the same length there, and so
@@ -217,7 +220,7 @@ def _by_axis(team: Team, P: Partition | None, mine: tuple[TensorStructure, ...],
     Returns
     -------
     Structure or None
-        None on all ranks where that is not so, something else differs, or `same` does.
+        None on all ranks where that is not so, or something else differs.
     """
     is_usual = len(mine) <= _MOST_ARGUMENTS and all((t.dtype, t.device) in _KINDS for t in mine)
     numbers = [UNSET] * _MOST_ARGUMENTS
@@ -234,13 +237,13 @@ def _by_axis(team: Team, P: Partition | None, mine: tuple[TensorStructure, ...],
                 lengths[-axis][index[-axis]] = shape[-axis]
     numbers += [n for length in lengths for n in length]
     flags = [not is_usual, *(i < len(mine) and mine[i].requires_grad for i in range(_MOST_ARGUMENTS))]
-    negatives = [n if n == UNSET else -n for n in (_number(same), *numbers)]
-    found = team.world.maxima(team, [*flags, _number(same), *numbers, *negatives])
+    negatives = [n if n == UNSET else -n for n in numbers]
+    found = team.world.maxima(team, [*flags, *numbers, *negatives])
     flags, values = found[: len(flags)], found[len(flags) :]
     values, negatives = values[: len(negatives)], values[len(negatives) :]
     if flags[0] or any(a != (b if b == UNSET else -b) for a, b in zip(values, negatives, strict=True)):
         return None
-    codes = [divmod(code, 64) for code in values[1 : 1 + _MOST_ARGUMENTS] if code != UNSET]
+    codes = [divmod(code, 64) for code in values[:_MOST_ARGUMENTS] if code != UNSET]
     alike = tuple(
         TensorStructure((0,) * dims, *_KINDS[kind], bool(wanted))
         for (kind, dims), wanted in zip(codes, flags[1:], strict=False)
@@ -249,14 +252,9 @@ def _by_axis(team: Team, P: Partition | None, mine: tuple[TensorStructure, ...],
         return Structure(team.world.rank, mine, alike)
     dims = len(alike[0].shape)
     grid = P.grid_of_ranks.padded(dims)
-    rest = iter(values[1 + _MOST_ARGUMENTS :])
+    rest = iter(values[_MOST_ARGUMENTS:])
     by_axis = [[next(rest) for _ in length] for length in lengths][-dims:] if dims else []
     return Structure(team.world.rank, mine, alike, BlockShapes(grid, tuple(map(tuple, by_axis))))
-
-
-def _number(text: str) -> int:
-    """A number for a text, the same in every process."""
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=7).digest(), "little")
 
 
 def parts_of_call(
@@ -277,6 +275,7 @@ def parts_of_call(
         parts.append(hashable(kwargs))
     for inner in module.modules() if module._modules else (module,):
         parts.append(inner.training)
+        parts += [inner.__dict__.get(option) for option in getattr(type(inner), "_distdl_free", ())]
         for p in inner._parameters.values():
             parts += (None,) if p is None else (p.shape, p.dtype, p.requires_grad)
         for b in inner._buffers.values():

@@ -209,13 +209,15 @@ class Partition:
         Raises
         ------
         ValueError
-            If `root` is not a rank of `P_data`.
+            If `root` is not a rank of `P_data`; on all ranks, if they name different ones.
         """
         source = self if P_data is None else P_data
         if not 0 <= root < source.size:
             raise ValueError(f"root {root} is not in a partition of {source.size} ranks")
-        values = source.create_partition_union(self).allgather_data(data if source.rank == root else None)
-        return None if values is None else values[root]
+        told = source.create_partition_union(self).allgather_data((root, data if source.rank == root else None))
+        if len(roots := {named for named, _ in told or ()}) > 1:
+            raise ValueError(f"broadcast_data: the ranks name different roots, {sorted(roots)}")
+        return told and told[root][1]
 
     def deactivate(self) -> None:
         """Make this rank a rank outside the partition, from its own point of view; layers made with it go on as before."""
@@ -244,11 +246,16 @@ class Partition:
     def __reduce__(self) -> tuple[Any, ...]:
         return _unpickle, (type(self), tuple(self.ranks), self.shape, self.periods, self.line)
 
-    def __repr__(self) -> str:
+    @property
+    def _members(self) -> str:
+        """Shape and ranks, in words that are the same on all ranks."""
         ranks = self.ranks
         listed = f"{ranks[0]}..{ranks[-1]}" if isinstance(ranks, range) and len(ranks) > 2 else str(list(ranks))
+        return f"shape={self.shape}, ranks={listed}"
+
+    def __repr__(self) -> str:
         where = f"index={self.index}" if self.active else "inactive"
-        return f"{type(self).__name__}(shape={self.shape}, ranks={listed}, {where})"
+        return f"{type(self).__name__}({self._members}, {where})"
 
 
 class CartesianPartition(Partition):

@@ -84,11 +84,11 @@ def test_an_unchanged_forward_agrees_once_and_does_nothing_else(world: Partition
         layer(x)
         assert calls == {"start_agreeing": 1}
         layer(integers((2, 2)))
-        # Where all are, what they pass, and whether set-up went well.
-        assert calls == {"start_agreeing": 4, "maxima": 1, "bind": 1}
+        # Where all are, whether they call the same, what they pass, and whether set-up went well.
+        assert calls == {"start_agreeing": 5, "maxima": 1, "bind": 1}
         layer(x)
         layer(integers((2, 2)))
-        assert calls == {"start_agreeing": 6, "maxima": 1, "bind": 1}
+        assert calls == {"start_agreeing": 7, "maxima": 1, "bind": 1}
 
 
 @on_ranks(4)
@@ -211,7 +211,7 @@ def test_layers_inside_ride_on_one_agreement(world: Partition) -> None:
             net(integers((4,)))
             net.eval()(x)
             net.train()(x)
-        assert calls["start_agreeing"] == 4 + 4 + 2 * 5  # eval is new: each call agrees once, and each of five sets up
+        assert calls["start_agreeing"] == 4 + 4 + 3 * 5  # eval is new: each call agrees once, and each of five sets up
 
 
 class Around(dnn.Module):

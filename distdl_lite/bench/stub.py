@@ -34,7 +34,7 @@ class StubTransport(Transport):
     def maxima(self, team: Team, numbers: Sequence[int]) -> list[int]:
         # A length is set at the first index of its axis, unset at the others, which follow; an argument that is not there
         # follows the first argument's number, and is told from an index by its place.
-        found, half, arguments = list(numbers), (len(numbers) - 5) // 2, 5
+        found, half, arguments = list(numbers), (len(numbers) - 5) // 2, 4
         self.received += len(found)
         for start in (5, 5 + half):
             for place in range(start + arguments, start + half):

@@ -129,12 +129,16 @@ class DistributedDropout(Module):
 
     def __init__(self, P_x: Partition, p: float = 0.5, inplace: bool = False) -> None:
         super().__init__(P_x)
-        numbers(self, p=p)
-        if not 0.0 <= p <= 1.0:
-            raise self._refuse(f"p={p} is not in [0, 1]")
         self.P_x, self.p, self.inplace = P_x, p, inplace
+        self._check_p()
+
+    def _check_p(self) -> None:
+        numbers(self, p=self.p)
+        if not 0.0 <= self.p <= 1.0:
+            raise self._refuse(f"p={self.p} is not in [0, 1]")
 
     def _distdl_module_setup(self, input: tuple[Any, ...]) -> Call:
+        self._check_p()  # which may have changed
         inputs = agreed_inputs(self, self.P_x)
         X = lay.blocks(self.P_x.grid_of_ranks, lay.cuts_from_shapes(self.P_x.grid_of_ranks, inputs.shapes))
         if self.training and 0 < self.p < 1 and not inputs.dtype.is_complex:

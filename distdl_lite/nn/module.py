@@ -273,6 +273,7 @@ class Module(torch.nn.Module):
         words += [f"{name} frozen" for name, p in self._parameters.items() if p is not None and not p.requires_grad]
         return {
             "options": self._distdl_options(),
+            "partitions": "; ".join(P._members for P in self._distdl_partitions),
             "mode": ", ".join(words),
             "number of arguments": len(input),
             "keywords": list(kwargs or ()),

@@ -9,6 +9,7 @@ import pytest
 import torch
 from ranks import on_ranks
 
+import distdl_lite as dl
 import distdl_lite.nn as dnn
 from distdl_lite.partition import Partition
 
@@ -63,3 +64,51 @@ def test_what_differs_is_named_on_all_ranks(world: Partition) -> None:
     check("scale_grad_by_freq=True", world, lambda **odd: _Table(line, **odd), scale_grad_by_freq=True)
     kinds = dnn.DistributedMaxPool2d, dnn.DistributedAvgPool2d
     check("DistributedMaxPool2d number", world, lambda kind=kinds[1]: kind(rows, 2), kind=kinds[0])
+    # Grids of other sides, of which ranks count other lengths, and the same ranks in another order.
+    fours = world.grid((1, 1, 3, 1)), world.grid((1, 1, 3))
+    check("P_x=(1, 1, 3)", world, lambda P_x=fours[0]: dnn.DistributedDropout(P_x), P_x=fours[1])
+    orders = world.grid((1, 1, 3, 1)), world.grid((1, 1, 3, 1), ranks=[0, 2, 1])
+    text = "partitions shape=(1, 1, 3, 1), ranks=[0, 2, 1], others shape=(1, 1, 3, 1), ranks=0..2"
+    check(text, world, lambda P_x=orders[0]: dnn.DistributedMaxPool2d(P_x, 2), P_x=orders[1])
+
+
+@on_ranks(3, mpi=True)
+def test_an_option_that_changes_on_one_rank_is_named_on_all(world: Partition) -> None:
+    """Also after the layer was set up."""
+    P, x = world.grid((3, 1)), torch.rand(2, 4)
+    layers: tuple[tuple[torch.nn.Module, dict[str, Any], tuple[torch.Tensor, ...]], ...] = (
+        (dnn.DistributedMSELoss(P), {"reduction": "sum"}, (x, x)),
+        (dnn.DistributedBatchNorm(P, 4), {"eps": 0.5}, (x,)),
+        (dnn.DistributedBatchNorm(P, 4), {"momentum": None}, (x,)),
+        (dnn.DistributedDropout(P), {"p": 0.1}, (x,)),
+    )
+    for layer, options, inputs in layers:
+        layer(*inputs)
+        (name, odd), *_ = options.items()
+        usual = getattr(layer, name)
+        setattr(layer, name, odd if world.rank == 2 else usual)
+        with pytest.raises(ValueError, match=f"the ranks disagree: rank 2: options .*{name}='?{odd}") as found:
+            layer(*inputs)
+        told = world.allgather_data(str(found.value))
+        assert told is not None
+        assert len(set(told)) == 1
+        setattr(layer, name, usual)
+        layer(*inputs)
+        setattr(layer, name, odd)
+        layer(*inputs)
+    loss, dropout = layers[0][0], layers[-1][0]
+    loss.reduction = "avg"
+    with pytest.raises(ValueError, match="reduction 'avg' is none of mean, sum, none"):
+        loss(x, x)
+    dropout.p = 1.7
+    with pytest.raises(ValueError, match=r"p=1.7 is not in \[0, 1\]"):
+        dropout(x)
+
+
+@on_ranks(3, mpi=True)
+def test_roots_that_differ_are_refused(world: Partition) -> None:
+    root, P = int(world.rank == 1), world.grid((3, 1))
+    with pytest.raises(ValueError, match=r"the ranks name different roots, \[0, 1\]"):
+        world.broadcast_data(world.rank, root=root)
+    with pytest.raises(ValueError, match=r"gather: the ranks disagree: rank 1: partitions .*ranks=\[1\]"):
+        dl.gather(torch.ones(1, 2), P, root=root)

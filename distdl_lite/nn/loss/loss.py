@@ -67,9 +67,8 @@ class _DistributedLoss(Module):
 
     def __init__(self, P_x: Partition, reduction: str, **options: Any) -> None:
         super().__init__(P_x)
-        if reduction not in self.reductions:
-            raise self._refuse(f"reduction {reduction!r} is none of {', '.join(self.reductions)}")
         self.P_x, self.reduction = P_x, reduction
+        self._check_reduction()
         self._options = tuple(options)
         for name, value in options.items():
             if isinstance(value, torch.Tensor) or name in ("weight", "pos_weight"):
@@ -81,7 +80,12 @@ class _DistributedLoss(Module):
             else:
                 setattr(self, name, value)
 
+    def _check_reduction(self) -> None:
+        if self.reduction not in self.reductions:
+            raise self._refuse(f"reduction {self.reduction!r} is none of {', '.join(self.reductions)}")
+
     def _distdl_module_setup(self, input: tuple[Any, ...]) -> Call:
+        self._check_reduction()  # which may have changed
         grid, rank = self.P_x.grid_of_ranks, self._distdl_transport.rank
         inputs = agreed_inputs(self, self.P_x)
         targets = agreed_inputs(self, self.P_x, position=1)

@@ -46,8 +46,6 @@ class SyncBatchNorm(DistributedBatchNorm):
     none forward.
     """
 
-    _distdl_free = DistributedBatchNorm._distdl_free | {"P_x"}  # which follows the input
-
     _distdl_is_cut = False  # but for the batch, in blocks of any shape
 
     def __init__(
@@ -69,7 +67,8 @@ class SyncBatchNorm(DistributedBatchNorm):
         self.P = P
 
     def _distdl_module_setup(self, input: tuple[Any, ...]) -> Any:
-        self.P_x = _with_dims(self.P, input[0].dim()) if isinstance(input[0], torch.Tensor) else self.P
+        P_x = _with_dims(self.P, input[0].dim()) if isinstance(input[0], torch.Tensor) else self.P
+        self.__dict__["P_x"] = P_x  # an option that follows the input
         return super()._distdl_module_setup(input)
 
     def _distdl_options(self) -> str:
