@@ -15,9 +15,9 @@ from typing import Any
 
 import torch
 
-from distdl_lite.autograd import any_autocast_is_enabled, transforms_are_active
 from distdl_lite.layout import BlockShapes, Shape
 from distdl_lite.partition import Partition
+from distdl_lite.private import any_autocast_is_enabled, transforms_are_active
 from distdl_lite.transport import Team
 
 _CALL = "call of layer"

@@ -1,4 +1,4 @@
-"""The doors to torch's autograd that the library uses, the private ones too; tests/test_autograd.py says which is missing.
+"""What communicates in torch's autograd.
 
 `Node` is the base of Functions that communicate. `reduce_from_team` and `copy_to_team` are adjoint to each other: the sum of
 the ranks' parts, which every rank gets, and the use of such a number in each rank's part.
@@ -6,20 +6,14 @@ the ranks' parts, which every rank gets, and the use of such a number in each ra
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import is_grad_enabled
-from torch._C._autograd import _top_saved_tensors_default_hooks  # type: ignore[attr-defined]
-from torch._C._dynamo import eval_frame
-from torch._C._functorch import is_legacy_batchedtensor  # type: ignore[import-not-found]
 from torch.autograd import forward_ad
 
+from distdl_lite.private import is_legacy_batchedtensor, top_saved_tensors_hooks, transforms_are_active
 from distdl_lite.transport import Team
-
-any_autocast_is_enabled = torch._C._is_any_autocast_enabled
-transforms_are_active = torch._C._are_functorch_transforms_active
 
 NOTHING = torch.empty(0)  # to be saved by a Function that communicates
 ANCHOR = torch.empty(0, requires_grad=True)  # gives a graph node to a rank whose input needs none
@@ -57,7 +51,7 @@ def is_recording(*tensors: torch.Tensor | None) -> bool:
 
 def may_recompute() -> bool:
     """Whether a checkpoint, or another user of saved tensors, is around the code that runs."""
-    return is_grad_enabled() and _top_saved_tensors_default_hooks(False) is not None
+    return is_grad_enabled() and top_saved_tensors_hooks(False) is not None
 
 
 def saved_here(x: torch.Tensor) -> torch.Tensor:
@@ -116,69 +110,3 @@ class _CopyToTeam(Node):
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
         _ = ctx.saved_tensors
         return _ReduceFromTeam.apply(gradient, ctx.team), None
-
-
-def engine_will_run(node: Any) -> bool:
-    """Whether the backward that runs will come to a node."""
-    return torch._C._will_engine_execute_node(node)
-
-
-def running_backward() -> int:
-    """The number of the backward that runs, -1 outside one."""
-    return torch._C._current_graph_task_id()
-
-
-def running_backward_accumulates(leaves: Sequence[torch.Tensor]) -> bool:
-    """Inside a hook: whether the backward that runs adds to ``.grad`` of any of the leaves, unlike `torch.autograd.grad`.
-
-    Where the hook's node leads to none of them, what becomes of another leaf below it tells.
-    """
-    nodes = (torch.autograd.graph.get_gradient_edge(leaf).node for leaf in leaves if leaf.requires_grad)
-    try:
-        return any(map(engine_will_run, nodes)) or _runs_into_others(torch._C._current_autograd_node(), leaves)
-    except RuntimeError:  # a leaf's gradient is returned
-        return False
-
-
-def _runs_into_others(node: Any, leaves: Sequence[torch.Tensor]) -> bool:
-    ids, seen, left, other = {id(leaf) for leaf in leaves}, set(), [node], None
-    while left:
-        node = left.pop()
-        if id(getattr(node, "variable", None)) in ids:
-            return False
-        if hasattr(node, "variable"):
-            other = node
-        below = {following for following, _ in node.next_functions if following is not None} - seen
-        seen |= below
-        left += below
-    return other is not None and engine_will_run(other)
-
-
-def at_end_of_backward(callback: Callable[[], None]) -> None:
-    """Call something when the backward that runs has ended; the engine alone keeps it until then, or until an error."""
-    torch.autograd.Variable._execution_engine.queue_callback(callback)  # type: ignore[attr-defined]
-
-
-def flattened(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
-    """One flat tensor of their elements."""
-    return torch._C._nn.flatten_dense_tensors(tensors)  # type: ignore[attr-defined]
-
-
-def unflattened(flat: torch.Tensor, tensors: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
-    """Views of a flat tensor of the shapes of these."""
-    return torch._C._nn.unflatten_dense_tensors(flat, tensors)  # type: ignore[attr-defined]
-
-
-Function = TypeVar("Function", bound=Callable[..., Any])
-
-
-def untraced(function: Function) -> Function:
-    """Let torch.compile call a function, and all that this calls, as it is: what communicates is not for it to trace.
-
-    It does as torch.compiler.disable, without its import of Dynamo, of seconds, and its 1 us a call.
-    """
-    function._torchdynamo_disable = True  # type: ignore[attr-defined]
-    if hasattr(eval_frame, "_FrameExecStrategy"):
-        skip = eval_frame._FrameAction.SKIP
-        eval_frame.set_code_exec_strategy(function.__code__, eval_frame._FrameExecStrategy(skip, skip))
-    return function

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import torch
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from distdl_lite.autograd import flattened, unflattened
+from distdl_lite.private import flattened, unflattened
 from distdl_lite.transport import Team
 
 HALVES = torch.float16, torch.bfloat16

@@ -17,16 +17,10 @@ from weakref import ref
 import torch
 
 from distdl_lite.agreement import check_met
-from distdl_lite.autograd import (
-    at_end_of_backward,
-    engine_will_run,
-    flattened,
-    reduce_from_team,
-    running_backward,
-    unflattened,
-)
+from distdl_lite.autograd import reduce_from_team
 from distdl_lite.buckets import cut
 from distdl_lite.early_sums import Arriving, Planned, replanned
+from distdl_lite.private import at_end_of_backward, engine_will_run, flattened, running_backward, unflattened
 from distdl_lite.transport import Team, Transport
 from distdl_lite.transport.sums import Pending
 

@@ -22,6 +22,7 @@ LEVELS = [
     "layout",
     "plan",
     "transport",
+    "private",
     "autograd",
     "agreement",
     "buckets",

@@ -14,10 +14,11 @@ import torch
 from torch import Tensor, is_grad_enabled
 
 from distdl_lite.agreement import Structure, call_of, check_met, exchanged, hashed, parts_of_call, raise_together
-from distdl_lite.autograd import TRANSFORMS, may_recompute, saved_here, transforms_are_active, untraced
+from distdl_lite.autograd import TRANSFORMS, may_recompute, saved_here
 from distdl_lite.nn.network import Place, ride_of, riding
 from distdl_lite.nn.options import fixed_options, is_same
 from distdl_lite.partition import Partition, check_same_world, union_of_teams
+from distdl_lite.private import transforms_are_active, untraced
 from distdl_lite.transport import Team, Transport, current
 
 Call = Callable[..., Any]  # of a layer and its input: what set-up returns

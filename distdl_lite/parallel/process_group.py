@@ -18,8 +18,8 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import _create_work_from_future
 from torch.futures import Future
 
-from distdl_lite.autograd import untraced
 from distdl_lite.partition import Partition, partition_of
+from distdl_lite.private import untraced
 from distdl_lite.transport import wire
 
 BACKEND = "distdl"

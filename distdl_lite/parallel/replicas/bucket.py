@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from distdl_lite.autograd import unflattened
 from distdl_lite.buckets import cut
+from distdl_lite.private import holders, unflattened
 from distdl_lite.transport.wire import wire_dtype
 
 _LARGE = 4096  # numbers in a gradient from which one pass over it takes longer than a call
@@ -57,7 +57,7 @@ class Bucket:
         self.flat = torch.empty(self.size + tail, dtype=self.dtype, device=self.device)
         self.gradients, self.tail = self.flat.split([self.size, tail])
         self._views = list(unflattened(self.gradients, self._like)) if self._like else []
-        self._holders = _holders(self.flat)
+        self._holders = holders(self.flat)
 
     @property
     def nbytes(self) -> int:
@@ -65,7 +65,7 @@ class Bucket:
 
     def free(self) -> torch.Tensor:
         """The flat tensor, to be filled: another one if somebody has kept a gradient."""
-        if _holders(self.flat) != self._holders:
+        if holders(self.flat) != self._holders:
             self._allot()
         return self.flat
 
@@ -100,8 +100,3 @@ class Bucket:
             self.gradients.div_(weight * scale)
         found = [view.detach() if flag else None for view, flag in zip(self._views, numbers[:n], strict=True)]
         return found, weight, marks
-
-
-def _holders(tensor: torch.Tensor) -> int:
-    """How many tensors share the memory, one more or less: a private call of torch, see tests/parallel/test_buckets.py."""
-    return torch._C._storage_Use_Count(tensor.untyped_storage()._cdata)  # type: ignore[attr-defined]

@@ -13,18 +13,25 @@ from typing import Any
 import torch
 
 from distdl_lite.agreement import refused_together
-from distdl_lite.autograd import at_end_of_backward, running_backward, running_backward_accumulates
 from distdl_lite.data.rows import line_of
 from distdl_lite.nn.inputs import zero_volume_tensor
 from distdl_lite.nn.norm.sync_batch_norm import SyncBatchNorm
 from distdl_lite.parallel.replicas.alike import agreed, check_equal, summed_by_container, summed_by_layers, told_of
 from distdl_lite.parallel.replicas.bucket import Bucket
 from distdl_lite.parallel.replicas.deferral import Deferral
-from distdl_lite.parallel.replicas.hooks import OutputHook, ReadyHook, rows_of, tensors_in, with_graph
+from distdl_lite.parallel.replicas.hooks import (
+    OutputHook,
+    ReadyHook,
+    rows_of,
+    running_backward_accumulates,
+    tensors_in,
+    with_graph,
+)
 from distdl_lite.parallel.replicas.join import joined
 from distdl_lite.parallel.replicas.options import Options, check_module, check_ranks, listed, update_of
 from distdl_lite.parallel.replicas.synchroniser import Synchroniser
 from distdl_lite.partition import partition_of
+from distdl_lite.private import at_end_of_backward, running_backward
 
 _KIND = operator.attrgetter("dtype", "device", "shape")
 

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch.optim import optimizer as of_torch
 
-from distdl_lite.autograd import running_backward
 from distdl_lite.heat.deferred import DataParallelOptimizer
 from distdl_lite.parallel.replicas.synchroniser import Found, Synchroniser
+from distdl_lite.private import running_backward
 
 _FAILED = "DataParallel: backward failed on some rank, so its update is left out on all of them"
 

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from distdl_lite.autograd import ANCHOR, running_backward
+from distdl_lite.autograd import ANCHOR
 from distdl_lite.parallel.replicas.options import BAD_WEIGHT, as_weight
+from distdl_lite.private import engine_will_run, running_backward, running_node
 
 if TYPE_CHECKING:
     from distdl_lite.parallel.replicas.data_parallel import DataParallel
@@ -100,3 +101,29 @@ def tensors_in(value: Any, seen: tuple[Any, ...] = ()) -> Iterator[torch.Tensor]
             inside = leaf if isinstance(leaf, Mapping) else getattr(leaf, "__dict__", {})
             for part in inside.values():
                 yield from tensors_in(part, (*seen, leaf))
+
+
+def running_backward_accumulates(leaves: Sequence[torch.Tensor]) -> bool:
+    """Inside a hook: whether the backward that runs adds to ``.grad`` of any of the leaves, unlike `torch.autograd.grad`.
+
+    Where the hook's node leads to none of them, what becomes of another leaf below it tells.
+    """
+    nodes = (torch.autograd.graph.get_gradient_edge(leaf).node for leaf in leaves if leaf.requires_grad)
+    try:
+        return any(map(engine_will_run, nodes)) or _runs_into_others(running_node(), leaves)
+    except RuntimeError:  # a leaf's gradient is returned
+        return False
+
+
+def _runs_into_others(node: Any, leaves: Sequence[torch.Tensor]) -> bool:
+    ids, seen, left, other = {id(leaf) for leaf in leaves}, set(), [node], None
+    while left:
+        node = left.pop()
+        if id(getattr(node, "variable", None)) in ids:
+            return False
+        if hasattr(node, "variable"):
+            other = node
+        below = {following for following, _ in node.next_functions if following is not None} - seen
+        seen |= below
+        left += below
+    return other is not None and engine_will_run(other)

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 
 from distdl_lite.agreement import TensorStructure
-from distdl_lite.autograd import flattened, unflattened
 from distdl_lite.buckets import grouped
 from distdl_lite.operator import Operator
 from distdl_lite.parallel.root.batch import (
@@ -26,6 +25,7 @@ from distdl_lite.parallel.root.batch import (
 from distdl_lite.parallel.root.protocol import NAME, Agreed
 from distdl_lite.parallel.root.run import Call, Leaf, Result, Run, apply, autocast_modes, local_gradients, slotted
 from distdl_lite.parallel.root.weights import Weights
+from distdl_lite.private import flattened, unflattened
 
 _KEPT_OPERATORS = 256
 # From the name of a meeting, a forward's number, a value and an error of this rank to the values by position.

@@ -12,11 +12,10 @@ from typing import Any
 from weakref import WeakValueDictionary, finalize
 
 import torch
-from torch._C import _are_functorch_transforms_active, _current_graph_task_id
 from torch.utils import _pytree as pytree
 
 from distdl_lite.agreement import as_raised, check_alike
-from distdl_lite.autograd import ANCHOR, untraced
+from distdl_lite.autograd import ANCHOR
 from distdl_lite.nn.inputs import zero_volume_tensor
 from distdl_lite.nn.module import Module
 from distdl_lite.parallel.replicas.data_parallel import DataParallel
@@ -25,6 +24,7 @@ from distdl_lite.parallel.root.passes import Passes
 from distdl_lite.parallel.root.protocol import NAME, Agreed, Order, meet, unwrapped
 from distdl_lite.parallel.root.run import Result, Run
 from distdl_lite.partition import partition_of
+from distdl_lite.private import backward_keeps_graph, running_backward, transforms_are_active, untraced
 
 
 class RootDataParallel(torch.nn.Module):
@@ -191,9 +191,9 @@ class RootDataParallel(torch.nn.Module):
         return pytree.tree_unflatten(items, result.nesting)
 
     def _check_surroundings(self) -> None:
-        if _are_functorch_transforms_active():
+        if transforms_are_active():
             raise RuntimeError("torch.func's transforms (grad, vmap, ...) see the graph of one rank alone")
-        if self._team.transport.local.get(_BLOCKS) and _current_graph_task_id() != -1:
+        if self._team.transport.local.get(_BLOCKS) and running_backward() != -1:
             raise RuntimeError(
                 "called again in a backward, as by a checkpoint around it: the ranks in serve() would draw other random "
                 "numbers; put the checkpoint inside the module"
@@ -356,7 +356,7 @@ class _Returned(torch.autograd.Function):
             _ = ctx.saved_tensors
         except RuntimeError as raised:  # a second backward through a graph that was not kept
             error = raised
-        content = _keeps_graph(), [gradient is not None for gradient in gradients]
+        content = backward_keeps_graph(), [gradient is not None for gradient in gradients]
         with container._together(), torch.no_grad():
             order = container._meet("backward", run.number, content, error)
             given = gradients if ctx.empty is None else None
@@ -382,8 +382,3 @@ class _Once(torch.autograd.Function):
         error = RuntimeError("a gradient of a gradient is not supported: its graph is on several ranks")
         with ctx.container._together():
             ctx.container._meet("backward", ctx.number, error=error)
-
-
-def _keeps_graph() -> bool:
-    """Whether the running backward was told to retain its graph: a private call of torch."""
-    return bool(torch._C._autograd._get_current_graph_task_keep_graph())

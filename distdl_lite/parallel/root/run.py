@@ -10,11 +10,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch._C._autograd import (
-    _pop_saved_tensors_default_hooks,
-    _push_saved_tensors_default_hooks,
-    _top_saved_tensors_default_hooks,
-)
 from torch.func import functional_call
 from torch.utils import _pytree as pytree
 
@@ -22,6 +17,7 @@ from distdl_lite.agreement import TensorStructure
 from distdl_lite.operator import Operator
 from distdl_lite.parallel.root.batch import Cuts, Output
 from distdl_lite.parallel.root.weights import News
+from distdl_lite.private import pop_saved_tensors_hooks, push_saved_tensors_hooks, top_saved_tensors_hooks
 
 
 @dataclass(frozen=True)
@@ -125,14 +121,14 @@ def _no_hooks_from_outside() -> Iterator[None]:
     A checkpoint would call the container again from the middle of one rank's backward.
     """
     hooks = []
-    while (top := _top_saved_tensors_default_hooks(False)) is not None:
+    while (top := top_saved_tensors_hooks(False)) is not None:
         hooks.append(top)
-        _pop_saved_tensors_default_hooks()
+        pop_saved_tensors_hooks()
     try:
         yield
     finally:
         for pair in reversed(hooks):
-            _push_saved_tensors_default_hooks(*pair)
+            push_saved_tensors_hooks(*pair)
 
 
 def local_gradients(run: Run, received: Sequence[torch.Tensor | None], keep: bool) -> list[torch.Tensor | None]:

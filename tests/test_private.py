@@ -1,10 +1,15 @@
-"""The private calls of torch's engine."""
+"""The private calls of torch."""
 
 from __future__ import annotations
 
+import re
+from functools import reduce
+from pathlib import Path
+
 import torch
 
-from distdl_lite.autograd import at_end_of_backward, engine_will_run, running_backward
+import distdl_lite
+from distdl_lite.private import at_end_of_backward, engine_will_run, running_backward
 
 
 def test_private_calls_of_autograd_are_there() -> None:
@@ -30,3 +35,16 @@ def test_private_calls_of_autograd_are_there() -> None:
     seen.clear()
     torch.autograd.grad((Look.apply(y) + x).sum(), y)
     assert seen == [(first + 1, False), "end"]
+
+
+def test_they_are_there_and_in_one_file() -> None:
+    root = Path(distdl_lite.__file__).parent
+    called = {path: set(re.findall(r"\btorch\._C[.\w]*", path.read_text())) for path in root.rglob("*.py")}
+    names = called.pop(root / "private.py")
+    missing = {
+        name for name in names if reduce(lambda part, key: getattr(part, key, None), name.split(".")[1:], torch) is None
+    }
+    assert len(names) > 8
+    assert not missing
+    elsewhere = {name: path.name for path, found in called.items() for name in found}
+    assert elsewhere == {"torch._C._distributed_c10d": "process_group.py"}
