@@ -68,8 +68,8 @@ def agreed_inputs(layer: Module, P_x: Partition, position: int = 0) -> Inputs:
             )
         if tensor.size and tensor.shape and P_x.grid_of_ranks.position(rank) is None:
             raise ValueError(
-                f"{name}: rank {rank} passed a tensor of shape {tensor.shape}, but is outside {_plain(P_x)}, where "
-                f"P.block(shape) is None and dl.zero_volume_tensor() is passed"
+                f"{name}: rank {rank} passed a tensor of shape {tensor.shape}, but is outside the partition of shape "
+                f"{P_x.shape} over ranks {list(P_x.ranks)}, where P.block(shape) is None and dl.zero_volume_tensor() is passed"
             )
     if structure.passed is None:
         first = structure.alike[position]
@@ -86,11 +86,6 @@ def agreed_inputs(layer: Module, P_x: Partition, position: int = 0) -> Inputs:
     if first.device == "meta" or (first.dtype.is_floating_point and first.dtype.itemsize == 1):
         raise TypeError(f"{name}: tensors of {first.dtype} on device {first.device} cannot be moved")
     return Inputs(shapes, first.dtype, first.device, requires_grad)
-
-
-def _plain(P: Partition) -> str:
-    """A partition as every rank writes it alike."""
-    return f"the partition of shape {P.shape} over ranks {list(P.ranks)}"
 
 
 def whose_blocks(parts: int) -> str:
