@@ -20,7 +20,7 @@ from distdl_lite.agreement import check_met
 from distdl_lite.autograd import reduce_from_team
 from distdl_lite.buckets import cut
 from distdl_lite.early_sums import Arriving, Planned, replanned
-from distdl_lite.private import at_end_of_backward, engine_will_run, flattened, running_backward, unflattened
+from distdl_lite.private import at_end_of_backward, engine_will_run, running_backward, unflattened
 from distdl_lite.transport import Team, Transport
 from distdl_lite.transport.sums import Pending
 
@@ -208,7 +208,7 @@ class _Collected:
 
     def _start(self, team: Team, ready: Iterable[list[Entry]]) -> None:
         for bucket in ready:
-            flat = flattened([entry.gradient for entry in bucket])
+            flat = _flat(bucket)
             for entry in bucket:
                 entry.gradient = None
                 del self.teams[team][id(entry.parameter)]
@@ -236,8 +236,7 @@ class _Collected:
             _accumulate(started.bucket, started.flat)
         for team in teams:
             for bucket in buckets(sorted(self.teams[team].values(), key=attrgetter("order")), BUCKET_BYTES):
-                flat = flattened([entry.gradient for entry in bucket])
-                _accumulate(bucket, self.transport.all_reduce(team, flat))
+                _accumulate(bucket, self.transport.all_reduce(team, _flat(bucket)))
             self._plan(team, groups[team])
         self.reducer.flushed += 1
 
@@ -310,6 +309,11 @@ class _Told:
 def buckets(group: Iterable[Entry], most: int) -> list[list[Entry]]:
     """The entries in buckets of one dtype and device, of about `most` bytes unless one is larger."""
     return cut(group, lambda entry: (entry.dtype, entry.parameter.device), lambda entry: entry.nbytes, most)
+
+
+def _flat(bucket: Sequence[Entry]) -> torch.Tensor:
+    """A bucket's gradients as one tensor of its own: the graph may have given the same memory to other nodes, or the user's."""
+    return torch.cat([entry.gradient.reshape(-1) for entry in bucket])  # type: ignore[union-attr]
 
 
 def _accumulate(bucket: Sequence[Entry], flat: torch.Tensor) -> None:

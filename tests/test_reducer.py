@@ -10,6 +10,7 @@ from cases import integers
 from ranks import on_ranks
 
 from distdl_lite import reducer as red
+from distdl_lite.nn import DistributedLinear
 from distdl_lite.partition import Partition
 from distdl_lite.reducer import Replicas, replicated
 from distdl_lite.transport import Team
@@ -191,3 +192,15 @@ def test_gradients_of_stride_0_are_left_alone(world: Partition) -> None:
     model.use().backward(g)
     assert torch.equal(model.weight.grad, torch.full((3,), 8.0, dtype=torch.float64))
     assert float(g[0]) == 2.0
+
+
+@on_ranks(2)
+def test_gradients_of_the_caller_stay(world: Partition) -> None:
+    """Also where a weight is alone in its bucket."""
+    P = world.grid((2, 1))
+    layer = DistributedLinear(P, None, None, 3, 3)
+    layer(torch.randn(1, 3))
+    g = torch.full((3, 3), 1.0 + world.rank)
+    layer.use("weight").backward(g)
+    assert (g == 1 + world.rank).all()
+    assert (layer.weight.grad == 3).all()

@@ -86,6 +86,7 @@ class Module(torch.nn.Module):
     """
 
     _distdl_is_cut = True  # whether the first argument is in blocks over the first partition, one axis for each dim
+    _distdl_is_numbered = True
     _distdl_free = frozenset[str]()  # options that only forward reads, which may be changed
     # What set-up leaves, which is neither pickled nor copied.
     _distdl_key: int | None = None  # of the structure set up for
@@ -101,14 +102,14 @@ class Module(torch.nn.Module):
     def __init__(self, *partitions: Partition | None) -> None:
         super().__init__()
         given = tuple(P for P in partitions if P is not None)
-        for P in given:
+        for P in given or partitions:
             if not isinstance(P, Partition):
                 raise TypeError(f"{type(self).__name__}: a Partition is needed, not {P!r}")
         check_same_world(*given)
         self._distdl_partitions = given
         self._distdl_label = type(self).__name__  # in errors and counts
         self._distdl_number = 0  # how many modules these ranks have made together: tells two alike layers apart
-        if given:
+        if given and self._distdl_is_numbered:
             made = union_of_teams(*given).made
             made["modules"] += 1
             self._distdl_number = made["modules"]

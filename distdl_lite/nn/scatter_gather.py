@@ -67,6 +67,8 @@ def gather(x: torch.Tensor | None, P: Partition, root: int = 0) -> torch.Tensor:
 class _Rooted(Repartition):
     """The Repartition between one rank and `P`, whose errors speak of what the user called."""
 
+    _distdl_is_numbered = False  # there is one for each root, and ranks that name others may go on after the error
+
     def __init__(self, kind: str, P: Partition, root: int) -> None:
         alone = P._derive([root], (1,) * P.dim)
         super().__init__(*((alone, P) if kind == "scatter" else (P, alone)), preserve_batch=False)

@@ -83,7 +83,8 @@ def amplified(x: torch.Tensor, name: str, arguments: tuple[Any, ...], eps: float
     if name not in rows or not x.numel():  # a root mean square is not near 0 where values are not
         return 0.0
     var = rows[name](x.double()).var(-1, correction=0)
-    once, twice = 8 * (var + eps).rsqrt().max(), 16 * (1 / (var + eps)).where(var > 0, 0).max()
+    count = rows[name](x).shape[-1]  # torch's gradient of a weight is the difference of two sums of so many
+    once, twice = max(8, 4 * count) * (var + eps).rsqrt().max(), 16 * (1 / (var + eps)).where(var > 0, 0).max()
     rounding = (
         2.0**-8 if x.dtype is torch.bfloat16 else 2.0**-24
     )  # torch's kernel keeps mean and deviation as the input is

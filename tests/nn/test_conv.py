@@ -193,7 +193,7 @@ def test_refusals(world: dl.Partition) -> None:
     for kind in (DistributedConv2d, DistributedConvTranspose2d):
         for wrong, text in (
             ((), ".__init__() missing 4 required positional arguments: 'P_x', 'in_channels'"),
-            ((None, 1, 1, 1), ": P_x: a Partition is needed, not None"),
+            ((None, 1, 1, 1), ": a Partition is needed, not None"),
             (((1, 1, 2, 2), 1, 1, 1), ": a Partition is needed, not (1, 1, 2, 2)"),
             ((R, 1, 1, 1), ": P_x of shape (1, 1, 3) has 3 axes"),
         ):

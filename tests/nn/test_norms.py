@@ -453,3 +453,12 @@ def test_equal_values_leave_nothing(world: Partition) -> None:
     for affine in (False, True):
         layer = dnn.DistributedLayerNorm(P, 4, elementwise_affine=affine)
         assert not layer(torch.full((3, 2), 50.3)).any()
+
+
+@on_ranks(2)
+def test_no_channels(world: Partition) -> None:
+    for side in (1, 2):
+        P, x = world.grid((1, 1, side)), torch.zeros(2, 0, 3, requires_grad=True)
+        y = dnn.DistributedGroupNorm(P, 1, 0)(x if P.active else dl.zero_volume_tensor())
+        y.sum().backward()
+        assert not P.active or (y.shape == x.shape and x.grad is not None)

@@ -55,7 +55,7 @@ class DistributedGroupNorm(Norm):
         if num_channels % num_groups:
             raise self._refuse(f"num_channels ({num_channels}) must be divisible by num_groups ({num_groups})")
         self.num_groups, self.num_channels, self.affine = num_groups, num_channels, affine
-        self._size = num_channels // num_groups
+        self._size = max(num_channels // num_groups, 1)
         self.place_affine((num_channels,), (1,), affine, bias, dtype, device)
 
     def check_shape(self, shape: Shape) -> None:
