@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from html import escape
 
 from distdl_lite.grid import Grid, indices
 from distdl_lite.layout import Box, Layout, global_shape_of
@@ -114,7 +115,7 @@ def svg(layouts: Sequence[tuple[str, Layout]], side: int = 320) -> str:
             raise ValueError(f"{title}: a picture needs a dim and at most {_MOST_DRAWN} ranks, not {layout.grid.size}")
     dims = _drawn_dims([layout for _, layout in layouts])
     panels = [
-        f'<g transform="translate({i * (side + 40) + 20}, 40)">\n<text x="0" y="-12">{_escaped(title)}</text>\n'
+        f'<g transform="translate({i * (side + 40) + 20}, 40)">\n<text x="0" y="-12">{escape(title, quote=False)}</text>\n'
         f"{_panel(layout, dims, side)}</g>"
         for i, (title, layout) in enumerate(layouts)
     ]
@@ -122,10 +123,6 @@ def svg(layouts: Sequence[tuple[str, Layout]], side: int = 320) -> str:
     style = "text{font:13px sans-serif}rect{stroke:#333}"
     head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}">'
     return "\n".join([head, f"<style>{style}</style>", *panels, "</svg>\n"])
-
-
-def _escaped(text: str) -> str:
-    return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
 
 
 def _drawn_dims(layouts: Sequence[Layout]) -> tuple[int | None, int]:

@@ -102,7 +102,7 @@ class Module(torch.nn.Module):
     def __init__(self, *partitions: Partition | None) -> None:
         super().__init__()
         given = tuple(P for P in partitions if P is not None)
-        for P in given or partitions:
+        for P in (*partitions[:1], *given):
             if not isinstance(P, Partition):
                 raise TypeError(f"{type(self).__name__}: a Partition is needed, not {P!r}")
         check_same_world(*given)

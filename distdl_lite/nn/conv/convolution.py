@@ -51,8 +51,6 @@ class Convolution(WorkGridLayer):
     def _place(self, bias: bool, device: Any, dtype: torch.dtype | None) -> None:
         """Lay out the work grid and put the parameters on it."""
         for name, P in (("P_x", self.P_x), ("P_y", self.P_y)):
-            if P is None:
-                raise self._refuse(f"{name}: a Partition is needed, not None", TypeError)
             spatial_axes(self, name, P, self.dims)
         self._work = self._work_grid(1, "[P_b, P_out, P_in, *P_space]")
         self._channels = self._channel_cuts()
