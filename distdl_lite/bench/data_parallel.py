@@ -141,7 +141,7 @@ def _sums_alone(dp: DataParallel) -> Call:
 
     def sums() -> None:
         for flat in flats:
-            sync.transport.start_sum(sync.team, flat, "inline", sync.lane).wait()
+            sync.team.world.start_sum(sync.team, flat, "inline", sync.lane).wait()
 
     return sums
 
