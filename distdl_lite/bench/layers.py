@@ -28,7 +28,7 @@ def rows(P: Partition, seconds: float) -> list[Row]:
             for mode in (FORWARD, BOTH):
                 a, b = interleaved(P.comm, [calls_of(call, shape, mode) for call in (ours, theirs)], seconds)
                 size = f"({','.join(map(str, shape))})"
-                found.append(Row(name, size, mode, a, b, times=1.05, more=10))
+                found.append(Row(name, size, mode, a, b, times=1.05, more=12))
     return found
 
 

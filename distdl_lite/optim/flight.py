@@ -12,7 +12,6 @@ from distdl_lite.transport.sums import Pending
 
 LANE = "averages by {}"  # Averages of several optimizers that different threads carry out must not meet.
 
-
 # From the numbers now and when the average began, the target, the steps since, and the number of members.
 MERGES: dict[str, Callable[[torch.Tensor, torch.Tensor, torch.Tensor, int, int], torch.Tensor]] = {
     "daso": lambda now, old, target, waited, count: (2 * waited * now + count * target) / (count + 2 * waited),

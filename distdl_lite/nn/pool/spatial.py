@@ -110,12 +110,13 @@ class SpatialLayer(Module):
         added = dtype if all(is_whole) else wide(dtype)
 
         def run(layer: SpatialLayer, x: torch.Tensor) -> Any:
-            x = x.to(dtype)
+            x = x if x.dtype is dtype else x.to(dtype)
             # Also where nothing moves: a checkpoint around it runs the layer again on the ranks that have a graph.
             y = local(anchored(x, graph) if fetch is None else fetch(x))
             if layer.return_indices:
                 return with_places(y)
-            return (y if deliver is None else deliver(y.to(added))).to(dtype)
+            y = y if deliver is None else deliver(y.to(added))
+            return y if y.dtype is dtype else y.to(dtype)
 
         return run
 

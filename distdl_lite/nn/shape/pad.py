@@ -81,7 +81,7 @@ class _DistributedPad(Module):
         mine, left, box, held = (own_box(self, layout) for layout in (X, kept, wanted, Z))
         if max(grid.shape[first:]) == 1 and X.dims[:first] == Y.dims[:first]:
             whole = self._whole(lay.shape_of(box))
-            return lambda layer, x: whole(x.to(dtype))
+            return lambda layer, x: whole(x if x.dtype is dtype else x.to(dtype))
         crop = tuple(slice(c - a, d - a) for (a, _), (c, d) in zip(mine, left, strict=True))
         crops, transport = kept != X, self._distdl_transport
         fetch = Operator(plan(kept, Z, transport.rank), transport, type(self).__name__, inputs.requires_grad)
