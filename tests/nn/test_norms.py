@@ -464,3 +464,17 @@ def test_no_channels(world: Partition) -> None:
         if P.active:
             y.sum().backward()
             assert x.grad is not None
+
+
+@on_ranks(2)
+def test_weights_of_an_input_without_gradient(world: Partition) -> None:
+    """In channels_last memory, where torch's kernel of GroupNorm ends the process."""
+    x, g = torch.randn(4, 4, 4, 3).contiguous(memory_format=torch.channels_last), torch.randn(4, 4, 4, 3)
+    serial = torch.nn.GroupNorm(2, 4)
+    serial(x.contiguous()).backward(g)
+    for P in (world.grid((1, 1, 1, 1)), world.grid((2, 1, 1, 1))):
+        if P.active:
+            layer = dnn.DistributedGroupNorm(P, 2, 4)
+            block = P.block(x.shape)
+            layer(x[block]).backward(g[block])
+            torch.testing.assert_close(layer.weight.grad, serial.weight.grad)
