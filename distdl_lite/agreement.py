@@ -6,7 +6,6 @@ The structure of a call's arguments is all of them but the numbers in their tens
 from __future__ import annotations
 
 import hashlib
-import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,6 +22,16 @@ from distdl_lite.transport import Team
 _CALL = "call of layer"
 
 
+def vote_of(text: str) -> int:
+    """A text as a number to vote with, the same in every process."""
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=7).digest(), "little")
+
+
+def is_unanimous(team: Team, vote: int) -> bool:
+    """Whether all ranks of a team, which vote together, vote alike."""
+    return team.world.agree(team, vote) == vote * team.size % 2**64
+
+
 def check_met(team: Team, name: str, place: str, told: str | None = None) -> None:
     """Raise an error on all ranks of a team unless all of them are at the same place in the program.
 
@@ -36,8 +45,7 @@ def check_met(team: Team, name: str, place: str, told: str | None = None) -> Non
     RuntimeError
         If one of them is elsewhere, such as at the end of a backward.
     """
-    mine = zlib.crc32(place.encode())
-    if team.world.agree(team, mine) == mine * team.size:
+    if is_unanimous(team, vote_of(place)):
         return
     names, texts = zip(*team.world.gather_objects(team, (name, told or place)), strict=True)
     name, places = names[0], dict(zip(team, texts, strict=True))
@@ -199,8 +207,7 @@ def exchanged(
     """
     mine = tuple(map(TensorStructure.of, input))
     # How many lengths there are follows from the partition, which is among what must be the same.
-    vote = int.from_bytes(hashlib.blake2b(str(same).encode(), digest_size=7).digest(), "little")
-    are_same = team.world.agree(team, vote) == vote * team.size % 2**64
+    are_same = is_unanimous(team, vote_of(str(same)))
     found = _by_axis(team, P, mine) if is_cut and are_same else None
     if found is not None:
         return found

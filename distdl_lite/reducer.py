@@ -16,7 +16,7 @@ from weakref import ref
 
 import torch
 
-from distdl_lite.agreement import check_met
+from distdl_lite.agreement import check_met, is_unanimous
 from distdl_lite.autograd import reduce_from_team
 from distdl_lite.buckets import cut
 from distdl_lite.early_sums import Arriving, Planned, replanned
@@ -131,7 +131,7 @@ class Reducer:
         with torch.inference_mode(False), torch.enable_grad():
             self.token = torch.empty(0, requires_grad=True)
             self._token_node = self.token.view_as(self.token).grad_fn.next_functions[0][0]  # type: ignore[union-attr]
-        self._collected: dict[int, _Collected] = {}  # by the number of the backward
+        self.collected: dict[int, _Collected] = {}  # by the number of the backward
         self.planned: dict[Team, list[Planned]] = {}  # by team
         self.begun = self.flushed = 0  # backwards
         self.under_way: list[_Started] = []  # also of backwards that failed: MPI writes into their memory
@@ -147,10 +147,10 @@ class Reducer:
             return gradient
         if parameter.is_leaf and not torch.is_grad_enabled() and engine_will_run(self._token_node):
             backward = running_backward()
-            collected = self._collected.get(backward)
+            collected = self.collected.get(backward)
             if collected is None:
                 collected = _Collected(self, backward)
-                self._collected = {other.backward: other for other in (*self.running(), collected)}
+                self.collected = {other.backward: other for other in (*self.running(), collected)}
             collected.add(parameter, gradient, replicas)
             return None
         self._agree_at_once(replicas)
@@ -159,17 +159,13 @@ class Reducer:
     def _agree_at_once(self, replicas: Replicas) -> None:
         """Raise unless all ranks of the team are about to sum this gradient: others may be at the end of a ``backward()``."""
         team, mine = replicas.team, hash((replicas.order, -1)) % 2**64
-        if self.transport.agree(team, mine) != mine * team.size % 2**64:
+        if not is_unanimous(team, mine):
             place = f"the gradient {replicas.order} {replicas.name}"
             check_met(team, replicas.name, place, f"{place}, which autograd.grad or backward(inputs=...) sums at once")
 
     def running(self) -> list[_Collected]:
         """The collections of the backwards that run: of one, and of those that it runs inside of."""
-        return [collected for collected in self._collected.values() if collected.end() is not None]
-
-    def end(self, collected: _Collected) -> None:
-        """Note that a backward has come to its end."""
-        self._collected.pop(collected.backward, None)
+        return [collected for collected in self.collected.values() if collected.end() is not None]
 
 
 class _Collected:
@@ -218,7 +214,7 @@ class _Collected:
 
     def flush(self) -> None:
         """Complete what was started, sum what is left in the order of the teams, and put all sums into ``.grad``."""
-        self.reducer.end(self)
+        self.reducer.collected.pop(self.backward, None)
         teams = sorted(self.teams)
         groups = {team: self._group(team) for team in teams}
         votes = {team: self._vote(team, groups[team]) for team in teams}

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from distdl_lite.agreement import check_alike
+from distdl_lite.agreement import check_alike, is_unanimous
 from distdl_lite.data.rows import LocalRows, empty_rows, inverse, line_of, picked, route
 from distdl_lite.data.sampler import ShardBatchSampler, permutation
 from distdl_lite.grid import balanced
@@ -170,5 +170,5 @@ class ShuffledLoader:
         """Raise on all ranks if they are about to exchange rows for different epochs."""
         transport, team = self._line.world_transport, self._line.team
         mine = hash((epoch,)) % 2**64  # of an integer: the same in every process
-        if transport.agree(team, mine) != mine * team.size % 2**64:
+        if not is_unanimous(team, mine):
             check_alike("epoch", dict(zip(team, transport.gather_objects(team, epoch), strict=True)))

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import zlib
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from distdl_lite.agreement import call_of, check_met
+from distdl_lite.agreement import call_of, check_met, is_unanimous, vote_of
 from distdl_lite.layout import Layout, Shape, global_shape_of, shape_of
 from distdl_lite.nn.blocks import connected_zeros
 from distdl_lite.nn.draws import Draw, drawn
@@ -83,8 +82,7 @@ class Layer(Module):
         label = type(self).__name__
         if team.size > 1:  # before it is numbered, lest ranks that go on after an error number otherwise
             place = call_of(f"{label}.{name} of shape {global_shape_of(layout)}, {dtype}", team.made["replicas"] + 1)
-            vote = zlib.crc32(place.encode())  # as every call votes first, and then asks where the others are
-            if transport.agree(team, vote) != vote * team.size:
+            if not is_unanimous(team, vote_of(place)):  # as every call votes first, and then asks where the others are
                 check_met(team, label, place)
         team.made["replicas"] += 1
         replicas = Replicas(team, team.made["replicas"], f"{label}.{name}")

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Iterable, Mapping
 from collections.abc import Sequence as Items
 from typing import Any
 
 import torch
 
-from distdl_lite.agreement import check_alike, raise_together, refused_together
+from distdl_lite.agreement import check_alike, is_unanimous, raise_together, refused_together, vote_of
 from distdl_lite.buckets import broadcast
 from distdl_lite.model.replicas import checksum
 from distdl_lite.partition import Partition, partition_of
@@ -188,10 +187,10 @@ class DDPSequential(torch.nn.Module):
             self.model.find_deltas(1 / P.size if self.average else 1.0)
             deltas = self.model.flat_deltas(P.size)
             told["deltas"] = f"{deltas.numel() - P.size} of {deltas.dtype} on {deltas.device.type}"
-            vote = zlib.crc32(repr((told, self._is_loaded)).encode())
+            vote = vote_of(repr((told, self._is_loaded)))
         except Exception as found:
             error = found
-        is_agreed = P.world_transport.agree(P.team, vote) == vote * P.size and error is None
+        is_agreed = is_unanimous(P.team, vote) and error is None
         if not is_agreed:
             raise_together(P.team, error, f"DDPSequential: rank {P.rank}")
             _check_alike(P, told, RuntimeError)
