@@ -5,8 +5,10 @@ from distdl_lite.heat.daso import DASO
 from distdl_lite.heat.deferred import DataParallelOptimizer
 from distdl_lite.heat.multi_gpu import DataParallelMultiGPU
 from distdl_lite.layout import Layout
+from distdl_lite.model.distributed import distribute
 from distdl_lite.model.gradient_norm import check_optimizer, clip_grad_norm_, grad_norm
 from distdl_lite.model.optimizer_state import load_serial_optimizer_state_dict, serial_optimizer_state_dict
+from distdl_lite.model.prove import Proof, prove
 from distdl_lite.model.replicas import check_replicas, synchronise_replicas
 from distdl_lite.model.weights import load_serial_state_dict, serial_state_dict
 from distdl_lite.nn.inputs import zero_volume_tensor

@@ -337,10 +337,32 @@ class CartesianPartition(Partition):
             raise ValueError(f"a tensor of shape {tuple(global_shape)} cannot be cut over a grid of shape {self.shape}")
         return tuple(balanced(int(n), p) for n, p in zip(global_shape, self.shape, strict=True))
 
-    def block(self, global_shape: Sequence[int]) -> tuple[slice, ...] | None:
-        """This rank's balanced block of a tensor as slices, None if inactive: ``x_local = x_global[P.block(x.shape)]``."""
-        cuts, index = self.bounds(global_shape), self.index
-        return None if index is None else tuple(slice(*cut[i : i + 2]) for cut, i in zip(cuts, index, strict=True))
+    def block(self, global_shape: Sequence[int], axes: Sequence[int | None] | None = None) -> tuple[slice, ...] | None:
+        """This rank's balanced block of a tensor as slices, None if inactive: ``x_local = x_global[P.block(x.shape)]``.
+
+        Parameters
+        ----------
+        global_shape : sequence of int
+        axes : sequence of int or None, optional
+            The axis that cuts each dim, None for a whole one; by default dim d is cut along axis d.
+
+        Raises
+        ------
+        ValueError
+            If the tensor has another number of dims than the grid has axes, or than `axes` has entries.
+        """
+        if axes is None:
+            cuts, chosen = self.bounds(global_shape), list[int | None](range(self.dim))
+        elif len(axes) != len(global_shape):
+            raise ValueError(f"axes {tuple(axes)} do not fit a tensor of shape {tuple(global_shape)}")
+        else:
+            chosen = [None if a is None else range(self.dim)[a] for a in axes]
+            parts = [1 if a is None else self.shape[a] for a in chosen]
+            cuts = tuple(balanced(int(n), p) for n, p in zip(global_shape, parts, strict=True))
+        if self.index is None:
+            return None
+        at = [0 if a is None else self.index[a] for a in chosen]
+        return tuple(slice(*cut[i : i + 2]) for cut, i in zip(cuts, at, strict=True))
 
 
 def _unpickle(

@@ -20,6 +20,7 @@ LEVELS = [
     "grid",
     "partition",
     "layout",
+    "factors",
     "plan",
     "transport",
     "private",
@@ -40,6 +41,9 @@ LEVELS = [
     "nn/shape",
     "nn/loss",
     "model",
+    "model/rules",
+    "model/distributed",
+    "model/prove",
     "data",
     "optim",
     "heat",
@@ -50,7 +54,7 @@ LEVELS = [
     "parallel/root/passes",
     "parallel",
 ]
-PURE = ["grid", "partition", "layout", "plan", "optim/schedule"]
+PURE = ["grid", "partition", "layout", "factors", "plan", "optim/schedule"]
 ANYTHING = ["__init__", "__main__", "testing", "pytest_plugin"]
 FRONT = ["bench", "parallel", "optim", "heat", "tagi", "checkpoint", "data", "show"]
 

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-from distdl_lite.layout import Dim, Layout, Range
+from distdl_lite.layout import Range
 from distdl_lite.nn.blocks import Local, check_floating, torch_dtype, wide
+from distdl_lite.nn.compiler import Compiler, Value, rule
 from distdl_lite.nn.inputs import Inputs
 from distdl_lite.nn.options import integers, listed
-from distdl_lite.nn.pool.spatial import SpatialLayer, View, windows
+from distdl_lite.nn.pool.spatial import Spatial, SpatialLayer, View, pooled, windows
 from distdl_lite.partition import Partition
 
 _MAX_POOLS = {1: F.adaptive_max_pool1d, 2: F.adaptive_max_pool2d, 3: F.adaptive_max_pool3d}
@@ -102,6 +103,55 @@ def averaged(views: Sequence[View]) -> Local:
     return pool
 
 
+@dataclass(frozen=True)
+class AdaptiveMaxPool(Spatial):
+    """The kernel of an adaptive max pool; a size of None keeps the input's."""
+
+    dims: int
+    output_size: tuple[int | None, ...]
+    return_indices: bool = False
+
+    def geometry(self, d: int, length: int, inputs: Inputs) -> Adaptive:
+        size = self.output_size[d]
+        return Adaptive(length, length if size is None else size)
+
+    def is_linear(self, views: Sequence[View]) -> bool:
+        return not all(view.is_whole for view in views)
+
+    def local(self, views: Sequence[View]) -> Local:
+        if all(view.is_whole for view in views):
+            pool = _MAX_POOLS[self.dims]
+            return partial(pool, output_size=_sizes(views), return_indices=self.return_indices)
+        return largest(views, self.return_indices)
+
+
+@dataclass(frozen=True)
+class AdaptiveAvgPool(AdaptiveMaxPool):
+    """The kernel of an adaptive average pool."""
+
+    shares = True
+
+    def is_linear(self, views: Sequence[View]) -> bool:
+        return is_mean(views)
+
+    def local(self, views: Sequence[View]) -> Local:
+        if all(view.is_whole for view in views):
+            return partial(_AVG_POOLS[self.dims], output_size=_sizes(views))
+        return averaged(views)
+
+
+@rule("adaptive_max_pool1d", "adaptive_max_pool2d", "adaptive_max_pool3d")
+def adaptive_max_pool(c: Compiler, op: Any, x: Value, output_size: Sequence[int]) -> Any:
+    return pooled(c, AdaptiveMaxPool(x.ndim - 2, tuple(output_size), not op.is_one), x)
+
+
+@rule(
+    "adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d", "_adaptive_avg_pool2d", "_adaptive_avg_pool3d"
+)
+def adaptive_avg_pool(c: Compiler, op: Any, x: Value, output_size: Sequence[int]) -> Any:
+    return pooled(c, AdaptiveAvgPool(x.ndim - 2, tuple(output_size)), x)
+
+
 class _DistributedAdaptivePool(SpatialLayer):
     """A pool to a given number of outputs over the tensor that the blocks over `P_x` form, equal to torch's.
 
@@ -141,10 +191,6 @@ class _DistributedAdaptivePool(SpatialLayer):
                 integers(self, 1, output_size=size)
         self.output_size = sizes
 
-    def geometry(self, d: int, length: int, inputs: Inputs) -> Adaptive:
-        size = self.output_size[d]
-        return Adaptive(length, length if size is None else size)
-
     def extra_repr(self) -> str:
         places = ", return_indices=True" if self.return_indices else ""
         return f"output_size={self.output_size}, P_x={self.P_x.shape}{places}"
@@ -156,36 +202,20 @@ class _DistributedAdaptiveMaxPool(_DistributedAdaptivePool):
     ) -> None:
         super().__init__(P_x, output_size)
         self.return_indices = return_indices
+        self.kernel = AdaptiveMaxPool(self.dims, self.output_size, return_indices)
 
     def result_dtype(self, inputs: Inputs) -> torch.dtype:
         return torch_dtype(self, inputs, self.dims + 2, lambda x: _MAX_POOLS[self.dims](x, 1, self.return_indices))
 
-    def is_linear(self, views: Sequence[View]) -> bool:
-        return not all(view.is_whole for view in views)
-
-    def local(self, views: Sequence[View]) -> Local:
-        if all(view.is_whole for view in views):
-            pool = _MAX_POOLS[self.dims]
-            return partial(pool, output_size=_sizes(views), return_indices=self.return_indices)
-        return largest(views, self.return_indices)
-
 
 class _DistributedAdaptiveAvgPool(_DistributedAdaptivePool):
+    def __init__(self, P_x: Partition, output_size: int | Sequence[int | None] | None) -> None:
+        super().__init__(P_x, output_size)
+        self.kernel = AdaptiveAvgPool(self.dims, self.output_size)
+
     def result_dtype(self, inputs: Inputs) -> torch.dtype:
         check_floating(self, inputs)
         return torch_dtype(self, inputs, self.dims + 2, lambda x: _AVG_POOLS[self.dims](x, 1))
-
-    def between(self, X: Layout, Y: Layout, geometries: Sequence[Any]) -> tuple[Layout, Layout]:
-        met = (Dim(tuple(g.meets(*r) for r in d.ranges), d.axes) for g, d in zip(geometries, X.dims[2:], strict=True))
-        return X, replace(X, dims=(*X.dims[:2], *met))
-
-    def is_linear(self, views: Sequence[View]) -> bool:
-        return is_mean(views)
-
-    def local(self, views: Sequence[View]) -> Local:
-        if all(view.is_whole for view in views):
-            return partial(_AVG_POOLS[self.dims], output_size=_sizes(views))
-        return averaged(views)
 
 
 def is_mean(views: Sequence[View]) -> bool:

@@ -16,9 +16,10 @@ import torch.nn.functional as F
 from distdl_lite import layout as lay
 from distdl_lite.layout import Range
 from distdl_lite.nn.blocks import Local, check_floating, torch_dtype, wide
+from distdl_lite.nn.compiler import Compiler, Value, rule
 from distdl_lite.nn.inputs import Inputs
-from distdl_lite.nn.options import booleans, integers, per_dim
-from distdl_lite.nn.pool.spatial import SpatialLayer, View
+from distdl_lite.nn.options import booleans, integers, listed, per_dim
+from distdl_lite.nn.pool.spatial import Spatial, SpatialLayer, View, pooled
 from distdl_lite.partition import Partition
 
 _MAX_POOLS = {1: F.max_pool1d, 2: F.max_pool2d, 3: F.max_pool3d}
@@ -39,11 +40,32 @@ class _Sliding:
         return lay.read_by_kernel((start, stop), self.kernel, self.stride, self.dilation, self.padding)[0]
 
 
-class _Pool(SpatialLayer):
-    """Base of pools with a sliding kernel; a subclass sets `dilation` and what `local` computes."""
+@dataclass(frozen=True)
+class SlidingKernel(Spatial):
+    """The kernel of a pool: its options per spatial dim, as torch's."""
 
     dims: int
+    kernel_size: tuple[int, ...]
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
     dilation: tuple[int, ...]
+    ceil_mode: bool
+
+    def geometry(self, d: int, length: int, inputs: Inputs) -> _Sliding:
+        k, s, p, dilation = self.kernel_size[d], self.stride[d], self.padding[d], self.dilation[d]
+        room = length + 2 * p - dilation * (k - 1) - 1
+        outputs = (-(-room // s) if self.ceil_mode else room // s) + 1
+        if self.ceil_mode and (outputs - 1) * s >= length + p:  # a window starts inside, or in the padding on the left
+            outputs -= 1
+        if outputs < 1:
+            raise ValueError(f"dim {d + 2} of length {length} is too short for kernel_size={k} with padding={p}")
+        return _Sliding(outputs, k, s, p, dilation)
+
+
+class _Pool(SpatialLayer):
+    """Base of pools with a sliding kernel."""
+
+    dims: int
 
     def __init__(self, P_x: Partition, kernel_size: Any, stride: Any, padding: Any, dilation: Any, ceil_mode: bool):
         super().__init__(P_x, type(self).dims)
@@ -55,16 +77,7 @@ class _Pool(SpatialLayer):
         self.ceil_mode = ceil_mode
         if any(p > k // 2 for p, k in zip(self.padding, self.kernel_size, strict=True)):
             raise self._refuse(f"padding={self.padding} is more than half of kernel_size={self.kernel_size}")
-
-    def geometry(self, d: int, length: int, inputs: Inputs) -> _Sliding:
-        k, s, p, dilation = self.kernel_size[d], self.stride[d], self.padding[d], self.dilation[d]
-        room = length + 2 * p - dilation * (k - 1) - 1
-        outputs = (-(-room // s) if self.ceil_mode else room // s) + 1
-        if self.ceil_mode and (outputs - 1) * s >= length + p:  # a window starts inside, or in the padding on the left
-            outputs -= 1
-        if outputs < 1:
-            raise self._refuse(f"dim {d + 2} of length {length} is too short for kernel_size={k} with padding={p}")
-        return _Sliding(outputs, k, s, p, dilation)
+        self._sliding = self.dims, self.kernel_size, self.stride, self.padding, self.dilation, self.ceil_mode
 
     def extra_repr(self) -> str:
         parts = [f"kernel_size={self.kernel_size}", f"stride={self.stride}", f"padding={self.padding}"]
@@ -93,6 +106,67 @@ def _cropped(y: torch.Tensor, views: Sequence[View]) -> torch.Tensor:
     """The first outputs of every spatial dim, as many as the rank has."""
     sizes = tuple(view.size for view in views)
     return y if y.shape[2:] == sizes else y[(..., *map(slice, sizes))]
+
+
+@dataclass(frozen=True)
+class MaxPool(SlidingKernel):
+    """The kernel of a max pool."""
+
+    return_indices: bool = False
+
+    def geometry(self, d: int, length: int, inputs: Inputs) -> _Sliding:
+        found = super().geometry(d, length, inputs)
+        starts = range(-found.padding, min(found.outputs * found.stride - found.padding, 0), found.stride)
+        if any(start % found.dilation >= length for start in starts):  # torch's backward writes out of bounds
+            raise ValueError(
+                f"dim {d + 2} of length {length} has windows of nothing but padding: padding={found.padding}, "
+                f"dilation={found.dilation}"
+            )
+        return found
+
+    def local(self, views: Sequence[View]) -> Local:
+        pool = partial(
+            _MAX_POOLS[self.dims],
+            kernel_size=self.kernel_size,
+            stride=self.stride,
+            dilation=self.dilation,
+            ceil_mode=self.ceil_mode,
+            return_indices=self.return_indices,
+        )
+        if all(view.is_whole for view in views):
+            return partial(pool, padding=self.padding)
+        # torch's own padding on the left never wins: a maximum of nothing but -inf has the serial gradient.
+        native, before = _padding(views, left=True)
+
+        def pool_of_part(z: torch.Tensor) -> Any:
+            if before is not None:
+                z = F.pad(z, before, value=float("-inf") if z.dtype.is_floating_point else torch.iinfo(z.dtype).min)
+            y = pool(z, padding=native)
+            if not self.return_indices:
+                return _cropped(y, views)
+            return _cropped(y[0], views), _global_places(_cropped(y[1], views), z.shape[2:], views)
+
+        return pool_of_part
+
+
+def options_of(dims: int, *options: Any) -> tuple[tuple[int, ...], ...]:
+    """torch's options of an operation, one for each spatial dim from one for all."""
+    return tuple(tuple(listed(o, dims)) * (dims if len(listed(o, dims)) == 1 else 1) for o in options)
+
+
+@rule("max_pool1d", "max_pool2d", "max_pool3d", "max_pool2d_with_indices", "max_pool3d_with_indices")
+def max_pool(
+    c: Compiler,
+    op: Any,
+    x: Value,
+    kernel_size: Any,
+    stride: Any = (),
+    padding: Any = 0,
+    dilation: Any = 1,
+    ceil_mode: bool = False,
+) -> Any:
+    options = options_of(x.ndim - 2, kernel_size, stride or kernel_size, padding, dilation)
+    return pooled(c, MaxPool(x.ndim - 2, *options, ceil_mode, not op.is_one), x)
 
 
 class _DistributedMaxPool(_Pool):
@@ -134,45 +208,12 @@ class _DistributedMaxPool(_Pool):
     ) -> None:
         super().__init__(P_x, kernel_size, stride, padding, dilation, ceil_mode)
         self.return_indices = return_indices
+        self.kernel = MaxPool(*self._sliding, return_indices)
 
     def result_dtype(self, inputs: Inputs) -> torch.dtype:
         return torch_dtype(
             self, inputs, self.dims + 2, lambda x: _MAX_POOLS[self.dims](x, 1, return_indices=self.return_indices)
         )
-
-    def geometry(self, d: int, length: int, inputs: Inputs) -> _Sliding:
-        found = super().geometry(d, length, inputs)
-        starts = range(-found.padding, min(found.outputs * found.stride - found.padding, 0), found.stride)
-        if any(start % found.dilation >= length for start in starts):  # torch's backward writes out of bounds
-            raise self._refuse(
-                f"dim {d + 2} of length {length} has windows of nothing but padding: padding={found.padding}, "
-                f"dilation={found.dilation}"
-            )
-        return found
-
-    def local(self, views: Sequence[View]) -> Local:
-        pool = partial(
-            _MAX_POOLS[self.dims],
-            kernel_size=self.kernel_size,
-            stride=self.stride,
-            dilation=self.dilation,
-            ceil_mode=self.ceil_mode,
-            return_indices=self.return_indices,
-        )
-        if all(view.is_whole for view in views):
-            return partial(pool, padding=self.padding)
-        # torch's own padding on the left never wins: a maximum of nothing but -inf has the serial gradient.
-        native, before = _padding(views, left=True)
-
-        def pool_of_part(z: torch.Tensor) -> Any:
-            if before is not None:
-                z = F.pad(z, before, value=float("-inf") if z.dtype.is_floating_point else torch.iinfo(z.dtype).min)
-            y = pool(z, padding=native)
-            if not self.return_indices:
-                return _cropped(y, views)
-            return _cropped(y[0], views), _global_places(_cropped(y[1], views), z.shape[2:], views)
-
-        return pool_of_part
 
 
 def _global_places(places: torch.Tensor, held: Sequence[int], views: Sequence[View]) -> torch.Tensor:
@@ -194,6 +235,75 @@ class DistributedMaxPool2d(_DistributedMaxPool):
 
 class DistributedMaxPool3d(_DistributedMaxPool):
     dims = 3
+
+
+@dataclass(frozen=True)
+class AvgPool(SlidingKernel):
+    """The kernel of an average pool."""
+
+    count_include_pad: bool = True
+    divisor_override: int | None = None
+
+    def geometry(self, d: int, length: int, inputs: Inputs) -> _Sliding:
+        if self.dims == 3 and length < self.kernel_size[d]:
+            raise ValueError(f"dim {d + 2} of length {length} is shorter than kernel_size={self.kernel_size[d]}")
+        return super().geometry(d, length, inputs)
+
+    def local(self, views: Sequence[View]) -> Local:
+        if all(view.is_whole for view in views):
+            options = [] if self.dims == 1 else [self.divisor_override]
+            arguments = (self.kernel_size, self.stride, self.padding, self.ceil_mode, self.count_include_pad, *options)
+            return lambda z: _AVG_POOLS[self.dims](z, *arguments)
+        native, before = _padding(views, left=False)
+        counts = self._counts(views)
+
+        def pool(z: torch.Tensor) -> torch.Tensor:
+            if before is not None:
+                z = F.pad(z, before)
+            if isinstance(counts, int):
+                return _cropped(self._sums(z, native, counts), views)
+            sums = _cropped(self._sums(z.to(wide(z.dtype)), native, 1), views)
+            return (sums / counts.to(sums)).to(z.dtype)
+
+        return pool
+
+    def _counts(self, views: Sequence[View]) -> int | torch.Tensor:
+        """What the sum over each window is divided by."""
+        if self.divisor_override is not None:
+            return self.divisor_override
+        per_dim = [self._widths(view) for view in views]
+        if all(len(set(widths)) == 1 for widths in per_dim):
+            return reduce(lambda count, widths: count * widths[0], per_dim, 1)
+        tensors = [torch.tensor(widths) for widths in per_dim]
+        return reduce(lambda counts, widths: counts[..., None] * widths, tensors)
+
+    def _widths(self, view: View) -> list[int]:
+        """The global number of points that each window of a dim counts."""
+        low, high = (-view.geometry.padding, view.geometry.padding) if self.count_include_pad else (0, 0)
+        reads = [view.geometry.reads(i, i + 1) for i in range(*view.block)]
+        return [min(stop, view.length + high) - max(start, low) for start, stop in reads]
+
+    def _sums(self, z: torch.Tensor, native: tuple[int, ...], divisor: int) -> torch.Tensor:
+        if self.dims > 1:
+            return _AVG_POOLS[self.dims](z, self.kernel_size, self.stride, native, self.ceil_mode, True, divisor)
+        kernel, stride, padding = (1, *self.kernel_size), (1, *self.stride), (0, *native)
+        return F.avg_pool2d(z.unsqueeze(-2), kernel, stride, padding, self.ceil_mode, True, divisor).squeeze(-2)
+
+
+@rule("avg_pool1d", "avg_pool2d", "avg_pool3d")
+def avg_pool(
+    c: Compiler,
+    op: Any,
+    x: Value,
+    kernel_size: Any,
+    stride: Any = (),
+    padding: Any = 0,
+    ceil_mode: bool = False,
+    count_include_pad: bool = True,
+    divisor_override: int | None = None,
+) -> Any:
+    options = options_of(x.ndim - 2, kernel_size, stride or kernel_size, padding, 1)
+    return pooled(c, AvgPool(x.ndim - 2, *options, ceil_mode, count_include_pad, divisor_override), x)
 
 
 class _DistributedAvgPool(_Pool):
@@ -233,6 +343,7 @@ class _DistributedAvgPool(_Pool):
         if divisor_override is not None and (self.dims == 1 or divisor_override == 0):
             raise self._refuse(f"divisor_override={divisor_override} is refused, as by torch")
         self.count_include_pad, self.divisor_override = count_include_pad, divisor_override
+        self.kernel = AvgPool(*self._sliding, count_include_pad, divisor_override)
 
     def extra_repr(self) -> str:
         parts = [] if self.count_include_pad else ["count_include_pad=False"]
@@ -242,51 +353,6 @@ class _DistributedAvgPool(_Pool):
     def result_dtype(self, inputs: Inputs) -> torch.dtype:
         check_floating(self, inputs)
         return torch_dtype(self, inputs, self.dims + 2, lambda x: _AVG_POOLS[self.dims](x, 1))
-
-    def geometry(self, d: int, length: int, inputs: Inputs) -> _Sliding:
-        if self.dims == 3 and length < self.kernel_size[d]:
-            raise self._refuse(f"dim {d + 2} of length {length} is shorter than kernel_size={self.kernel_size[d]}")
-        return super().geometry(d, length, inputs)
-
-    def local(self, views: Sequence[View]) -> Local:
-        if all(view.is_whole for view in views):
-            options = [] if self.dims == 1 else [self.divisor_override]
-            arguments = (self.kernel_size, self.stride, self.padding, self.ceil_mode, self.count_include_pad, *options)
-            return lambda z: _AVG_POOLS[self.dims](z, *arguments)
-        native, before = _padding(views, left=False)
-        counts = self._counts(views)
-
-        def pool(z: torch.Tensor) -> torch.Tensor:
-            if before is not None:
-                z = F.pad(z, before)
-            if isinstance(counts, int):
-                return _cropped(self._sums(z, native, counts), views)
-            sums = _cropped(self._sums(z.to(wide(z.dtype)), native, 1), views)
-            return sums / counts.to(sums)
-
-        return pool
-
-    def _counts(self, views: Sequence[View]) -> int | torch.Tensor:
-        """What the sum over each window is divided by."""
-        if self.divisor_override is not None:
-            return self.divisor_override
-        per_dim = [self._widths(view) for view in views]
-        if all(len(set(widths)) == 1 for widths in per_dim):
-            return reduce(lambda count, widths: count * widths[0], per_dim, 1)
-        tensors = [torch.tensor(widths) for widths in per_dim]
-        return reduce(lambda counts, widths: counts[..., None] * widths, tensors)
-
-    def _widths(self, view: View) -> list[int]:
-        """The global number of points that each window of a dim counts."""
-        low, high = (-view.geometry.padding, view.geometry.padding) if self.count_include_pad else (0, 0)
-        reads = [view.geometry.reads(i, i + 1) for i in range(*view.block)]
-        return [min(stop, view.length + high) - max(start, low) for start, stop in reads]
-
-    def _sums(self, z: torch.Tensor, native: tuple[int, ...], divisor: int) -> torch.Tensor:
-        if self.dims > 1:
-            return _AVG_POOLS[self.dims](z, self.kernel_size, self.stride, native, self.ceil_mode, True, divisor)
-        kernel, stride, padding = (1, *self.kernel_size), (1, *self.stride), (0, *native)
-        return F.avg_pool2d(z.unsqueeze(-2), kernel, stride, padding, self.ceil_mode, True, divisor).squeeze(-2)
 
 
 class DistributedAvgPool1d(_DistributedAvgPool):

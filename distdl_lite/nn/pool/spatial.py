@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from distdl_lite import layout as lay
-from distdl_lite.layout import Dim, Layout, Range
-from distdl_lite.nn.blocks import Local, anchored, connected_zeros, operator_between, own_box, wide
-from distdl_lite.nn.inputs import Inputs, agreed_inputs
-from distdl_lite.nn.module import Call, Module
+from distdl_lite.factors import cut, uncut
+from distdl_lite.layout import Dim, Range
+from distdl_lite.nn.blocks import Local, wide
+from distdl_lite.nn.compiler import Compiler, Value
+from distdl_lite.nn.inputs import Inputs
 from distdl_lite.nn.options import spatial_axes
+from distdl_lite.nn.rule_layer import RuleLayer
 from distdl_lite.partition import Partition
 
 
@@ -46,24 +47,15 @@ class View:
         return self.block[1] - self.block[0]
 
 
-class SpatialLayer(Module):
-    """Base of layers without weights that treat each channel alone: pools and interpolation.
+class Spatial:
+    """A kernel whose outputs read a range of the input per spatial dim, for each channel alone: the geometry of a pool.
 
-    Each rank fetches the inputs that its outputs read, wherever their owners are, by one operator, and computes alone. A dim
-    that is not cut stays whole. Override `geometry` and `local`; also `between` where outputs are sums of what ranks compute.
-
-    Parameters
-    ----------
-    P_x : Partition
-        Of the input and the output: ``[P_b, P_c, *P_space]``.
+    Override `geometry` and `local`; also `shares` where outputs are sums of what ranks compute.
     """
 
+    dims: int
+    shares = False  # whether each rank computes its inputs' shares of the outputs that read them
     return_indices = False  # of maxima: whether their places are returned too
-
-    def __init__(self, P_x: Partition, dims: int) -> None:
-        super().__init__(P_x)
-        self.P_x, self.dims = P_x, dims
-        spatial_axes(self, "P_x", P_x, dims)
 
     def geometry(self, d: int, length: int, inputs: Inputs) -> Any:
         """The geometry of spatial dim `d`; the same on all ranks. Raises ValueError if the length does not fit."""
@@ -77,48 +69,71 @@ class SpatialLayer(Module):
         """Whether the backward of `local` does without the input; the same on all ranks."""
         return False
 
-    def result_dtype(self, inputs: Inputs) -> torch.dtype:
-        """The dtype of torch's result. Raises TypeError if torch's layer does not take the input's."""
-        raise NotImplementedError
 
-    def layouts(self, inputs: Inputs) -> tuple[Layout, Layout, list[Any]]:
-        """The layouts of input and output, and the geometry of each spatial dim; the same on all ranks."""
-        grid = self.P_x.grid_of_ranks
-        X = lay.blocks(grid, lay.cuts_from_shapes(grid, inputs.shapes))
-        batch, channels, *space = lay.global_shape_of(X)
-        if 0 in space:
-            raise self._refuse(f"the input of shape {lay.global_shape_of(X)} has no points")
-        geometries = [self.geometry(d, n, inputs) for d, n in enumerate(space)]
-        return X, lay.balanced_blocks(grid, (batch, channels, *(g.outputs for g in geometries))), geometries
+def pooled(c: Compiler, kernel: Spatial, x: Value) -> Any:
+    """The rule of such kernels: each rank fetches the inputs that its outputs read, and computes alone.
 
-    def between(self, X: Layout, Y: Layout, geometries: Sequence[Any]) -> tuple[Layout, Layout]:
-        """What `local` is given and what it computes: what the rank's outputs read, and these outputs."""
-        dims = zip(Y.dims[2:], geometries, lay.global_shape_of(X)[2:], strict=True)
-        return Layout(X.grid, (*Y.dims[:2], *(_reads(*dim) for dim in dims))), Y
+    A dim that is not cut stays whole. Returns a value, or maxima and their places.
+    """
+    space = range(2, x.ndim)
+    x = c.spread_home(c.plain(x, space), space)
+    if 0 in x.shape[2:]:
+        raise ValueError(f"the input of shape {x.shape} has no points")
+    inputs = Inputs({}, x.dtype, c.device, x.grad)
+    geometries = [kernel.geometry(d - 2, x.shape[d], inputs) for d in space]
+    outputs = {d: cut(g.outputs, x.axes(d), c.grid) for d, g in zip(space, geometries, strict=True)}
+    if kernel.shares:
+        z, y = x, x.with_dims(outputs)
+        met = {d: _met(x.dims[d][0], g) for d, g in zip(space, geometries, strict=True)}
+        made = x.with_dims(met)
+    else:
+        even = c.even(x.dims)
+        y = made = tuple((outputs[d],) if d in outputs else f for d, f in enumerate(even))
+        reads = {d: _reads(outputs[d], g, x.shape[d]) for d, g in zip(space, geometries, strict=True)}
+        z = c.move(x, tuple((reads[d],) if d in reads else f for d, f in enumerate(even)), "halo")
+    views = [
+        View(g, x.shape[d], c.range(made[d][0]), c.range(z.dims[d][0]), not x.axes(d))
+        for d, g in zip(space, geometries, strict=True)
+    ]
+    count = 2 if kernel.return_indices else 1
+    dtypes = [x.dtype, torch.long][:count]
+    if kernel.shares and not all(view.is_whole for view in views):
+        dtypes = [wide(x.dtype)]
+    local, linear = kernel.local(views) if 0 not in c.local(made) else _not_called, kernel.is_linear(views)
+    found = c.calls(local, z, dims=[made] * count, dtypes=dtypes, one=count == 1, linear=linear)
+    if count == 2:
+        return found
+    return c.cast(c.add_up(found[0], y), x.dtype)
 
-    def _distdl_module_setup(self, input: tuple[Any, ...]) -> Call:
-        inputs = agreed_inputs(self, self.P_x)
-        inputs = replace(inputs, dtype=self.result_dtype(inputs))  # where autocast chooses another, it casts the input
-        X, Y, geometries = self.layouts(inputs)
-        Z, W = self.between(X, Y, geometries)
-        box, is_whole = own_box(self, W), [n == 1 for n in X.grid.shape[2:]]
-        dims = zip(geometries, lay.global_shape_of(X)[2:], box[2:], own_box(self, Z)[2:], is_whole, strict=True)
-        views, shape = [View(*dim) for dim in dims], lay.shape_of(box)
-        local = self.local(views) if 0 not in shape else partial(connected_zeros, shape, linear=self.is_linear(views))
-        graph, dtype = inputs.requires_grad, inputs.dtype
-        fetch, deliver = operator_between(X, Z, self, graph), operator_between(W, Y, self, graph)
-        added = dtype if all(is_whole) else wide(dtype)
 
-        def run(layer: SpatialLayer, x: torch.Tensor) -> Any:
-            x = x if x.dtype is dtype else x.to(dtype)
-            # Also where nothing moves: a checkpoint around it runs the layer again on the ranks that have a graph.
-            y = local(anchored(x, graph) if fetch is None else fetch(x))
-            if layer.return_indices:
-                return with_places(y)
-            y = y if deliver is None else deliver(y.to(added))
-            return y if y.dtype is dtype else y.to(dtype)
+def _met(held: Dim, geometry: Any) -> Dim:
+    """The outputs of a dim that read what the ranks hold."""
+    return Dim(tuple(geometry.meets(*r) for r in held.ranges), held.axes) if held.axes else uncut(geometry.outputs)
 
-        return run
+
+def _not_called(z: torch.Tensor) -> torch.Tensor:
+    raise AssertionError("an empty block is not computed")
+
+
+class SpatialLayer(RuleLayer):
+    """Base of layers without weights that treat each channel alone: pools and interpolation.
+
+    Parameters
+    ----------
+    P_x : Partition
+        Of the input and the output: ``[P_b, P_c, *P_space]``.
+    """
+
+    kernel: Spatial
+    return_indices = False
+
+    def __init__(self, P_x: Partition, dims: int) -> None:
+        super().__init__(P_x)
+        self.P_x, self.dims = P_x, dims
+        spatial_axes(self, "P_x", P_x, dims)
+
+    def rule(self, c: Compiler, x: Value) -> Any:
+        return pooled(c, self.kernel, x)
 
     def _distdl_outside(self, x: torch.Tensor) -> Any:
         return with_places(x) if self.return_indices else x

@@ -12,16 +12,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, reduce
 from numbers import Real
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 
 from distdl_lite.layout import Range
 from distdl_lite.nn.blocks import Local, check_floating, torch_dtype, wide
+from distdl_lite.nn.compiler import Compiler, NoRule, Value, rule
 from distdl_lite.nn.inputs import Inputs
 from distdl_lite.nn.options import listed, per_dim, plain
 from distdl_lite.nn.pool.adaptive_pool import Adaptive, averaged, is_mean
-from distdl_lite.nn.pool.spatial import SpatialLayer, View, windows
+from distdl_lite.nn.pool.spatial import Spatial, SpatialLayer, View, pooled, windows
 from distdl_lite.partition import Partition
 
 _LINEAR = {1: "linear", 2: "bilinear", 3: "trilinear"}
@@ -60,89 +62,27 @@ class _Interpolated:
         return self._ranges[0][start], self._ranges[1][stop - 1]
 
 
-class DistributedUpsample(SpatialLayer):
-    """Interpolation of the tensor that the blocks over `P_x` form, equal to torch's.
+@dataclass(frozen=True)
+class Interpolation(Spatial):
+    """The kernel of an interpolation: torch's options per spatial dim, `sizes` or `factors`."""
 
-    Input ``(N, C, *space)`` of a floating dtype in blocks of any sizes, cut along any dims; output in balanced blocks over
-    `P_x`, whose ranks call it together. Ranks outside return what they pass. The nearest modes are exact, the others equal
-    torch's to the rounding of the sums.
-
-    Parameters
-    ----------
-    P_x : Partition
-        ``[P_b, P_c, *P_space]``.
-    size, scale_factor, mode, align_corners, recompute_scale_factor
-        As in torch.nn.Upsample, of the global tensor.
-
-    Raises
-    ------
-    ValueError
-        In the constructor if the partition does not fit the mode, or an option is one torch refuses; at build if there is
-        no output. On all ranks alike.
-    TypeError
-        At build, if the input is of an integer dtype.
-
-    Notes
-    -----
-    Where a scale factor is given, its inverse takes the coordinates to the input, unless it is recomputed from the sizes:
-    torch's rule.
-    """
-
-    def __init__(
-        self,
-        P_x: Partition,
-        size: int | Sequence[int] | None = None,
-        scale_factor: float | Sequence[float] | None = None,
-        mode: str = "nearest",
-        align_corners: bool | None = None,
-        recompute_scale_factor: bool | None = None,
-    ) -> None:
-        super().__init__(P_x, P_x.dim - 2)
-        self.size, self.scale_factor = plain(size), plain(scale_factor)
-        self.mode, self.align_corners = mode, align_corners
-        self.recompute_scale_factor = recompute_scale_factor
-        self._check_mode()
-        self._sizes = (None,) * self.dims if size is None else per_dim(self, self.dims, "size", size)
-        self._factors = listed(scale_factor, self.dims)
-        if scale_factor is not None:
-            self._check_factors()
-
-    def _check_mode(self) -> None:
-        modes = {"nearest", "nearest-exact", "area", _LINEAR.get(self.dims), "bicubic" if self.dims == 2 else None}
-        if self.mode not in modes:
-            known = ", ".join(sorted(mode for mode in modes if mode))
-            raise self._refuse(f"mode {self.mode!r} is none of {known}, those for {self.dims} spatial dims")
-        if self.dims not in _LINEAR:
-            raise self._refuse(f"P_x of shape {self.P_x.shape} does not have 1, 2 or 3 spatial axes")
-        if self.align_corners is not None and self.mode in ("nearest", "nearest-exact", "area"):
-            raise self._refuse(f"align_corners={self.align_corners} has no meaning for mode {self.mode!r}")
-        if (self.size is None) == (self.scale_factor is None):
-            raise self._refuse(f"one of size={self.size} and scale_factor={self.scale_factor} must be given")
-        if self.recompute_scale_factor and self.size is not None:
-            raise self._refuse(f"recompute_scale_factor has no meaning for size={self.size}")
-
-    def _check_factors(self) -> None:
-        rule = f"scale_factor={self.scale_factor!r} is not {self.dims} positive finite numbers, nor one for all"
-        if any(isinstance(factor, bool) or not isinstance(factor, Real) for factor in self._factors):
-            raise self._refuse(rule, TypeError)
-        if len(self._factors) != self.dims or not all(0 < factor < math.inf for factor in self._factors):
-            raise self._refuse(rule)
-
-    def result_dtype(self, inputs: Inputs) -> torch.dtype:
-        check_floating(self, inputs)
-        size = (1,) * self.dims
-        return torch_dtype(self, inputs, self.dims + 2, lambda x: F.interpolate(x, size, None, self.mode))
+    dims: int
+    mode: str
+    sizes: tuple[int, ...] | None
+    factors: tuple[float, ...] | None
+    align_corners: bool | None = None
+    recompute: bool | None = None
 
     def geometry(self, d: int, length: int, inputs: Inputs) -> Adaptive | _Interpolated:
-        size, factor = self._sizes[d], self._factors[d]
+        size, factor = self.sizes and self.sizes[d], self.factors and self.factors[d]
         outputs = int(length * factor) if size is None else size
         if outputs < 1:
-            raise self._refuse(f"dim {d + 2} of length {length} with scale_factor={factor} has no output")
-        if self.recompute_scale_factor:
+            raise ValueError(f"dim {d + 2} of length {length} with scale_factor={factor} has no output")
+        if self.recompute:
             factor = None
         times = outputs / length
         if self.mode == "nearest" and self.dims != 2 and factor not in (None, times) and times in (1, 2):
-            raise self._refuse(
+            raise ValueError(
                 f"dim {d + 2} of length {length} with scale_factor={factor}: torch's gradient is not that of its output; "
                 f"recompute_scale_factor=True mends it"
             )
@@ -199,7 +139,8 @@ class DistributedUpsample(SpatialLayer):
         if all(view.is_whole for view in views):
             return self._whole
         if self.mode == "area":
-            return averaged(views)
+            average = averaged(views)
+            return lambda z: average(z).to(z.dtype)
         if all(view.is_whole or view.geometry.factor for view in views):
             return self._blockwise(views)
         # Index and weight (outputs, taps) of this rank's outputs in the block it holds; a point outside weighs nothing.
@@ -212,24 +153,113 @@ class DistributedUpsample(SpatialLayer):
         ]
 
         def interpolate(z: torch.Tensor) -> torch.Tensor:
-            z = z if self._taps == 1 else z.to(wide(z.dtype))
-            return reduce(lambda y, dim: _weighted(y, dim, *dims[dim - 2]), range(z.dim() - 1, 1, -1), z)
+            y = z if self._taps == 1 else z.to(wide(z.dtype))
+            return reduce(lambda y, dim: _weighted(y, dim, *dims[dim - 2]), range(z.dim() - 1, 1, -1), y).to(z.dtype)
 
         return interpolate
 
     def _whole(self, x: torch.Tensor) -> torch.Tensor:
-        size, scale, recompute = self.size, self.scale_factor, self.recompute_scale_factor
+        size, scale, recompute = self.sizes, self.factors, self.recompute
         return F.interpolate(x, size, scale, self.mode, self.align_corners, recompute)
 
     def _blockwise(self, views: Sequence[View]) -> Local:
         """torch's interpolation of the held block, of which this rank's outputs are cut out."""
-        given = None if self.recompute_scale_factor else self.scale_factor
+        given = None if self.recompute else self.factors
         held = [view.held[1] - view.held[0] for view in views]
         sizes = [v.geometry.outputs if v.is_whole else v.geometry.factor * n for v, n in zip(views, held, strict=True)]
         starts = [v.block[0] - (0 if v.is_whole else v.geometry.factor * v.held[0]) for v in views]
         cut = (..., *(slice(a, a + view.size) for a, view in zip(starts, views, strict=True)))
-        size, scale = (sizes, None) if given is None else (None, list(self._factors))
+        size, scale = (sizes, None) if given is None else (None, self.factors)
         return lambda z: F.interpolate(z, size, scale, self.mode, self.align_corners)[cut]
+
+
+@rule(
+    "upsample_nearest1d", "upsample_nearest2d", "upsample_nearest3d", "_upsample_nearest_exact1d", "_upsample_nearest_exact2d",
+    "_upsample_nearest_exact3d", "upsample_linear1d", "upsample_bilinear2d", "upsample_trilinear3d", "upsample_bicubic2d",
+)  # fmt: skip
+def upsample(c: Compiler, op: Any, x: Value, sizes: Any, *options: Any) -> Any:
+    if "vec" not in op.function._overloadname:
+        raise NoRule
+    mode = "nearest-exact" if "exact" in op.name else op.name.split("_")[1][:-2]
+    *align, factors = options
+    given = (None, tuple(factors)) if factors is not None else (tuple(sizes), None)
+    return pooled(c, Interpolation(x.ndim - 2, mode, *given, *align), x)
+
+
+class DistributedUpsample(SpatialLayer):
+    """Interpolation of the tensor that the blocks over `P_x` form, equal to torch's.
+
+    Input ``(N, C, *space)`` of a floating dtype in blocks of any sizes, cut along any dims; output in balanced blocks over
+    `P_x`, whose ranks call it together. Ranks outside return what they pass. The nearest modes are exact, the others equal
+    torch's to the rounding of the sums.
+
+    Parameters
+    ----------
+    P_x : Partition
+        ``[P_b, P_c, *P_space]``.
+    size, scale_factor, mode, align_corners, recompute_scale_factor
+        As in torch.nn.Upsample, of the global tensor.
+
+    Raises
+    ------
+    ValueError
+        In the constructor if the partition does not fit the mode, or an option is one torch refuses; at build if there is
+        no output. On all ranks alike.
+    TypeError
+        At build, if the input is of an integer dtype.
+
+    Notes
+    -----
+    Where a scale factor is given, its inverse takes the coordinates to the input, unless it is recomputed from the sizes:
+    torch's rule.
+    """
+
+    def __init__(
+        self,
+        P_x: Partition,
+        size: int | Sequence[int] | None = None,
+        scale_factor: float | Sequence[float] | None = None,
+        mode: str = "nearest",
+        align_corners: bool | None = None,
+        recompute_scale_factor: bool | None = None,
+    ) -> None:
+        super().__init__(P_x, P_x.dim - 2)
+        self.size, self.scale_factor = plain(size), plain(scale_factor)
+        self.mode, self.align_corners = mode, align_corners
+        self.recompute_scale_factor = recompute_scale_factor
+        self._check_mode()
+        self._sizes = None if size is None else per_dim(self, self.dims, "size", size)
+        self._factors = listed(scale_factor, self.dims)
+        if scale_factor is not None:
+            self._check_factors()
+        given = (self._sizes, None) if scale_factor is None else (None, self._factors)
+        self.kernel = Interpolation(self.dims, mode, *given, align_corners, recompute_scale_factor)
+
+    def _check_mode(self) -> None:
+        modes = {"nearest", "nearest-exact", "area", _LINEAR.get(self.dims), "bicubic" if self.dims == 2 else None}
+        if self.mode not in modes:
+            known = ", ".join(sorted(mode for mode in modes if mode))
+            raise self._refuse(f"mode {self.mode!r} is none of {known}, those for {self.dims} spatial dims")
+        if self.dims not in _LINEAR:
+            raise self._refuse(f"P_x of shape {self.P_x.shape} does not have 1, 2 or 3 spatial axes")
+        if self.align_corners is not None and self.mode in ("nearest", "nearest-exact", "area"):
+            raise self._refuse(f"align_corners={self.align_corners} has no meaning for mode {self.mode!r}")
+        if (self.size is None) == (self.scale_factor is None):
+            raise self._refuse(f"one of size={self.size} and scale_factor={self.scale_factor} must be given")
+        if self.recompute_scale_factor and self.size is not None:
+            raise self._refuse(f"recompute_scale_factor has no meaning for size={self.size}")
+
+    def _check_factors(self) -> None:
+        rule = f"scale_factor={self.scale_factor!r} is not {self.dims} positive finite numbers, nor one for all"
+        if any(isinstance(factor, bool) or not isinstance(factor, Real) for factor in self._factors):
+            raise self._refuse(rule, TypeError)
+        if len(self._factors) != self.dims or not all(0 < factor < math.inf for factor in self._factors):
+            raise self._refuse(rule)
+
+    def result_dtype(self, inputs: Inputs) -> torch.dtype:
+        check_floating(self, inputs)
+        size = (1,) * self.dims
+        return torch_dtype(self, inputs, self.dims + 2, lambda x: F.interpolate(x, size, None, self.mode))
 
     def extra_repr(self) -> str:
         given = f"size={self.size}" if self.scale_factor is None else f"scale_factor={self.scale_factor}"

@@ -1,0 +1,175 @@
+"""From a model's operations to one rank's program: a rule for each, in turn."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.fx import Node
+from torch.fx.node import map_arg
+
+from distdl_lite.factors import Dims, blocks, uncut
+from distdl_lite.grid import Grid
+from distdl_lite.model.capture import Captured, Feed, Operation, name_of, path_of, place_of
+from distdl_lite.nn.compiler import RULES, Compiler, NoRule, Value
+from distdl_lite.transport import Transport
+
+Axes = Sequence[int | None]  # the grid's axis that cuts each dim of a tensor
+
+
+def default_axes(dims: int, dtype: torch.dtype, grid: Grid) -> Axes:
+    """The axes along which a tensor of the user's of so many dims is cut where nobody says.
+
+    One to one if it has a dim for each axis; of integers with one dim fewer, such as class indices, all but the channels';
+    of any other the first dim alone, along the batch axis.
+    """
+    if dims == grid.dim:
+        return tuple(range(dims))
+    if dims == grid.dim - 1 and dims > 1 and not (dtype.is_floating_point or dtype.is_complex):
+        return (0, *range(2, grid.dim))
+    return (0, *[None] * (dims - 1)) if dims else ()
+
+
+@dataclass
+class Program:
+    """What one rank does for one structure.
+
+    Attributes
+    ----------
+    compiler : Compiler
+    feeds : list of (Feed, Value)
+        The inputs that the program takes, in order.
+    outputs : list of (name of a buffer that it is for, or None, Value or plain value)
+    operations : list of (path, name, Value)
+        Those of the model, with their first output.
+    gathered : list of (path, name, place)
+        Those that have no rule, or decline the case: their inputs are made whole.
+    """
+
+    compiler: Compiler
+    feeds: list[tuple[Feed, Value]] = field(default_factory=list)
+    outputs: list[tuple[str | None, Any]] = field(default_factory=list)
+    operations: list[tuple[str, str, Any]] = field(default_factory=list)
+    gathered: list[tuple[str, str, str]] = field(default_factory=list)
+
+    @property
+    def arguments(self) -> tuple[list[Value], list[Value]]:
+        """The values that the program takes, and those that it returns."""
+        return [v for _, v in self.feeds], [v for _, v in self.outputs if isinstance(v, Value)]
+
+
+def compiled(
+    captured: Captured,
+    grid: Grid,
+    rank: int,
+    transport: Transport | None,
+    inputs: Sequence[tuple[Dims, bool] | None],
+    frozen: frozenset[str],
+    grads: bool = True,
+    strict: bool = False,
+    out_axes: Sequence[Axes | None] | None = None,
+) -> Program:
+    """The program of one rank of a grid.
+
+    Parameters
+    ----------
+    captured : Captured
+    inputs : sequence of (dims, requires_grad), None for a leaf that is no tensor
+    frozen : frozenset of str
+        Names of parameters that require no gradient.
+    grads : bool
+        Whether autograd records.
+    strict : bool
+        Whether an operation without a rule is refused.
+    out_axes : sequence of axes, optional
+        How each output is cut; None as `default_axes` says.
+
+    Raises
+    ------
+    RuntimeError
+        If an operation cannot be run, or without a rule under `strict`; the text names module and line.
+    """
+    c = Compiler(grid, rank, transport, "distribute")
+    program, known = Program(c), dict[Node, Any]()
+    for feed in captured.feeds:
+        example = feed.node.meta.get("val")
+        if not isinstance(example, torch.Tensor):
+            known[feed.node] = example
+        elif feed.kind == "user_input" or feed.node.users or _is_output(captured, feed.node):
+            dims, grad = tuple((uncut(n),) for n in example.shape), feed.kind == "parameter"
+            if feed.kind == "user_input":
+                dims, grad = inputs[feed.target]  # type: ignore[misc]
+            grad = (
+                grads and grad and feed.target not in frozen and (example.is_floating_point() or example.is_complex())
+            )
+            value = known[feed.node] = c.new(dims, example.dtype, grad, feed.node.name)
+            program.feeds.append((feed, value))
+    for node in captured.nodes:
+        c.path = path_of(node)
+        args, kwargs = (map_arg(a, known.__getitem__) for a in (node.args, node.kwargs))
+        known[node] = _step(program, node, args, dict(kwargs), strict)
+    c.path = "outputs"
+    axes_of_outputs = iter(out_axes or ())
+    for buffer, node in captured.outputs:
+        value = known[node] if isinstance(node, Node) else node
+        if isinstance(value, Value) and buffer is not None:
+            value = c.whole(value)
+        elif isinstance(value, Value):
+            axes = next(axes_of_outputs, None)
+            axes = default_axes(value.ndim, value.dtype, grid) if axes is None else axes
+            value = c.move(value, blocks(value.shape, axes, grid), "output")
+        program.outputs.append((buffer, value))
+    return program
+
+
+def _is_output(captured: Captured, node: Node) -> bool:
+    return any(out is node for _, out in captured.outputs)
+
+
+def _step(program: Program, node: Node, args: Any, kwargs: dict[str, Any], strict: bool) -> Any:
+    """The values that one operation makes."""
+    c, name = program.compiler, name_of(node)
+    if name == "getitem":
+        return args[0][args[1]]
+    if name.startswith(("_assert", "sym_")):
+        return None
+    if not isinstance(node.target, torch._ops.OpOverload):
+        raise RuntimeError(f"{place_of(node)}: {name} is not supported")
+    args = [list(a) if isinstance(a, (list, tuple)) else a for a in args]
+    op = Operation.of(node)
+    rule = RULES.get(name) or (RULES["pointwise"] if torch.Tag.pointwise in node.target.tags else None)
+    made: Any = None
+    if rule is not None:
+        with suppress(NoRule):
+            made = rule(c, op, *args, **kwargs)
+    if made is None:
+        made = _gathered(program, node, op, args, kwargs, strict)
+    first = made[0] if isinstance(made, (list, tuple)) else made
+    program.operations.append((c.path, name, first))
+    return made
+
+
+def _gathered(program: Program, node: Node, op: Operation, args: Any, kwargs: dict[str, Any], strict: bool) -> Any:
+    """An operation without a rule: its inputs are made whole, and every rank runs all of it."""
+    c = program.compiler
+    if torch.Tag.nondeterministic_seeded in node.target.tags or not all(math.prod(s) >= 0 for s, *_ in op.outputs):
+        raise RuntimeError(f"{place_of(node)}: {op.name} draws random numbers, and has no rule")
+    if strict:
+        raise RuntimeError(f"{place_of(node)}: {op.name} has no rule for this case, and would be gathered")
+    program.gathered.append((c.path, op.name, place_of(node)))
+
+    def pull(value: Any) -> Any:
+        if isinstance(value, Value):
+            return c.whole(value, "gather")
+        return [pull(v) for v in value] if isinstance(value, (list, tuple)) else value
+
+    dims = [tuple((uncut(n),) for n in shape) for shape, *_ in op.outputs]
+    made = c.calls(
+        node.target, *map(pull, args), dims=dims, dtypes=[t for _, t, _ in op.outputs], one=op.is_one,
+        **{k: pull(v) for k, v in kwargs.items()},
+    )  # fmt: skip
+    return made[0] if op.is_one else made

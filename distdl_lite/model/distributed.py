@@ -1,0 +1,308 @@
+"""A torch model run cut over ranks, as it is: captured, given layouts, and compiled to each rank's program."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from itertools import accumulate
+from typing import Any
+
+import torch
+from torch.utils import _pytree as pytree
+
+from distdl_lite.agreement import TensorStructure, check_alike
+from distdl_lite.autograd import Node, copy_to_team
+from distdl_lite.factors import Dims, all_axes, uncut
+from distdl_lite.layout import Dim, ranges_of
+from distdl_lite.model import rules as rules  # registers those that graphs alone need
+from distdl_lite.model.capture import Captured, capture
+from distdl_lite.model.compile import Axes, Program, compiled, default_axes
+from distdl_lite.nn.compiler import Value
+from distdl_lite.nn.module import Call, Module
+from distdl_lite.partition import Partition
+from distdl_lite.reducer import Replicas, replicated
+
+Given = Sequence[Axes | None] | None
+
+
+def distribute(
+    model: torch.nn.Module | Callable[..., Any],
+    P: Partition,
+    *,
+    in_axes: Given = None,
+    out_axes: Given = None,
+    strict: bool = False,
+) -> Distributed:
+    """Run a model, written for one device, on tensors that are cut over a grid; its numbers stay the same.
+
+    Parameters
+    ----------
+    model : torch.nn.Module or callable
+        Of plain torch; a loss, or a function of tensors, too. It keeps its parameters, which the result shares.
+    P : Partition
+        A grid with one axis per dim of the model's tensors, such as ``(batch, channels, height, width)``.
+    in_axes, out_axes : sequence of axes, optional
+        For each tensor among the arguments (the outputs), in the order of `torch.utils._pytree`, the axis of `P` that cuts
+        each dim, None for a whole one; None in place of a tensor's axes is the default.
+    strict : bool
+        Whether an operation that has no rule is refused. Else its inputs are gathered, which is exact, and reported.
+
+    Returns
+    -------
+    Distributed
+        A module with the model's parameters, buffers and names. It takes this rank's blocks and returns this rank's
+        blocks; an output that is not cut, such as a loss, is one value shown on every rank, whose gradient is the serial
+        one.
+
+    Raises
+    ------
+    TypeError
+        If the model is not callable, or `P` no partition.
+    RuntimeError
+        At the first call for a structure, on all ranks alike, if the model cannot be captured or an operation cannot be
+        run; the text names the module or the line.
+
+    Notes
+    -----
+    By default a tensor with as many dims as `P` has axes is cut one to one; one of integers with one dim fewer, such as class
+    indices, leaves the channel axis out; any other is cut along the batch axis in its first dim. `P.block(shape)`
+    gives the slices. Weights start from the first rank's values.
+
+    The model is captured for each global structure of its inputs (shapes, dtypes, train or eval) once. Its Python code sees
+    global shapes then, and what it computes from anything but tensors is fixed.
+    """
+    return Distributed(model, P, in_axes, out_axes, strict)
+
+
+class _Function(torch.nn.Module):
+    """A function as a module."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.function(*args, **kwargs)
+
+
+class Distributed(Module):
+    """A model over a grid; made by `distribute`.
+
+    Attributes
+    ----------
+    P : Partition
+    model : torch.nn.Module
+        Whose parameters, buffers and modules it has under the same names.
+    """
+
+    _distdl_is_cut = False  # the ranks tell each other the shapes of all arguments
+    _capture = staticmethod(capture)
+
+    def __init__(
+        self, model: Any, P: Partition, in_axes: Given = None, out_axes: Given = None, strict: bool = False
+    ) -> None:
+        super().__init__(P)
+        if not callable(model):
+            raise TypeError(f"distribute: a torch.nn.Module or a function is needed, not {type(model).__name__}")
+        model = model if isinstance(model, torch.nn.Module) else _Function(model)
+        self.__dict__["model"] = model
+        self.__dict__.update(
+            {k: vars(model)[k] for k in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")}
+        )
+        self.P, self.in_axes, self.out_axes, self.strict = P, in_axes, out_axes, strict
+        self.training = model.training
+        self._distdl_label = f"distribute({type(model).__name__})"
+        self._replicas: dict[str, Replicas] = {}
+        if P.active:
+            self._start_alike()
+
+    def _start_alike(self) -> None:
+        """Give all ranks the first one's weights and buffers, and number the sums of their gradients."""
+        team = self.P.team
+        names = {name: (tuple(t.shape), t.dtype) for name, t in self._named()}
+        told = dict(zip(team, team.world.gather_objects(team, (type(self.model).__name__, names)), strict=True))
+        check_alike("model", told, self._distdl_label)
+        seen: dict[int, Replicas] = {}
+        with torch.no_grad():
+            for name, tensor in self._named():
+                if id(tensor) not in seen:
+                    team.made["replicas"] += 1
+                    seen[id(tensor)] = Replicas(team, team.made["replicas"], name)
+                    if team.size > 1:
+                        values = tensor.detach().contiguous()
+                        team.world.broadcast(team, values, self.P.ranks[0])
+                        tensor.copy_(values)
+                self._replicas[name] = seen[id(tensor)]
+
+    def _named(self) -> list[tuple[str, torch.Tensor]]:
+        return [*self.named_parameters(remove_duplicate=False), *self.named_buffers(remove_duplicate=False)]
+
+    def _distdl_options(self) -> str:
+        return f"in_axes={self.in_axes}, out_axes={self.out_axes}, strict={self.strict}"
+
+    def _distdl_forward_pre_hook(self, input: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, Any]:
+        leaves, spec = pytree.tree_flatten((tuple(input), dict(kwargs)))
+        return super()._distdl_forward_pre_hook((*leaves, _Spec(spec)), {})
+
+    def forward(self, *leaves: Any) -> Any:
+        """The model's outputs, in this rank's blocks."""
+        return self._distdl_run(*leaves)
+
+    def _distdl_outside(self, *leaves: Any) -> Any:
+        raise ValueError(
+            f"{self._distdl_label}: rank {self._distdl_transport.rank} is outside {self.P}, and does not call it"
+        )
+
+    def _distdl_module_setup(self, input: tuple[Any, ...]) -> Call:
+        structure, grid = self._distdl_structure, self.P.grid_of_ranks
+        *leaves, spec = input
+        assert structure.passed is not None
+        told, dims, given, number = structure.passed, list[Any](), list[Any](), 0
+        for i, leaf in enumerate(leaves):
+            if not isinstance(leaf, torch.Tensor):
+                dims.append(None)
+                given.append(leaf)
+                continue
+            tensors = {rank: told[rank][i] for rank in self.P.ranks}
+            lay = self._dims_of(tensors, self.in_axes[number] if self.in_axes and number < len(self.in_axes) else None)
+            number += 1
+            wanted = any(tensor.requires_grad for tensor in tensors.values())
+            dims.append((lay, wanted))
+            shape = tuple(max(stop for _, stop in factor.ranges) for (factor,) in lay)
+            given.append(torch.empty(shape, dtype=leaf.dtype, device="meta"))
+        grads = torch.is_grad_enabled()
+        args, kwargs = pytree.tree_unflatten(given, spec.spec)
+        self.model.training = self.training
+        captured = self._capture(self.model, args, kwargs)
+        frozen = frozenset(name for name, p in self.named_parameters(remove_duplicate=False) if not p.requires_grad)
+        program = compiled(
+            captured,
+            grid,
+            self._distdl_transport.rank,
+            self._distdl_transport,
+            dims,
+            frozen,
+            grads,
+            self.strict,
+            self.out_axes,
+        )
+        return _Running(self, program, captured)
+
+    def _dims_of(self, tensors: Mapping[int, TensorStructure], axes: Axes | None) -> Dims:
+        """How an argument lies over the grid, from what its ranks passed."""
+        grid, name = self.P.grid_of_ranks, self._distdl_label
+        for what in ("kind", "dtype", "device"):
+            check_alike(what, {rank: getattr(tensor, what) for rank, tensor in tensors.items()}, name)
+        check_alike("number of dims", {rank: len(tensor.shape) for rank, tensor in tensors.items()}, name)
+        first = tensors[grid.ranks[0]]
+        assert first.dtype is not None
+        axes = default_axes(len(first.shape), first.dtype, grid) if axes is None else axes
+        if len(axes) != len(first.shape):
+            raise ValueError(f"{name}: in_axes {tuple(axes)} do not fit a tensor of {len(first.shape)} dims")
+        lengths = [[0] if a is None else [0] * grid.shape[a] for a in axes]
+        for d, axis in enumerate(axes):
+            for i in range(1 if axis is None else grid.shape[axis]):
+                rank = next(iter(grid.members(dict.fromkeys(range(grid.dim), 0) | ({} if axis is None else {axis: i}))))
+                lengths[d][i] = tensors[rank].shape[d]
+        for rank, tensor in tensors.items():
+            index = grid.index(rank)
+            assert index is not None
+            shape = tuple(n[0 if a is None else index[a]] for n, a in zip(lengths, axes, strict=True))
+            if tensor.shape != shape:
+                raise ValueError(
+                    f"{name}: the blocks form no tensor: rank {rank} at {index} passed {tensor.shape}, its neighbours' say "
+                    f"{shape}, where the axes {tuple(axes)} of the grid cut the dims"
+                )
+        made = []
+        for d, axis in enumerate(axes):
+            cuts = tuple(accumulate(lengths[d], initial=0))
+            made.append((uncut(cuts[1]) if len(cuts) == 2 else Dim(ranges_of(cuts), (axis,)),))  # type: ignore[arg-type]
+        return tuple(made)
+
+    @property
+    def program(self) -> Program:
+        """That of the structure called last."""
+        running = self._distdl_plan
+        if running is None:
+            raise RuntimeError(f"{self._distdl_label}: call it first")
+        return running.program  # type: ignore[no-any-return]
+
+    def code(self) -> str:
+        """What this rank does in a forward, as Python; the paths of the model's modules stand above their lines."""
+        return self.program.compiler.source(*self.program.arguments)
+
+    def extra_repr(self) -> str:
+        return f"P={self.P.shape}"
+
+
+class _Spec:
+    """The structure of the arguments, compared by its text in votes."""
+
+    def __init__(self, spec: Any) -> None:
+        self.spec = spec
+
+
+class _Running:
+    """The call of a network for one structure."""
+
+    def __init__(self, net: Distributed, program: Program, captured: Captured) -> None:
+        self.program, self.captured = program, captured
+        c, grid = program.compiler, program.compiler.grid
+        self.run = c.compiled(*program.arguments)
+        self.parameters = dict(net.named_parameters(remove_duplicate=False))
+        self.teams, self.counts = {}, {}
+        for number, (feed, value) in enumerate(program.feeds):
+            free = c.free_axes(all_axes(value.dims))
+            if feed.kind == "user_input" and value.grad and free:
+                fixed = {a: i for a, i in enumerate(c.index) if a not in free}
+                self.teams[number] = net._distdl_transport.team(grid.members(fixed))
+        for number, (_, value) in enumerate(program.outputs):
+            free = isinstance(value, Value) and value.grad and c.free_axes(all_axes(value.dims))
+            if free:
+                self.counts[number] = all(c.index[a] == 0 for a in free)
+
+    def taken(self, net: Distributed, *leaves: Any) -> list[Any]:
+        """What the program takes: weights, buffers, and this rank's blocks of the arguments."""
+        parameters, buffers = (
+            dict(net.named_parameters(remove_duplicate=False)),
+            dict(net.named_buffers(remove_duplicate=False)),
+        )
+        taken = []
+        for number, (feed, value) in enumerate(self.program.feeds):
+            if feed.kind == "parameter":
+                taken.append(replicated(parameters[feed.target], net._replicas[feed.target]))
+            elif feed.kind == "buffer":
+                taken.append(buffers[feed.target])
+            elif feed.kind == "user_input":
+                x = leaves[feed.target]
+                if value.grad and not x.requires_grad:
+                    x = x.detach().requires_grad_()
+                taken.append(copy_to_team(x, self.teams[number]) if number in self.teams else x)
+            else:
+                taken.append(feed.target)
+        return taken
+
+    def __call__(self, net: Distributed, *leaves: Any) -> Any:
+        buffers = dict(net.named_buffers(remove_duplicate=False))
+        taken = self.taken(net, *leaves)
+        made, results = iter(self.run(*taken)), []
+        for number, (buffer, value) in enumerate(self.program.outputs):
+            y = next(made) if isinstance(value, Value) else value
+            if buffer is not None:
+                with torch.no_grad():
+                    buffers[buffer].copy_(y)
+                continue
+            results.append(_Shown.apply(y, self.counts[number]) if number in self.counts and y.requires_grad else y)
+        return pytree.tree_unflatten(results, self.captured.spec)
+
+
+class _Shown(Node):
+    """An output that several ranks hold: its gradient, whole on each of them, counts on one."""
+
+    @staticmethod
+    def forward(ctx: Any, y: torch.Tensor, counts: bool) -> torch.Tensor:
+        ctx.counts = counts
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return (gradient if ctx.counts else torch.zeros_like(gradient)), None

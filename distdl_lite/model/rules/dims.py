@@ -1,0 +1,298 @@
+"""Operations that rearrange dims and points: views, slices, joins, shifts, pads."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from distdl_lite.factors import all_axes, axes_of, boundaries, cut, reshaped, split, uncut
+from distdl_lite.grid import balanced
+from distdl_lite.layout import Dim, Range, Shape, ranges_of
+from distdl_lite.model.rules.elementwise import common_dims
+from distdl_lite.nn.compiler import Compiler, NoRule, Value, rule
+
+
+@rule("view", "_unsafe_view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze", "view_copy", "_reshape_alias")
+def view(c: Compiler, op: Any, x: Value, *_: Any, **options: Any) -> Value:
+    if _ and isinstance(_[0], torch.dtype):
+        raise NoRule
+    return view_as(c, x, op.shape)
+
+
+def view_as(c: Compiler, x: Value, shape: Shape) -> Value:
+    """The value with another shape; it is moved first where its cuts do not fall on boundaries of the new dims."""
+    if math.prod(shape) == 0:
+        x = c.whole(x, "view")
+        return c.call(torch.reshape, x, shape, dims=tuple((uncut(n),) for n in shape), dtype=x.dtype)
+    dims = reshaped(x.dims, shape)
+    while dims is None:
+        x = _loosened(c, x, shape)
+        dims = reshaped(x.dims, shape)
+    local = c.local(dims)
+    return c.renamed(x, dims) if local == c.local(x.dims) else c.call(torch.reshape, x, local, dims=dims, dtype=x.dtype)
+
+
+def _loosened(c: Compiler, x: Value, shape: Shape) -> Value:
+    """The value moved nearer to one that can be viewed: the innermost cut that does not fit gets other points or goes."""
+    points, inner = boundaries(shape), 1
+    for d in reversed(range(x.ndim)):
+        factors, n = x.dims[d], x.shape[d]
+        if axes_of(factors):
+            within = [p for p in points if inner < p < inner * n]
+            is_even = len(factors) == 1 and not any((inner * n) % p or p % inner for p in within)
+            unit = max(within, default=inner) // inner  # in which the dim may be cut
+            if not is_even or (unit > 1 and split(factors[0], [n // unit, unit]) is None):
+                parts = c.parts(axes_of(factors))
+                if is_even and n // unit >= parts:
+                    cuts = [q * unit for q in balanced(n // unit, parts)]
+                    return c.move(x, x.with_dims({d: Dim(ranges_of(cuts), factors[0].axes)}), "recut")
+                return c.wholly(x, [d], "recut")
+        inner *= n
+    last = max(d for d in range(x.ndim) if axes_of(x.dims[d]))
+    return c.wholly(x, [last], "gather", spread=False)
+
+
+@rule("permute", "transpose", "t", "numpy_T", "mT", "movedim", "swapaxes", "adjoint")
+def permute(c: Compiler, op: Any, x: Value, *args: Any) -> Value:
+    if op.name == "permute":
+        order = [d % x.ndim for d in args[0]]
+    elif op.name in ("t", "numpy_T"):
+        order = list(range(x.ndim))[::-1]
+    elif op.name in ("transpose", "swapaxes"):
+        order = list(range(x.ndim))
+        a, b = (d % max(x.ndim, 1) for d in args)
+        if x.ndim:
+            order[a], order[b] = order[b], order[a]
+    else:
+        raise NoRule
+    return c.call(torch.Tensor.permute, x, order, dims=tuple(x.dims[d] for d in order), dtype=x.dtype)
+
+
+@rule("repeat", "tile")
+def repeat(c: Compiler, op: Any, x: Value, times: Sequence[int]) -> Value:
+    lead = len(op.shape) - x.ndim
+    times = [1] * (len(op.shape) - len(times)) + list(times)
+    x = c.wholly(x, [d for d in range(x.ndim) if times[lead + d] != 1], "repeat")
+    dims = tuple(x.dims[d - lead] if d >= lead and times[d] == 1 else (uncut(n),) for d, n in enumerate(op.shape))
+    return c.call(torch.Tensor.repeat, x, times, dims=dims, dtype=x.dtype)
+
+
+@rule("flip", "tril", "triu")
+def locally(c: Compiler, op: Any, x: Value, *args: Any) -> Value:
+    """Operations that need some dims whole and leave the others alone."""
+    x = c.wholly(x, args[0] if op.name == "flip" else [-2, -1], "whole")
+    return c.apply(op, x, *args, dims=x.dims)
+
+
+# Slices
+
+
+def _sliced(x: torch.Tensor, dim: int, start: int, stop: int, step: int) -> torch.Tensor:
+    return x[(slice(None),) * dim + (slice(start, stop, step),)]
+
+
+def taken(c: Compiler, x: Value, d: int, start: int, step: int, count: int) -> Value:
+    """So many points of a dim, from one on in steps.
+
+    Where every rank's own points make blocks that are even enough nothing moves.
+    """
+    if x.make is not None:
+        made = c.new(x.with_dims({d: uncut(count)}), x.dtype, x.grad)
+        made.make = x.make
+        return made
+    x = c.plain(x, [d])
+    (held,) = x.dims[d]
+    if not held.axes:
+        dims = x.with_dims({d: uncut(count)})
+        return c.call(
+            _sliced, x, d, start, start + step * (count - 1) + 1 if count else start, step, dims=dims, dtype=x.dtype
+        )
+    own = tuple(_own(r, start, step, count) for r in held.ranges)
+    even = -(-count // len(own))
+    if any(b - a > even for a, b in own) or (count >= len(own) and any(a == b for a, b in own)):
+        own = cut(count, held.axes, c.grid).ranges
+    wanted = Dim(tuple((start + step * a, start + step * (b - 1) + 1) if a < b else (0, 0) for a, b in own), held.axes)
+    z, dims = c.move(x, x.with_dims({d: wanted}), "shift"), x.with_dims({d: Dim(own, held.axes)})
+    return c.renamed(z, dims) if step == 1 else c.call(_sliced, z, d, 0, None, step, dims=dims, dtype=x.dtype)
+
+
+def _own(held: Range, start: int, step: int, count: int) -> Range:
+    """Which of the points that are taken a rank holds."""
+    first, stop = (min(max(-(-(point - start) // step), 0), count) for point in held)
+    return first, max(first, stop)
+
+
+@rule("slice", "narrow")
+def slice_(c: Compiler, op: Any, x: Value, d: int = 0, start: Any = None, end: Any = None, step: int = 1) -> Value:
+    d %= x.ndim
+    points = range(x.shape[d])[start:end:step] if op.name != "narrow" else range(start, start + end)
+    return x if len(points) == x.shape[d] else taken(c, x, d, points.start, step, len(points))
+
+
+@rule("select")
+def select(c: Compiler, op: Any, x: Value, d: int, i: int) -> Value:
+    d %= x.ndim
+    i %= x.shape[d]
+    dims = (*x.dims[:d], *x.dims[d + 1 :])
+    if x.make is not None:
+        made = c.new(dims, x.dtype, x.grad)
+        made.make = x.make
+        return made
+    x = c.plain(x, [d])
+    dims = (*x.dims[:d], *x.dims[d + 1 :])
+    if x.axes(d):
+        x, i = c.move(x, x.with_dims({d: Dim(((i, i + 1),))}), "select"), 0
+    return c.call(torch.select, x, d, i, dims=dims, dtype=x.dtype)
+
+
+@rule("unbind")
+def unbind(c: Compiler, op: Any, x: Value, d: int = 0) -> list[Value]:
+    d %= x.ndim
+    x = c.wholly(x, [d], "whole")
+    n, dims = x.shape[d], (*x.dims[:d], *x.dims[d + 1 :])
+    return c.calls(torch.unbind, x, d, dims=[dims] * n, dtypes=[x.dtype] * n)
+
+
+@rule("split", "split_with_sizes", "chunk", "tensor_split", "unsafe_split", "unsafe_chunk")
+def split_(c: Compiler, op: Any, x: Value, how: Any, d: int = 0) -> list[Value]:
+    d %= x.ndim
+    sizes = [shape[d] for shape, *_ in op.outputs]
+    if not x.axes(d):
+        x = c.plain(x, [d])
+        dims = [x.with_dims({d: uncut(n)}) for n in sizes]
+        return c.calls(torch.split, x, sizes, d, dims=dims, dtypes=[x.dtype] * len(sizes))
+    starts = [sum(sizes[:i]) for i in range(len(sizes))]
+    return [taken(c, x, d, start, 1, n) for start, n in zip(starts, sizes, strict=True)]
+
+
+# Joins and shifts
+
+
+@rule("cat", "concat", "concatenate")
+def cat(c: Compiler, op: Any, values: Sequence[Value], d: int = 0) -> Value:
+    values = [v for v in values if v.shape != (0,)]
+    if not values:
+        raise NoRule
+    d %= values[0].ndim
+    largest = max(values, key=lambda v: (bool(all_axes(v.dims)), math.prod(v.shape)))
+    base = largest.dims
+    if len({v.shape for v in values}) == 1:
+        base = common_dims(c, values, values[0].shape)
+    axes = axes_of(base[d])
+    joined = cut(op.shape[d], axes, c.grid)
+    pieces, start = [], 0
+    for value in values:
+        n = value.shape[d]
+        mine = tuple((min(max(a - start, 0), n), min(max(b - start, 0), n)) for a, b in joined.ranges)
+        piece = Dim(mine, axes) if axes else uncut(n)
+        where = tuple((piece,) if e == d else f for e, f in enumerate(base))
+        pieces.append(c.move(c.plain(value, [d]), where, "cat" if axes else ""))
+        start += n
+    dims = tuple((joined,) if e == d else f for e, f in enumerate(base))
+    return c.call(torch.cat, pieces, d, dims=dims, dtype=op.dtype)
+
+
+@rule("stack")
+def stack(c: Compiler, op: Any, values: Sequence[Value], d: int = 0) -> Value:
+    d %= values[0].ndim + 1
+    dims = common_dims(c, values, values[0].shape)
+    values = [c.move(v, dims) for v in values]
+    return c.call(torch.stack, values, d, dims=(*dims[:d], (uncut(len(values)),), *dims[d:]), dtype=op.dtype)
+
+
+@rule("roll")
+def roll(c: Compiler, op: Any, x: Value, shifts: Any, dims: Any = ()) -> Value:
+    shifts, over = ([v] if isinstance(v, int) else list(v) for v in (shifts, dims))
+    if not over:
+        return view_as(c, rolled(c, view_as(c, x, (math.prod(x.shape),)), shifts[0], 0), x.shape)
+    for shift, d in zip(shifts, over, strict=True):
+        x = rolled(c, x, shift, d % x.ndim)
+    return x
+
+
+def rolled(c: Compiler, x: Value, shift: int, d: int) -> Value:
+    """The value shifted along a dim, round its end."""
+    n = x.shape[d]
+    shift = shift % n if n else 0
+    if not shift:
+        return x
+    x = c.plain(x, [d])
+    (held,) = x.dims[d]
+    if not held.axes:
+        return c.call(torch.roll, x, shift, d, dims=x.dims, dtype=x.dtype)
+    wanted = Dim(tuple((a - shift, b - shift) for a, b in held.ranges), held.axes, n)
+    return c.renamed(c.move(x, x.with_dims({d: wanted}), "shift"), x.dims)
+
+
+@rule("fft_fftshift", "fft_ifftshift")
+def fftshift(c: Compiler, op: Any, x: Value, dim: Any = None) -> Value:
+    over = range(x.ndim) if dim is None else [dim] if isinstance(dim, int) else dim
+    for d in over:
+        n = x.shape[d]
+        x = rolled(c, x, (n + 1) // 2 if "ifft" in op.name else n // 2, d % x.ndim)
+    return x
+
+
+# Into a tensor
+
+
+def _put(x: torch.Tensor, source: torch.Tensor, dim: int, start: int, stop: int, step: int) -> torch.Tensor:
+    """torch's slice_scatter, which has no gradient for complex numbers."""
+    x = x.clone()
+    x[(slice(None),) * dim + (slice(start, stop, step),)] = source
+    return x
+
+
+@rule("slice_scatter")
+def slice_scatter(
+    c: Compiler, op: Any, x: Value, source: Value, d: int = 0, start: Any = None, end: Any = None, step: int = 1
+) -> Value:
+    d %= x.ndim
+    points = range(x.shape[d])[start:end:step]
+    start, stop, m = points.start, points.stop, len(points)
+    if not all_axes(x.dims) and all_axes(source.dims):  # cut as what comes in, whose cut of this dim goes elsewhere
+        source = c.wholly(source, [d], "whole")
+        x = c.move(x, source.with_dims({d: uncut(x.shape[d])}), "slice")
+    x, source = c.plain(x, [d]), c.plain(source, [d])
+    if step != 1 and x.axes(d):
+        x = c.wholly(x, [d], "whole")
+    (held,) = x.dims[d]
+    if not held.axes:
+        source = c.move(source, x.with_dims({d: uncut(m)}))
+        return c.call(_put, x, source, d, start, stop, step, dims=x.dims, dtype=x.dtype)
+    piece = Dim(tuple(_own(r, start, 1, m) for r in held.ranges), held.axes)
+    source = c.move(source, x.with_dims({d: piece}), "shift")
+    first, (a, b) = c.range(held)[0], c.range(piece)
+    return c.call(_put, x, source, d, a + start - first, b + start - first, 1, dims=x.dims, dtype=x.dtype)
+
+
+@rule("select_scatter")
+def select_scatter(c: Compiler, op: Any, x: Value, source: Value, d: int, i: int) -> Value:
+    d, i = d % x.ndim, i % x.shape[d % x.ndim]
+    source = view_as(c, source, (*source.shape[:d], 1, *source.shape[d:]))
+    return slice_scatter(c, op, x, source, d, i, i + 1)
+
+
+@rule("meshgrid")
+def meshgrid(c: Compiler, op: Any, values: Sequence[Value], **options: Any) -> list[Value]:
+    values = [c.whole(v) for v in values]
+    outputs = [tuple((uncut(n),) for n in shape) for shape, *_ in op.outputs]
+    return c.calls(op.function, values, dims=outputs, dtypes=[t for _, t, _ in op.outputs], **options)
+
+
+@rule("view_as_complex")
+def view_as_complex(c: Compiler, op: Any, x: Value) -> Value:
+    x = c.wholly(x, [-1], "whole")
+    return c.call(_as_complex, x, dims=x.dims[:-1], dtype=op.dtype)
+
+
+def _as_complex(x: torch.Tensor) -> torch.Tensor:
+    return torch.view_as_complex(x.contiguous())
+
+
+@rule("view_as_real")
+def view_as_real(c: Compiler, op: Any, x: Value) -> Value:
+    return c.call(torch.view_as_real, x, dims=(*x.dims, (uncut(2),)), dtype=op.dtype)

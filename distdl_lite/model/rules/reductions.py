@@ -1,0 +1,122 @@
+"""Sums, means and the like over cut dims, and what needs a dim whole."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+
+from distdl_lite.factors import Dims, uncut
+from distdl_lite.model.rules.elementwise import pointwise
+from distdl_lite.nn.blocks import wide
+from distdl_lite.nn.compiler import Compiler, NoRule, Value, rule
+
+
+def dims_over(x: Value, dim: int | Sequence[int] | None) -> list[int]:
+    """The dims that an operation runs over, all of them for None or none."""
+    named = [dim] if isinstance(dim, int) else list(dim or ())
+    return sorted({d % x.ndim for d in named}) if named else list(range(x.ndim))
+
+
+def reduced(x: Value, over: Iterable[int], keepdim: bool) -> Dims:
+    """The dims that are left."""
+    if keepdim:
+        return x.with_dims({d: uncut(1) for d in over})
+    return tuple(f for d, f in enumerate(x.dims) if d not in set(over))
+
+
+def _sum(x: torch.Tensor, over: list[int], keepdim: bool, dtype: torch.dtype) -> torch.Tensor:
+    return x.sum(over, keepdim, dtype=dtype)
+
+
+def total(c: Compiler, x: Value, over: Sequence[int], keepdim: bool, dtype: torch.dtype) -> Value:
+    """The sum over dims, cut or not, in a dtype; sums of ranks' parts are in a wider one."""
+    axes = x.axes(*over)
+    kind = wide(dtype) if axes else dtype
+    y = c.call(_sum, x, list(over), keepdim, kind, dims=reduced(x, over, keepdim), dtype=kind)
+    return c.sum_over(y, axes)
+
+
+@rule("sum")
+def sum_(c: Compiler, op: Any, x: Value, dim: Any = None, keepdim: bool = False, dtype: Any = None) -> Value:
+    return c.cast(total(c, x, dims_over(x, dim), keepdim, op.dtype), op.dtype)
+
+
+@rule("mean")
+def mean(c: Compiler, op: Any, x: Value, dim: Any = None, keepdim: bool = False, dtype: Any = None) -> Value:
+    over = dims_over(x, dim)
+    if not x.axes(*over):
+        return c.call(_mean, x, over, keepdim, op.dtype, dims=reduced(x, over, keepdim), dtype=op.dtype)
+    y = total(c, x, over, keepdim, op.dtype)
+    count = math.prod(x.shape[d] for d in over)
+    return c.cast(c.call(torch.div, y, count, dims=y.dims, dtype=y.dtype), op.dtype)
+
+
+def _mean(x: torch.Tensor, over: list[int], keepdim: bool, dtype: torch.dtype) -> torch.Tensor:
+    return x.mean(over, keepdim, dtype=dtype)
+
+
+@rule("var", "std", "var_mean", "std_mean")
+def var(c: Compiler, op: Any, x: Value, dim: Any = None, correction: Any = 1, keepdim: bool = False) -> Any:
+    if x.dtype.is_complex:
+        raise NoRule
+    over, has_mean, is_root = dims_over(x, dim), "mean" in op.name, "std" in op.name
+    correction = 1 if correction is None else correction
+    count, dims = math.prod(x.shape[d] for d in over), reduced(x, over, keepdim)
+    if not x.axes(*over):
+        return c.apply(op, x, over, dims=dims, correction=correction, keepdim=keepdim)
+    if x.dtype is not wide(x.dtype):
+        raise NoRule
+    mean = total(c, x, over, True, x.dtype)
+    mean = c.call(torch.div, mean, count, dims=mean.dims, dtype=x.dtype)
+    apart = c.call(lambda t, m: (t - m).square(), x, mean, dims=x.dims, dtype=x.dtype)
+    y = total(c, apart, over, keepdim, x.dtype)
+    y = c.call(torch.div, y, max(count - correction, 0), dims=y.dims, dtype=x.dtype)
+    y = c.call(torch.sqrt, y, dims=y.dims, dtype=x.dtype) if is_root else y
+    if not has_mean:
+        return y
+    return [y, mean if keepdim else c.call(torch.reshape, mean, c.local(dims), dims=dims, dtype=x.dtype)]
+
+
+@rule("linalg_vector_norm", "norm")
+def vector_norm(
+    c: Compiler, op: Any, x: Value, ord: Any = 2, dim: Any = None, keepdim: bool = False, dtype: Any = None
+) -> Value:
+    over = dims_over(x, dim)
+    if not x.axes(*over):
+        return c.apply(op, x, 2 if ord is None else ord, over, keepdim, dims=reduced(x, over, keepdim))
+    if ord not in (None, 1, 2) or x.dtype.is_complex:
+        raise NoRule
+    terms = c.call(torch.abs if ord == 1 else torch.square, x, dims=x.dims, dtype=x.dtype)
+    y = total(c, terms, over, keepdim, op.dtype)
+    return y if ord == 1 else c.call(torch.sqrt, y, dims=y.dims, dtype=op.dtype)
+
+
+@rule("amax", "amin", "argmax", "argmin", "max", "min", "logsumexp", "prod", "any", "all", "median", "aminmax", "mode",
+      "kthvalue", "count_nonzero", "nansum", "nanmean")  # fmt: skip
+def along_dims(c: Compiler, op: Any, x: Value, *args: Any, **options: Any) -> Any:
+    """Operations that take a dim, or dims, and need them whole."""
+    if op.name in ("max", "min") and args and isinstance(args[0], Value):
+        return pointwise(c, op, x, *args)
+    at = 1 if op.name == "kthvalue" else 0
+    dim = options.get("dim", args[at] if len(args) > at else None)
+    keepdim = options.get("keepdim", args[at + 1] if len(args) > at + 1 else False)
+    over = dims_over(x, dim)
+    x = c.wholly(x, over, "whole")
+    dims = reduced(x, over, bool(keepdim))
+    return c.apply(op, x, *args, dims=dims, **options)
+
+
+@rule("cumsum", "cumprod", "logcumsumexp", "sort", "argsort", "topk", "cummax", "cummin", "glu", "renorm")
+def along(c: Compiler, op: Any, x: Value, *args: Any, **options: Any) -> Any:
+    """Operations along one dim, which they need whole."""
+    at = {"topk": 1, "renorm": 1}.get(op.name, 0)
+    last = op.name in ("sort", "argsort", "topk", "glu")
+    dim = options.get("dim", args[at] if len(args) > at else -1 if last else None)
+    if not isinstance(dim, int) or isinstance(dim, bool):
+        raise NoRule
+    x = c.wholly(x, [dim], "whole")
+    dims = x.with_dims({dim: uncut(op.shape[dim])})
+    return c.apply(op, x, *args, dims=dims, **options)

@@ -1,0 +1,479 @@
+"""What rules talk to: values whose layout all ranks know, movements between layouts, and calls on this rank's blocks.
+
+A rule says for one operation in which layout it needs its inputs, in which layout its output is, and which local call makes
+the output's block. A layer is a program of one operation, a network one of many; both are compiled here.
+"""
+
+from __future__ import annotations
+
+import keyword
+import math
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from distdl_lite.factors import (
+    Dims,
+    all_axes,
+    axes_of,
+    common_lengths,
+    cut,
+    is_inside,
+    length_of,
+    local_shape,
+    merged,
+    range_at,
+    refined,
+    shape_of_dims,
+    size_of,
+    uncut,
+)
+from distdl_lite.grid import Grid
+from distdl_lite.layout import Dim, Layout, Range, Shape
+from distdl_lite.nn.blocks import connected_zeros
+from distdl_lite.operator import Operator
+from distdl_lite.plan import plan
+from distdl_lite.transport import Transport
+
+Rule = Callable[..., Any]
+RULES: dict[str, Rule] = {}  # by the name of torch's operation
+
+
+class NoRule(Exception):
+    """Raised by a rule that does not know the case, before it has moved or called anything."""
+
+
+def rule(*names: str) -> Callable[[Rule], Rule]:
+    """Register the rule of torch's operations of these names: a function of the compiler, the operation and its arguments."""
+
+    def register(function: Rule) -> Rule:
+        RULES.update(dict.fromkeys(names, function))
+        return function
+
+    return register
+
+
+@dataclass(eq=False)
+class Value:
+    """A tensor of the program, as far as all ranks know it.
+
+    Attributes
+    ----------
+    name : str
+        Of the variable that holds this rank's block.
+    dims : tuple of factors
+        How it lies over the grid; along axes that cut no dim the ranks hold copies, each of which has a part of the gradient.
+    dtype : torch.dtype
+    grad : bool
+        Whether autograd records it, on all ranks or on none.
+    make : callable or None
+        From the shape of a block to it, for a constant that is made where it is needed.
+    """
+
+    name: str
+    dims: Dims
+    dtype: torch.dtype
+    grad: bool = False
+    make: Callable[[Shape], torch.Tensor] | None = None
+
+    @property
+    def shape(self) -> Shape:
+        return shape_of_dims(self.dims)
+
+    @property
+    def ndim(self) -> int:
+        return len(self.dims)
+
+    def axes(self, *dims: int) -> tuple[int, ...]:
+        """The axes that cut some dims."""
+        return tuple(a for d in dims for a in axes_of(self.dims[d]))
+
+    def with_dims(self, changed: dict[int, Dim | tuple[Dim, ...]]) -> Dims:
+        """Its dims, some of them others."""
+        new = {d % self.ndim: (f,) if isinstance(f, Dim) else f for d, f in changed.items()}
+        return tuple(new.get(d, f) for d, f in enumerate(self.dims))
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class Movement:
+    """One movement of a program: where in the model, of what kind, between which layouts."""
+
+    path: str
+    kind: str
+    X: Layout
+    Y: Layout
+    dtype: torch.dtype
+    grad: bool
+
+
+@dataclass
+class Line:
+    """A line of the program and the variables that it reads."""
+
+    text: str
+    reads: tuple[str, ...]
+    path: str
+
+
+class Compiler:
+    """A program of one rank in the making.
+
+    Parameters
+    ----------
+    grid : Grid
+        Over which all values lie.
+    rank : int
+        A rank of the grid, whose program this is.
+    transport : Transport or None
+        What its movements run on; None for a program that is only looked at.
+    label : str
+        Of the movements, for counts and errors, where no module is known.
+    device : str
+        The kind of device that values are on.
+    """
+
+    def __init__(
+        self, grid: Grid, rank: int, transport: Transport | None = None, label: str = "", device: str = "cpu"
+    ) -> None:
+        index = grid.index(rank)
+        assert index is not None
+        self.grid, self.rank, self.index, self.transport = grid, rank, index, transport
+        self.label, self.device = label, device
+        self.path = ""  # of the module that is compiled
+        self.lines: list[Line] = []
+        self.names: dict[str, Any] = {}
+        self.movements: list[Movement] = []
+        self._moved: dict[tuple[Value, Dims], Value] = {}
+        self._numbers: dict[str, int] = {}
+
+    # Names
+
+    def new(self, dims: Dims, dtype: torch.dtype, grad: bool, name: str = "v") -> Value:
+        """A value under a name of its own."""
+        return Value(self._unique(name), tuple(map(merged, dims)), dtype, grad)
+
+    def constant(self, value: Any, name: str = "") -> str:
+        """The name of an object in the program."""
+        packet = getattr(value, "overloadpacket", value)  # of an operation of torch
+        name = self._unique(name or getattr(packet, "__name__", "") or type(value).__name__)
+        self.names[name] = value
+        return name
+
+    def _unique(self, name: str) -> str:
+        name = re.sub(r"\W+", "_", name).strip("_") or "k"
+        name = f"{name}_" if keyword.iskeyword(name) or name[0].isdigit() else name
+        self._numbers[name] = number = self._numbers.get(name, 0) + 1
+        return name if number == 1 and name != "v" else f"{name}{'' if name == 'v' else '_'}{number}"
+
+    def _word(self, value: Any, reads: list[str]) -> str:
+        """An argument in the text of the program."""
+        if isinstance(value, Value):
+            reads.append(value.name)
+            return value.name
+        if isinstance(value, (list, tuple)):
+            words = [self._word(v, reads) for v in value]
+            return f"[{', '.join(words)}]" if isinstance(value, list) else f"({''.join(f'{w}, ' for w in words)})"
+        if value is None or isinstance(value, (bool, int, str)) or (isinstance(value, float) and math.isfinite(value)):
+            return repr(value)
+        if isinstance(value, torch.dtype):
+            self.names["torch"] = torch
+            return str(value)
+        return self.constant(value)
+
+    def emit(self, text: str, reads: Iterable[str] = ()) -> None:
+        self.lines.append(Line(text, tuple(reads), self.path))
+
+    def local(self, dims: Dims) -> Shape:
+        """The shape of this rank's block."""
+        return local_shape(dims, self.grid, self.index)
+
+    def range(self, dim: Dim) -> Range:
+        """This rank's range of a factor."""
+        return range_at(dim, self.grid, self.index)
+
+    def parts(self, axes: Iterable[int]) -> int:
+        """Into how many parts the axes cut."""
+        return math.prod(self.grid.shape[a] for a in axes)
+
+    # Calls
+
+    def call(self, function: Callable[..., Any], *args: Any, dims: Dims, dtype: torch.dtype, **options: Any) -> Value:
+        """The value that a local call makes of others; see `calls`."""
+        return self.calls(function, *args, dims=[dims], dtypes=[dtype], one=True, **options)[0]
+
+    def apply(self, op: Any, *args: Any, dims: Dims | list[Dims], **options: Any) -> Any:
+        """The values that an operation of torch makes of others on each rank; `dims` of each output, or of all."""
+        each = dims if isinstance(dims, list) else [dims] * len(op.outputs)
+        made = self.calls(op.function, *args, dims=each, dtypes=[t for _, t, _ in op.outputs], one=op.is_one, **options)
+        return made[0] if op.is_one else made
+
+    def calls(
+        self,
+        function: Callable[..., Any],
+        *args: Any,
+        dims: Sequence[Dims],
+        dtypes: Sequence[torch.dtype],
+        one: bool = False,
+        grad: bool | None = None,
+        linear: bool = False,
+        **options: Any,
+    ) -> list[Value]:
+        """The values that a local call makes of others.
+
+        A rank whose block of an output is empty gets zeros, whose graph leads to where the others' leads, without the call.
+
+        Parameters
+        ----------
+        function : callable
+            Of blocks; differentiable. It returns `one` tensor or a tuple of them.
+        *args, **options
+            Values, lists of them, and constants.
+        dims, dtypes : sequence
+            Of the outputs.
+        grad : bool, optional
+            Whether autograd records the outputs; by default if it does an input.
+        linear : bool
+            Whether the function's backward does without its inputs.
+        """
+        values = list(values_in((args, tuple(options.values()))))
+        for value in values:
+            self._materialise(value)
+        grad = any(v.grad for v in values) if grad is None else grad
+        outputs = [
+            self.new(d, t, grad and (t.is_floating_point or t.is_complex)) for d, t in zip(dims, dtypes, strict=True)
+        ]
+        shapes, reads = [self.local(v.dims) for v in outputs], list[str]()
+        if any(0 in shape for shape in shapes):
+            for value, shape in zip(outputs, shapes, strict=True):
+                words = ", ".join(v.name for v in values)
+                self.emit(f"{value.name} = {self._shared(_nothing)}([{words}], {shape}, {self._word(value.dtype, [])}, {linear})",
+                          [v.name for v in values])  # fmt: skip
+            return outputs
+        words = [self._word(a, reads) for a in args] + [f"{k}={self._word(v, reads)}" for k, v in options.items()]
+        left = outputs[0].name if one else "".join(f"{v.name}, " for v in outputs)
+        self.emit(f"{left} = {self.constant(function)}({', '.join(words)})", reads)
+        return outputs
+
+    def _shared(self, function: Callable[..., Any]) -> str:
+        name = function.__name__.strip("_")
+        self.names[name] = function
+        return name
+
+    def _materialise(self, value: Value) -> None:
+        if value.make is not None:
+            self.emit(f"{value.name} = {self.constant(value.make, 'make')}({self.local(value.dims)})")
+            value.make = None
+
+    def cast(self, value: Value, dtype: torch.dtype) -> Value:
+        """The value in a dtype."""
+        return value if value.dtype is dtype else self.call(torch.Tensor.to, value, dtype, dims=value.dims, dtype=dtype)
+
+    def renamed(self, value: Value, dims: Dims) -> Value:
+        """The same blocks as those of other dims."""
+        self._materialise(value)
+        return replace(value, dims=tuple(map(merged, dims)))
+
+    # Movements
+
+    def move(self, value: Value, dims: Dims, why: str = "") -> Value:
+        """The value in another layout."""
+        dims = tuple(map(merged, dims))
+        if value.dims == dims:
+            return value
+        known = self._moved.get((value, dims))
+        if known is None:
+            known = self._moved[value, dims] = self._move(value, dims, why)
+        return known
+
+    def _move(self, value: Value, dims: Dims, why: str) -> Value:
+        if value.make is not None:
+            made = self.new(dims, value.dtype, value.grad)
+            made.make = value.make
+            return made
+        pairs = [_alike(h, w) for h, w in zip(value.dims, dims, strict=True)]
+        if None in pairs:  # the cuts of some dims have no factors in common
+            whole = tuple(h if p else (uncut(size_of(h)),) for h, p in zip(value.dims, pairs, strict=True))
+            whole = dims if whole == value.dims else whole
+            return self.move(self.move(value, whole, why), dims, why)
+        held, wanted = (tuple(dim for pair in pairs for dim in pair[side]) for side in (0, 1))  # type: ignore[index]
+        if held == wanted:
+            return self.renamed(value, dims)
+        made = self.new(dims, value.dtype, value.grad)
+        inside, outside = (local_shape(tuple((d,) for d in f), self.grid, self.index) for f in (held, wanted))
+        text = value.name if inside == self.local(value.dims) else f"{value.name}.reshape({inside})"
+        if all(map(is_inside, held, wanted)):
+            pieces = [(self.range(h), self.range(w)) for h, w in zip(held, wanted, strict=True)]
+            slices = ", ".join(":" if h == w else f"{w[0] - h[0]}:{max(w[1], w[0]) - h[0]}" for h, w in pieces)
+            text = f"{text}[{slices}]"
+        else:
+            text = f"{self.operator(*self._layouts(held, wanted), value, why or _kind(held, wanted))}({text})"
+        if outside != self.local(dims):
+            text = f"{text}.reshape({self.local(dims)})"
+        self.emit(f"{made.name} = {text}", [value.name])
+        return made
+
+    def _layouts(self, held: tuple[Dim, ...], wanted: tuple[Dim, ...]) -> tuple[Layout, Layout]:
+        """Copies of the source keep apart: each moves among its own ranks."""
+        keys = self.free_axes(all_axes((held,)))
+        return Layout(self.grid, held, keys), Layout(self.grid, wanted, keys)
+
+    def operator(self, X: Layout, Y: Layout, value: Value, kind: str) -> str:
+        """The name of the operator between two layouts."""
+        self.movements.append(Movement(self.path, kind, X, Y, value.dtype, value.grad))
+        if self.transport is None:
+            return self.constant(None, kind)
+        operator = Operator(plan(X, Y, self.rank), self.transport, self.path or self.label, graph=value.grad)
+        return self.constant(operator if value.grad else operator.apply, kind)
+
+    def add_up(self, value: Value, dims: Dims) -> Value:
+        """The value in a layout, of parts: points that several ranks hold in theirs are added up."""
+        if value.dims == dims:
+            return value
+        held, wanted = (tuple(dim for factors in d for dim in factors) for d in (value.dims, dims))
+        made = self.new(dims, value.dtype, value.grad)
+        kind = "all_reduce" if not all_axes(dims) else "sum"
+        self.emit(
+            f"{made.name} = {self.operator(*self._layouts(held, wanted), value, kind)}({value.name})", [value.name]
+        )
+        return made
+
+    def sum_over(self, value: Value, axes: Iterable[int]) -> Value:
+        """The sum over axes along which the ranks hold parts, which looks like a copy along them."""
+        axes = [a for a in axes if self.grid.shape[a] > 1]
+        if not axes:
+            return value
+        self._materialise(value)
+        keys = tuple(a for a, n in enumerate(self.grid.shape) if n > 1 and a not in axes)
+        R = Layout(self.grid, tuple(dim for factors in value.dims for dim in factors), keys)
+        made = self.new(value.dims, value.dtype, value.grad)
+        shape = local_shape(tuple((d,) for d in R.dims), self.grid, self.index)
+        local = self.local(value.dims)
+        given, back = ("", "") if shape == local else (f".reshape({shape})", f".reshape({local})")
+        self.emit(f"{made.name} = {self.operator(R, R, value, 'all_reduce')}({value.name}{given}){back}", [value.name])
+        return made
+
+    # Layouts
+
+    def free_axes(self, used: Iterable[int]) -> tuple[int, ...]:
+        """The axes longer than one that are not used."""
+        used = set(used)
+        return tuple(a for a, n in enumerate(self.grid.shape) if n > 1 and a not in used)
+
+    def whole(self, value: Value, why: str = "") -> Value:
+        """The value whole on every rank."""
+        return self.move(value, tuple((uncut(n),) for n in value.shape), why)
+
+    def wholly(self, value: Value, dims: Iterable[int], why: str = "", spread: bool = True) -> Value:
+        """The value with some dims whole; the axes that cut them go to cut others, if they can and `spread`."""
+        chosen = {d % value.ndim for d in dims}
+        loose = value.axes(*sorted(chosen))
+        wanted = value.with_dims({d: uncut(size_of(value.dims[d])) for d in chosen})
+        for axis in loose if spread else ():
+            wanted = self.placed(wanted, axis, chosen)
+        return self.move(value, wanted, why)
+
+    def placed(self, dims: Dims, axis: int, taboo: Iterable[int] = ()) -> Dims:
+        """The dims, one of which the axis cuts too: that of its number, or else that with most points a part."""
+        best: tuple[tuple[bool, float], int] | None = None
+        for d, factors in enumerate(dims):
+            parts = self.parts((*axes_of(factors), axis))
+            if d in taboo or len(factors) > 1 or size_of(factors) < parts:
+                continue
+            is_home = len(dims) == self.grid.dim and d == axis and not axes_of(factors)
+            score = is_home, size_of(factors) / parts
+            if best is None or score > best[0]:
+                best = score, d
+        if best is None:
+            return dims
+        (factor,) = dims[best[1]]
+        changed = (cut(length_of(factor), (*factor.axes, axis), self.grid),)
+        return tuple(changed if d == best[1] else factors for d, factors in enumerate(dims))
+
+    def even(self, dims: Dims) -> Dims:
+        """The dims in balanced blocks, but for those of several factors."""
+        return tuple((cut(length_of(f[0]), f[0].axes, self.grid),) if len(f) == 1 else f for f in dims)
+
+    def spread_home(self, value: Value, dims: Iterable[int]) -> Value:
+        """The value, whose whole dims are cut along the axes of their numbers if these cut nothing: a slice."""
+        free = self.free_axes(all_axes(value.dims)) if value.ndim == self.grid.dim else ()
+        chosen = [d for d in dims if d in free and not value.axes(d) and value.shape[d] >= self.grid.shape[d]]
+        return self.move(value, value.with_dims({d: cut(value.shape[d], (d,), self.grid) for d in chosen}), "slice")
+
+    def spread(self, value: Value, taboo: Iterable[int] = (), least: int = 2**14) -> Value:
+        """A large value that is copied along some axes, cut along them too: each rank keeps a slice."""
+        dims = value.dims
+        if math.prod(value.shape) >= least:
+            for axis in self.free_axes(all_axes(dims)):
+                dims = self.placed(dims, axis, {d % value.ndim for d in taboo})
+        return self.move(value, dims, "slice")
+
+    def plain(self, value: Value, dims: Iterable[int] | None = None) -> Value:
+        """The value with some dims (None: all) of one factor each."""
+        chosen = range(value.ndim) if dims is None else dims
+        many = [d for d in chosen if len(value.dims[d]) > 1]
+        return self.wholly(value, many) if many else value
+
+    # The program
+
+    def source(self, inputs: Sequence[Value], outputs: Sequence[Value]) -> str:
+        """The program as Python; a variable goes as soon as it is used up."""
+        for value in outputs:
+            self._materialise(value)
+        last = {name: number for number, line in enumerate(self.lines) for name in line.reads}
+        kept, path, text = {v.name for v in outputs}, "", [f"def forward({', '.join(v.name for v in inputs)}):"]
+        for number, line in enumerate(self.lines):
+            if line.path != path:
+                path = line.path
+                text.append(f"    # {path}")
+            text.append(f"    {line.text}")
+            dead = sorted({name for name in line.reads if last[name] == number and name not in kept})
+            if dead:
+                text.append(f"    del {', '.join(dead)}")
+        return "\n".join([*text, f"    return ({''.join(f'{v.name}, ' for v in outputs)})"])
+
+    def compiled(self, inputs: Sequence[Value], outputs: Sequence[Value]) -> Callable[..., tuple[torch.Tensor, ...]]:
+        """The program as a function of this rank's blocks."""
+        names = dict(self.names)
+        exec(compile(self.source(inputs, outputs), "<distdl_lite program>", "exec"), names)
+        return names["forward"]  # type: ignore[no-any-return]
+
+
+def values_in(args: Iterable[Any]) -> Iterator[Value]:
+    """The values among arguments and in lists of them."""
+    for value in args:
+        if isinstance(value, Value):
+            yield value
+        elif isinstance(value, (list, tuple)):
+            yield from values_in(value)
+
+
+def _nothing(values: Sequence[torch.Tensor], shape: Shape, dtype: torch.dtype, linear: bool) -> torch.Tensor:
+    """An empty block of a local call's output."""
+    used = [t for t in values if t.requires_grad]
+    if used and torch.is_grad_enabled() and (dtype.is_floating_point or dtype.is_complex):
+        return connected_zeros(shape, *used, linear=linear).to(dtype)
+    return torch.zeros(shape, dtype=dtype, device=values[0].device if values else None)
+
+
+def _alike(held: tuple[Dim, ...], wanted: tuple[Dim, ...]) -> tuple[tuple[Dim, ...], tuple[Dim, ...]] | None:
+    """The factors of one dim before and after a movement, of the same lengths; None where there are none."""
+    if len(held) == len(wanted) == 1 or tuple(map(length_of, held)) == tuple(map(length_of, wanted)):
+        return held, wanted
+    lengths = common_lengths([length_of(d) for d in held], [length_of(d) for d in wanted])
+    both = lengths and (refined(held, lengths), refined(wanted, lengths))
+    return both if both and None not in both else None  # type: ignore[return-value]
+
+
+def _kind(held: Sequence[Dim], wanted: Sequence[Dim]) -> str:
+    """A word for a movement."""
+    if all(h.axes == w.axes for h, w in zip(held, wanted, strict=True)):
+        return "halo" if any(w.overlaps for w in wanted) else "shift"
+    before, after = ({a for dim in dims for a in dim.axes} for dims in (held, wanted))
+    return "gather" if after < before else "recut"
