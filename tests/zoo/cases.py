@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
+
 from zoo import cnn, others, transformers, unet
 
 IMAGE = ((1, 1, 2, 1), (1, 1, 2, 2), (2, 1, 2, 1))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
 from zoo.unet import SelfAttention, UNet
 
 
@@ -28,14 +29,14 @@ class SpectralConv2d(nn.Module):
 
 
 class FNO2d(nn.Module):
-    """Fourier neural operator, with the coordinates as two more channels; `is_unet` adds a small U-Net to each layer."""
+    """Fourier neural operator, with the coordinates as two more channels; `is_unet` adds a small U-Net to the last layer."""
 
     def __init__(self, channels: int = 2, width: int = 4, is_unet: bool = False) -> None:
         super().__init__()
         self.fc0 = nn.Linear(channels + 2, width)
         self.spectral = nn.ModuleList([SpectralConv2d(width, width, (5, 4)) for _ in range(2)])
         self.w = nn.ModuleList([nn.Conv2d(width, width, 1) for _ in range(2)])
-        self.unets = nn.ModuleList([UNet(width, width) for _ in range(2)] if is_unet else [])
+        self.unets = nn.ModuleList([nn.Identity(), UNet(width, width)] if is_unet else [])
         self.fc1, self.fc2 = nn.Linear(width, 8), nn.Linear(8, 1)
 
     def grid(self, x: Tensor) -> Tensor:
@@ -78,7 +79,11 @@ class VAE(nn.Module):
     def __init__(self, channels: int = 3) -> None:
         super().__init__()
         self.encoder = nn.Sequential(
-            nn.Conv2d(channels, 4, 3, 2, 1), nn.GroupNorm(2, 4), nn.SiLU(), SelfAttention(4, 1), nn.Conv2d(4, 8, 3, 2, 1)
+            nn.Conv2d(channels, 4, 3, 2, 1),
+            nn.GroupNorm(2, 4),
+            nn.SiLU(),
+            SelfAttention(4, 1),
+            nn.Conv2d(4, 8, 3, 2, 1),
         )
         self.decoder = nn.Sequential(
             nn.Conv2d(4, 4, 3, padding=1), SelfAttention(4, 1), nn.Upsample(scale_factor=2), nn.GroupNorm(2, 4), nn.SiLU(),
@@ -118,7 +123,9 @@ class EDSR(nn.Module):
         super().__init__()
         self.register_buffer("mean", torch.tensor([0.4, 0.5, 0.6]).view(1, 3, 1, 1))
         self.head = nn.Conv2d(channels, width, 3, padding=1)
-        self.body = nn.Sequential(nn.Conv2d(width, width, 3, padding=1), nn.ReLU(True), nn.Conv2d(width, width, 3, padding=1))
+        self.body = nn.Sequential(
+            nn.Conv2d(width, width, 3, padding=1), nn.ReLU(True), nn.Conv2d(width, width, 3, padding=1)
+        )
         self.tail = nn.Sequential(nn.Conv2d(width, scale**2 * width, 3, padding=1), nn.PixelShuffle(scale))
         self.last = nn.Conv2d(width, channels, 3, padding=1)
 

@@ -47,4 +47,4 @@ def fill(c: Compiler, op: Any, x: Value, number: Any) -> Value:
 def made(c: Compiler, op: Any, *args: Any, **options: Any) -> Value:
     for name in ("device", "layout", "pin_memory"):
         options.pop(name, None)
-    return c.call(op.function, *args, dims=tuple((uncut(n),) for n in op.shape), dtype=op.dtype, **options)
+    return c.apply(op, *args, dims=tuple((uncut(n),) for n in op.shape), **options)
