@@ -1,4 +1,4 @@
-"""The models of the zoo, cut over grids, beside themselves on one device: in values, gradients, buffers and weights after steps."""
+"""The models of the zoo, cut over grids, beside themselves on one device."""
 
 from __future__ import annotations
 

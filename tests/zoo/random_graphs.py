@@ -1,127 +1,31 @@
 """Networks of operations drawn at random, graphs and not chains, each of which its number brings back.
 
-``python tests/zoo/random_graphs.py FIRST [LAST]`` runs cases and prints what is wrong, with the shortest part of the graph
-that is.
+``python -m zoo.random_graphs FIRST [LAST]`` in the folder of tests runs cases and prints what is wrong, with the part of the
+graph up to the first value that is.
 """
 
 from __future__ import annotations
 
 import math
-import random
 import sys
 import warnings
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from distdl_lite.model.prove import Trial
+from zoo import layers, operations
+from zoo.graphs import LARGEST, Draw, Network
 
-LARGEST = 3000  # elements of a value
+OPERATIONS = [operation for operation, times in {**operations.TIMES, **layers.TIMES}.items() for _ in range(times)]
 REFUSALS = ("cannot be captured", "is not supported", "has no rule")  # with the operation's name or line
-
-
-@dataclass
-class Step:
-    """One operation: its text, the numbers of the values that it takes, and how it is called."""
-
-    text: str
-    takes: tuple[int, ...]
-    function: Callable[..., Any]
-    layer: int | None = None
-    makes: tuple[int, ...] = ()
-
-
-class Network(nn.Module):
-    """The steps in order, over a growing list of values, some of which are returned."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.steps: list[Step] = []
-        self.layers = nn.ModuleList()
-        self.returns: tuple[int, ...] = ()
-
-    def run(self, step: Step, values: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        given = [] if step.layer is None else [self.layers[step.layer]]
-        made = step.function(*given, *(values[i] for i in step.takes))
-        return tuple(made) if isinstance(made, (tuple, list)) else (made,)
-
-    def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
-        values = list(inputs)
-        for step in self.steps:
-            values += self.run(step, values)
-        return tuple(values[i] for i in self.returns)
-
-    def source(self, inputs: Sequence[Tensor]) -> str:
-        """What leads to the values that are returned, as text."""
-        needed, lines = set(self.returns), list[str]()
-        for step in reversed(self.steps):
-            if needed & set(step.makes) or "_(" in step.text:  # in place
-                needed |= set(step.takes)
-                names = ", ".join(f"v{i}" for i in step.makes)
-                lines.append(f"    {names} = {step.text.format(*(f'v{i}' for i in step.takes))}")
-        shapes = [f"    v{i}: {tuple(x.shape)} {x.dtype}" for i, x in enumerate(inputs)]
-        return "\n".join([*shapes, *reversed(lines), f"    return {', '.join(f'v{i}' for i in self.returns)}"])
-
-
-class Draw(random.Random):
-    """A graph in the making: the values so far, and choices among them."""
-
-    def __init__(self, number: int) -> None:
-        super().__init__(f"graph {number}")
-        self.generator = torch.Generator().manual_seed(number)
-        self.net, self.values, self.inputs = Network(), list[Tensor](), list[Tensor]()
-
-    def chance(self, p: float) -> bool:
-        return self.random() < p
-
-    def real(self) -> int:
-        """The number of a value, mostly a late one."""
-        numbers = [i for i, v in enumerate(self.values) if v.is_floating_point()]
-        return numbers[-1 - min(int(self.expovariate(0.5)), len(numbers) - 1)]
-
-    def dims(self, n: int) -> list[int]:
-        return self.sample(range(n), self.randint(1, n)) if n else []
-
-    def signed(self, d: int, n: int) -> int:
-        return d - n if self.chance(0.3) else d
-
-    def randn(self, *shape: int) -> Tensor:
-        return torch.randn(shape, generator=self.generator, dtype=torch.float64)
-
-    def add(self, step: Step, layer: nn.Module | None = None) -> bool:
-        """Append a step, unless torch refuses it or it makes too much, or numbers too large."""
-        if layer is not None:
-            layer = layer.double()
-            with torch.no_grad():
-                for p in layer.parameters():
-                    p.copy_(0.5 * self.randn(*p.shape))
-            step.layer = len(self.net.layers)
-            self.net.layers.append(layer)
-        before = [v.clone() for v in self.values]
-        try:
-            with torch.no_grad():
-                made = self.net.run(step, before)
-            fine = all(v.numel() <= LARGEST and v.numel() > 0 and v.double().abs().max() < 1e3 for v in made)
-        except (RuntimeError, ValueError, IndexError, TypeError):
-            fine = False
-        if not fine:
-            if layer is not None:
-                del self.net.layers[-1]
-            return False
-        step.makes = tuple(range(len(self.values), len(self.values) + len(made)))
-        self.values = [*before, *(v.clone() for v in made)]  # with what it changed in place
-        self.net.steps.append(step)
-        return True
 
 
 def drawn(number: int) -> tuple[Draw, tuple[int, ...], Any]:
     """The graph of a number, its grid, and how its inputs are cut."""
-    from operations import OPERATIONS
-
     d = Draw(number)
     n = d.choice([1, 2, 3, 4, 4, 4, 5])
     grid = [1] * n
@@ -184,7 +88,7 @@ def run(number: int) -> str:
         return found
     raise AssertionError(
         f"{found}\ngrid {grid}, in_axes {axes}\n{shortest(d, grid, axes)}\n"
-        f"reproduce: python tests/zoo/random_graphs.py {number}"
+        f"reproduce: cd tests; python -m zoo.random_graphs {number}"
     )
 
 

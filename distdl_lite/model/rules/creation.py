@@ -14,7 +14,7 @@ from distdl_lite.nn.compiler import Compiler, Value, rule
 @rule("zeros", "new_zeros", "zeros_like", "empty", "new_empty", "empty_like", "ones", "new_ones", "ones_like", "full", "new_full",
       "full_like", "scalar_tensor", "empty_permuted", "empty_strided", "new_empty_strided")  # fmt: skip
 def filled(c: Compiler, op: Any, *args: Any, **options: Any) -> Value:
-    number = args[1] if "full" in op.name else args[0] if op.name == "scalar_tensor" else 1 if "ones" in op.name else 0
+    number = args[-1] if "full" in op.name else args[0] if op.name == "scalar_tensor" else 1 if "ones" in op.name else 0
     dims = args[0].dims if op.name.endswith("_like") else tuple((uncut(n),) for n in op.shape)
     if isinstance(number, Value):
         return c.call(
