@@ -82,7 +82,7 @@ class Draw(random.Random):
         return torch.randn(shape, generator=self.generator, dtype=torch.float64)
 
     def step(self, text: str, takes: int | Sequence[int], function: Callable[..., Any], layer: Any = None) -> bool:
-        """Append an operation, unless torch refuses it, or it makes too much or too large numbers; a layer is its first argument."""
+        """Append an operation, of a layer if any, unless torch refuses it, or it makes too much or too large numbers."""
         step = Step(text, (takes,) if isinstance(takes, int) else tuple(takes), function)
         if layer is not None:
             layer = layer.double()
