@@ -133,6 +133,8 @@ class Trial:
             if name.startswith(("output", "input")):
                 axes, number = out_axes if name.startswith("output") else in_axes, int(name.rpartition(" ")[2])
                 parts = [_block(v, P, axes, number) for v in values]
+            elif name != "buffers" and values:
+                parts = [_held(net, n, v) for (n, _), v in zip(net.named_parameters(), values, strict=True)]
             scale = max(map(_largest, values), default=0.0) or 1.0
             pairs = zip(parts, found[name], strict=True)
             differences[name] = max((_apart(v, f) / scale for v, f in pairs), key=_badness, default=0.0)
@@ -140,11 +142,11 @@ class Trial:
         text = "" if worst <= tolerance else self._first_difference(net, blocks, tolerance)
         return differences, net.program, text
 
-    def _capture(self, model: torch.nn.Module, args: Any, kwargs: Any) -> Captured:
+    def _capture(self, model: torch.nn.Module, args: Any, kwargs: Any, whole: Any, device: str) -> Captured:
         """As `capture` does, once for all ranks and grids."""
-        key = str((args, kwargs))
+        key = str((args, kwargs, device))
         if key not in self.captured:
-            self.captured[key] = capture(model, args, kwargs)
+            self.captured[key] = capture(model, args, kwargs, whole, device)
         return self.captured[key]
 
     def _run(
@@ -182,7 +184,7 @@ class Trial:
         shown = [(node, v, whole) for (node, whole), (_, _, v) in pairs if isinstance(v, Value) and _is_inexact(whole)]
         run = c.compiled(net.program.arguments[0], [v for _, v, _ in shown])
         with torch.no_grad():
-            made = run(*running.taken(net, *blocks))
+            made = run(*running.taken(blocks))
         for (node, value, whole), mine in zip(shown, made, strict=True):
             factors = [factor for of_dim in value.dims for factor in of_dim]
             part = whole.reshape([*map(length_of, factors)])[tuple(slice(*c.range(factor)) for factor in factors)]
@@ -228,6 +230,12 @@ def _block(x: torch.Tensor, P: Partition, given: Given, number: int) -> torch.Te
     axes = given[number] if given is not None and number < len(given) else None
     axes = default_axes(x.dim(), x.dtype, P.grid_of_ranks) if axes is None else axes
     return x[P.block(x.shape, axes)].clone()  # type: ignore[attr-defined]
+
+
+def _held(net: Distributed, name: str, whole: torch.Tensor) -> torch.Tensor:
+    """This rank's part of a parameter, or of its gradient."""
+    dims = net._placed.get(name)
+    return whole if dims is None else whole[tuple(slice(*net.program.compiler.range(f)) for (f,) in dims)]
 
 
 def _largest(x: torch.Tensor) -> float:
