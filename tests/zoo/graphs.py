@@ -48,7 +48,8 @@ class Network(nn.Module):
         """What leads to the values that are returned, as text."""
         needed, lines = set(self.returns), list[str]()
         for step in reversed(self.steps):
-            if needed & set(step.makes) or "_(" in step.text:  # in place
+            has_buffers = step.layer is not None and any(True for _ in self.layers[step.layer].buffers())
+            if needed & set(step.makes) or "_(" in step.text or has_buffers:  # or it changes something in place
                 needed |= set(step.takes)
                 names = ", ".join(f"v{i}" for i in step.makes)
                 lines.append(f"    {names} = {step.text.format(*(f'v{i}' for i in step.takes))}")
