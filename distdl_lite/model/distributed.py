@@ -159,12 +159,14 @@ class Distributed(Module):
             self._placed.update(dict.fromkeys(names, value.dims))
             if not all_axes(value.dims):
                 continue
-            parameter, box = self.model.get_parameter(feed.target), tuple(program.compiler.range(f) for (f,) in value.dims)
+            parameter = self.model.get_parameter(feed.target)
+            box = tuple(slice(*program.compiler.range(f)) for (f,) in value.dims)
             with torch.no_grad():
-                parameter.data = parameter[tuple(slice(*r) for r in box)].clone()
+                parameter.data = parameter[box].clone()
             place = Place(_layout_of(self.P, value.dims), self._replicas_of(feed.target, value.dims))
             for path, _, name in (other.rpartition(".") for other in names):
-                holder = self.model.get_submodule(path) if path else self  # a module of the model may be called `model`, too
+                # Not of `self`, where a module that is called as an attribute of it is, such as `model`, would be hidden.
+                holder = self.model.get_submodule(path) if path else self
                 holder.__dict__.setdefault("_distdl_places", {})[name] = place
 
     def _named(self) -> list[tuple[str, torch.Tensor]]:
