@@ -146,6 +146,8 @@ def refined(factors: Iterable[Dim], lengths: Sequence[int]) -> Factors | None:
 def reshaped(dims: Dims, shape: Shape) -> Dims | None:
     """The dims of a tensor of another shape with the same elements on each rank, None where its cuts do not allow it."""
     flat = merged(dim for factors in dims for dim in factors)
+    if any(dim.axes and length_of(dim) == 1 for dim in flat):  # some ranks hold nothing, which the other dims could not say
+        return None
     lengths = common_lengths([length_of(dim) for dim in flat], shape)
     parts = None if lengths is None else refined(flat, lengths)
     if parts is None:

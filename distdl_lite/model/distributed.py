@@ -159,12 +159,15 @@ class Distributed(Module):
             self._placed.update(dict.fromkeys(names, value.dims))
             if not all_axes(value.dims):
                 continue
-            parameter, box = self.get_parameter(feed.target), tuple(program.compiler.range(f) for (f,) in value.dims)
+            parameter = self.model.get_parameter(feed.target)
+            box = tuple(slice(*program.compiler.range(f)) for (f,) in value.dims)
             with torch.no_grad():
-                parameter.data = parameter[tuple(slice(*r) for r in box)].clone()
+                parameter.data = parameter[box].clone()
             place = Place(_layout_of(self.P, value.dims), self._replicas_of(feed.target, value.dims))
             for path, _, name in (other.rpartition(".") for other in names):
-                self.get_submodule(path).__dict__.setdefault("_distdl_places", {})[name] = place
+                # Not of `self`, where a module that is called as an attribute of it is, such as `model`, would be hidden.
+                holder = self.model.get_submodule(path) if path else self
+                holder.__dict__.setdefault("_distdl_places", {})[name] = place
 
     def _named(self) -> list[tuple[str, torch.Tensor]]:
         return [*self.named_parameters(remove_duplicate=False), *self.named_buffers(remove_duplicate=False)]
@@ -337,10 +340,10 @@ class _Running:
         return pytree.tree_unflatten(outputs, self.captured.spec)
 
 
-def _found(net: torch.nn.Module, kind: str, target: str) -> tuple[dict[str, Any], str]:
+def _found(net: Distributed, kind: str, target: str) -> tuple[dict[str, Any], str]:
     """Where a parameter or buffer is kept, and its name there."""
     path, _, name = target.rpartition(".")
-    return vars(net.get_submodule(path))[f"_{kind}s"], name
+    return vars(net.model.get_submodule(path))[f"_{kind}s"], name
 
 
 class _Shown(Node):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,11 +14,14 @@ from torch.fx import Node
 from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
 
+from distdl_lite.factors import length_of
 from distdl_lite.model.capture import Captured, capture, name_of, path_of
 from distdl_lite.model.compile import Program, default_axes
 from distdl_lite.model.distributed import Distributed, Given
 from distdl_lite.nn.compiler import Value
 from distdl_lite.partition import Partition
+
+Found = dict[str, list[torch.Tensor]]  # outputs, gradients, buffers and weights, under the names of `Proof.differences`
 
 
 @dataclass(frozen=True)
@@ -39,7 +43,7 @@ class Proof:
     @property
     def worst(self) -> float:
         """The largest of the differences; nan if any is."""
-        return max(self.differences.values(), key=lambda d: (math.isnan(d), d))
+        return max(self.differences.values(), key=_badness, default=0.0)
 
 
 def prove(
@@ -64,7 +68,7 @@ def prove(
     *inputs : tuple of int or Any
         The arguments: whole tensors, shapes of random ones, or plain values.
     dtype : torch.dtype or None
-        That the model and floating inputs are taken to.
+        That the model and floating inputs are taken to; complex ones are taken to complex numbers of it.
     in_axes, out_axes
         As of `distribute`.
     tolerance : float
@@ -81,67 +85,149 @@ def prove(
     AssertionError
         If something differs by more than the tolerance; the text names the first module whose values differ.
     """
-    from distdl_lite.transport.threads import spmd
+    return Trial(model, *inputs, dtype=dtype, steps=steps, seed=seed).on(grid, in_axes, out_axes, tolerance)
 
-    generator = torch.Generator().manual_seed(seed)
-    model = copy.deepcopy(model) if dtype is None else copy.deepcopy(model).to(dtype)
-    whole = [_drawn(x, dtype, generator) for x in inputs]
-    captured: dict[str, Captured] = {}
 
-    def shared(model: torch.nn.Module, args: Any, kwargs: Any, whole: Any, device: str) -> Captured:
-        key = str((args, kwargs))
-        if key not in captured:
-            captured[key] = capture(model, args, kwargs, whole, device)
-        return captured[key]
+class Trial:
+    """A model run serially and captured once, to be compared on several grids; its arguments are those of `prove`."""
 
-    serial = copy.deepcopy(model)
-    wanted, gradients = _run(serial, whole, None, steps, generator)
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        *inputs: Any,
+        dtype: torch.dtype | None = torch.float64,
+        steps: int = 2,
+        seed: int = 0,
+    ) -> None:
+        self.generator = torch.Generator().manual_seed(seed)
+        self.model = copy.deepcopy(model)._apply(lambda t: _in_dtype(t, dtype))
+        self.inputs, self.steps = [_drawn(x, dtype, self.generator) for x in inputs], steps
+        self.captured: dict[str, Captured] = {}
+        self.wanted, self.gradients = self._run(copy.deepcopy(self.model), self.inputs)
 
-    def body(world: Partition) -> tuple[dict[str, float], Program, str]:
-        P = world.grid(grid)
-        net = Distributed(copy.deepcopy(model), P, in_axes, out_axes)
-        net.__dict__["_capture"] = shared
-        blocks = [_block(x, P, in_axes, i) for i, x in enumerate(whole)]
-        found, _ = _run(net, blocks, [_block(g, P, out_axes, i) for i, g in enumerate(gradients)], steps, generator)
-        differences, names = {}, [n for n, _ in serial.named_parameters()]
-        for name, values in wanted.items():
-            scale = max((float(v.abs().max()) for v in values if v.numel()), default=0.0) or 1.0
-            axes = out_axes if name.startswith("output") else in_axes
-            is_cut = name.startswith(("output", "input"))
-            number = int(name.rpartition(" ")[2]) if is_cut else 0
-            own = (
-                values
-                if is_cut or name == "buffers"
-                else [_held(net, n, v) for n, v in zip(names, values, strict=bool(values))]
-            )
-            parts = [((_block(v, P, axes, number) if is_cut else v), f) for v, f in zip(own, found[name], strict=True)]
-            differences[name] = max((_apart(v, f) / scale for v, f in parts), default=0.0)
-        worst = max(differences.values(), default=0.0)
-        text = "" if worst <= tolerance else _first_difference(net, copy.deepcopy(model), whole, blocks, tolerance)
+    def on(self, grid: Sequence[int], in_axes: Given = None, out_axes: Given = None, tolerance: float = 1e-9) -> Proof:
+        """Compare on a grid; see `prove`."""
+        from distdl_lite.transport.threads import spmd
+
+        def body(world: Partition) -> tuple[dict[str, float], Program, str]:
+            return self._on_rank(world.grid(grid), in_axes, out_axes, tolerance)
+
+        told = spmd(math.prod(grid), body)
+        differences = {name: max((d[name] for d, *_ in told), key=_badness) for name in self.wanted}
+        if not all(d <= tolerance for d in differences.values()):
+            text = next((text for *_, text in told if text), "no operation of the forward differs")
+            raise AssertionError(f"on a grid of {tuple(grid)} the model differs: {differences}; {text}")
+        return Proof(differences, told[0][1])
+
+    def _on_rank(
+        self, P: Partition, in_axes: Given, out_axes: Given, tolerance: float
+    ) -> tuple[dict[str, float], Program, str]:
+        """The differences that this rank finds, its program, and what differs first, if anything does on any rank."""
+        net = Distributed(copy.deepcopy(self.model), P, in_axes, out_axes)
+        net.__dict__["_capture"] = self._capture
+        blocks, gradients = _blocks(self.inputs, P, in_axes), _blocks(self.gradients, P, out_axes)
+        found, _ = self._run(net, blocks, gradients)
+        differences = {}
+        for name, values in self.wanted.items():
+            parts = values
+            if name.startswith(("output", "input")):
+                axes, number = out_axes if name.startswith("output") else in_axes, int(name.rpartition(" ")[2])
+                parts = [_block(v, P, axes, number) for v in values]
+            elif name != "buffers" and values:
+                parts = [_held(net, n, v) for (n, _), v in zip(net.named_parameters(), values, strict=True)]
+            scale = max(map(_largest, values), default=0.0)
+            scale = max(scale, 1e-5)  # of gradients that are zero there is only rounding
+            pairs = zip(parts, found[name], strict=True)
+            differences[name] = max((_apart(v, f) / scale for v, f in pairs), key=_badness, default=0.0)
+        worst = max(P.allgather_data(max(differences.values(), key=_badness, default=0.0)) or [], key=_badness)
+        text = "" if worst <= tolerance else self._first_difference(net, blocks, tolerance)
         return differences, net.program, text
 
-    told = spmd(math.prod(grid), body)
-    differences = {name: max(d[name] for d, *_ in told) for name in wanted}
-    texts = [text for *_, text in told if text]
-    if any(not d <= tolerance for d in differences.values()):
-        raise AssertionError(
-            f"on a grid of {tuple(grid)} the model differs: {differences}; {texts[0] if texts else ''}"
-        )
-    return Proof(differences, told[0][1])
+    def _capture(self, model: torch.nn.Module, args: Any, kwargs: Any, whole: Any, device: str) -> Captured:
+        """As `capture` does, once for all ranks and grids."""
+        key = str((args, kwargs, device))
+        if key not in self.captured:
+            self.captured[key] = capture(model, args, kwargs, whole, device)
+        return self.captured[key]
+
+    def _run(
+        self, net: torch.nn.Module, args: Sequence[Any], gradients: Sequence[torch.Tensor] | None = None
+    ) -> tuple[Found, list[torch.Tensor]]:
+        """What a network makes in some steps, and the gradients of its outputs, which are drawn if none are given."""
+        weights, found = list(net.parameters()), Found()
+        # The large eps, since a gradient that is zero but for rounding would count as much as others with a small one.
+        optimizer = torch.optim.AdamW(weights, lr=1e-3, eps=1e-3) if self.steps and weights else None
+        for step in range(max(self.steps, 1)):
+            args = [a.detach().clone().requires_grad_() if _is_inexact(a) else a for a in args]
+            net.zero_grad()
+            outputs = [y for y in pytree.tree_leaves(net(*args)) if isinstance(y, torch.Tensor)]
+            if gradients is None:
+                gradients = [
+                    torch.randn(y.shape, generator=self.generator, dtype=_wide(y)).to(y.dtype) for y in outputs
+                ]
+            pairs = [(y, g) for y, g in zip(outputs, gradients, strict=True) if y.requires_grad]
+            if pairs:
+                torch.autograd.backward([y for y, _ in pairs], [g for _, g in pairs])
+            if step == 0:
+                found = _found(net, [a for a in args if isinstance(a, torch.Tensor)], outputs)
+            if optimizer is not None:
+                optimizer.step()
+        if self.steps:
+            found[f"after {self.steps} steps"] = [p.detach().clone() for p in weights]
+        return found, list(gradients or ())
+
+    def _first_difference(self, net: Distributed, blocks: Sequence[Any], tolerance: float) -> str:
+        """The first operation, in the order of the forward, whose values differ from the serial ones; all ranks call it."""
+        c, running = net.program.compiler, net._distdl_plan
+        assert running is not None
+        serial = _serial_values(running.captured, copy.deepcopy(self.model), self.inputs)
+        pairs = zip(serial, net.program.operations, strict=True)
+        shown = [(node, v, whole) for (node, whole), (_, _, v) in pairs if isinstance(v, Value) and _is_inexact(whole)]
+        run = c.compiled(net.program.arguments[0], [v for _, v, _ in shown])
+        with torch.no_grad():
+            made = run(*running.taken(blocks))
+        for (node, value, whole), mine in zip(shown, made, strict=True):
+            factors = [factor for of_dim in value.dims for factor in of_dim]
+            part = whole.reshape([*map(length_of, factors)])[tuple(slice(*c.range(factor)) for factor in factors)]
+            apart = _apart(part.reshape(c.local(value.dims)), mine)
+            if not apart <= tolerance * max(_largest(whole), 1.0):
+                return (
+                    f"first at {name_of(node)} in module {path_of(node) or type(self.model).__name__!r}, by {apart:.1e}"
+                )
+        return ""
+
+
+def _badness(difference: float) -> tuple[bool, float]:
+    return math.isnan(difference), difference
+
+
+def _is_inexact(x: Any) -> bool:
+    return isinstance(x, torch.Tensor) and (x.is_floating_point() or x.is_complex())
+
+
+def _wide(x: torch.Tensor) -> torch.dtype:
+    return torch.complex128 if x.is_complex() else torch.float64
+
+
+def _in_dtype(x: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
+    return x if dtype is None or not _is_inexact(x) else x.to(dtype.to_complex() if x.is_complex() else dtype)
 
 
 def _drawn(x: Any, dtype: torch.dtype | None, generator: torch.Generator) -> Any:
+    """An argument; a random one for a shape."""
     if isinstance(x, tuple) and all(isinstance(n, int) for n in x):
-        x = torch.randn(x, generator=generator, dtype=dtype or torch.float32)
-    if isinstance(x, torch.Tensor) and x.is_floating_point():
-        return x.detach().to(dtype or x.dtype).clone()
-    return x
+        return torch.randn(x, generator=generator, dtype=dtype or torch.float32)
+    return _in_dtype(x.detach(), dtype).clone() if isinstance(x, torch.Tensor) else x
 
 
-def _block(x: Any, P: Partition, given: Given, number: int) -> Any:
-    """This rank's block of an argument or an output."""
-    if not isinstance(x, torch.Tensor):
-        return x
+def _blocks(values: Sequence[Any], P: Partition, given: Given) -> list[Any]:
+    """This rank's blocks of the tensors among arguments or outputs, and the rest as it is."""
+    numbers = itertools.count()
+    return [_block(x, P, given, next(numbers)) if isinstance(x, torch.Tensor) else x for x in values]
+
+
+def _block(x: torch.Tensor, P: Partition, given: Given, number: int) -> torch.Tensor:
+    """This rank's block of the tensor of a number among the arguments' or the outputs'."""
     axes = given[number] if given is not None and number < len(given) else None
     axes = default_axes(x.dim(), x.dtype, P.grid_of_ranks) if axes is None else axes
     return x[P.block(x.shape, axes)].clone()  # type: ignore[attr-defined]
@@ -149,72 +235,36 @@ def _block(x: Any, P: Partition, given: Given, number: int) -> Any:
 
 def _held(net: Distributed, name: str, whole: torch.Tensor) -> torch.Tensor:
     """This rank's part of a parameter, or of its gradient."""
-    c, dims = net.program.compiler, net._placed.get(name)
-    return whole if dims is None else whole[tuple(slice(*c.range(f)) for (f,) in dims)]
+    dims = net._placed.get(name)
+    return whole if dims is None else whole[tuple(slice(*net.program.compiler.range(f)) for (f,) in dims)]
+
+
+def _largest(x: torch.Tensor) -> float:
+    """The largest of the finite numbers."""
+    finite = x[x.isfinite()].to(_wide(x))
+    return float(finite.abs().max()) if finite.numel() else 0.0
 
 
 def _apart(wanted: torch.Tensor, found: torch.Tensor) -> float:
+    """The largest difference; infinities and nan are like themselves."""
     if wanted.shape != found.shape:
         return math.inf
-    difference = (wanted - found).abs()
+    wanted, found = (t.to(_wide(wanted)) for t in (wanted, found))
+    is_same = (wanted == found) | (wanted.isnan() & found.isnan())
+    difference = (wanted - found).abs().masked_fill(is_same, 0)
     return float(difference.max()) if difference.numel() else 0.0
 
 
-def _run(
-    net: torch.nn.Module, args: Sequence[Any], gradients: Sequence[Any] | None, steps: int, generator: torch.Generator
-) -> tuple[dict[str, list[torch.Tensor]], list[torch.Tensor]]:
-    """The outputs, gradients, buffers and weights after some steps; and the gradients of the outputs, which are drawn if None."""
-    found: dict[str, list[torch.Tensor]] = {}
-    optimizer = torch.optim.AdamW(net.parameters(), lr=1e-3) if steps and any(True for _ in net.parameters()) else None
-    for step in range(max(steps, 1)):
-        args = [a.detach().clone().requires_grad_() if _is_real(a) else a for a in args]
-        net.zero_grad()
-        outputs = [y for y in pytree.tree_leaves(net(*args)) if isinstance(y, torch.Tensor)]
-        if gradients is None:
-            gradients = [torch.randn(y.shape, generator=generator, dtype=torch.float64).to(y.dtype) for y in outputs]
-        pairs = [(y, g) for y, g in zip(outputs, gradients, strict=True) if y.requires_grad]
-        if pairs:
-            torch.autograd.backward([y for y, _ in pairs], [g for _, g in pairs])
-        if step == 0:
-            found |= {
-                f"output {i}": [y.detach().to(torch.complex128 if y.is_complex() else torch.float64)]
-                for i, y in enumerate(outputs)
-            }
-            for i, a in enumerate(args):
-                if _is_real(a):
-                    found[f"input gradient {i}"] = [torch.zeros_like(a) if a.grad is None else a.grad.detach()]
-            zero = [torch.zeros_like(p) if p.grad is None else p.grad.detach().clone() for p in net.parameters()]
-            found["parameter gradients"] = zero
-            found["buffers"] = [b.detach().double().clone() for b in net.buffers() if b.dtype is not torch.bool]
-        if optimizer is not None:
-            optimizer.step()
-    found[f"after {steps} steps"] = [p.detach().clone() for p in net.parameters()] if steps else []
-    return found, list(gradients or ())
-
-
-def _is_real(x: Any) -> bool:
-    return isinstance(x, torch.Tensor) and (x.is_floating_point() or x.is_complex())
-
-
-def _first_difference(net: Distributed, model: torch.nn.Module, whole: Any, blocks: Any, tolerance: float) -> str:
-    """The first module, in the order of the forward, whose values differ from the serial model's; all ranks call it."""
-    program = net.program
-    c = program.compiler
-    values = [v for _, _, v in program.operations]
-    serial = _serial_values(net._distdl_plan.captured, model, whole)
-    shown = [(node, v, s) for (node, s), v in zip(serial, values, strict=True) if isinstance(v, Value) and _is_real(s)]
-    inputs, _ = program.arguments
-    extra = c.compiled(inputs, [v for _, v, _ in shown])
-    with torch.no_grad():
-        made = extra(*net._distdl_plan.taken(blocks))
-    for (node, value, right), mine in zip(shown, made, strict=True):
-        if any(len(f) > 1 for f in value.dims):
-            continue
-        part = right[tuple(slice(*c.range(f[0])) for f in value.dims)]
-        bad = 0.0 if part.numel() == 0 and mine.numel() == 0 else _apart(part, mine)
-        if not bad <= tolerance * max(float(right.abs().max()), 1.0):
-            return f"first at {name_of(node)} in module {path_of(node) or type(model).__name__!r}, by {bad:.1e}"
-    return ""
+def _found(net: torch.nn.Module, tensors: Sequence[torch.Tensor], outputs: Sequence[torch.Tensor]) -> Found:
+    """What a step has made: outputs, the gradients of inputs and weights, buffers."""
+    found = Found({f"output {i}": [y.detach().clone()] for i, y in enumerate(outputs)})
+    for i, x in enumerate(tensors):
+        if _is_inexact(x):
+            found[f"input gradient {i}"] = [torch.zeros_like(x) if x.grad is None else x.grad]
+    weights = net.parameters()
+    found["parameter gradients"] = [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in weights]
+    found["buffers"] = [b.detach().clone() for b in net.buffers()]
+    return found
 
 
 def _serial_values(captured: Captured, model: torch.nn.Module, whole: Sequence[Any]) -> list[tuple[Node, Any]]:

@@ -516,8 +516,8 @@ class Compiler:
 
     def compiled(self, inputs: Sequence[Value], outputs: Sequence[Value]) -> Callable[..., tuple[torch.Tensor, ...]]:
         """The program as a function of this rank's blocks."""
-        names = dict(self.names)
-        exec(compile(self.source(inputs, outputs), "<distdl_lite program>", "exec"), names)
+        source, names = self.source(inputs, outputs), dict(self.names)  # in this order: it names what it makes late
+        exec(compile(source, "<distdl_lite program>", "exec"), names)
         return names["forward"]  # type: ignore[no-any-return]
 
 

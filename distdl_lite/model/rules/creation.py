@@ -14,7 +14,7 @@ from distdl_lite.nn.compiler import Compiler, Value, rule
 @rule("zeros", "new_zeros", "zeros_like", "empty", "new_empty", "empty_like", "ones", "new_ones", "ones_like", "full", "new_full",
       "full_like", "scalar_tensor", "empty_permuted", "empty_strided", "new_empty_strided")  # fmt: skip
 def filled(c: Compiler, op: Any, *args: Any, **options: Any) -> Value:
-    number = args[1] if "full" in op.name else args[0] if op.name == "scalar_tensor" else 1 if "ones" in op.name else 0
+    number = args[-1] if "full" in op.name else args[0] if op.name == "scalar_tensor" else 1 if "ones" in op.name else 0
     dims = args[0].dims if op.name.endswith("_like") else tuple((uncut(n),) for n in op.shape)
     if isinstance(number, Value):
         return c.call(
@@ -47,4 +47,4 @@ def fill(c: Compiler, op: Any, x: Value, number: Any) -> Value:
 def made(c: Compiler, op: Any, *args: Any, **options: Any) -> Value:
     for name in ("device", "layout", "pin_memory"):
         options.pop(name, None)
-    return c.call(op.function, *args, dims=tuple((uncut(n),) for n in op.shape), dtype=op.dtype, **options)
+    return c.apply(op, *args, dims=tuple((uncut(n),) for n in op.shape), **options)

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from distdl_lite.factors import all_axes, axes_of, boundaries, cut, reshaped, split, uncut
+from distdl_lite.factors import all_axes, axes_of, boundaries, cut, length_of, reshaped, split, uncut
 from distdl_lite.grid import balanced
 from distdl_lite.layout import Dim, Range, Shape, ranges_of
 from distdl_lite.model.rules.elementwise import common_dims
@@ -27,6 +27,8 @@ def view_as(c: Compiler, x: Value, shape: Shape) -> Value:
     if math.prod(shape) == 0:
         x = c.whole(x, "view")
         return c.call(torch.reshape, x, shape, dims=tuple((uncut(n),) for n in shape), dtype=x.dtype)
+    # A single point that only some ranks hold is in no other dim.
+    x = c.move(x, tuple(tuple(uncut(1) if length_of(dim) == 1 else dim for dim in factors) for factors in x.dims), "view")
     dims = reshaped(x.dims, shape)
     while dims is None:
         x = _loosened(c, x, shape)
