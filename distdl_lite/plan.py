@@ -133,6 +133,13 @@ class Plan:
         return self.nothing if self.shape_out is None else self.shape_out
 
     @cached_property
+    def traffic(self) -> tuple[int, int, int]:
+        """How many collectives this rank takes part in, how many messages it sends (a collective is one), and their elements."""
+        collectives = sum(bool(leg.team) for leg in self.legs)
+        sent = [edge for leg in self.legs for edge in leg.sends if edge.peer != self.rank]
+        return collectives, collectives or len({edge.peer for edge in sent}), sum(edge.size for edge in sent)
+
+    @cached_property
     def gaps(self) -> list[tuple[slice, ...]]:
         """The parts of the output that receive nothing and are zero."""
         return self._uncovered([edge.box for leg in self.legs for edge in leg.receives])

@@ -35,7 +35,7 @@ from distdl_lite.grid import Grid
 from distdl_lite.layout import Dim, Layout, Range, Shape
 from distdl_lite.nn.blocks import connected_zeros
 from distdl_lite.operator import Operator
-from distdl_lite.plan import plan
+from distdl_lite.plan import Plan, plan
 from distdl_lite.transport import Transport
 
 Rule = Callable[..., Any]
@@ -111,6 +111,7 @@ class Movement:
     Y: Layout
     dtype: torch.dtype
     grad: bool
+    operator: Operator | None = None
 
 
 @dataclass
@@ -120,6 +121,11 @@ class Line:
     text: str
     reads: tuple[str, ...]
     path: str
+
+    @property
+    def writes(self) -> list[str]:
+        """The variables that it sets."""
+        return self.text.partition(" = ")[0].rstrip(", ").split(", ")
 
 
 class Compiler:
@@ -150,6 +156,8 @@ class Compiler:
         self.lines: list[Line] = []
         self.names: dict[str, Any] = {}
         self.movements: list[Movement] = []
+        self.values: dict[str, Value] = {}  # by the names of variables
+        self._plans: dict[tuple[Layout, Layout], Plan] = {}
         self._moved: dict[tuple[Value, Dims], Value] = {}
         self._numbers: dict[str, int] = {}
 
@@ -157,7 +165,9 @@ class Compiler:
 
     def new(self, dims: Dims, dtype: torch.dtype, grad: bool, name: str = "v") -> Value:
         """A value under a name of its own."""
-        return Value(self._unique(name), tuple(map(merged, dims)), dtype, grad)
+        value = Value(self._unique(name), tuple(map(merged, dims)), dtype, grad)
+        self.values[value.name] = value
+        return value
 
     def constant(self, value: Any, name: str = "") -> str:
         """The name of an object in the program."""
@@ -253,7 +263,7 @@ class Compiler:
         if any(0 in shape for shape in shapes):
             for value, shape in zip(outputs, shapes, strict=True):
                 words = ", ".join(v.name for v in values)
-                self.emit(f"{value.name} = {self._shared(_nothing)}([{words}], {shape}, {self._word(value.dtype, [])}, {linear})",
+                self.emit(f"{value.name} = {self._shared(nothing)}([{words}], {shape}, {self._word(value.dtype, [])}, {linear})",
                           [v.name for v in values])  # fmt: skip
             return outputs
         words = [self._word(a, reads) for a in args] + [f"{k}={self._word(v, reads)}" for k, v in options.items()]
@@ -326,11 +336,18 @@ class Compiler:
 
     def operator(self, X: Layout, Y: Layout, value: Value, kind: str) -> str:
         """The name of the operator between two layouts."""
-        self.movements.append(Movement(self.path, kind, X, Y, value.dtype, value.grad))
-        if self.transport is None:
-            return self.constant(None, kind)
-        operator = Operator(plan(X, Y, self.rank), self.transport, self.path or self.label, graph=value.grad)
-        return self.constant(operator if value.grad else operator.apply, kind)
+        operator = self.movement(X, Y, value, kind)
+        return self.constant(operator if operator is None or value.grad else operator.apply, kind)
+
+    def movement(self, X: Layout, Y: Layout, value: Value, kind: str) -> Operator | None:
+        """The operator between two layouts, for a local function that runs it itself; None in a program that is looked at."""
+        operator = None
+        if self.transport is not None:
+            if (X, Y) not in self._plans:
+                self._plans[X, Y] = plan(X, Y, self.rank)
+            operator = Operator(self._plans[X, Y], self.transport, self.path or self.label, graph=value.grad)
+        self.movements.append(Movement(self.path, kind, X, Y, value.dtype, value.grad, operator))
+        return operator
 
     def add_up(self, value: Value, dims: Dims) -> Value:
         """The value in a layout, of parts: points that several ranks hold in theirs are added up."""
@@ -422,18 +439,24 @@ class Compiler:
 
     # The program
 
-    def source(self, inputs: Sequence[Value], outputs: Sequence[Value]) -> str:
-        """The program as Python; a variable goes as soon as it is used up."""
+    def steps(self, outputs: Sequence[Value]) -> Iterator[tuple[Line, list[str]]]:
+        """The lines in turn, and the variables that are used up after each."""
         for value in outputs:
             self._materialise(value)
         last = {name: number for number, line in enumerate(self.lines) for name in line.reads}
-        kept, path, text = {v.name for v in outputs}, "", [f"def forward({', '.join(v.name for v in inputs)}):"]
+        kept = {v.name for v in outputs}
         for number, line in enumerate(self.lines):
+            used = {name for name in (*line.reads, *line.writes) if last.get(name, number) == number}
+            yield line, sorted(used - kept)
+
+    def source(self, inputs: Sequence[Value], outputs: Sequence[Value]) -> str:
+        """The program as Python; a variable goes as soon as it is used up."""
+        path, text = "", [f"def forward({', '.join(v.name for v in inputs)}):"]
+        for line, dead in self.steps(outputs):
             if line.path != path:
                 path = line.path
                 text.append(f"    # {path}")
             text.append(f"    {line.text}")
-            dead = sorted({name for name in line.reads if last[name] == number and name not in kept})
             if dead:
                 text.append(f"    del {', '.join(dead)}")
         return "\n".join([*text, f"    return ({''.join(f'{v.name}, ' for v in outputs)})"])
@@ -454,7 +477,7 @@ def values_in(args: Iterable[Any]) -> Iterator[Value]:
             yield from values_in(value)
 
 
-def _nothing(values: Sequence[torch.Tensor], shape: Shape, dtype: torch.dtype, linear: bool) -> torch.Tensor:
+def nothing(values: Sequence[torch.Tensor], shape: Shape, dtype: torch.dtype, linear: bool) -> torch.Tensor:
     """An empty block of a local call's output."""
     used = [t for t in values if t.requires_grad]
     if used and torch.is_grad_enabled() and (dtype.is_floating_point or dtype.is_complex):
