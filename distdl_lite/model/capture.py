@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import traceback
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +19,24 @@ from distdl_lite.layout import Shape
 _OURS, _TORCHS = Path(__file__).parent.parent, Path(torch.__file__).parent
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _WAYS_OUT = "write this part without it, or cut the model by hand with distdl_lite.nn's layers"
+
+
+class _Function(torch.nn.Module):
+    """A function as a module."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.function(*args, **kwargs)
+
+
+def as_module(model: Any) -> torch.nn.Module:
+    """A module, or a function as one; TypeError for anything else."""
+    if not callable(model):
+        raise TypeError(f"distribute: a torch.nn.Module or a function is needed, not {type(model).__name__}")
+    return model if isinstance(model, torch.nn.Module) else _Function(model)
 
 
 @dataclass(frozen=True)

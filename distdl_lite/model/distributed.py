@@ -14,8 +14,9 @@ from distdl_lite.autograd import Node, copy_to_team
 from distdl_lite.factors import Dims, all_axes, uncut
 from distdl_lite.layout import Dim, ranges_of
 from distdl_lite.model import rules as rules  # registers those that graphs alone need
-from distdl_lite.model.capture import Captured, capture
+from distdl_lite.model.capture import Captured, as_module, capture
 from distdl_lite.model.compile import Axes, Program, compiled, default_axes
+from distdl_lite.model.report import Machine, Report, report, reported
 from distdl_lite.nn.compiler import Value
 from distdl_lite.nn.module import Call, Module
 from distdl_lite.partition import Partition
@@ -73,17 +74,6 @@ def distribute(
     return Distributed(model, P, in_axes, out_axes, strict)
 
 
-class _Function(torch.nn.Module):
-    """A function as a module."""
-
-    def __init__(self, function: Callable[..., Any]) -> None:
-        super().__init__()
-        self.function = function
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.function(*args, **kwargs)
-
-
 class Distributed(Module):
     """A model over a grid; made by `distribute`.
 
@@ -101,9 +91,7 @@ class Distributed(Module):
         self, model: Any, P: Partition, in_axes: Given = None, out_axes: Given = None, strict: bool = False
     ) -> None:
         super().__init__(P)
-        if not callable(model):
-            raise TypeError(f"distribute: a torch.nn.Module or a function is needed, not {type(model).__name__}")
-        model = model if isinstance(model, torch.nn.Module) else _Function(model)
+        model = as_module(model)
         self.__dict__["model"] = model
         self.__dict__.update(
             {k: vars(model)[k] for k in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")}
@@ -229,6 +217,25 @@ class Distributed(Module):
     def code(self) -> str:
         """What this rank does in a forward, as Python; the paths of the model's modules stand above their lines."""
         return self.program.compiler.source(*self.program.arguments)
+
+    def report(self, *inputs: Any, machine: Machine = Machine()) -> Report:
+        """What the model moves, computes and holds; nothing is run, and no other rank is needed.
+
+        Parameters
+        ----------
+        *inputs
+            Of global shapes, as `dl.report` takes them. Without any, the structure called last is meant.
+        machine : Machine
+            For the predicted times.
+        """
+        if inputs:
+            shape, options = self.P.shape, {"in_axes": self.in_axes, "out_axes": self.out_axes, "train": self.training}
+            return report(self.model, shape, *inputs, machine=machine, strict=self.strict, **options)
+        feeds = {feed.target: (v.dims, v.grad) for feed, v in self.program.feeds if feed.kind == "user_input"}
+        grads = any(v.grad for _, v in self.program.feeds)
+        return reported(
+            self._distdl_plan.captured, self.model, self.P.grid_of_ranks, feeds, grads, self.strict, self.out_axes, machine
+        )
 
     def extra_repr(self) -> str:
         return f"P={self.P.shape}"
