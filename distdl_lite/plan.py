@@ -215,7 +215,7 @@ def _collective(pattern: Pattern, X: Layout, Y: Layout, rank: int, key: tuple[in
     root = {Pattern.BROADCAST: sources[0], Pattern.REDUCE: targets[0]}.get(pattern)
     none: list[int | None] = [None] * len(X.dims)
     sends = _edges(X.box(rank), key, Y, none, True) if X.key(rank) == key else ()
-    receives = _edges(Y.box(rank), key, X, none, False) if Y.key(rank) == key else ()
+    receives = sends if X == Y else _edges(Y.box(rank), key, X, none, False) if Y.key(rank) == key else ()
     return Leg(pattern, tuple(sorted({*sources, *targets})), root, sends, receives)
 
 

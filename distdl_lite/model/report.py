@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 
 from distdl_lite.factors import Dims, all_axes, blocks, length_of, local_shape
 from distdl_lite.grid import Grid, unravel
-from distdl_lite.layout import Layout, Shape
+from distdl_lite.layout import Shape
 from distdl_lite.model.capture import Captured, as_module, capture
 from distdl_lite.model.compile import Axes, Program, compiled, default_axes
 from distdl_lite.model.dry import DryRun, DryTransport, dry_run
@@ -376,7 +376,7 @@ class _Maker:
         self.program, self.module, self.chosen, self.machine = program, module, chosen, machine
         self.grid = program.compiler.grid
         self.dry: DryRun = dry_run(program)
-        self._plans: dict[tuple[Layout, Layout, Index], Plan] = {}
+        self._known: dict[Any, dict[Index, tuple[Traffic, Traffic]]] = {}
         self.parameters = dict(module.named_parameters(remove_duplicate=False))
         self.tensors = self.parameters | dict(module.named_buffers(remove_duplicate=False))
 
@@ -418,7 +418,10 @@ class _Maker:
     def _sent(self) -> Iterator[tuple[str, dict[Index, tuple[Traffic, Traffic]]]]:
         """What each movement, and each sum outside the program, sends from the ranks looked at, forward and backward."""
         for movement, forward, backward in self.dry.runs:
-            yield movement.path, self._of_movement(movement, forward, backward)
+            key = movement.X, movement.Y, movement.dtype, forward, backward
+            if key not in self._known:
+                self._known[key] = self._of_movement(movement, forward, backward)
+            yield movement.path, self._known[key]
         for number, (feed, value) in enumerate(self.program.feeds):
             free = self.program.compiler.free_axes(all_axes(value.dims))
             if feed.kind == "user_input" and free and number in self.dry.reached:
@@ -437,22 +440,14 @@ class _Maker:
             used = set(range(self.grid.dim))
         elif not movement.operator or movement.operator.plan.pattern is not Pattern.ALL_REDUCE:
             used |= set(range(self.grid.dim)) - set(X.team_axes)
-        found: dict[Index, tuple[Traffic, Traffic]] = {}
         known: dict[Index, tuple[Traffic, Traffic]] = {}
         for index in self.chosen:
             short = tuple(i if a in used else 0 for a, i in enumerate(index))
             if short not in known:
-                mine = self._plan(X, Y, short)
-                both = _of_plan(mine, movement.dtype), _of_plan(mine.adjoint(), movement.dtype) if backward else Traffic()
-                known[short] = both[0] * forward, both[1] * backward
-            found[index] = known[short]
-        return found
-
-    def _plan(self, X: Layout, Y: Layout, index: Index) -> Plan:
-        key = X, Y, index
-        if key not in self._plans:
-            self._plans[key] = plan(X, Y, self.grid.rank(index))
-        return self._plans[key]
+                mine = plan(X, Y, self.grid.rank(short))
+                known[short] = _of_plan(mine, movement.dtype) * forward, _of_plan(mine.adjoint(), movement.dtype) * backward
+            known[index] = known[short]
+        return known
 
     def _learned(self) -> list[Entry]:
         """The parameters that get a gradient, in the order of their sums."""
