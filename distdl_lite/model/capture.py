@@ -110,6 +110,7 @@ def place_of(node: Node) -> str:
     frames = [
         line.strip() for line in (node.meta.get("stack_trace") or "").splitlines() if line.lstrip().startswith("File")
     ]
+    frames = [line for line in frames if _is_users(line.split('"')[1])] or frames[-1:]
     where = [path_of(node) and f"module {path_of(node)}", frames[-1] if frames else ""]
     return ", ".join(filter(None, where)) or "the model"
 
@@ -176,12 +177,15 @@ def _refusing_custom_gradients() -> Iterator[None]:
         torch.autograd.Function.apply = own  # type: ignore[method-assign]
 
 
+def _is_users(file: str) -> bool:
+    """Whether a file is neither torch's nor ours, and is one."""
+    return not file.startswith("<") and not any(Path(file).is_relative_to(folder) for folder in (_TORCHS, _OURS))
+
+
 def _why(model: torch.nn.Module, error: Exception) -> str:
     """The text of a failed capture: the line of the model, torch's reason, and the ways out."""
     frames = traceback.extract_tb(error.__traceback__)
-    theirs = [
-        f for f in frames if not Path(f.filename).is_relative_to(_TORCHS) and not Path(f.filename).is_relative_to(_OURS)
-    ]
+    theirs = [f for f in frames if _is_users(f.filename)]
     where = f" at {theirs[-1].filename}:{theirs[-1].lineno}, {theirs[-1].line}" if theirs else ""
     reason = str(error).strip().split("\n")[0][:300]
     return f"{type(model).__name__} cannot be captured{where}: {reason}; {_WAYS_OUT}"

@@ -234,7 +234,14 @@ class Distributed(Module):
         feeds = {feed.target: (v.dims, v.grad) for feed, v in self.program.feeds if feed.kind == "user_input"}
         grads = any(v.grad for _, v in self.program.feeds)
         return reported(
-            self._distdl_plan.captured, self.model, self.P.grid_of_ranks, feeds, grads, self.strict, self.out_axes, machine
+            self._distdl_plan.captured,
+            self.model,
+            self.P.grid_of_ranks,
+            feeds,
+            grads,
+            self.strict,
+            self.out_axes,
+            machine,
         )
 
     def extra_repr(self) -> str:

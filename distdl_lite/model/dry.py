@@ -80,9 +80,7 @@ def dry_run(program: Program) -> DryRun:
     inputs, outputs = program.arguments
     meter = Meter()
     with FakeTensorMode(allow_non_fake_inputs=True):
-        blocks = [
-            torch.empty(program.compiler.local(v.dims), dtype=v.dtype).requires_grad_(v.grad) for v in inputs
-        ]
+        blocks = [torch.empty(program.compiler.local(v.dims), dtype=v.dtype).requires_grad_(v.grad) for v in inputs]
         for (feed, _), block in zip(program.feeds, blocks, strict=True):
             meter.hold(block, "inputs", counts=feed.kind == "user_input")
         with meter, torch.set_grad_enabled(any(v.grad for v in outputs)):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from itertools import product
@@ -18,14 +18,13 @@ from distdl_lite.grid import Grid, unravel
 from distdl_lite.layout import Shape
 from distdl_lite.model.capture import Captured, as_module, capture
 from distdl_lite.model.compile import Axes, Program, compiled, default_axes
-from distdl_lite.model.dry import DryRun, DryTransport, dry_run
+from distdl_lite.model.dry import DryTransport, dry_run
 from distdl_lite.nn.compiler import Movement, Value
 from distdl_lite.operator import wire_itemsize
 from distdl_lite.plan import Pattern, Plan, plan
 from distdl_lite.reducer import BUCKET_BYTES, EARLY_BYTES, Entry, Replicas, buckets
 
 _ALL_UP_TO = 64  # ranks of a grid are looked at; of a larger one some
-Index = tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -58,29 +57,26 @@ class Traffic:
     ----------
     messages, bytes : int
         As `distdl_lite.testing.count` counts them: a collective is one message, with its bytes for each other rank.
-    latencies, wire : float
+    latencies, wire : int, float
         Messages one after another, and bytes, on the links: of a collective in the usual algorithms (a tree of messages; in
         rings, 2 (p - 1) / p of the bytes for an all-reduce and half of that for others).
     """
 
     messages: int = 0
     bytes: int = 0
-    latencies: float = 0.0
+    latencies: int = 0
     wire: float = 0.0
 
     def __add__(self, other: Traffic) -> Traffic:
-        return Traffic(
-            self.messages + other.messages,
-            self.bytes + other.bytes,
-            self.latencies + other.latencies,
-            self.wire + other.wire,
-        )
+        messages, size = self.messages + other.messages, self.bytes + other.bytes
+        return Traffic(messages, size, self.latencies + other.latencies, self.wire + other.wire)
 
     def __mul__(self, times: int) -> Traffic:
         return Traffic(self.messages * times, self.bytes * times, self.latencies * times, self.wire * times)
 
-    def seconds(self, machine: Machine) -> float:
-        return self.latencies * machine.latency + self.wire / machine.bandwidth
+
+Index = tuple[int, ...]
+Both = tuple[Traffic, Traffic]  # forward and backward
 
 
 @dataclass(frozen=True)
@@ -206,8 +202,8 @@ def _cells(made: Report) -> list[list[str]]:
         forward, backward = row.forward, row.backward
         words = [*row.operations, *(["GATHERED"] if row.gathered else [])]
         numbers = forward.messages, backward.messages, row.multiply_adds, row.weights, row.kept
-        first, second, *others = map(_number, numbers)
-        sent = f"{_number(forward.bytes)} + {_number(backward.bytes)}"
+        first, second, *others = map(number, numbers)
+        sent = f"{number(forward.bytes)} + {number(backward.bytes)}"
         moves = ", ".join(f"{n} {kind}" for kind, n in row.movements.items())
         lines.append([row.path or ".", ", ".join(words), row.output, moves, f"{first} + {second}", sent, *others])
     return lines
@@ -215,22 +211,22 @@ def _cells(made: Report) -> list[list[str]]:
 
 def _summary(made: Report) -> list[str]:
     """The lines below the table."""
-    parts = ", ".join(f"{_number(seconds)}s {name}" for name, seconds in made.parts.items())
+    parts = ", ".join(f"{number(seconds)}s {name}" for name, seconds in made.parts.items())
     held = {"weights": made.weights, "gradients": made.gradients, "optimizer": made.optimizer, "kept": made.kept}
-    memory = ", ".join(f"{_number(size)}B {name}" for name, size in held.items())
+    memory = ", ".join(f"{number(size)}B {name}" for name, size in held.items())
     lines = [
         f"grid {'x'.join(map(str, made.grid))}, {made.ranks} ranks; messages and bytes of the fullest rank, forward + backward",
-        f"predicted step: {_number(made.seconds)}s ({parts})",
-        f"peak memory a rank: {_number(made.peak)}B ({memory})",
+        f"predicted step: {number(made.seconds)}s ({parts})",
+        f"peak memory a rank: {number(made.peak)}B ({memory})",
         f"elements on the fullest rank x ranks / elements in the model: {made.ratio:.2f}",
     ]
     return [*lines, *(f"GATHERED, whole on every rank: {text}" for text in made.gathered)]
 
 
-def _number(value: float) -> str:
+def number(value: float) -> str:
     """Three digits and a prefix.
 
-    >>> _number(0), _number(1234567), _number(0.00021)
+    >>> number(0), number(1234567), number(0.00021)
     ('0', '1.23 M', '210 u')
     """
     if value == 0 or 1 <= value < 1000:
@@ -278,11 +274,10 @@ def report(
         If the axes do not fit an input.
     """
     module, args = as_module(model), [example(x, model) for x in inputs]
-    feeds = cut_inputs(args, Grid(tuple(grid), range(math.prod(grid))), in_axes)
+    over = Grid(tuple(grid), range(math.prod(grid)))
+    feeds = cut_inputs(args, over, in_axes)
     captured = captured_in_mode(module, args, train)
-    return reported(
-        captured, module, Grid(tuple(grid), range(math.prod(grid))), feeds, train, strict, out_axes, machine
-    )
+    return reported(captured, module, over, feeds, train, strict, out_axes, machine)
 
 
 def example(x: Any, model: Any) -> Any:
@@ -347,7 +342,7 @@ def reported(
     sizes = _elements(program, chosen)
     fullest = grid.rank(max(chosen, key=sizes.__getitem__))
     program = program if fullest == program.compiler.rank else programmed(fullest)
-    return _Maker(program, module, chosen, machine).report(max(sizes.values()))
+    return _Account(program, module, chosen).report(max(sizes.values()), machine)
 
 
 def representatives(grid: Grid) -> list[Index]:
@@ -364,138 +359,131 @@ def _made(program: Program) -> list[Value]:
 def _elements(program: Program, chosen: Sequence[Index]) -> dict[Index, int]:
     """The elements that operations make on each rank."""
     times, grid = Counter(value.dims for value in _made(program)), program.compiler.grid
-    return {
-        index: sum(n * math.prod(local_shape(dims, grid, index)) for dims, n in times.items()) for index in chosen
-    }
+    return {index: sum(n * math.prod(local_shape(dims, grid, index)) for dims, n in times.items()) for index in chosen}
 
 
-class _Maker:
-    """A report in the making."""
+class _Account:
+    """What the ranks that are looked at send and hold, by module."""
 
-    def __init__(self, program: Program, module: torch.nn.Module, chosen: Sequence[Index], machine: Machine) -> None:
-        self.program, self.module, self.chosen, self.machine = program, module, chosen, machine
-        self.grid = program.compiler.grid
-        self.dry: DryRun = dry_run(program)
-        self._known: dict[Any, dict[Index, tuple[Traffic, Traffic]]] = {}
-        self.parameters = dict(module.named_parameters(remove_duplicate=False))
-        self.tensors = self.parameters | dict(module.named_buffers(remove_duplicate=False))
+    def __init__(self, program: Program, module: torch.nn.Module, chosen: Sequence[Index]) -> None:
+        self.program, self.grid, self.chosen = program, program.compiler.grid, chosen
+        self.dry = dry_run(program)
+        parameters = dict(module.named_parameters(remove_duplicate=False))
+        tensors = parameters | dict(module.named_buffers(remove_duplicate=False))
+        self.tensors = {id(t): (name, t) for name, t in reversed(tensors.items())}  # by its first name
+        reached = {id(parameters.get(program.feeds[number][0].target)) for number in self.dry.reached}
+        none: Any = None
+        unique = {id(p): Entry(p, None, Replicas(none, 0, name), p.dtype) for name, p in parameters.items()}
+        self.learned = [entry for key, entry in unique.items() if key in reached]  # in the order of their sums
+        self.sent: dict[str, dict[Index, Both]] = {}  # by path
+        for path, traffic in self._all_sent():
+            known = self.sent.setdefault(path, dict.fromkeys(self.chosen, (Traffic(), Traffic())))
+            for index, (forward, backward) in known.items():
+                known[index] = forward + traffic[index][0], backward + traffic[index][1]
 
-    def report(self, elements: int) -> Report:
-        sent: dict[str, dict[Index, tuple[Traffic, Traffic]]] = {}
-        for path, traffic in self._sent():
-            known = sent.setdefault(path, {})
-            for index, (forward, backward) in traffic.items():
-                f, b = known.get(index, (Traffic(), Traffic()))
-                known[index] = f + forward, b + backward
-        none = (Traffic(), Traffic())
-        sums = [[_sum(t.get(i, none)[side] for t in sent.values()) for i in self.chosen] for side in (0, 1)]
-        forward, backward = map(_most, sums)
-        work, kept, weights = self.dry.multiply_adds, self.dry.kept, self._weights()
-        held = {id(t): t.nbytes for t in self.tensors.values()}
-        learned = self._learned()
-        gradients = sum(e.nbytes for e in learned)
-        optimizer = int(self.machine.optimizer * gradients)
-        most = max(self.dry.peak, gradients + min(gradients, BUCKET_BYTES) * (self.grid.size > 1))
-        total = sum(math.prod(v.shape) for v in _made(self.program))
+    def report(self, elements: int, machine: Machine) -> Report:
+        """All of it; `elements` are those that operations make on the fullest rank."""
+        work, dry = self.dry.multiply_adds, self.dry
+        forward, backward = (
+            _most([sum((sent[index][side] for sent in self.sent.values()), Traffic()) for index in self.chosen])
+            for side in (0, 1)
+        )
+        weights = sum(t.nbytes for _, t in self.tensors.values())
+        gradients = sum(entry.nbytes for entry in self.learned)
+        summed = gradients + max((sum(e.nbytes for e in bucket) for bucket in self._buckets()), default=0)
+        optimizer = int(machine.optimizer * gradients)
+        total = sum(math.prod(value.shape) for value in _made(self.program))
         return Report(
             grid=self.grid.shape,
-            rows=tuple(self._rows(sent, weights)),
+            rows=tuple(self._rows()),
             forward=forward,
             backward=backward,
-            multiply_adds=sum(n for path, n in work.items() if path is not None),
+            multiply_adds=work.total() - work[None],
             backward_multiply_adds=work[None],
-            weights=sum(held.values()),
+            weights=weights,
             gradients=gradients,
             optimizer=optimizer,
-            kept=sum(kept.values()),
-            peak=sum(held.values()) + optimizer + most,
+            kept=dry.kept.total(),
+            peak=weights + optimizer + max(dry.peak, summed),
             ratio=elements * self.grid.size / total if total else 1.0,
-            machine=self.machine,
+            machine=machine,
         )
 
-    # What is sent
-
-    def _sent(self) -> Iterator[tuple[str, dict[Index, tuple[Traffic, Traffic]]]]:
+    def _all_sent(self) -> Iterator[tuple[str, Mapping[Index, Both]]]:
         """What each movement, and each sum outside the program, sends from the ranks looked at, forward and backward."""
+        known: dict[Any, Mapping[Index, Both]] = {}
         for movement, forward, backward in self.dry.runs:
             key = movement.X, movement.Y, movement.dtype, forward, backward
-            if key not in self._known:
-                self._known[key] = self._of_movement(movement, forward, backward)
-            yield movement.path, self._known[key]
-        for number, (feed, value) in enumerate(self.program.feeds):
-            free = self.program.compiler.free_axes(all_axes(value.dims))
-            if feed.kind == "user_input" and free and number in self.dry.reached:
-                copies = math.prod(self.grid.shape[a] for a in free)
+            if key not in known:
+                known[key] = self._of_movement(movement, forward, backward)
+            yield movement.path, known[key]
+        for number in self.dry.reached:
+            feed, value = self.program.feeds[number]
+            copies = self.program.compiler.parts(self.program.compiler.free_axes(all_axes(value.dims)))
+            if feed.kind == "user_input" and copies > 1:
                 sizes = {i: math.prod(local_shape(value.dims, self.grid, i)) for i in self.chosen}
                 yield "inputs", {i: (Traffic(), _summed(n * value.dtype.itemsize, copies)) for i, n in sizes.items()}
         for bucket in self._buckets():
-            every = _summed(sum(entry.nbytes for entry in bucket), self.grid.size)
-            yield "gradients", dict.fromkeys(self.chosen, (Traffic(), every))
+            both = Traffic(), _summed(sum(entry.nbytes for entry in bucket), self.grid.size)
+            yield "gradients", dict.fromkeys(self.chosen, both)
 
-    def _of_movement(self, movement: Movement, forward: int, backward: int) -> dict[Index, tuple[Traffic, Traffic]]:
+    def _of_movement(self, movement: Movement, forward: int, backward: int) -> Mapping[Index, Both]:
         """Ranks that differ along axes alone that cut nothing send the same: one of them is planned."""
-        X, Y = movement.X, movement.Y
+        X, Y, operator = movement.X, movement.Y, movement.operator
         used = {a for layout in (X, Y) for dim in layout.dims for a in dim.axes}
         if X.grid != Y.grid or X.team_axes != Y.team_axes:
             used = set(range(self.grid.dim))
-        elif not movement.operator or movement.operator.plan.pattern is not Pattern.ALL_REDUCE:
+        elif not operator or operator.plan.pattern is not Pattern.ALL_REDUCE:
             used |= set(range(self.grid.dim)) - set(X.team_axes)
-        known: dict[Index, tuple[Traffic, Traffic]] = {}
+        known: dict[Index, Both] = {}
         for index in self.chosen:
             short = tuple(i if a in used else 0 for a, i in enumerate(index))
             if short not in known:
                 mine = plan(X, Y, self.grid.rank(short))
-                known[short] = _of_plan(mine, movement.dtype) * forward, _of_plan(mine.adjoint(), movement.dtype) * backward
+                known[short] = (
+                    _of_plan(mine, movement.dtype) * forward,
+                    _of_plan(mine.adjoint(), movement.dtype) * backward,
+                )
             known[index] = known[short]
         return known
 
-    def _learned(self) -> list[Entry]:
-        """The parameters that get a gradient, in the order of their sums."""
-        names = [feed.target for number, (feed, _) in enumerate(self.program.feeds) if number in self.dry.reached]
-        found = {id(self.parameters[name]) for name in names if name in self.parameters}
-        none: Any = None
-        unique = {id(p): Entry(p, None, Replicas(none, 0, name), p.dtype) for name, p in self.parameters.items()}
-        return [entry for key, entry in unique.items() if key in found]
-
     def _buckets(self) -> list[list[Entry]]:
-        learned = self._learned() if self.grid.size > 1 else []
+        """The sums of gradients, from the second step on."""
+        learned = self.learned if self.grid.size > 1 else []
         if sum(entry.nbytes for entry in learned) < EARLY_BYTES:
             return buckets(learned, BUCKET_BYTES)
         return buckets(learned[::-1], EARLY_BYTES)
 
-    # Rows
-
-    def _rows(self, sent: Mapping[str, Mapping[Index, Any]], weights: Mapping[str, int]) -> Iterator[Row]:
-        operations: dict[str, list[tuple[str, Any]]] = {path: [] for path in ("inputs",) if path in sent}
+    def _rows(self) -> Iterator[Row]:
+        operations: dict[str, list[tuple[str, Any]]] = {"inputs": []} if "inputs" in self.sent else {}
         for path, name, value in self.program.operations:
             operations.setdefault(path, []).append((name, value))
-        for path in sent:
-            operations.setdefault(path, [])
-        kinds: dict[str, Counter[str]] = {}
-        for movement in self.program.compiler.movements:
-            kinds.setdefault(movement.path, Counter())[movement.kind] += 1
-        extra = {"gradients": Counter({"all_reduce": len(self._buckets())}), "inputs": Counter({"all_reduce": 1})}
-        for path, done in operations.items():
-            both = list(sent.get(path, {}).values())
+        kinds: dict[str, Counter[str]] = {path: Counter() for path in (*operations, *self.sent)}
+        for movement, *_ in self.dry.runs:
+            kinds[movement.path][movement.kind] += 1
+        for path in {"inputs", "gradients"} & self.sent.keys():
+            kinds[path]["all_reduce"] += max(backward.messages for _, backward in self.sent[path].values())
+        weights = self._weights()
+        for path, moves in kinds.items():
+            done, sent = operations.get(path, []), self.sent.get(path, {}).values()
             values = [value for _, value in done if isinstance(value, Value)]
             yield Row(
                 path=path,
-                operations=tuple(name if n == 1 else f"{n} {name}" for name, n in Counter(n for n, _ in done).items()),
+                operations=tuple(f"{n} {name}" if n > 1 else name for name, n in Counter(n for n, _ in done).items()),
                 output=cut_text(values[-1].dims, self.grid) if values else "",
-                movements=dict(kinds.get(path) or extra.get(path, {})),
-                forward=_most([f for f, _ in both]),
-                backward=_most([b for _, b in both]),
+                movements=dict(moves),
+                forward=_most([forward for forward, _ in sent]),
+                backward=_most([backward for _, backward in sent]),
                 multiply_adds=self.dry.multiply_adds[path],
-                weights=weights.get(path, 0),
+                weights=weights[path],
                 kept=self.dry.kept[path],
                 gathered=tuple(f"{name}, {place}" for where, name, place in self.program.gathered if where == path),
             )
 
-    def _weights(self) -> dict[str, int]:
-        """The bytes of parameters and buffers by the path of the module that holds them, or of the one around it that has a row."""
-        paths = {path for path, _, _ in self.program.operations}
-        found: Counter[str] = Counter()
-        for name, tensor in {id(t): (n, t) for n, t in self.tensors.items()}.values():
+    def _weights(self) -> Counter[str]:
+        """The bytes of parameters and buffers by the path of the module that holds them, or of the next around it with a row."""
+        paths, found = {path for path, _, _ in self.program.operations}, Counter[str]()
+        for name, tensor in self.tensors.values():
             path = name.rpartition(".")[0]
             while path and path not in paths:
                 path = path.rpartition(".")[0]
@@ -503,32 +491,30 @@ class _Maker:
         return found
 
 
-def _sum(traffic: Iterator[Traffic] | Any) -> Traffic:
-    return sum(traffic, Traffic())
-
-
 def _most(traffic: Sequence[Traffic]) -> Traffic:
     """The largest of each number."""
-    columns: Callable[[str], Any] = lambda name: max((getattr(t, name) for t in traffic), default=0)  # noqa: E731
-    return Traffic(*map(columns, ("messages", "bytes", "latencies", "wire")))
+    each = ("messages", "bytes", "latencies", "wire")
+    return Traffic(*(max((getattr(t, name) for t in traffic), default=0) for name in each))
 
 
 def _of_plan(mine: Plan, dtype: torch.dtype) -> Traffic:
     """What one rank sends in one run."""
     _, messages, elements = mine.traffic
-    size, latencies, wire = wire_itemsize(mine, dtype), float(messages), float(elements)
-    for leg in mine.legs:
-        if leg.team:
-            tensor = max(math.prod(shape or (0,)) for shape in (mine.shape_in or (0,), mine.shape_out or (0,)))
-            times = 2 if leg.pattern is Pattern.ALL_REDUCE else 1
-            latencies += times * math.ceil(math.log2(len(leg.team))) - 1
-            wire += times * tensor * (len(leg.team) - 1) / len(leg.team) - elements
+    size, latencies, wire = wire_itemsize(mine, dtype), messages, float(elements)
+    for team in (leg.team for leg in mine.legs if leg.team):
+        times, tensor = 1 + (mine.pattern is Pattern.ALL_REDUCE), max(_size(mine.shape_in), _size(mine.shape_out))
+        latencies += times * math.ceil(math.log2(len(team))) - 1
+        wire += times * tensor * (len(team) - 1) / len(team) - elements
     return Traffic(messages, elements * size, latencies, wire * size)
+
+
+def _size(shape: Shape | None) -> int:
+    return 0 if shape is None else math.prod(shape)
 
 
 def _summed(size: int, ranks: int) -> Traffic:
     """What one rank sends in a sum that is no operator's."""
-    return Traffic(1, size, 2.0 * math.ceil(math.log2(ranks)), 2.0 * size * (ranks - 1) / ranks)
+    return Traffic(1, size, 2 * math.ceil(math.log2(ranks)), 2.0 * size * (ranks - 1) / ranks)
 
 
 def cut_text(dims: Dims, grid: Grid) -> str:
