@@ -16,7 +16,7 @@ from distdl_lite.layout import Dim, ranges_of
 from distdl_lite.model import rules as rules  # registers those that graphs alone need
 from distdl_lite.model.capture import Captured, as_module, capture
 from distdl_lite.model.compile import Axes, Program, compiled, default_axes
-from distdl_lite.model.report import Machine, Report, report, reported
+from distdl_lite.model.report import TYPICAL, Machine, Report, report, reported
 from distdl_lite.nn.compiler import Value
 from distdl_lite.nn.module import Call, Module
 from distdl_lite.partition import Partition
@@ -218,7 +218,7 @@ class Distributed(Module):
         """What this rank does in a forward, as Python; the paths of the model's modules stand above their lines."""
         return self.program.compiler.source(*self.program.arguments)
 
-    def report(self, *inputs: Any, machine: Machine = Machine()) -> Report:
+    def report(self, *inputs: Any, machine: Machine = TYPICAL) -> Report:
         """What the model moves, computes and holds; nothing is run, and no other rank is needed.
 
         Parameters

@@ -49,6 +49,9 @@ class Machine:
     optimizer: float = 2.0
 
 
+TYPICAL = Machine()
+
+
 @dataclass(frozen=True)
 class Traffic:
     """What one rank sends.
@@ -246,7 +249,7 @@ def report(
     out_axes: Sequence[Axes | None] | None = None,
     train: bool = True,
     strict: bool = False,
-    machine: Machine = Machine(),
+    machine: Machine = TYPICAL,
 ) -> Report:
     """What a model over a grid will move, compute and hold; no ranks, no data and no memory for activations are needed.
 
@@ -328,7 +331,7 @@ def reported(
     grads: bool,
     strict: bool = False,
     out_axes: Any = None,
-    machine: Machine = Machine(),
+    machine: Machine = TYPICAL,
 ) -> Report:
     """The report of a captured model, whose inputs lie over a grid as `feeds` says."""
     frozen = frozenset(name for name, p in module.named_parameters(remove_duplicate=False) if not p.requires_grad)

@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 from distdl_lite.grid import Grid
 from distdl_lite.layout import Shape
 from distdl_lite.model.capture import as_module
-from distdl_lite.model.report import Machine, Report, captured_in_mode, cut_inputs, example, number, reported
+from distdl_lite.model.report import TYPICAL, Machine, Report, captured_in_mode, cut_inputs, example, number, reported
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ def suggest(
     in_axes: Any = None,
     out_axes: Any = None,
     train: bool = True,
-    machine: Machine = Machine(),
+    machine: Machine = TYPICAL,
 ) -> Suggestions:
     """Grids of a number of ranks for a model, the one with the shortest predicted step among those that fit first.
 
