@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -87,8 +88,11 @@ class Operation:
 
     @staticmethod
     def of(node: Node) -> Operation:
+        """What a node does. Raises RuntimeError if it makes no tensors, or such as depend on data in their shape."""
         made = node.meta["val"]
         tensors = [t for t in (made if isinstance(made, (tuple, list)) else [made]) if isinstance(t, torch.Tensor)]
+        if not tensors or any(isinstance(n, torch.SymInt) for t in tensors for n in t.shape):
+            raise RuntimeError(f"{place_of(node)}: the result of {name_of(node)} depends on data; {_WAYS_OUT}")
         outputs = tuple((tuple(t.shape), t.dtype, t.stride()) for t in tensors)
         return Operation(name_of(node), node.target, outputs, isinstance(made, torch.Tensor))
 
@@ -115,7 +119,13 @@ def place_of(node: Node) -> str:
     return ", ".join(filter(None, where)) or "the model"
 
 
-def capture(model: torch.nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Captured:
+def capture(
+    model: torch.nn.Module,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    whole: Mapping[str, Shape] | None = None,
+    device: str = "cpu",
+) -> Captured:
     """Record what a model does with arguments of these shapes, in the mode that it is in.
 
     Parameters
@@ -124,6 +134,10 @@ def capture(model: torch.nn.Module, args: Sequence[Any], kwargs: Mapping[str, An
         It is not changed, and not run on data.
     args, kwargs
         Its arguments; a tensor on the meta device stands for one of its shape and dtype.
+    whole : mapping, optional
+        The global shapes of parameters of which the model holds blocks.
+    device : str
+        Where its arguments will be.
 
     Raises
     ------
@@ -137,10 +151,16 @@ def capture(model: torch.nn.Module, args: Sequence[Any], kwargs: Mapping[str, An
 
     _check_hooks(model)
     with FakeTensorMode(allow_non_fake_inputs=True):
+        given = tuple(args), dict(kwargs)
         args, kwargs = pytree.tree_map_only(
-            torch.Tensor, lambda t: torch.empty(t.shape, dtype=t.dtype), (tuple(args), dict(kwargs))
+            torch.Tensor, lambda t: torch.empty(t.shape, dtype=t.dtype, device=device), given
         )
-    with warnings.catch_warnings(), _refusing_custom_gradients():
+        if whole:
+            blocks = {n: p for n, p in model.named_parameters(remove_duplicate=False) if n in whole}
+            made = {n: torch.empty(whole[n], dtype=p.dtype, device=p.device) for n, p in blocks.items()}
+            parts = {id(p): torch.nn.Parameter(made[n], p.requires_grad) for n, p in blocks.items()}
+            model = copy.deepcopy(model, parts)
+    with warnings.catch_warnings(), _refusing_what_is_lost():
         warnings.simplefilter("ignore")
         try:
             program = export(model, args, kwargs, strict=False)
@@ -161,20 +181,33 @@ def _check_hooks(model: torch.nn.Module) -> None:
 
 
 @contextmanager
-def _refusing_custom_gradients() -> Iterator[None]:
-    """torch.export records what a custom autograd Function does forward, and loses its backward."""
-    own = torch.autograd.Function.__dict__["apply"]
+def _refusing_what_is_lost() -> Iterator[None]:
+    """Raise where torch.export would record something with the usual gradients that has others: a custom autograd Function, or
+    none: what is done in inference mode.
+    """
+    own, enter = torch.autograd.Function.__dict__["apply"], torch.inference_mode.__enter__
 
-    def refuse(cls: type, *args: Any, **kwargs: Any) -> Any:
-        if Path(getattr(__import__("sys").modules.get(cls.__module__), "__file__", None) or "").is_relative_to(_TORCHS):
-            return own.__func__(cls, *args, **kwargs)
-        raise RuntimeError(f"the custom gradient of {cls.__name__} would be lost")
+    def apply(cls: type, *args: Any, **kwargs: Any) -> Any:
+        if (
+            cls.__name__ == "CheckpointFunction"
+        ):  # a checkpoint with reentrant backward, whose gradients are the usual ones
+            return args[0](*args[2:])
+        if not cls.__module__.startswith("torch."):
+            raise RuntimeError(f"the custom gradient of {cls.__name__} would be lost")
+        return own.__func__(cls, *args, **kwargs)
 
-    torch.autograd.Function.apply = classmethod(refuse)  # type: ignore[method-assign, assignment]
+    def entered(mode: Any) -> Any:
+        if mode.mode:
+            raise RuntimeError("torch.inference_mode() inside a model would be lost; torch.no_grad() is not")
+        return enter(mode)
+
+    torch.autograd.Function.apply = classmethod(apply)  # type: ignore[method-assign, assignment]
+    torch.inference_mode.__enter__ = entered  # type: ignore[method-assign, assignment]
     try:
         yield
     finally:
         torch.autograd.Function.apply = own  # type: ignore[method-assign]
+        torch.inference_mode.__enter__ = enter  # type: ignore[method-assign]
 
 
 def _is_users(file: str) -> bool:

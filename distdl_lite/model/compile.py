@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -68,10 +70,14 @@ def compiled(
     rank: int,
     transport: Transport | None,
     inputs: Sequence[tuple[Dims, bool] | None],
-    frozen: frozenset[str],
+    *,
+    frozen: frozenset[str] = frozenset(),
+    placed: Mapping[str, Dims] = MappingProxyType({}),
+    replicas: Callable[[str, Dims], Any] | None = None,
     grads: bool = True,
     strict: bool = False,
     out_axes: Sequence[Axes | None] | None = None,
+    device: str = "cpu",
 ) -> Program:
     """The program of one rank of a grid.
 
@@ -81,19 +87,25 @@ def compiled(
     inputs : sequence of (dims, requires_grad), None for a leaf that is no tensor
     frozen : frozenset of str
         Names of parameters that require no gradient.
+    placed : mapping from name to dims
+        How parameters lie that an earlier program has laid out.
+    replicas : callable
+        From a parameter's name and dims to the ranks that hold the same block.
     grads : bool
         Whether autograd records.
     strict : bool
         Whether an operation without a rule is refused.
     out_axes : sequence of axes, optional
         How each output is cut; None as `default_axes` says.
+    device : str
+        The kind of device that it runs on.
 
     Raises
     ------
     RuntimeError
         If an operation cannot be run, or without a rule under `strict`; the text names module and line.
     """
-    c = Compiler(grid, rank, transport, "distribute")
+    c = Compiler(grid, rank, transport, "distribute", device)
     program, known = Program(c), dict[Node, Any]()
     for feed in captured.feeds:
         example = feed.node.meta.get("val")
@@ -106,7 +118,13 @@ def compiled(
             grad = (
                 grads and grad and feed.target not in frozen and (example.is_floating_point() or example.is_complex())
             )
-            value = known[feed.node] = c.new(dims, example.dtype, grad, feed.node.name)
+            if feed.kind == "parameter":
+                dims, is_open = placed.get(feed.target, dims), feed.target not in placed
+                find = partial(replicas, feed.target) if transport else _no_replicas
+                value = c.parameter(feed.node.name, dims, example.dtype, grad, find, is_open)
+            else:
+                value = c.new(dims, example.dtype, grad, feed.node.name)
+            known[feed.node] = value
             program.feeds.append((feed, value))
     for node in captured.nodes:
         c.path = path_of(node)
@@ -124,6 +142,10 @@ def compiled(
             value = c.move(value, blocks(value.shape, axes, grid), "output")
         program.outputs.append((buffer, value))
     return program
+
+
+def _no_replicas(dims: Dims) -> None:
+    """In a program that is only looked at."""
 
 
 def _is_output(captured: Captured, node: Node) -> bool:

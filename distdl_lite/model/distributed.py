@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from itertools import accumulate
 from typing import Any
 
@@ -11,16 +13,20 @@ from torch.utils import _pytree as pytree
 
 from distdl_lite.agreement import TensorStructure, check_alike
 from distdl_lite.autograd import Node, copy_to_team
-from distdl_lite.factors import Dims, all_axes, uncut
-from distdl_lite.layout import Dim, ranges_of
+from distdl_lite.factors import Dims, all_axes, shape_of_dims, uncut
+from distdl_lite.layout import Dim, Layout, ranges_of
 from distdl_lite.model import rules as rules  # registers those that graphs alone need
 from distdl_lite.model.capture import Captured, as_module, capture
 from distdl_lite.model.compile import Axes, Program, compiled, default_axes
-from distdl_lite.model.report import TYPICAL, Machine, Report, report, reported
+from distdl_lite.model.report import TYPICAL, Machine, Report, cut_inputs, example, reported
+from distdl_lite.nn.blocks import anchored
 from distdl_lite.nn.compiler import Value
 from distdl_lite.nn.module import Call, Module
+from distdl_lite.nn.parameter import Place
 from distdl_lite.partition import Partition
-from distdl_lite.reducer import Replicas, replicated
+from distdl_lite.private import any_autocast_is_enabled
+from distdl_lite.reducer import Replicas
+from distdl_lite.transport import Team
 
 Given = Sequence[Axes | None] | None
 
@@ -38,7 +44,8 @@ def distribute(
     Parameters
     ----------
     model : torch.nn.Module or callable
-        Of plain torch; a loss, or a function of tensors, too. It keeps its parameters, which the result shares.
+        Of plain torch; a loss, or a function of tensors, too. The result shares its parameters, unless the grid cuts channels:
+        then it has its own, of which a rank keeps what it computes with from the first call on.
     P : Partition
         A grid with one axis per dim of the model's tensors, such as ``(batch, channels, height, width)``.
     in_axes, out_axes : sequence of axes, optional
@@ -92,6 +99,8 @@ class Distributed(Module):
     ) -> None:
         super().__init__(P)
         model = as_module(model)
+        if P.dim > 1 and P.shape[1] > 1:
+            model = copy.deepcopy(model)  # some weights become blocks, which those of the caller's model do not
         self.__dict__["model"] = model
         self.__dict__.update(
             {k: vars(model)[k] for k in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")}
@@ -100,6 +109,7 @@ class Distributed(Module):
         self.training = model.training
         self._distdl_label = f"distribute({type(model).__name__})"
         self._replicas: dict[str, Replicas] = {}
+        self._placed: dict[str, Dims] = {}
         if P.active:
             self._start_alike()
 
@@ -109,17 +119,44 @@ class Distributed(Module):
         names = {name: (tuple(t.shape), t.dtype) for name, t in self._named()}
         told = dict(zip(team, team.world.gather_objects(team, (type(self.model).__name__, names)), strict=True))
         check_alike("model", told, self._distdl_label)
-        seen: dict[int, Replicas] = {}
         with torch.no_grad():
-            for name, tensor in self._named():
-                if id(tensor) not in seen:
-                    team.made["replicas"] += 1
-                    seen[id(tensor)] = Replicas(team, team.made["replicas"], name)
-                    if team.size > 1:
-                        values = tensor.detach().contiguous()
-                        team.world.broadcast(team, values, self.P.ranks[0])
-                        tensor.copy_(values)
-                self._replicas[name] = seen[id(tensor)]
+            for tensor in {id(tensor): tensor for _, tensor in self._named()}.values() if team.size > 1 else ():
+                values = tensor.detach().contiguous()
+                team.world.broadcast(team, values, self.P.ranks[0])
+                tensor.copy_(values)
+
+    def _replicas_of(self, name: str, dims: Dims) -> Replicas:
+        """The ranks that hold the same block of a parameter; of a tied one they are the same for all its names."""
+        if name not in self._replicas:
+            team = self._distdl_transport.team(_layout_of(self.P, dims).replicas(self._distdl_transport.rank))
+            team.made["replicas"] += 1
+            self._replicas.update(dict.fromkeys(self._names_of(name), Replicas(team, team.made["replicas"], name)))
+        return self._replicas[name]
+
+    def _names_of(self, name: str) -> list[str]:
+        """The names of a parameter."""
+        named = dict(self.named_parameters(remove_duplicate=False))
+        return [other for other, parameter in named.items() if parameter is named[name]]
+
+    def _cut_parameters(self, program: Program) -> None:
+        """Keep this rank's blocks of the parameters that the program wants cut, for good."""
+        for feed, value in program.feeds:
+            if feed.kind != "parameter" or feed.target in self._placed:
+                continue
+            names = self._names_of(feed.target)
+            self._placed.update(dict.fromkeys(names, value.dims))
+            if not all_axes(value.dims):
+                continue
+            parameter, box = self.get_parameter(feed.target), tuple(program.compiler.range(f) for (f,) in value.dims)
+            with torch.no_grad():
+                parameter.data = parameter[tuple(slice(*r) for r in box)].clone()
+            place = Place(_layout_of(self.P, value.dims), self._replicas_of(feed.target, value.dims))
+            for path, _, name in (other.rpartition(".") for other in names):
+                self.get_submodule(path).__dict__.setdefault("_distdl_places", {})[name] = place
+
+    def _whole_shapes(self) -> dict[str, tuple[int, ...]]:
+        """The global shapes of the parameters that are cut."""
+        return {name: shape_of_dims(dims) for name, dims in self._placed.items() if all_axes(dims)}
 
     def _named(self) -> list[tuple[str, torch.Tensor]]:
         return [*self.named_parameters(remove_duplicate=False), *self.named_buffers(remove_duplicate=False)]
@@ -144,7 +181,7 @@ class Distributed(Module):
         structure, grid = self._distdl_structure, self.P.grid_of_ranks
         *leaves, spec = input
         assert structure.passed is not None
-        told, dims, given, number = structure.passed, list[Any](), list[Any](), 0
+        told, dims, given, number, device = structure.passed, list[Any](), list[Any](), 0, "cpu"
         for i, leaf in enumerate(leaves):
             if not isinstance(leaf, torch.Tensor):
                 dims.append(None)
@@ -157,10 +194,11 @@ class Distributed(Module):
             dims.append((lay, wanted))
             shape = tuple(max(stop for _, stop in factor.ranges) for (factor,) in lay)
             given.append(torch.empty(shape, dtype=leaf.dtype, device="meta"))
+            device = leaf.device.type
         grads = torch.is_grad_enabled()
         args, kwargs = pytree.tree_unflatten(given, spec.spec)
         self.model.training = self.training
-        captured = self._capture(self.model, args, kwargs)
+        captured = self._capture(self.model, args, kwargs, self._whole_shapes(), device)
         frozen = frozenset(name for name, p in self.named_parameters(remove_duplicate=False) if not p.requires_grad)
         program = compiled(
             captured,
@@ -168,11 +206,15 @@ class Distributed(Module):
             self._distdl_transport.rank,
             self._distdl_transport,
             dims,
-            frozen,
-            grads,
-            self.strict,
-            self.out_axes,
+            frozen=frozen,
+            placed=self._placed,
+            replicas=self._replicas_of,
+            grads=grads,
+            strict=self.strict,
+            out_axes=self.out_axes,
+            device=device,
         )
+        self._cut_parameters(program)
         return _Running(self, program, captured)
 
     def _dims_of(self, tensors: Mapping[int, TensorStructure], axes: Axes | None) -> Dims:
@@ -228,24 +270,25 @@ class Distributed(Module):
         machine : Machine
             For the predicted times.
         """
+        grid, grads = self.P.grid_of_ranks, self.training
         if inputs:
-            shape, options = self.P.shape, {"in_axes": self.in_axes, "out_axes": self.out_axes, "train": self.training}
-            return report(self.model, shape, *inputs, machine=machine, strict=self.strict, **options)
-        feeds = {feed.target: (v.dims, v.grad) for feed, v in self.program.feeds if feed.kind == "user_input"}
-        grads = any(v.grad for _, v in self.program.feeds)
-        return reported(
-            self._distdl_plan.captured,
-            self.model,
-            self.P.grid_of_ranks,
-            feeds,
-            grads,
-            self.strict,
-            self.out_axes,
-            machine,
-        )
+            args = [example(x, self.model) for x in inputs]
+            feeds, whole = cut_inputs(args, grid, self.in_axes), self._whole_shapes()
+            captured = self._capture(self.model, args, {}, whole)
+        else:
+            captured, feeds = self._distdl_plan.captured, {}
+            for feed, value in self.program.feeds:
+                feeds |= {feed.target: (value.dims, value.grad)} if feed.kind == "user_input" else {}
+            grads = any(value.grad for _, value in self.program.feeds)
+        options = {"grads": grads, "strict": self.strict, "out_axes": self.out_axes, "placed": self._placed}
+        return reported(captured, self.model, grid, feeds, machine, **options)
 
     def extra_repr(self) -> str:
         return f"P={self.P.shape}"
+
+
+def _layout_of(P: Partition, dims: Dims) -> Layout:
+    return Layout(P.grid_of_ranks, tuple(factor for (factor,) in dims))
 
 
 class _Spec:
@@ -259,54 +302,59 @@ class _Running:
     """The call of a network for one structure."""
 
     def __init__(self, net: Distributed, program: Program, captured: Captured) -> None:
-        self.program, self.captured = program, captured
-        c, grid = program.compiler, program.compiler.grid
+        self.program, self.captured, self.device = program, captured, program.compiler.device
+        c = program.compiler
         self.run = c.compiled(*program.arguments)
-        self.parameters = dict(net.named_parameters(remove_duplicate=False))
-        self.teams, self.counts = {}, {}
-        for number, (feed, value) in enumerate(program.feeds):
-            free = c.free_axes(all_axes(value.dims))
-            if feed.kind == "user_input" and value.grad and free:
-                fixed = {a: i for a, i in enumerate(c.index) if a not in free}
-                self.teams[number] = net._distdl_transport.team(grid.members(fixed))
-        for number, (_, value) in enumerate(program.outputs):
-            free = isinstance(value, Value) and value.grad and c.free_axes(all_axes(value.dims))
-            if free:
-                self.counts[number] = all(c.index[a] == 0 for a in free)
-
-    def taken(self, net: Distributed, *leaves: Any) -> list[Any]:
-        """What the program takes: weights, buffers, and this rank's blocks of the arguments."""
-        parameters, buffers = (
-            dict(net.named_parameters(remove_duplicate=False)),
-            dict(net.named_buffers(remove_duplicate=False)),
-        )
-        taken = []
-        for number, (feed, value) in enumerate(self.program.feeds):
-            if feed.kind == "parameter":
-                taken.append(replicated(parameters[feed.target], net._replicas[feed.target]))
-            elif feed.kind == "buffer":
-                taken.append(buffers[feed.target])
+        # Where each input of the program is found: in a module's parameters or buffers, among the constants or the arguments.
+        self.sources: list[tuple[Any, Any]] = []
+        self.shared: dict[int, Team] = {}  # the ranks that hold copies of an argument, by its place
+        for place, (feed, value) in enumerate(program.feeds):
+            if feed.kind in ("parameter", "buffer"):
+                self.sources.append(_found(net, feed.kind, feed.target))
             elif feed.kind == "user_input":
-                x = leaves[feed.target]
-                if value.grad and not x.requires_grad:
-                    x = x.detach().requires_grad_()
-                taken.append(copy_to_team(x, self.teams[number]) if number in self.teams else x)
+                self.sources.append((None, feed.target))
+                free = c.free_axes(all_axes(value.dims))
+                if value.grad and free:
+                    fixed = {a: i for a, i in enumerate(c.index) if a not in free}
+                    self.shared[place] = net._distdl_transport.team(c.grid.members(fixed))
             else:
-                taken.append(feed.target)
+                self.sources.append(((feed.target,), 0))
+        self.results: list[
+            tuple[Any, Any, bool | None]
+        ] = []  # where an output goes, the constant it is, whether it counts
+        for buffer, value in program.outputs:
+            free = isinstance(value, Value) and value.grad and c.free_axes(all_axes(value.dims))
+            counts = all(c.index[a] == 0 for a in free) if free else None
+            target = None if buffer is None else _found(net, "buffer", buffer)
+            self.results.append((target, None if isinstance(value, Value) else (value,), counts))
+
+    def taken(self, leaves: Sequence[Any]) -> list[Any]:
+        """The inputs of the program: weights, buffers, and this rank's blocks of the arguments."""
+        taken = [leaves[key] if holder is None else holder[key] for holder, key in self.sources]
+        for place, (feed, value) in enumerate(self.program.feeds):
+            if feed.kind == "user_input" and value.grad:
+                x = anchored(taken[place], True)
+                taken[place] = copy_to_team(x, self.shared[place]) if place in self.shared else x
         return taken
 
     def __call__(self, net: Distributed, *leaves: Any) -> Any:
-        buffers = dict(net.named_buffers(remove_duplicate=False))
-        taken = self.taken(net, *leaves)
-        made, results = iter(self.run(*taken)), []
-        for number, (buffer, value) in enumerate(self.program.outputs):
-            y = next(made) if isinstance(value, Value) else value
-            if buffer is not None:
-                with torch.no_grad():
-                    buffers[buffer].copy_(y)
-                continue
-            results.append(_Shown.apply(y, self.counts[number]) if number in self.counts and y.requires_grad else y)
-        return pytree.tree_unflatten(results, self.captured.spec)
+        with torch.autocast(self.device, enabled=False) if any_autocast_is_enabled() else nullcontext():
+            made, outputs = iter(self.run(*self.taken(leaves))), []
+            for target, constant, counts in self.results:
+                y = next(made) if constant is None else constant[0]
+                if target is None:
+                    outputs.append(y if counts is None else _Shown.apply(y, counts))
+                else:
+                    holder, name = target
+                    with torch.no_grad():
+                        holder[name].copy_(y)
+        return pytree.tree_unflatten(outputs, self.captured.spec)
+
+
+def _found(net: torch.nn.Module, kind: str, target: str) -> tuple[dict[str, Any], str]:
+    """Where a parameter or buffer is kept, and its name there."""
+    path, _, name = target.rpartition(".")
+    return vars(net.get_submodule(path))[f"_{kind}s"], name
 
 
 class _Shown(Node):

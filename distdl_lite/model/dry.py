@@ -19,28 +19,45 @@ from torch.utils._pytree import tree_iter
 from distdl_lite.model.compile import Program
 from distdl_lite.nn.compiler import Line, Movement, Value, nothing
 from distdl_lite.plan import Plan
-from distdl_lite.transport import Transport
+from distdl_lite.transport import Team, Transport
+
+Runs = tuple[int, int]  # in forward and in backward
 
 
 class DryTransport(Transport):
-    """One rank of a world without the others."""
+    """One rank of a world without the others.
+
+    Attributes
+    ----------
+    path : str or None
+        Of the module whose forward runs; None in backward.
+    sums : list of (path or None, int, int)
+        Those that are no operator's, with their bytes and ranks.
+    """
 
     def __init__(self, rank: int, size: int) -> None:
         self.rank, self.size, self.proc_null = rank, size, -1
         self.local: dict[str, Any] = {"tallies": []}
+        self.path: str | None = None
+        self.sums: list[tuple[str | None, int, int]] = []
 
     def bind(self, plan: Plan, dtype: torch.dtype, device: torch.device) -> DryChannel:
-        return DryChannel(plan)
+        return DryChannel(plan, self)
+
+    def all_reduce(self, team: Team, tensor: torch.Tensor, op: str = "sum") -> torch.Tensor:
+        if team.size > 1:
+            self.sums.append((self.path, tensor.nbytes, team.size))
+        return tensor
 
 
 class DryChannel:
-    """A channel that counts its runs."""
+    """A channel that counts its runs in forward and in backward."""
 
-    def __init__(self, plan: Plan) -> None:
-        self.plan, self.runs = plan, 0
+    def __init__(self, plan: Plan, transport: DryTransport) -> None:
+        self.plan, self.transport, self.runs = plan, transport, [0, 0]
 
     def start(self, x: torch.Tensor) -> torch.Tensor:
-        self.runs += 1
+        self.runs[self.transport.path is None] += 1
         return x
 
     def finish(self, pending: torch.Tensor, into: torch.Tensor | None = None) -> torch.Tensor:
@@ -53,8 +70,10 @@ class DryRun:
 
     Attributes
     ----------
-    runs : list of (Movement, int, int)
-        How often each movement ran forward and backward.
+    runs : list of (Movement, (int, int), (int, int))
+        How often each movement, and how often its adjoint, ran in forward and in backward.
+    sums : list of (path or None, int, int)
+        As of `DryTransport`.
     multiply_adds : dict
         Of the forward by path of the module, and of the backward under None.
     kept : dict
@@ -65,7 +84,8 @@ class DryRun:
         The numbers of the program's inputs that got a gradient.
     """
 
-    runs: list[tuple[Movement, int, int]]
+    runs: list[tuple[Movement, Runs, Runs]]
+    sums: list[tuple[str | None, int, int]]
     multiply_adds: Counter[str | None]
     kept: Counter[str | None]
     peak: int
@@ -78,32 +98,34 @@ def dry_run(program: Program) -> DryRun:
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     inputs, outputs = program.arguments
-    meter = Meter()
+    transport: Any = program.compiler.transport
+    meter = Meter(transport)
     with FakeTensorMode(allow_non_fake_inputs=True):
         blocks = [torch.empty(program.compiler.local(v.dims), dtype=v.dtype).requires_grad_(v.grad) for v in inputs]
         for (feed, _), block in zip(program.feeds, blocks, strict=True):
             meter.hold(block, "inputs", counts=feed.kind == "user_input")
         with meter, torch.set_grad_enabled(any(v.grad for v in outputs)):
-            made = _forward(program, dict(zip((v.name for v in inputs), blocks, strict=True)), outputs, meter)
+            made = _forward(program, dict(zip((v.given for v in inputs), blocks, strict=True)), outputs, meter)
             kept = meter.by_path()
-            meter.path = None
+            transport.path = None
             roots = [y for y in made if y.requires_grad]
             if roots:
                 torch.autograd.backward(roots, [torch.empty_like(y) for y in roots])
     reached = {number for number, block in enumerate(blocks) if block.grad is not None}
     runs = [(m, _runs(m.operator), _runs(m.operator and m.operator.adjoint)) for m in program.compiler.movements]
-    return DryRun(runs, meter.multiply_adds, kept, meter.peak, reached)
+    return DryRun(runs, transport.sums, meter.multiply_adds, kept, meter.peak, reached)
 
 
-def _runs(operator: Any) -> int:
-    return sum(channel.runs for channel in operator.channels) if operator else 0
+def _runs(operator: Any) -> Runs:
+    channels = operator.channels if operator else ()
+    return sum(channel.runs[0] for channel in channels), sum(channel.runs[1] for channel in channels)
 
 
 def _forward(program: Program, blocks: dict[str, Any], outputs: Sequence[Value], meter: Meter) -> list[torch.Tensor]:
     """Run the lines one by one, so that each is known by its module."""
     names = dict(program.compiler.names) | blocks
     for line, dead in program.compiler.steps(outputs):
-        meter.path = line.path
+        meter.transport.path = line.path
         try:
             exec(line.text, names)
         except (RuntimeError, TypeError, ValueError):  # a local function that asks for numbers, which are not there
@@ -122,11 +144,11 @@ def _stand_in(program: Program, line: Line, names: dict[str, Any]) -> None:
 class Meter(TorchDispatchMode):
     """Counts the multiply-adds of what runs under it, and the bytes of what lives."""
 
-    def __init__(self) -> None:
+    def __init__(self, transport: DryTransport) -> None:
         super().__init__()
         from torch.utils.flop_counter import flop_registry
 
-        self.path: str | None = None
+        self.transport = transport
         self.multiply_adds: Counter[str | None] = Counter()
         self.live = self.peak = 0
         self._held: dict[int, tuple[str | None, int]] = {}
@@ -134,10 +156,10 @@ class Meter(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         made = func(*args, **(kwargs or {}))
-        self.multiply_adds[self.path] += self._work(func, args, kwargs or {}, made)
+        self.multiply_adds[self.transport.path] += self._work(func, args, kwargs or {}, made)
         for tensor in tree_iter(made):
             if isinstance(tensor, torch.Tensor):
-                self.hold(tensor, self.path)
+                self.hold(tensor, self.transport.path)
         return made
 
     def _work(self, func: Any, args: Any, kwargs: Any, made: Any) -> int:

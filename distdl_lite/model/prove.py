@@ -88,10 +88,10 @@ def prove(
     whole = [_drawn(x, dtype, generator) for x in inputs]
     captured: dict[str, Captured] = {}
 
-    def shared(model: torch.nn.Module, args: Any, kwargs: Any) -> Captured:
+    def shared(model: torch.nn.Module, args: Any, kwargs: Any, whole: Any, device: str) -> Captured:
         key = str((args, kwargs))
         if key not in captured:
-            captured[key] = capture(model, args, kwargs)
+            captured[key] = capture(model, args, kwargs, whole, device)
         return captured[key]
 
     serial = copy.deepcopy(model)
@@ -103,14 +103,18 @@ def prove(
         net.__dict__["_capture"] = shared
         blocks = [_block(x, P, in_axes, i) for i, x in enumerate(whole)]
         found, _ = _run(net, blocks, [_block(g, P, out_axes, i) for i, g in enumerate(gradients)], steps, generator)
-        differences = {}
+        differences, names = {}, [n for n, _ in serial.named_parameters()]
         for name, values in wanted.items():
             scale = max((float(v.abs().max()) for v in values if v.numel()), default=0.0) or 1.0
             axes = out_axes if name.startswith("output") else in_axes
             is_cut = name.startswith(("output", "input"))
-            pairs = zip(values, found[name], strict=True)
             number = int(name.rpartition(" ")[2]) if is_cut else 0
-            parts = [((_block(v, P, axes, number) if is_cut else v), f) for v, f in pairs]
+            own = (
+                values
+                if is_cut or name == "buffers"
+                else [_held(net, n, v) for n, v in zip(names, values, strict=bool(values))]
+            )
+            parts = [((_block(v, P, axes, number) if is_cut else v), f) for v, f in zip(own, found[name], strict=True)]
             differences[name] = max((_apart(v, f) / scale for v, f in parts), default=0.0)
         worst = max(differences.values(), default=0.0)
         text = "" if worst <= tolerance else _first_difference(net, copy.deepcopy(model), whole, blocks, tolerance)
@@ -141,6 +145,12 @@ def _block(x: Any, P: Partition, given: Given, number: int) -> Any:
     axes = given[number] if given is not None and number < len(given) else None
     axes = default_axes(x.dim(), x.dtype, P.grid_of_ranks) if axes is None else axes
     return x[P.block(x.shape, axes)].clone()  # type: ignore[attr-defined]
+
+
+def _held(net: Distributed, name: str, whole: torch.Tensor) -> torch.Tensor:
+    """This rank's part of a parameter, or of its gradient."""
+    c, dims = net.program.compiler, net._placed.get(name)
+    return whole if dims is None else whole[tuple(slice(*c.range(f)) for (f,) in dims)]
 
 
 def _apart(wanted: torch.Tensor, found: torch.Tensor) -> float:
@@ -196,7 +206,7 @@ def _first_difference(net: Distributed, model: torch.nn.Module, whole: Any, bloc
     inputs, _ = program.arguments
     extra = c.compiled(inputs, [v for _, v, _ in shown])
     with torch.no_grad():
-        made = extra(*net._distdl_plan.taken(net, *blocks))
+        made = extra(*net._distdl_plan.taken(blocks))
     for (node, value, right), mine in zip(shown, made, strict=True):
         if any(len(f) > 1 for f in value.dims):
             continue

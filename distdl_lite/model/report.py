@@ -13,16 +13,17 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
+from distdl_lite.buckets import cut
 from distdl_lite.factors import Dims, all_axes, blocks, length_of, local_shape
 from distdl_lite.grid import Grid, unravel
 from distdl_lite.layout import Shape
 from distdl_lite.model.capture import Captured, as_module, capture
 from distdl_lite.model.compile import Axes, Program, compiled, default_axes
-from distdl_lite.model.dry import DryTransport, dry_run
+from distdl_lite.model.dry import DryTransport, Runs, dry_run
 from distdl_lite.nn.compiler import Movement, Value
 from distdl_lite.operator import wire_itemsize
 from distdl_lite.plan import Pattern, Plan, plan
-from distdl_lite.reducer import BUCKET_BYTES, EARLY_BYTES, Entry, Replicas, buckets
+from distdl_lite.reducer import BUCKET_BYTES, EARLY_BYTES, Replicas
 
 _ALL_UP_TO = 64  # ranks of a grid are looked at; of a larger one some
 
@@ -280,7 +281,7 @@ def report(
     over = Grid(tuple(grid), range(math.prod(grid)))
     feeds = cut_inputs(args, over, in_axes)
     captured = captured_in_mode(module, args, train)
-    return reported(captured, module, over, feeds, train, strict, out_axes, machine)
+    return reported(captured, module, over, feeds, machine, grads=train, strict=strict, out_axes=out_axes)
 
 
 def example(x: Any, model: Any) -> Any:
@@ -328,24 +329,28 @@ def reported(
     module: torch.nn.Module,
     grid: Grid,
     feeds: Mapping[int, tuple[Dims, bool]],
-    grads: bool,
-    strict: bool = False,
-    out_axes: Any = None,
     machine: Machine = TYPICAL,
+    **options: Any,
 ) -> Report:
-    """The report of a captured model, whose inputs lie over a grid as `feeds` says."""
+    """The report of a captured model, whose inputs lie over a grid as `feeds` says; with options of `compiled`."""
     frozen = frozenset(name for name, p in module.named_parameters(remove_duplicate=False) if not p.requires_grad)
     inputs = [feeds.get(number) for number in range(max(feeds, default=-1) + 1)]
 
-    def programmed(rank: int) -> Program:
-        transport = DryTransport(rank, grid.size)
-        return compiled(captured, grid, rank, transport, inputs, frozen, grads, strict, out_axes)
+    def programmed(rank: int) -> tuple[Program, list[str]]:
+        alone, used = DryTransport(rank, grid.size), list[str]()
 
-    program, chosen = programmed(grid.ranks[0]), representatives(grid)
+        def replicas(name: str, dims: Dims) -> Replicas:
+            """Sums of gradients, which are looked at afterwards, are of one rank."""
+            used.append(name)
+            return Replicas(alone.team([rank]), len(used), name)
+
+        return compiled(captured, grid, rank, alone, inputs, frozen=frozen, replicas=replicas, **options), used
+
+    (program, used), chosen = programmed(grid.ranks[0]), representatives(grid)
     sizes = _elements(program, chosen)
     fullest = grid.rank(max(chosen, key=sizes.__getitem__))
-    program = program if fullest == program.compiler.rank else programmed(fullest)
-    return _Account(program, module, chosen).report(max(sizes.values()), machine)
+    program = program if fullest == program.compiler.rank else programmed(fullest)[0]
+    return _Account(program, module, chosen, used).report(max(sizes.values()), machine)
 
 
 def representatives(grid: Grid) -> list[Index]:
@@ -368,21 +373,26 @@ def _elements(program: Program, chosen: Sequence[Index]) -> dict[Index, int]:
 class _Account:
     """What the ranks that are looked at send and hold, by module."""
 
-    def __init__(self, program: Program, module: torch.nn.Module, chosen: Sequence[Index]) -> None:
-        self.program, self.grid, self.chosen = program, program.compiler.grid, chosen
-        self.dry = dry_run(program)
+    def __init__(self, program: Program, module: torch.nn.Module, chosen: Sequence[Index], used: Sequence[str]) -> None:
+        self.program, self.c, self.chosen = program, program.compiler, chosen
+        self.grid, self.dry = self.c.grid, dry_run(program)
         parameters = dict(module.named_parameters(remove_duplicate=False))
         tensors = parameters | dict(module.named_buffers(remove_duplicate=False))
-        self.tensors = {id(t): (name, t) for name, t in reversed(tensors.items())}  # by its first name
-        reached = {id(parameters.get(program.feeds[number][0].target)) for number in self.dry.reached}
-        none: Any = None
-        unique = {id(p): Entry(p, None, Replicas(none, 0, name), p.dtype) for name, p in parameters.items()}
-        self.learned = [entry for key, entry in unique.items() if key in reached]  # in the order of their sums
+        dims = {id(tensors[f.target]): value.dims for f, value in program.feeds if f.kind == "parameter"}
+        held = {id(t): (name, t) for name, t in reversed(tensors.items())}  # a tied one by its first name
+        lengths = {
+            key: math.prod(self.c.local(dims[key])) if key in dims else t.numel() for key, (_, t) in held.items()
+        }
+        self.tensors = {name: lengths[key] * t.dtype.itemsize for key, (name, t) in held.items()}
+        # Those that get a gradient, in the order of their sums.
+        reached = {program.feeds[number][0].target for number in self.dry.reached}
+        learned = dict.fromkeys(parameters[name] for name in used if name in reached)
+        self.learned = [(dims[id(weight)], weight.dtype) for weight in learned]
         self.sent: dict[str, dict[Index, Both]] = {}  # by path
         for path, traffic in self._all_sent():
-            known = self.sent.setdefault(path, dict.fromkeys(self.chosen, (Traffic(), Traffic())))
-            for index, (forward, backward) in known.items():
-                known[index] = forward + traffic[index][0], backward + traffic[index][1]
+            mine = self.sent.setdefault(path, dict.fromkeys(self.chosen, (Traffic(), Traffic())))
+            for index, (forward, backward) in mine.items():
+                mine[index] = forward + traffic[index][0], backward + traffic[index][1]
 
     def report(self, elements: int, machine: Machine) -> Report:
         """All of it; `elements` are those that operations make on the fullest rank."""
@@ -391,9 +401,9 @@ class _Account:
             _most([sum((sent[index][side] for sent in self.sent.values()), Traffic()) for index in self.chosen])
             for side in (0, 1)
         )
-        weights = sum(t.nbytes for _, t in self.tensors.values())
-        gradients = sum(entry.nbytes for entry in self.learned)
-        summed = gradients + max((sum(e.nbytes for e in bucket) for bucket in self._buckets()), default=0)
+        weights, sums = sum(self.tensors.values()), self._sums(self.c.index)
+        gradients = sum(math.prod(self.c.local(dims)) * dtype.itemsize for dims, dtype in self.learned)
+        summed = gradients + max((size for size, _ in sums), default=0)
         optimizer = int(machine.optimizer * gradients)
         total = sum(math.prod(value.shape) for value in _made(self.program))
         return Report(
@@ -415,22 +425,25 @@ class _Account:
     def _all_sent(self) -> Iterator[tuple[str, Mapping[Index, Both]]]:
         """What each movement, and each sum outside the program, sends from the ranks looked at, forward and backward."""
         known: dict[Any, Mapping[Index, Both]] = {}
-        for movement, forward, backward in self.dry.runs:
-            key = movement.X, movement.Y, movement.dtype, forward, backward
+        for movement, *runs in self.dry.runs:
+            key = movement.X, movement.Y, movement.dtype, *runs
             if key not in known:
-                known[key] = self._of_movement(movement, forward, backward)
+                known[key] = self._of_movement(movement, *runs)
             yield movement.path, known[key]
+        for path, size, ranks in self.dry.sums:
+            both = (Traffic(), _summed(size, ranks))[:: -1 if path is not None else 1]
+            yield "gradients" if path is None else path, dict.fromkeys(self.chosen, both)
         for number in self.dry.reached:
             feed, value = self.program.feeds[number]
-            copies = self.program.compiler.parts(self.program.compiler.free_axes(all_axes(value.dims)))
+            copies = self.c.parts(self.c.free_axes(all_axes(value.dims)))
             if feed.kind == "user_input" and copies > 1:
                 sizes = {i: math.prod(local_shape(value.dims, self.grid, i)) for i in self.chosen}
                 yield "inputs", {i: (Traffic(), _summed(n * value.dtype.itemsize, copies)) for i, n in sizes.items()}
-        for bucket in self._buckets():
-            both = Traffic(), _summed(sum(entry.nbytes for entry in bucket), self.grid.size)
-            yield "gradients", dict.fromkeys(self.chosen, both)
+        if self._sums(self.c.index):
+            each = {i: [_summed(*one) for one in self._sums(i)] for i in self.chosen}
+            yield "gradients", {i: (Traffic(), sum(sums, Traffic())) for i, sums in each.items()}
 
-    def _of_movement(self, movement: Movement, forward: int, backward: int) -> Mapping[Index, Both]:
+    def _of_movement(self, movement: Movement, own: Runs, of_adjoint: Runs) -> Mapping[Index, Both]:
         """Ranks that differ along axes alone that cut nothing send the same: one of them is planned."""
         X, Y, operator = movement.X, movement.Y, movement.operator
         used = {a for layout in (X, Y) for dim in layout.dims for a in dim.axes}
@@ -443,19 +456,24 @@ class _Account:
             short = tuple(i if a in used else 0 for a, i in enumerate(index))
             if short not in known:
                 mine = plan(X, Y, self.grid.rank(short))
-                known[short] = (
-                    _of_plan(mine, movement.dtype) * forward,
-                    _of_plan(mine.adjoint(), movement.dtype) * backward,
-                )
+                there, back = _of_plan(mine, movement.dtype), _of_plan(mine.adjoint(), movement.dtype)
+                forward, backward = (there * n + back * m for n, m in zip(own, of_adjoint, strict=True))
+                known[short] = forward, backward
             known[index] = known[short]
         return known
 
-    def _buckets(self) -> list[list[Entry]]:
-        """The sums of gradients, from the second step on."""
-        learned = self.learned if self.grid.size > 1 else []
-        if sum(entry.nbytes for entry in learned) < EARLY_BYTES:
-            return buckets(learned, BUCKET_BYTES)
-        return buckets(learned[::-1], EARLY_BYTES)
+    def _sums(self, index: Index) -> list[tuple[int, int]]:
+        """The bytes and the ranks of each sum of weights' gradients that a rank takes part in, from the second step on."""
+        found, teams = [], dict[tuple[int, ...], list[tuple[torch.dtype, int]]]()
+        for dims, dtype in self.learned:
+            size = math.prod(local_shape(dims, self.grid, index)) * dtype.itemsize
+            teams.setdefault(self.c.free_axes(all_axes(dims)), []).append((dtype, size))
+        for free, group in teams.items():
+            early = sum(size for _, size in group) >= EARLY_BYTES
+            order, most = (group[::-1], EARLY_BYTES) if early else (group, BUCKET_BYTES)
+            made = cut(order, lambda one: one[0], lambda one: one[1], most) if free else []
+            found += [(sum(size for _, size in bucket), self.c.parts(free)) for bucket in made]
+        return found
 
     def _rows(self) -> Iterator[Row]:
         operations: dict[str, list[tuple[str, Any]]] = {"inputs": []} if "inputs" in self.sent else {}
@@ -486,11 +504,11 @@ class _Account:
     def _weights(self) -> Counter[str]:
         """The bytes of parameters and buffers by the path of the module that holds them, or of the next around it with a row."""
         paths, found = {path for path, _, _ in self.program.operations}, Counter[str]()
-        for name, tensor in self.tensors.values():
+        for name, size in self.tensors.items():
             path = name.rpartition(".")[0]
             while path and path not in paths:
                 path = path.rpartition(".")[0]
-            found[path] += tensor.nbytes
+            found[path] += size
         return found
 
 
@@ -523,9 +541,10 @@ def _summed(size: int, ranks: int) -> Traffic:
 def cut_text(dims: Dims, grid: Grid) -> str:
     """A global shape with its cuts.
 
-    >>> from distdl_lite.factors import cut, uncut
-    >>> cut_text(((uncut(3),), (cut(37, (0,), Grid((2,), (0, 1))),)), Grid((2,), (0, 1)))
-    '(3, 37/2)'
+        >>> from distdl_lite.buckets import cut
+    from distdl_lite.factors import cut, uncut
+        >>> cut_text(((uncut(3),), (cut(37, (0,), Grid((2,), (0, 1))),)), Grid((2,), (0, 1)))
+        '(3, 37/2)'
     """
     factors = [[(length_of(dim), math.prod(grid.shape[a] for a in dim.axes)) for dim in of_dim] for of_dim in dims]
     words = ["*".join(f"{n}/{parts}" if parts > 1 else str(n) for n, parts in of_dim) for of_dim in factors]

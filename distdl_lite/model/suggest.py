@@ -86,10 +86,10 @@ def suggest(
     if not grids:
         raise ValueError(f"suggest: {ranks} ranks have no grid for a tensor of shape {tuple(first.shape)}")
     captured = captured_in_mode(module, args, train)
-    found = []
+    found, options = [], {"grads": train, "out_axes": out_axes}
     for shape in grids:
         grid = Grid(shape, range(ranks))
-        found.append(reported(captured, module, grid, cut_inputs(args, grid, in_axes), train, False, out_axes, machine))
+        found.append(reported(captured, module, grid, cut_inputs(args, grid, in_axes), machine, **options))
     fitting = sorted((r for r in found if r.peak <= memory), key=lambda r: r.seconds)
     others = sorted((r for r in found if r.peak > memory), key=lambda r: r.peak)
     made = [Suggestion(r.grid, r, True, _reason(r, fitting)) for r in fitting]

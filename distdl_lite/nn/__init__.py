@@ -1,5 +1,6 @@
 """Distributed modules: the base Module, the seven primitives, layers and losses."""
 
+from distdl_lite.nn.conv import rules as _rules_of_convolutions  # registers them
 from distdl_lite.nn.conv.conv import DistributedConv1d, DistributedConv2d, DistributedConv3d
 from distdl_lite.nn.conv.conv_transpose import (
     DistributedConvTranspose1d,
@@ -13,6 +14,7 @@ from distdl_lite.nn.dropout import (
     DistributedDropout3d,
 )
 from distdl_lite.nn.inputs import agreed_inputs
+from distdl_lite.nn.linear import rules as _rules_of_linear_layers
 from distdl_lite.nn.linear.embedding import DistributedEmbedding
 from distdl_lite.nn.linear.linear import DistributedLinear
 from distdl_lite.nn.linear.parallel_linear import DistributedColumnParallelLinear, DistributedRowParallelLinear

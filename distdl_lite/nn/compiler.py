@@ -36,6 +36,7 @@ from distdl_lite.layout import Dim, Layout, Range, Shape
 from distdl_lite.nn.blocks import connected_zeros
 from distdl_lite.operator import Operator
 from distdl_lite.plan import Plan, plan
+from distdl_lite.reducer import Replicas, replicated
 from distdl_lite.transport import Transport
 
 Rule = Callable[..., Any]
@@ -71,6 +72,8 @@ class Value:
         Whether autograd records it, on all ranks or on none.
     make : callable or None
         From the shape of a block to it, for a constant that is made where it is needed.
+    parameter : Parameter or None
+        What it is, if it is one.
     """
 
     name: str
@@ -78,6 +81,7 @@ class Value:
     dtype: torch.dtype
     grad: bool = False
     make: Callable[[Shape], torch.Tensor] | None = None
+    parameter: Parameter | None = None
 
     @property
     def shape(self) -> Shape:
@@ -86,6 +90,11 @@ class Value:
     @property
     def ndim(self) -> int:
         return len(self.dims)
+
+    @property
+    def given(self) -> str:
+        """The variable that holds it where it is an input."""
+        return self.parameter.raw if self.parameter else self.name
 
     def axes(self, *dims: int) -> tuple[int, ...]:
         """The axes that cut some dims."""
@@ -99,6 +108,28 @@ class Value:
     @property
     def nbytes(self) -> int:
         return math.prod(self.shape) * self.dtype.itemsize
+
+
+@dataclass
+class Parameter:
+    """A parameter as the program gets it, before its gradient is summed over its replicas.
+
+    Attributes
+    ----------
+    raw : str
+        Of the variable that holds it.
+    replicas : callable
+        From its dims to the ranks that hold the same block, None in a program that is only looked at.
+    is_open : bool
+        Whether it may still be cut; after its first use it lies as it does.
+    is_used : bool
+        Whether the program has the value of which the gradient is the sum over replicas.
+    """
+
+    raw: str
+    replicas: Callable[[Dims], Replicas | None]
+    is_open: bool
+    is_used: bool = False
 
 
 @dataclass(frozen=True)
@@ -233,11 +264,13 @@ class Compiler:
         one: bool = False,
         grad: bool | None = None,
         linear: bool = False,
+        everywhere: bool = False,
         **options: Any,
     ) -> list[Value]:
         """The values that a local call makes of others.
 
-        A rank whose block of an output is empty gets zeros, whose graph leads to where the others' leads, without the call.
+        A rank whose block of an output is empty gets zeros, whose graph leads to where the others' leads, without the call,
+        unless it is made `everywhere`.
 
         Parameters
         ----------
@@ -251,6 +284,8 @@ class Compiler:
             Whether autograd records the outputs; by default if it does an input.
         linear : bool
             Whether the function's backward does without its inputs.
+        everywhere : bool
+            Whether the function takes empty blocks too; it must, if it communicates.
         """
         values = list(values_in((args, tuple(options.values()))))
         for value in values:
@@ -260,7 +295,7 @@ class Compiler:
             self.new(d, t, grad and (t.is_floating_point or t.is_complex)) for d, t in zip(dims, dtypes, strict=True)
         ]
         shapes, reads = [self.local(v.dims) for v in outputs], list[str]()
-        if any(0 in shape for shape in shapes):
+        if not everywhere and any(0 in shape for shape in shapes):
             for value, shape in zip(outputs, shapes, strict=True):
                 words = ", ".join(v.name for v in values)
                 self.emit(f"{value.name} = {self._shared(nothing)}([{words}], {shape}, {self._word(value.dtype, [])}, {linear})",
@@ -277,9 +312,33 @@ class Compiler:
         return name
 
     def _materialise(self, value: Value) -> None:
+        """Let the program make the value, if it is one that is made late."""
         if value.make is not None:
             self.emit(f"{value.name} = {self.constant(value.make, 'make')}({self.local(value.dims)})")
             value.make = None
+        held = value.parameter
+        if held is not None and not held.is_used:
+            held.is_open, held.is_used = False, True
+            if value.grad:
+                replicas = self.constant(held.replicas(value.dims), f"replicas_{held.raw}")
+                self.emit(f"{value.name} = {self._shared(replicated)}({held.raw}, {replicas})", [held.raw])
+
+    def parameter(
+        self, raw: str, dims: Dims, dtype: torch.dtype, grad: bool, replicas: Any, is_open: bool = False
+    ) -> Value:
+        """An input of the program that is a parameter."""
+        raw = self._unique(raw)
+        value = self.new(dims, dtype, grad, f"{raw}_used")
+        value.name = value.name if grad else raw
+        value.parameter = Parameter(raw, replicas, is_open)
+        return value
+
+    def placed_at(self, value: Value, dims: Dims, axes: Iterable[int]) -> Value:
+        """A weight laid out so; one that nobody has used yet is cut that way for good, if these axes may cut weights."""
+        held, dims = value.parameter, tuple(map(merged, dims))
+        if held is not None and held.is_open and all_axes(dims) <= set(axes):
+            held.is_open, value.dims = False, dims
+        return self.move(value, dims)
 
     def cast(self, value: Value, dtype: torch.dtype) -> Value:
         """The value in a dtype."""
@@ -315,32 +374,30 @@ class Compiler:
         held, wanted = (tuple(dim for pair in pairs for dim in pair[side]) for side in (0, 1))  # type: ignore[index]
         if held == wanted:
             return self.renamed(value, dims)
+        self._materialise(value)
         made = self.new(dims, value.dtype, value.grad)
         inside, outside = (local_shape(tuple((d,) for d in f), self.grid, self.index) for f in (held, wanted))
         text = value.name if inside == self.local(value.dims) else f"{value.name}.reshape({inside})"
         if all(map(is_inside, held, wanted)):
             pieces = [(self.range(h), self.range(w)) for h, w in zip(held, wanted, strict=True)]
+            if all(h == w for h, w in pieces):
+                return self.renamed(value, dims)
             slices = ", ".join(":" if h == w else f"{w[0] - h[0]}:{max(w[1], w[0]) - h[0]}" for h, w in pieces)
             text = f"{text}[{slices}]"
         else:
-            text = f"{self.operator(*self._layouts(held, wanted), value, why or _kind(held, wanted))}({text})"
+            text = f"{self.operator(*self.layouts(held, wanted), value, why or _kind(held, wanted))}({text})"
         if outside != self.local(dims):
             text = f"{text}.reshape({self.local(dims)})"
         self.emit(f"{made.name} = {text}", [value.name])
         return made
 
-    def _layouts(self, held: tuple[Dim, ...], wanted: tuple[Dim, ...]) -> tuple[Layout, Layout]:
+    def layouts(self, held: tuple[Dim, ...], wanted: tuple[Dim, ...]) -> tuple[Layout, Layout]:
         """Copies of the source keep apart: each moves among its own ranks."""
         keys = self.free_axes(all_axes((held,)))
         return Layout(self.grid, held, keys), Layout(self.grid, wanted, keys)
 
-    def operator(self, X: Layout, Y: Layout, value: Value, kind: str) -> str:
-        """The name of the operator between two layouts."""
-        operator = self.movement(X, Y, value, kind)
-        return self.constant(operator if operator is None or value.grad else operator.apply, kind)
-
-    def movement(self, X: Layout, Y: Layout, value: Value, kind: str) -> Operator | None:
-        """The operator between two layouts, for a local function that runs it itself; None in a program that is looked at."""
+    def between(self, X: Layout, Y: Layout, value: Value, kind: str) -> Operator | None:
+        """The operator between two layouts, for blocks such as those of the value; None in a program that is only looked at."""
         operator = None
         if self.transport is not None:
             if (X, Y) not in self._plans:
@@ -348,6 +405,11 @@ class Compiler:
             operator = Operator(self._plans[X, Y], self.transport, self.path or self.label, graph=value.grad)
         self.movements.append(Movement(self.path, kind, X, Y, value.dtype, value.grad, operator))
         return operator
+
+    def operator(self, X: Layout, Y: Layout, value: Value, kind: str) -> str:
+        """The name in the program of the operator between two layouts."""
+        operator = self.between(X, Y, value, kind)
+        return self.constant(operator and (operator if value.grad else operator.apply), kind)
 
     def add_up(self, value: Value, dims: Dims) -> Value:
         """The value in a layout, of parts: points that several ranks hold in theirs are added up."""
@@ -357,7 +419,7 @@ class Compiler:
         made = self.new(dims, value.dtype, value.grad)
         kind = "all_reduce" if not all_axes(dims) else "sum"
         self.emit(
-            f"{made.name} = {self.operator(*self._layouts(held, wanted), value, kind)}({value.name})", [value.name]
+            f"{made.name} = {self.operator(*self.layouts(held, wanted), value, kind)}({value.name})", [value.name]
         )
         return made
 
@@ -375,6 +437,15 @@ class Compiler:
         given, back = ("", "") if shape == local else (f".reshape({shape})", f".reshape({local})")
         self.emit(f"{made.name} = {self.operator(R, R, value, 'all_reduce')}({value.name}{given}){back}", [value.name])
         return made
+
+    @property
+    def feature_axes(self) -> tuple[int, ...]:
+        """The axes that may cut channels of weights: the second one, of channels."""
+        return (1,) if self.grid.dim > 1 and self.grid.shape[1] > 1 else ()
+
+    def free_features(self, value: Value) -> tuple[int, ...]:
+        """Those of them along which the ranks hold copies of a value."""
+        return tuple(a for a in self.free_axes(all_axes(value.dims)) if a in self.feature_axes)
 
     # Layouts
 
@@ -451,7 +522,7 @@ class Compiler:
 
     def source(self, inputs: Sequence[Value], outputs: Sequence[Value]) -> str:
         """The program as Python; a variable goes as soon as it is used up."""
-        path, text = "", [f"def forward({', '.join(v.name for v in inputs)}):"]
+        path, text = "", [f"def forward({', '.join(v.given for v in inputs)}):"]
         for line, dead in self.steps(outputs):
             if line.path != path:
                 path = line.path

@@ -50,14 +50,6 @@ def wanted(value: Value, word: str, chosen: dict[str, Factors]) -> Dims:
     return tuple((uncut(n),) if n == 1 or letter not in chosen else chosen[letter] for letter, n in pairs)
 
 
-@rule("linear")
-def linear(c: Compiler, op: Any, x: Value, weight: Value, bias: Value | None = None) -> Value:
-    x, weight = c.wholly(x, [-1], "features"), c.whole(weight)
-    bias = None if bias is None else c.whole(bias)
-    dims = x.with_dims({-1: uncut(weight.shape[0])})
-    return c.call(F.linear, x, weight, bias, dims=dims, dtype=op.dtype)
-
-
 @rule("addmm", "baddbmm", "addbmm", "addmv")
 def added(c: Compiler, op: Any, bias: Value, a: Value, b: Value, *, beta: Any = 1, alpha: Any = 1) -> Value:
     if op.name == "addbmm":

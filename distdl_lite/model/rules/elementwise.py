@@ -58,7 +58,7 @@ def pointwise(c: Compiler, op: Any, *args: Any, **options: Any) -> Any:
         options.pop(name, None)
     dims = common_dims(c, values, op.shape)
     options = {k: fitted(c, v, dims) for k, v in options.items()}
-    return c.call(op.function, *(fitted(c, a, dims) for a in args), dims=dims, dtype=op.dtype, **options)
+    return c.apply(op, *(fitted(c, a, dims) for a in args), dims=dims, **options)
 
 
 @rule("alias", "contiguous", "lift_fresh", "lift_fresh_copy", "clone")

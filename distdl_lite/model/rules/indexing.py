@@ -43,11 +43,3 @@ def gather(c: Compiler, op: Any, x: Value, d: int, indices: Value, *, sparse_gra
     lead = common_dims(c, [indices], indices.shape)
     x = c.move(x, tuple((uncut(x.shape[d]),) if e == d else f for e, f in enumerate(lead)))
     return c.call(torch.gather, x, d, indices, dims=indices.dims, dtype=x.dtype)
-
-
-@rule("embedding")
-def embedding(c: Compiler, op: Any, table: Value, indices: Value, *options: Any) -> Value:
-    table = c.whole(table)
-    return c.call(
-        op.function, table, indices, *options, dims=(*indices.dims, (uncut(table.shape[1]),)), dtype=table.dtype
-    )

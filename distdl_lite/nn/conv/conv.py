@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
 
 import torch
 
 from distdl_lite import layout as lay
-from distdl_lite.layout import Dim, Layout, Shape
-from distdl_lite.nn.blocks import edge_pad
+from distdl_lite.layout import Dim, Layout
 from distdl_lite.nn.conv import overlap
 from distdl_lite.nn.conv.convolution import Convolution
+from distdl_lite.nn.conv.geometry import ConvGeometry
 from distdl_lite.nn.inputs import Inputs
 from distdl_lite.nn.options import per_dim, plain
 from distdl_lite.nn.work_grid import Product
 from distdl_lite.operator import Operator
 from distdl_lite.partition import Partition
+from distdl_lite.plan import plan
 from distdl_lite.reducer import reducer_of
 
 _PADDING_MODES = ("zeros", "circular", "reflect", "replicate")
@@ -74,13 +73,8 @@ class _DistributedConv(Convolution):
     ) -> None:
         super().__init__((P_x, P_y, P_w), in_channels, out_channels, groups, kernel_size, stride, dilation)
         self.padding, self.padding_mode = plain(padding), padding_mode
-        self.pads = self._pads()
-        self._place(bias, device, dtype)
-        # A spatial dim may be left to the local convolution, which pads it without a copy.
-        pads = zip(self._work.shape[3:], self.pads, strict=True)
-        self._whole = tuple(
-            n == 1 and left == right and (padding_mode == "zeros" or left == 0) for n, (left, right) in pads
-        )
+        options = self.kernel_size, self.stride, self.dilation, self._pads(), groups, padding_mode
+        self._place(ConvGeometry(*options), bias, device, dtype)
 
     def _pads(self) -> tuple[tuple[int, int], ...]:
         """Points of padding to the left and right of each spatial dim. Raises ValueError if torch refuses the options."""
@@ -101,71 +95,25 @@ class _DistributedConv(Convolution):
         in_dim = Dim(ins, (2,)) if axis == 2 else Dim(((0, self.in_channels // self.groups),))
         return Layout(self._work, (Dim(outs, (1,)), in_dim, *(Dim(((0, k),)) for k in self.kernel_size)))
 
-    def _output_space(self, space: Shape) -> Shape:
-        lengths = []
-        for d, (n, k, dilation) in enumerate(zip(space, self.kernel_size, self.dilation, strict=True)):
-            room = n + sum(self.pads[d]) - dilation * (k - 1) - 1
-            if room < 0:
-                raise self._refuse(
-                    f"dim {d + 2} of length {n} with padding {self.pads[d]} is shorter than the kernel of {k} with "
-                    f"dilation {dilation}"
-                )
-            lengths.append(room // self.stride[d] + 1)
-        return tuple(lengths)
-
-    def _reads(self, d: int, n: int, cuts: Sequence[int]) -> Dim:
-        if self._whole[d]:
-            return Dim(((0, n),), (3 + d,))
-        try:
-            return lay.bounded(Dim(self._wanted(d, cuts), (3 + d,)), n, self.padding_mode)
-        except ValueError as error:
-            raise self._refuse(f"dim {d + 2}: {error}") from error
-
-    def _wanted(self, d: int, cuts: Sequence[int]) -> tuple[lay.Range, ...]:
-        """The inputs that output blocks read, also beyond the edge."""
-        return lay.read_by_kernel(cuts, self.kernel_size[d], self.stride[d], self.dilation[d], self.pads[d][0])
-
-    def _convolution(self, box: lay.Box, held: lay.Box, global_shape: Shape, groups: int) -> Product:
-        padding = tuple(left if whole else 0 for (left, _), whole in zip(self.pads, self._whole, strict=True))
-        kernel = overlap.Kernel(self.kernel_size, self.stride, padding, self.dilation, groups)
-        edge = self._edge(box, held, global_shape)
-        return kernel if edge is None else lambda z, weight, bias: kernel(edge(z), weight, bias)
-
-    def _edge(self, box: lay.Box, held: lay.Box, global_shape: Shape) -> Callable[[torch.Tensor], torch.Tensor] | None:
-        """The local step at the global edge for reflection and replication."""
-        if self.padding_mode not in ("reflect", "replicate"):
-            return None
-        blocks = enumerate(zip(box[2:], held[2:], strict=True))
-        wanted = (kept if self._whole[d] else self._wanted(d, block)[0] for d, (block, kept) in blocks)
-        return edge_pad((*held[:2], *wanted), held, global_shape, self.padding_mode)
-
     def _fused(
         self, inputs: Inputs, X: Layout, Z: Layout, Y: Layout, fetch: Operator | None, product: Product | None
     ) -> overlap.Fused | None:
-        weight, bias = self._distdl_places["weight"].replicas, self._distdl_places.get("bias")
-        has_empty = any(a == b for dim in (*Z.dims, *Y.dims) for a, b in dim.ranges)
-        if has_empty or X.grid != Y.grid or self.padding_mode not in ("zeros", "circular"):
-            return None
-        if not inputs.dtype.is_floating_point or (fetch is None and weight.team.size == 1):
-            return None
-        assert isinstance(product, overlap.Kernel)
-        kernel, slabs, copied = product, (), fetch
-        widest = math.prod(max(b - a for a, b in dim.ranges) for dim in X.dims) * inputs.dtype.itemsize
-        if fetch is not None and widest >= overlap.LEAST_BYTES:
-            kernel, copied = replace(kernel, padding=tuple(left for left, _ in self.pads)), None
-            cut = [d for d in range(self.dims) if not self._whole[d]]
-            exact = inputs.dtype in (torch.float32, torch.float64)  # half sums of slabs would round twice
-            slabs = overlap.slabs(X, Z, kernel, cut, self._distdl_transport, type(self).__name__) if exact else None
-            if slabs is None:  # a node of its own for the halo keeps no second copy of a large block
-                return None
-
-        def compose(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-            return product(x if fetch is None else fetch(x), weight, bias)
-
-        replicas = weight, bias and bias.replicas
-        return overlap.Fused(
-            kernel, copied, slabs, compose, inputs.requires_grad, replicas, reducer_of(self._distdl_transport)
+        weight, bias, transport = (
+            self._distdl_places["weight"].replicas,
+            self._distdl_places.get("bias"),
+            self._distdl_transport,
         )
+        is_alone = fetch is None and weight.team.size == 1
+        if X.grid != Y.grid or is_alone or not isinstance(product, overlap.Kernel):
+            return None
+
+        def between(X: Layout, S: Layout) -> Operator:
+            return Operator(plan(X, S, transport.rank), transport, type(self).__name__)
+
+        return overlap.fused(
+            self._geometry, self._whole, (X, Z, Y), fetch, product, inputs.dtype, inputs.requires_grad, transport.rank, between,
+            (weight, bias and bias.replicas), reducer_of(transport),
+        )  # fmt: skip
 
     def _own_repr(self) -> list[str]:
         padding = [f"padding={self.padding}"] if self.padding else []

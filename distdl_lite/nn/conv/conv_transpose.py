@@ -7,17 +7,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
 from distdl_lite import layout as lay
 from distdl_lite.layout import Dim, Layout, Shape
 from distdl_lite.nn.conv.convolution import Convolution
+from distdl_lite.nn.conv.geometry import TransposedGeometry
 from distdl_lite.nn.module import Call
 from distdl_lite.nn.options import listed, per_dim
-from distdl_lite.nn.work_grid import Product, with_bias
 from distdl_lite.partition import Partition
-
-_CONVOLUTIONS: dict[int, Any] = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
 
 
 class _DistributedConvTranspose(Convolution):
@@ -74,31 +71,19 @@ class _DistributedConvTranspose(Convolution):
             raise self._refuse(
                 f"output_padding={self.output_padding} must be below stride={self.stride} or dilation={self.dilation}"
             )
-        self._place(bias, device, dtype)
-        self._whole = tuple(n == 1 for n in self._work.shape[3:])
+        pads = tuple((p, p) for p in self.padding)
+        options = self.kernel_size, self.stride, self.dilation, pads, groups, self.output_padding
+        self._place(TransposedGeometry(*options), bias, device, dtype)
 
     def _weight_layout(self, outs: tuple[lay.Range, ...], ins: tuple[lay.Range, ...], axis: int) -> Layout:
         out_dim = Dim(outs, (1,)) if axis == 2 else Dim(((0, self.out_channels // self.groups),))
         return Layout(self._work, (Dim(ins, (axis,)), out_dim, *(Dim(((0, k),)) for k in self.kernel_size)))
 
-    def _output_space(self, space: Shape, output_size: Sequence[int] | None = None) -> Shape:
-        least = [self._least(d, n) for d, n in enumerate(space)]
+    def _outputs(self, space: Shape, output_size: Sequence[int] | None = None) -> Shape:
         if output_size is None:
-            lengths = [n + extra for n, extra in zip(least, self.output_padding, strict=True)]
-        else:
-            lengths = self._requested(output_size, space, least)
-        for d, (n, length) in enumerate(zip(space, lengths, strict=True)):
-            if n < 1 or length < 1:
-                raise self._refuse(
-                    f"dim {d + 2} of length {n} has no output with kernel_size={self.kernel_size[d]}, "
-                    f"stride={self.stride[d]}, padding={self.padding[d]}: calculated output size {length}. Output size is "
-                    f"too small"
-                )
-        return tuple(lengths)
-
-    def _least(self, d: int, n: int) -> int:
-        """The number of outputs of n inputs of a dim without output padding."""
-        return self._reach(d, n) - 2 * self.padding[d]
+            return super()._outputs(space)
+        least = [self._geometry.least(d, n) for d, n in enumerate(space)]
+        return self._geometry.checked(space, tuple(self._requested(output_size, space, least)))
 
     def _requested(self, output_size: Sequence[int], space: Shape, least: Sequence[int]) -> list[int]:
         """The lengths that forward was asked for. Raises ValueError, in torch's words, unless they can be had."""
@@ -128,45 +113,6 @@ class _DistributedConvTranspose(Convolution):
         if not isinstance(size, (list, tuple)) or not all(hasattr(n, "__index__") for n in size):
             raise self._refuse("output_size is neither a list nor a tuple of integers", TypeError)
         return super()._distdl_module_setup(input, tuple(map(operator.index, size)))
-
-    def _reads(self, d: int, n: int, cuts: Sequence[int]) -> Dim:
-        if self._whole[d]:
-            return Dim(((0, n),), (3 + d,))
-        ranges = lay.read_by_transposed_kernel(
-            cuts, self.kernel_size[d], self.stride[d], self.dilation[d], self.padding[d]
-        )
-        return lay.bounded(Dim(ranges, (3 + d,)), n, "none")
-
-    def _convolution(self, box: lay.Box, held: lay.Box, global_shape: Shape, groups: int) -> Product:
-        cut = [d for d, whole in enumerate(self._whole) if not whole]
-        padding = [0 if d in cut else p for d, p in enumerate(self.padding)]
-        extra = [
-            0 if d in cut else stop - self._least(d, n)
-            for d, ((_, stop), n) in enumerate(zip(box[2:], global_shape[2:], strict=True))
-        ]
-        # Where this rank's outputs stand among those that the held inputs reach, and how far they go beyond.
-        window: list[slice] = [slice(None)] * (2 + self.dims)
-        beyond = [0, 0] * self.dims  # of the last dim first, as torch wants it
-        is_all = True
-        for d in cut:
-            (low, high), first = held[2 + d], held[2 + d][0] * self.stride[d] - self.padding[d]
-            start, stop, reach = box[2 + d][0] - first, box[2 + d][1] - first, self._reach(d, high - low)
-            window[2 + d] = slice(max(start, 0), min(stop, reach))
-            right = 2 * (self.dims - d) - 1
-            beyond[right - 1], beyond[right] = max(-start, 0), max(stop - reach, 0)
-            is_all = is_all and (start, stop) == (0, reach)
-
-        function, stride, dilation, dims = _CONVOLUTIONS[self.dims], self.stride, self.dilation, self.dims
-
-        def convolve(z: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-            y = function(z, weight, bias if is_all else None, stride, padding, extra, groups, dilation)
-            return y if is_all else with_bias(F.pad(y[tuple(window)], beyond), bias, dims)
-
-        return convolve
-
-    def _reach(self, d: int, n: int) -> int:
-        """How many outputs n inputs of a dim reach, padding among them."""
-        return (n - 1) * self.stride[d] + self.dilation[d] * (self.kernel_size[d] - 1) + 1
 
     def forward(self, x: torch.Tensor, output_size: Sequence[int] | None = None) -> torch.Tensor:
         """The output, of the lengths asked for; set-up has looked at them.

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,20 +11,22 @@ import torch
 from distdl_lite import layout as lay
 from distdl_lite.grid import balanced
 from distdl_lite.layout import Dim, Layout, Shape, balanced_blocks, ranges_of
-from distdl_lite.nn.blocks import connected_zeros
+from distdl_lite.nn.conv.geometry import Geometry
 from distdl_lite.nn.draws import bias_bound, kaiming_bound, uniform
 from distdl_lite.nn.inputs import whose_blocks
 from distdl_lite.nn.options import integers, per_dim, spatial_axes
-from distdl_lite.nn.work_grid import Product, WorkGridLayer, with_bias
+from distdl_lite.nn.work_grid import Product, WorkGridLayer
 from distdl_lite.partition import Partition
 
 
 class Convolution(WorkGridLayer):
     """Base of convolutions, transposed or not: the work grid, where weights live, fetch and deliver.
 
-    A subclass sets its options before it calls `_place`, and has `_weight_layout`, `_output_space`, `_reads`, `_convolution`
-    and, for its part of `extra_repr`, `_own_repr`.
+    A subclass sets its options before it calls `_place` with its geometry, and has `_weight_layout` and, for its part of
+    `extra_repr`, `_own_repr`.
     """
+
+    _geometry: Any
 
     def __init__(
         self,
@@ -48,11 +50,13 @@ class Convolution(WorkGridLayer):
                 f"groups={groups} do not divide in_channels={in_channels} and out_channels={out_channels}"
             )
 
-    def _place(self, bias: bool, device: Any, dtype: torch.dtype | None) -> None:
+    def _place(self, geometry: Geometry, bias: bool, device: Any, dtype: torch.dtype | None) -> None:
         """Lay out the work grid and put the parameters on it."""
+        self._geometry = geometry
         for name, P in (("P_x", self.P_x), ("P_y", self.P_y)):
             spatial_axes(self, name, P, self.dims)
         self._work = self._work_grid(1, "[P_b, P_out, P_in, *P_space]")
+        self._whole = tuple(geometry.stays_whole(d, n) for d, n in enumerate(self._work.shape[3:]))
         self._channels = self._channel_cuts()
         weight = self._weight_layout(*self._channels)
         fan_in = torch.Size(lay.global_shape_of(weight)[1:]).numel()
@@ -80,17 +84,9 @@ class Convolution(WorkGridLayer):
         """The weight's blocks, for the ranges of output and input channels; `axis` of the work grid chooses the latter."""
         raise NotImplementedError
 
-    def _output_space(self, space: Shape) -> Shape:
+    def _outputs(self, space: Shape) -> Shape:
         """The numbers of outputs of the spatial dims. Raises ValueError if one is too short."""
-        raise NotImplementedError
-
-    def _reads(self, d: int, n: int, cuts: Sequence[int]) -> Dim:
-        """What the output blocks of a spatial dim read."""
-        raise NotImplementedError
-
-    def _convolution(self, box: lay.Box, held: lay.Box, global_shape: Shape, groups: int) -> Product:
-        """The local convolution from the inputs held to the outputs of the box; neither is empty."""
-        raise NotImplementedError
+        return self._geometry.outputs(space)  # type: ignore[no-any-return]
 
     def layouts(self, shapes: Mapping[int, Shape], *wanted: Any) -> tuple[Layout, Layout, Layout, Layout]:
         """X, Z, the work grid's partial outputs, and Y, for the output's lengths if they are wanted; pure."""
@@ -99,22 +95,24 @@ class Convolution(WorkGridLayer):
         if channels != self.in_channels:
             found = f"the input has {channels} channels, in_channels={self.in_channels}"
             raise self._refuse(found + whose_blocks(self.P_x.shape[1]))
-        out_space = self._output_space(space, *wanted)
+        out_space = self._outputs(space, *wanted)
         outs, ins, axis = self._channels
         batches = Dim(ranges_of(balanced(batch, self._work.shape[0])), (0,))
-        cuts = [balanced(m, self._work.shape[3 + d]) for d, m in enumerate(out_space)]
-        Z = Layout(self._work, (batches, Dim(ins, (axis,)), *(self._reads(d, n, cuts[d]) for d, n in enumerate(space))))
-        writes = (Dim(ranges_of(cut), (3 + d,)) for d, cut in enumerate(cuts))
+        lengths = zip(out_space, self._work.shape[3:], strict=True)
+        writes = [Dim(ranges_of(balanced(m, parts)), (3 + d,)) for d, (m, parts) in enumerate(lengths)]
+        reads = (
+            Dim(((0, n),), (3 + d,)) if self._whole[d] else self._geometry.reads(d, n, writes[d])
+            for d, n in enumerate(space)
+        )
+        Z = Layout(self._work, (batches, Dim(ins, (axis,)), *reads))
         partial = Layout(self._work, (batches, Dim(outs, (1,)), *writes))
         Y = balanced_blocks(self.P_y.grid_of_ranks, (batch, self.out_channels, *out_space))
         return X, Z, partial, Y
 
     def _product(self, box: lay.Box, held: lay.Box, global_shape: Shape, dtype: torch.dtype) -> Product:
-        shape = lay.shape_of(box)
-        if 0 in shape or 0 in lay.shape_of(held):  # torch refuses to convolve nothing
-            return functools.partial(_nothing, shape, dtype, self.dims)
-        groups = 1 if self.groups == 1 else shape[1] * self.groups // self.out_channels
-        return self._convolution(box, held, global_shape, groups)
+        channels = lay.shape_of(box)[1]
+        groups = 1 if self.groups == 1 else channels * self.groups // self.out_channels
+        return replace(self._geometry, groups=groups).product(box, held, global_shape, self._whole, dtype)
 
     def extra_repr(self) -> str:
         parts = [f"{self.in_channels}, {self.out_channels}", f"kernel_size={self.kernel_size}", f"stride={self.stride}"]
@@ -123,10 +121,3 @@ class Convolution(WorkGridLayer):
         parts += [f"groups={self.groups}"] if self.groups > 1 else []
         parts += ["bias=False"] if self.bias is None else []
         return ", ".join([*parts, *self._partitions_repr()])
-
-
-def _nothing(
-    shape: Shape, dtype: torch.dtype, dims: int, z: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
-) -> torch.Tensor:
-    """The convolution of an empty block, or to one."""
-    return with_bias(connected_zeros(shape, z, weight, added=bias).to(dtype), bias, dims)

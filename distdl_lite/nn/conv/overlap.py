@@ -15,6 +15,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,7 +26,6 @@ from distdl_lite.layout import Dim, Layout
 from distdl_lite.operator import Operator
 from distdl_lite.plan import Pattern, plan
 from distdl_lite.reducer import Reducer, Replicas, replicated
-from distdl_lite.transport import Transport
 
 LEAST_BYTES = 1 << 20  # of the largest block; below, copying it takes less time than the calls for slabs
 
@@ -114,8 +114,11 @@ class Slab:
         return x.narrow(self.dim, 0 if self.is_left else self.room, self.width)
 
 
+Between = Callable[[Layout, Layout], Any]  # makes the operator between two layouts
+
+
 def slabs(
-    X: Layout, Z: Layout, kernel: Kernel, cut: Sequence[int], transport: Transport, label: str
+    X: Layout, Z: Layout, kernel: Kernel, cut: Sequence[int], rank: int, between: Between
 ) -> tuple[Slab, ...] | None:
     """The slabs around the blocks of `X` that make up the boxes of `Z`; None where their shapes do not allow to overlap.
 
@@ -127,7 +130,7 @@ def slabs(
         wide = tuple((a - grown, b + grown) for a, b in have.ranges)
         if wide != want.ranges or min(b - a for a, b in have.ranges) < 1:
             return None
-    found = []
+    found: list[tuple[Layout, Any]] = []
     for number, d in enumerate(cut):
         width, reach = kernel.padding[d], kernel.dilation[d] * (kernel.size[d] - 1)
         shortest = min(b - a for a, b in X.dims[2 + d].ranges)
@@ -135,16 +138,30 @@ def slabs(
             return None
         for is_left in (True, False) if width else ():
             S = replace(Z, dims=_slab_dims(X, Z, [2 + c for c in cut[:number]], 2 + d, is_left))
-            built = plan(X, S, transport.rank)
+            built = plan(X, S, rank)
             if built.pattern is not Pattern.EXCHANGE:
                 return None
             taps = math.ceil(width / kernel.dilation[d])
             size = tuple(taps if e == d else k for e, k in enumerate(kernel.size))
             padding = tuple(0 if e in cut[number:] else p for e, p in enumerate(kernel.padding))
             part = replace(kernel, size=size, padding=padding)
-            fetch, arrives = Operator(built, transport, label), any(leg.receives for leg in built.legs)
-            found.append(Slab(fetch, arrives, 2 + d, width, is_left, taps, (taps - 1) * kernel.dilation[d], part))
-    return tuple(found)
+            arrives, room = any(leg.receives for leg in built.legs), (taps - 1) * kernel.dilation[d]
+            found.append(
+                (
+                    S,
+                    partial(
+                        Slab,
+                        arrives=arrives,
+                        dim=2 + d,
+                        width=width,
+                        is_left=is_left,
+                        taps=taps,
+                        room=room,
+                        kernel=part,
+                    ),
+                )
+            )
+    return tuple(slab(between(X, S)) for S, slab in found)
 
 
 def _slab_dims(X: Layout, Z: Layout, done: Sequence[int], dim: int, is_left: bool) -> tuple[Dim, ...]:
@@ -186,7 +203,10 @@ class Fused:
     reducer: Reducer
 
     def __call__(self, layer: Any, x: torch.Tensor) -> torch.Tensor:
-        weight, bias = layer.held("weight"), layer.held("bias")
+        return self.of(x, layer.held("weight"), layer.held("bias"))
+
+    def of(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """The convolution of a block; of weight and bias as they are held, not through `replicated`."""
         if is_recording(weight, bias, self.reducer.token if self.graph else None):
             return _Fused.apply(x, weight, bias, self.reducer.token, self)
         return self.forward(x, weight, bias)[0]
@@ -237,6 +257,55 @@ class Fused:
         for adjoint, movement in pending:
             adjoint.finish(movement, into=gz)
         return (self.fetch.adjoint.apply(gz) if self.graph and self.fetch is not None else gz), gw, gb
+
+
+def fused(
+    geometry: Any,
+    whole: Sequence[bool],
+    layouts: tuple[Layout, Layout, Layout],
+    fetch: Operator | None,
+    product: Kernel,
+    dtype: torch.dtype,
+    graph: bool,
+    rank: int,
+    between: Between,
+    replicas: Any,
+    reducer: Any,
+    moves: bool | None = None,
+) -> Fused | None:
+    """A convolution as one graph node; None on all ranks where that does not pay.
+
+    Parameters
+    ----------
+    geometry : ConvGeometry
+    whole : sequence of bool
+        Which spatial dims are left to the local convolution.
+    layouts : (X, Z, Y)
+        Of the input, of what the ranks' outputs read, and of these.
+    fetch : Operator or None
+        From X to Z, None if they are equal; or if `moves` says so, for a program that is not run.
+    product : Kernel
+        The local convolution of the blocks of Z.
+    """
+    X, Z, Y = layouts
+    moves = fetch is not None if moves is None else moves
+    has_empty = any(a == b for dim in (*Z.dims, *Y.dims) for a, b in dim.ranges)
+    if has_empty or geometry.mode not in ("zeros", "circular") or not dtype.is_floating_point:
+        return None
+    kernel, around, copied = product, (), fetch
+    widest = math.prod(max(b - a for a, b in dim.ranges) for dim in X.dims) * dtype.itemsize
+    if moves and widest >= LEAST_BYTES:
+        kernel, copied = replace(kernel, padding=tuple(left for left, _ in geometry.pads)), None
+        cut = [d for d in range(geometry.dims) if not whole[d]]
+        exact = dtype in (torch.float32, torch.float64)  # half sums of slabs would round twice
+        around = slabs(X, Z, kernel, cut, rank, between) if exact else None
+        if around is None:  # a node of its own for the halo keeps no second copy of a large block
+            return None
+
+    def compose(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        return product(x if fetch is None else fetch(x), weight, bias)
+
+    return Fused(kernel, copied, around, compose, graph, replicas, reducer)
 
 
 @contextmanager

@@ -100,11 +100,9 @@ class DistributedEmbedding(Layer):
         self.place("weight", layout, normal(num_embeddings * embedding_dim), dtype, device)
         box = layout.box(P.world_transport.rank)
         self._rows = (0, 0) if box is None else box[0]
-        self._local_padding = None
         if self.padding_idx is not None and self._rows[0] <= self.padding_idx < self._rows[1]:
-            self._local_padding = self.padding_idx - self._rows[0]
             with torch.no_grad():
-                self.weight[self._local_padding] = 0
+                self.weight[self.padding_idx - self._rows[0]] = 0
 
     def _distdl_module_setup(self, input: tuple[Any, ...]) -> Call:
         grid, transport = self.P.grid_of_ranks, self._distdl_transport
@@ -160,16 +158,26 @@ class DistributedEmbedding(Layer):
         """This rank's part of the output; zero where another rank holds the row."""
         weight = self.use("weight")
         assert weight is not None
-        if not weight.numel():
-            return connected_zeros((*index.shape, weight.shape[1]), weight)
-        start, stop = self._rows
-        if stop - start == self.num_embeddings:
-            return F.embedding(index, weight, self._local_padding)
-        is_elsewhere = (index < start) | (index >= stop)
-        rows = F.embedding((index - start).masked_fill_(is_elsewhere, 0), weight, self._local_padding)
-        return rows.masked_fill_(is_elsewhere.unsqueeze(-1), 0)
+        return rows_of(
+            weight, index, self._rows, self.num_embeddings, -1 if self.padding_idx is None else self.padding_idx
+        )
 
     def extra_repr(self) -> str:
         given = "" if self.padding_idx is None else f", padding_idx={self.padding_idx}"
         given += ", scale_grad_by_freq=True" if self.scale_grad_by_freq else ""
         return f"{self.num_embeddings}, {self.embedding_dim}{given}, cut={self.cut!r}, P={self.P.shape}"
+
+
+def rows_of(
+    table: torch.Tensor, index: torch.Tensor, rows: tuple[int, int], total: int, padding_idx: int = -1
+) -> torch.Tensor:
+    """The rows of a table of so many that the indices name, zero where another rank holds them; `table` has some of its rows."""
+    start, stop = rows
+    if not table.numel():
+        return connected_zeros((*index.shape, table.shape[1]), table)
+    padding = padding_idx - start if start <= padding_idx < stop else None
+    if stop - start == total:
+        return F.embedding(index, table, padding)
+    is_elsewhere = (index < start) | (index >= stop)
+    found = F.embedding((index - start).masked_fill_(is_elsewhere, 0), table, padding)
+    return found.masked_fill_(is_elsewhere.unsqueeze(-1), 0)

@@ -4,14 +4,75 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 
-from distdl_lite.layout import Dim, Layout, Shape
-from distdl_lite.nn.blocks import wide
-from distdl_lite.nn.norm.base import Norm
+from distdl_lite.layout import Shape
+from distdl_lite.nn.compiler import Compiler, Value, rule
+from distdl_lite.nn.norm.base import Kernel, Norm, normalised
 from distdl_lite.nn.options import integers, listed
 from distdl_lite.partition import Partition
+
+
+@dataclass(frozen=True)
+class LayerKernel(Kernel):
+    """The last dims are normalised together."""
+
+    normalized_shape: tuple[int, ...]
+    reaches_bias = True
+
+    def over(self, ndim: int) -> Sequence[int]:
+        return range(ndim - len(self.normalized_shape), ndim)
+
+    weighted = over
+
+    def check(self, shape: Shape, batch: bool) -> None:
+        if shape[-len(self.normalized_shape) :] != self.normalized_shape:
+            raise ValueError(f"the input of shape {shape} does not end in normalized_shape={self.normalized_shape}")
+
+    def as_channels(self, x: torch.Tensor) -> torch.Tensor:
+        lead = x.dim() - len(self.normalized_shape)
+        return x.reshape(1, math.prod(x.shape[:lead]), math.prod(x.shape[lead:]))
+
+    def per_channel(self, weight: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        return weight.reshape(1, 1, -1)
+
+    def alone(self, x: torch.Tensor, batch: bool, factor: float, *held: torch.Tensor | None) -> torch.Tensor:
+        return torch.layer_norm(x, self.normalized_shape, *held[:2], self.eps)
+
+
+@dataclass(frozen=True)
+class RMSKernel(LayerKernel):
+    """The same, which are only divided by their root mean square."""
+
+    numbers = 1
+    reaches_bias = False
+
+    def alone(self, x: torch.Tensor, batch: bool, factor: float, *held: torch.Tensor | None) -> torch.Tensor:
+        return torch.rms_norm(x, self.normalized_shape, held[0], self.eps)
+
+
+@rule("layer_norm", "native_layer_norm")
+def layer_norm(
+    c: Compiler,
+    op: Any,
+    x: Value,
+    shape: Sequence[int],
+    weight: Any = None,
+    bias: Any = None,
+    eps: float = 1e-5,
+    *_: Any,
+) -> Any:
+    y = normalised(c, LayerKernel(eps, tuple(shape)), x, weight, bias)
+    return y if op.is_one else [y, None, None]
+
+
+@rule("rms_norm", "_fused_rms_norm")
+def rms_norm(c: Compiler, op: Any, x: Value, shape: Sequence[int], weight: Any = None, eps: float | None = None) -> Any:
+    y = normalised(c, RMSKernel(eps, tuple(shape)), x, weight)
+    return y if op.is_one else [y, None]
 
 
 class _LastDimsNorm(Norm):
@@ -32,26 +93,12 @@ class _LastDimsNorm(Norm):
         for n in sizes:
             integers(self, 0, normalized_shape=n)
         self.normalized_shape, self.elementwise_affine = sizes, elementwise_affine
-        self._lead = P_x.dim - len(self.normalized_shape)
-        if self._lead < 0 or not self.normalized_shape:
+        lead = P_x.dim - len(sizes)
+        if lead < 0 or not self.normalized_shape:
             raise self._refuse(
                 f"normalized_shape={self.normalized_shape} does not fit P_x of shape {P_x.shape}, which has an axis per dim"
             )
-        self.place_affine(self.normalized_shape, range(self._lead, P_x.dim), elementwise_affine, bias, dtype, device)
-
-    def check_shape(self, shape: Shape) -> None:
-        if shape[self._lead :] != self.normalized_shape:
-            raise self._refuse(f"the input of shape {shape} does not end in normalized_shape={self.normalized_shape}")
-
-    def rows(self, X: Layout) -> tuple[tuple[Dim, ...], int]:
-        return X.dims[: self._lead], math.prod(self.normalized_shape)
-
-    def as_channels(self, x: torch.Tensor) -> torch.Tensor:
-        lead, last = x.shape[: self._lead], x.shape[self._lead :]
-        return x.reshape(1, math.prod(lead), math.prod(last))
-
-    def per_channel(self, parameter: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        return parameter.reshape(1, 1, -1)
+        self.place_affine(self.normalized_shape, range(lead, P_x.dim), elementwise_affine, bias, dtype, device)
 
     def extra_repr(self) -> str:
         return f"{self.normalized_shape}, eps={self.eps}, elementwise_affine={self.elementwise_affine}, P_x={self.P_x.shape}"
@@ -85,10 +132,9 @@ class DistributedLayerNorm(_LastDimsNorm):
     reducer when backward ends. Blocks that are not balanced, and statistics, are as in `DistributedBatchNorm`.
     """
 
-    reaches_bias = True
-
-    def alone(self, x: torch.Tensor, *held: torch.Tensor | None) -> torch.Tensor:
-        return torch.layer_norm(x, self.normalized_shape, *held, self.eps)
+    @property
+    def kernel(self) -> LayerKernel:
+        return LayerKernel(self.eps, self.normalized_shape)
 
 
 class DistributedRMSNorm(_LastDimsNorm):
@@ -109,8 +155,6 @@ class DistributedRMSNorm(_LastDimsNorm):
         As `DistributedLayerNorm`. torch's promotion of an input and a weight of different dtypes is not offered.
     """
 
-    numbers = 1
-
     def __init__(
         self,
         P_x: Partition,
@@ -123,8 +167,6 @@ class DistributedRMSNorm(_LastDimsNorm):
         super().__init__(P_x, normalized_shape, 0.0 if eps is None else eps, elementwise_affine, False, device, dtype)
         self.eps = eps
 
-    def epsilon(self, x: torch.Tensor) -> float:
-        return torch.finfo(wide(x.dtype)).eps if self.eps is None else self.eps
-
-    def alone(self, x: torch.Tensor, *held: torch.Tensor | None) -> torch.Tensor:
-        return torch.rms_norm(x, self.normalized_shape, held[0], self.eps)
+    @property
+    def kernel(self) -> RMSKernel:
+        return RMSKernel(self.eps, self.normalized_shape)
