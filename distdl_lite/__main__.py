@@ -1,8 +1,9 @@
-"""The command line: `python -m distdl_lite info`, `explain` and `bench`."""
+"""The command line: `python -m distdl_lite info`, `explain`, `plan` and `bench`."""
 
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import os
 import platform
@@ -154,6 +155,58 @@ def _explanation(arguments: argparse.Namespace, X: lay.Layout, Y: lay.Layout, ra
     return "\n".join(lines)
 
 
+def plan_model(arguments: argparse.Namespace) -> str:
+    """The report of a model over a grid, or the grids for a number of ranks; no rank but this process is needed."""
+    from distdl_lite.model.report import report
+    from distdl_lite.model.suggest import suggest
+
+    if (arguments.grid is None) == (arguments.ranks is None):
+        raise ValueError("plan needs either --grid, for a report, or --ranks, for grids of so many")
+    if not arguments.shape:
+        raise ValueError("plan needs --shape, once for each argument of the model")
+    model = _made_by(arguments.factory)
+    inputs = [
+        shape if dtype is None else torch.empty(shape, dtype=dtype, device="meta") for shape, dtype in arguments.shape
+    ]
+    train = not arguments.eval
+    try:
+        if arguments.grid is None:
+            memory = math.inf if arguments.memory is None else arguments.memory
+            found: Any = suggest(model, *inputs, ranks=arguments.ranks, memory=memory, train=train)
+            told: Any = [{"grid": s.grid, "fits": s.fits, "reason": s.reason} | s.report.to_dict() for s in found]
+        else:
+            found = report(model, arguments.grid, *inputs, train=train)
+            told = found.to_dict()
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(str(error)) from error
+    if arguments.json:
+        return json.dumps(told, indent=1)
+    if arguments.markdown:
+        return found.to_markdown()
+    too_much = arguments.grid is not None and arguments.memory is not None and found.peak > arguments.memory
+    return f"{found}\nDOES NOT FIT {arguments.memory:.3g} bytes" if too_much else str(found)
+
+
+def _made_by(text: str) -> Any:
+    """What the factory ``package.module:name`` makes."""
+    place, _, name = text.partition(":")
+    if not place or not name:
+        raise ValueError(f"{text!r} does not say package.module:factory")
+    sys.path.insert(0, os.getcwd())
+    try:
+        factory = getattr(import_module(place), name, None)
+    except ImportError as error:
+        raise ValueError(f"{place}: {error}") from error
+    finally:
+        sys.path.pop(0)
+    if not callable(factory):
+        raise ValueError(f"{place} has no function {name}" if factory is None else f"{text} cannot be called")
+    model = factory if isinstance(factory, torch.nn.Module) else factory()
+    if not isinstance(model, torch.nn.Module):
+        raise ValueError(f"{text} returned a {type(model).__name__}, not a torch.nn.Module")
+    return model
+
+
 _BENCHMARKS = ("primitives", "conv", "layers", "unet", "memory", "plan", "data_parallel", "tagi")
 
 
@@ -210,6 +263,14 @@ def _dtype(text: str) -> str:
     return text
 
 
+def _shape(text: str) -> tuple[tuple[int, ...], torch.dtype | None]:
+    shape, _, dtype = text.partition(":")
+    return _numbers("x", 0)(shape), getattr(torch, _dtype(dtype)) if dtype else None
+
+
+_shape.__name__ = "shape, such as 1x3x512x512 or 8x128:int64"
+
+
 def _primitive_named(text: str) -> str:
     """The primitive's name, whatever the case."""
     return {name.lower(): name for name in PRIMITIVES}.get(text.lower(), text)
@@ -222,6 +283,7 @@ def parser() -> argparse.ArgumentParser:
     about = "versions, MPI library, thread level, CUDA awareness, ranks, hosts"
     commands.add_parser("info", help=about).set_defaults(run=info)
     _add_explain(commands.add_parser("explain", help="who sends what to whom for a primitive; needs no MPI"))
+    _add_plan(commands.add_parser("plan", help="what a model cut over a grid moves, computes and holds; needs no MPI"))
     timed = commands.add_parser(
         "bench", help="our calls beside hand-written ones; start it with mpirun -n 2", description=_BARS
     )
@@ -254,6 +316,25 @@ def _add_explain(told: argparse.ArgumentParser) -> None:
     told.set_defaults(run=explain)
 
 
+def _add_plan(told: argparse.ArgumentParser) -> None:
+    told.add_argument(
+        "factory", metavar="PACKAGE.MODULE:FACTORY", help="a function without arguments that makes the model"
+    )
+    told.add_argument("--grid", type=_numbers("x", 1), help="of the ranks, such as 1x1x8x8")
+    told.add_argument("--ranks", type=int, help="instead: list the grids of so many ranks, the fastest that fits first")
+    told.add_argument(
+        "--shape",
+        type=_shape,
+        action="append",
+        help="of an argument's whole tensor, such as 1x3x512x512 or 8x128:int64",
+    )
+    told.add_argument("--memory", type=float, help="bytes that a rank has, such as 80e9")
+    told.add_argument("--eval", action="store_true", help="in evaluation: no backward")
+    told.add_argument("--markdown", action="store_true", help="print a table in Markdown")
+    told.add_argument("--json", action="store_true", help="print all numbers as JSON")
+    told.set_defaults(run=plan_model)
+
+
 def main(words: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code."""
     abort_on_exception()
@@ -262,9 +343,10 @@ def main(words: Sequence[str] | None = None) -> int:
     try:
         text = arguments.run(arguments)
     except (OSError, ValueError) as error:
-        if arguments.run is not explain:
+        if arguments.run not in (explain, plan_model):
             raise
-        grammar.exit(2, f"{grammar.prog} explain: error: {error}\n")
+        name = "explain" if arguments.run is explain else "plan"
+        grammar.exit(2, f"{grammar.prog} {name}: error: {error}\n")
     if text is not None:
         print(text)
     return 0

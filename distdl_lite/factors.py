@@ -40,7 +40,7 @@ def blocks(shape: Shape, axes: Sequence[int | None], grid: Grid) -> Dims:
 
 def length_of(dim: Dim) -> int:
     """The global length of a factor."""
-    return max(stop for _, stop in dim.ranges)
+    return dim.stop
 
 
 def size_of(factors: Iterable[Dim]) -> int:

@@ -48,6 +48,11 @@ class Dim:
         return list(accumulate((stop for _, stop in self.ranges), max))
 
     @cached_property
+    def stop(self) -> int:
+        """The greatest stop."""
+        return max(stop for _, stop in self.ranges)
+
+    @cached_property
     def overlaps(self) -> bool:
         """Whether two positions hold the same point, also one a period away."""
         full = [r for r in self.ranges if r[0] < r[1]]
@@ -157,8 +162,13 @@ class Layout:
         fixed = dict(zip(self.team_axes, key, strict=True))
         shifts = [(0,) if n is None else (-n, 0, n) for n in periods]
         choices = [self._choices(axis, fixed, wanted, shifts) for axis in range(self.grid.dim)]
+        known: dict[Box, list[tuple[Box, Shape]]] = {}  # of copies many ranks hold the same box
         for index in product(*choices):
-            yield from _intersections(self.grid.rank(index), self.box_at(index), wanted, shifts)
+            box = self.box_at(index)
+            if box not in known:
+                known[box] = list(_intersections(box, wanted, shifts))
+            for piece, shift in known[box]:
+                yield self.grid.rank(index), piece, shift
 
     def _choices(self, axis: int, fixed: dict[int, int], wanted: Box, shifts: Sequence[Sequence[int]]) -> Sequence[int]:
         """Indices along one axis whose ranges may meet the wanted box."""
@@ -175,13 +185,13 @@ class Layout:
 Meeting = tuple[int, Box, Shape]
 
 
-def _intersections(rank: int, box: Box, wanted: Box, shifts: Sequence[Sequence[int]]) -> Iterator[Meeting]:
+def _intersections(box: Box, wanted: Box, shifts: Sequence[Sequence[int]]) -> Iterator[tuple[Box, Shape]]:
     per_dim = []
     for (start, stop), (low, high), moves in zip(box, wanted, shifts, strict=True):
         pieces = [(max(start + move, low), min(stop + move, high), move) for move in moves]
         per_dim.append([piece for piece in pieces if piece[0] < piece[1]])
     for choice in product(*per_dim):
-        yield rank, tuple((low, high) for low, high, _ in choice), tuple(move for _, _, move in choice)
+        yield tuple((low, high) for low, high, _ in choice), tuple(move for _, _, move in choice)
 
 
 def shape_of(box: Box) -> Shape:

@@ -5,6 +5,7 @@ The backward of an operator is the operator of the swapped plan, so double backw
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from time import perf_counter
 from typing import Any
 
@@ -44,6 +45,11 @@ class Operator:
         self._channels: dict[tuple[torch.dtype, torch.device], Channel] = {}
         self._adjoint: Operator | None = None
         self._moving: Channel | None = None
+
+    @property
+    def channels(self) -> Collection[Channel]:
+        """Those that are bound so far."""
+        return self._channels.values()
 
     @property
     def adjoint(self) -> Operator:
@@ -102,15 +108,11 @@ class Operator:
         return channel
 
     def _counted_start(self, channel: Channel, x: torch.Tensor) -> Any:
-        legs, rank = self.plan.legs, self.plan.rank
-        collectives = sum(bool(leg.team) for leg in legs)
-        sent = [edge for leg in legs for edge in leg.sends if edge.peer != rank]
-        on_wire = wire_dtype(x.dtype) if self.plan.pattern.sums else x.dtype
-        size = sum(edge.size for edge in sent) * on_wire.itemsize
+        collectives, messages, elements = self.plan.traffic
         began = perf_counter()
         pending = channel.start(x)
-        messages, seconds = collectives or len({edge.peer for edge in sent}), perf_counter() - began
-        record(self.transport.local, messages, size, seconds, collectives, self.label)
+        size = elements * wire_itemsize(self.plan, x.dtype)
+        record(self.transport.local, messages, size, perf_counter() - began, collectives, self.label)
         return pending
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Operator:
@@ -119,6 +121,11 @@ class Operator:
     def __repr__(self) -> str:
         plan = self.plan
         return f"Operator({self.label}: {plan.pattern.value}, {plan.shape_in} -> {plan.shape_out} on rank {plan.rank})"
+
+
+def wire_itemsize(plan: Plan, dtype: torch.dtype) -> int:
+    """The bytes that an element takes on its way."""
+    return (wire_dtype(dtype) if plan.pattern.sums else dtype).itemsize
 
 
 class _Move(Node):

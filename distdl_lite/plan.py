@@ -133,6 +133,13 @@ class Plan:
         return self.nothing if self.shape_out is None else self.shape_out
 
     @cached_property
+    def traffic(self) -> tuple[int, int, int]:
+        """How many collectives this rank takes part in, how many messages it sends (a collective is one), and their elements."""
+        collectives = sum(bool(leg.team) for leg in self.legs)
+        sent = [edge for leg in self.legs for edge in leg.sends if edge.peer != self.rank]
+        return collectives, collectives or len({edge.peer for edge in sent}), sum(edge.size for edge in sent)
+
+    @cached_property
     def gaps(self) -> list[tuple[slice, ...]]:
         """The parts of the output that receive nothing and are zero."""
         return self._uncovered([edge.box for leg in self.legs for edge in leg.receives])
@@ -208,7 +215,7 @@ def _collective(pattern: Pattern, X: Layout, Y: Layout, rank: int, key: tuple[in
     root = {Pattern.BROADCAST: sources[0], Pattern.REDUCE: targets[0]}.get(pattern)
     none: list[int | None] = [None] * len(X.dims)
     sends = _edges(X.box(rank), key, Y, none, True) if X.key(rank) == key else ()
-    receives = _edges(Y.box(rank), key, X, none, False) if Y.key(rank) == key else ()
+    receives = sends if X == Y else _edges(Y.box(rank), key, X, none, False) if Y.key(rank) == key else ()
     return Leg(pattern, tuple(sorted({*sources, *targets})), root, sends, receives)
 
 

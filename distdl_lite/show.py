@@ -95,9 +95,8 @@ def _team_text(team: Sequence[int]) -> str:
 
 def traffic(plan: Plan, itemsize: int) -> tuple[int, int]:
     """How many messages to others a rank has in an exchange or how many collectives, and the bytes it gives there."""
-    sent = [edge for leg in plan.legs for edge in leg.sends if edge.peer != plan.rank]
-    collectives = sum(bool(leg.team) for leg in plan.legs)
-    return collectives or len({edge.peer for edge in sent}), sum(edge.size for edge in sent) * itemsize
+    _, messages, elements = plan.traffic
+    return messages, elements * itemsize
 
 
 def svg(layouts: Sequence[tuple[str, Layout]], side: int = 320) -> str:

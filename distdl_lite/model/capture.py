@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import traceback
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +20,24 @@ from distdl_lite.layout import Shape
 _OURS, _TORCHS = Path(__file__).parent.parent, Path(torch.__file__).parent
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _WAYS_OUT = "write this part without it, or cut the model by hand with distdl_lite.nn's layers"
+
+
+class _Function(torch.nn.Module):
+    """A function as a module."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.function(*args, **kwargs)
+
+
+def as_module(model: Any) -> torch.nn.Module:
+    """A module, or a function as one; TypeError for anything else."""
+    if not callable(model):
+        raise TypeError(f"distribute: a torch.nn.Module or a function is needed, not {type(model).__name__}")
+    return model if isinstance(model, torch.nn.Module) else _Function(model)
 
 
 @dataclass(frozen=True)
@@ -96,6 +114,7 @@ def place_of(node: Node) -> str:
     frames = [
         line.strip() for line in (node.meta.get("stack_trace") or "").splitlines() if line.lstrip().startswith("File")
     ]
+    frames = [line for line in frames if _is_users(line.split('"')[1])] or frames[-1:]
     where = [path_of(node) and f"module {path_of(node)}", frames[-1] if frames else ""]
     return ", ".join(filter(None, where)) or "the model"
 
@@ -193,12 +212,15 @@ def _refusing_what_is_lost() -> Iterator[None]:
         torch.inference_mode.__enter__ = enter  # type: ignore[method-assign]
 
 
+def _is_users(file: str) -> bool:
+    """Whether a file is neither torch's nor ours, and is one."""
+    return not file.startswith("<") and not any(Path(file).is_relative_to(folder) for folder in (_TORCHS, _OURS))
+
+
 def _why(model: torch.nn.Module, error: Exception) -> str:
     """The text of a failed capture: the line of the model, torch's reason, and the ways out."""
     frames = traceback.extract_tb(error.__traceback__)
-    theirs = [
-        f for f in frames if not Path(f.filename).is_relative_to(_TORCHS) and not Path(f.filename).is_relative_to(_OURS)
-    ]
+    theirs = [f for f in frames if _is_users(f.filename)]
     where = f" at {theirs[-1].filename}:{theirs[-1].lineno}, {theirs[-1].line}" if theirs else ""
     reason = str(error).strip().split("\n")[0][:300]
     return f"{type(model).__name__} cannot be captured{where}: {reason}; {_WAYS_OUT}"

@@ -16,8 +16,9 @@ from distdl_lite.autograd import Node, copy_to_team
 from distdl_lite.factors import Dims, all_axes, shape_of_dims, uncut
 from distdl_lite.layout import Dim, Layout, ranges_of
 from distdl_lite.model import rules as rules  # registers those that graphs alone need
-from distdl_lite.model.capture import Captured, capture
+from distdl_lite.model.capture import Captured, as_module, capture
 from distdl_lite.model.compile import Axes, Program, compiled, default_axes
+from distdl_lite.model.report import TYPICAL, Machine, Report, cut_inputs, example, reported
 from distdl_lite.nn.blocks import anchored, connected_zeros
 from distdl_lite.nn.compiler import Value
 from distdl_lite.nn.module import Call, Module
@@ -80,17 +81,6 @@ def distribute(
     return Distributed(model, P, in_axes, out_axes, strict)
 
 
-class _Function(torch.nn.Module):
-    """A function as a module."""
-
-    def __init__(self, function: Callable[..., Any]) -> None:
-        super().__init__()
-        self.function = function
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.function(*args, **kwargs)
-
-
 class Distributed(Module):
     """A model over a grid; made by `distribute`.
 
@@ -108,9 +98,7 @@ class Distributed(Module):
         self, model: Any, P: Partition, in_axes: Given = None, out_axes: Given = None, strict: bool = False
     ) -> None:
         super().__init__(P)
-        if not callable(model):
-            raise TypeError(f"distribute: a torch.nn.Module or a function is needed, not {type(model).__name__}")
-        model = model if isinstance(model, torch.nn.Module) else _Function(model)
+        model = as_module(model)
         if P.dim > 1 and P.shape[1] > 1:
             model = copy.deepcopy(model)  # some weights become blocks, which those of the caller's model do not
         self.__dict__["model"] = model
@@ -169,6 +157,10 @@ class Distributed(Module):
                 holder = self.model.get_submodule(path) if path else self
                 holder.__dict__.setdefault("_distdl_places", {})[name] = place
 
+    def _whole_shapes(self) -> dict[str, tuple[int, ...]]:
+        """The global shapes of the parameters that are cut."""
+        return {name: shape_of_dims(dims) for name, dims in self._placed.items() if all_axes(dims)}
+
     def _named(self) -> list[tuple[str, torch.Tensor]]:
         return [*self.named_parameters(remove_duplicate=False), *self.named_buffers(remove_duplicate=False)]
 
@@ -209,8 +201,7 @@ class Distributed(Module):
         grads = torch.is_grad_enabled()
         args, kwargs = pytree.tree_unflatten(given, spec.spec)
         self.model.training = self.training
-        whole = {name: shape_of_dims(lies) for name, lies in self._placed.items() if all_axes(lies)}
-        captured = self._capture(self.model, args, kwargs, whole, device)
+        captured = self._capture(self.model, args, kwargs, self._whole_shapes(), device)
         frozen = frozenset(name for name, p in self.named_parameters(remove_duplicate=False) if not p.requires_grad)
         program = compiled(
             captured,
@@ -271,6 +262,29 @@ class Distributed(Module):
     def code(self) -> str:
         """What this rank does in a forward, as Python; the paths of the model's modules stand above their lines."""
         return self.program.compiler.source(*self.program.arguments)
+
+    def report(self, *inputs: Any, machine: Machine = TYPICAL) -> Report:
+        """What the model moves, computes and holds; nothing is run, and no other rank is needed.
+
+        Parameters
+        ----------
+        *inputs
+            Of global shapes, as `dl.report` takes them. Without any, the structure called last is meant.
+        machine : Machine
+            For the predicted times.
+        """
+        grid, grads = self.P.grid_of_ranks, self.training
+        if inputs:
+            args = [example(x, self.model) for x in inputs]
+            feeds, whole = cut_inputs(args, grid, self.in_axes), self._whole_shapes()
+            captured = self._capture(self.model, args, {}, whole)
+        else:
+            captured, feeds = self._distdl_plan.captured, {}
+            for feed, value in self.program.feeds:
+                feeds |= {feed.target: (value.dims, value.grad)} if feed.kind == "user_input" else {}
+            grads = any(value.grad for _, value in self.program.feeds)
+        options = {"grads": grads, "strict": self.strict, "out_axes": self.out_axes, "placed": self._placed}
+        return reported(captured, self.model, grid, feeds, machine, **options)
 
     def extra_repr(self) -> str:
         return f"P={self.P.shape}"

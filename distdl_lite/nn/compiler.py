@@ -35,7 +35,7 @@ from distdl_lite.grid import Grid
 from distdl_lite.layout import Dim, Layout, Range, Shape
 from distdl_lite.nn.blocks import connected_zeros
 from distdl_lite.operator import Operator
-from distdl_lite.plan import plan
+from distdl_lite.plan import Plan, plan
 from distdl_lite.reducer import Replicas, replicated
 from distdl_lite.transport import Transport
 
@@ -91,6 +91,11 @@ class Value:
     def ndim(self) -> int:
         return len(self.dims)
 
+    @property
+    def given(self) -> str:
+        """The variable that holds it where it is an input."""
+        return self.parameter.raw if self.parameter else self.name
+
     def axes(self, *dims: int) -> tuple[int, ...]:
         """The axes that cut some dims."""
         return tuple(a for d in dims for a in axes_of(self.dims[d]))
@@ -137,6 +142,7 @@ class Movement:
     Y: Layout
     dtype: torch.dtype
     grad: bool
+    operator: Operator | None = None
 
 
 @dataclass
@@ -146,6 +152,11 @@ class Line:
     text: str
     reads: tuple[str, ...]
     path: str
+
+    @property
+    def writes(self) -> list[str]:
+        """The variables that it sets."""
+        return self.text.partition(" = ")[0].rstrip(", ").split(", ")
 
 
 class Compiler:
@@ -177,6 +188,8 @@ class Compiler:
         self.lines: list[Line] = []
         self.names: dict[str, Any] = {}
         self.movements: list[Movement] = []
+        self.values: dict[str, Value] = {}  # by the names of variables
+        self._plans: dict[tuple[Layout, Layout], Plan] = {}
         self._moved: dict[tuple[Value, Dims], Value] = {}
         self._numbers: dict[str, int] = {}
 
@@ -184,7 +197,9 @@ class Compiler:
 
     def new(self, dims: Dims, dtype: torch.dtype, grad: bool, name: str = "v") -> Value:
         """A value under a name of its own."""
-        return Value(self._unique(name), tuple(map(merged, dims)), dtype, grad)
+        value = Value(self._unique(name), tuple(map(merged, dims)), dtype, grad)
+        self.values[value.name] = value
+        return value
 
     def constant(self, value: Any, name: str = "") -> str:
         """The name of an object in the program."""
@@ -284,7 +299,7 @@ class Compiler:
         if not everywhere and any(0 in shape for shape in shapes):
             for value, shape in zip(outputs, shapes, strict=True):
                 words = ", ".join(v.name for v in values)
-                self.emit(f"{value.name} = {self._shared(_nothing)}([{words}], {shape}, {self._word(value.dtype, [])}, {linear})",
+                self.emit(f"{value.name} = {self._shared(nothing)}([{words}], {shape}, {self._word(value.dtype, [])}, {linear})",
                           [v.name for v in values])  # fmt: skip
             return outputs
         words = [self._word(a, reads) for a in args] + [f"{k}={self._word(v, reads)}" for k, v in options.items()]
@@ -385,10 +400,13 @@ class Compiler:
 
     def between(self, X: Layout, Y: Layout, value: Value, kind: str) -> Operator | None:
         """The operator between two layouts, for blocks such as those of the value; None in a program that is only looked at."""
-        self.movements.append(Movement(self.path, kind, X, Y, value.dtype, value.grad))
-        if self.transport is None:
-            return None
-        return Operator(plan(X, Y, self.rank), self.transport, self.path or self.label, graph=value.grad)
+        operator = None
+        if self.transport is not None:
+            if (X, Y) not in self._plans:
+                self._plans[X, Y] = plan(X, Y, self.rank)
+            operator = Operator(self._plans[X, Y], self.transport, self.path or self.label, graph=value.grad)
+        self.movements.append(Movement(self.path, kind, X, Y, value.dtype, value.grad, operator))
+        return operator
 
     def operator(self, X: Layout, Y: Layout, value: Value, kind: str) -> str:
         """The name in the program of the operator between two layouts."""
@@ -494,22 +512,24 @@ class Compiler:
 
     # The program
 
-    def source(self, inputs: Sequence[Value], outputs: Sequence[Value]) -> str:
-        """The program as Python; a variable goes as soon as it is used up."""
+    def steps(self, outputs: Sequence[Value]) -> Iterator[tuple[Line, list[str]]]:
+        """The lines in turn, and the variables that are used up after each."""
         for value in outputs:
             self._materialise(value)
         last = {name: number for number, line in enumerate(self.lines) for name in line.reads}
-        kept, path, text = (
-            {v.name for v in outputs},
-            "",
-            [f"def forward({', '.join(v.parameter.raw if v.parameter else v.name for v in inputs)}):"],
-        )
+        kept = {v.name for v in outputs}
         for number, line in enumerate(self.lines):
+            used = {name for name in (*line.reads, *line.writes) if last.get(name, number) == number}
+            yield line, sorted(used - kept)
+
+    def source(self, inputs: Sequence[Value], outputs: Sequence[Value]) -> str:
+        """The program as Python; a variable goes as soon as it is used up."""
+        path, text = "", [f"def forward({', '.join(v.given for v in inputs)}):"]
+        for line, dead in self.steps(outputs):
             if line.path != path:
                 path = line.path
                 text.append(f"    # {path}")
             text.append(f"    {line.text}")
-            dead = sorted({name for name in line.reads if last[name] == number and name not in kept})
             if dead:
                 text.append(f"    del {', '.join(dead)}")
         return "\n".join([*text, f"    return ({''.join(f'{v.name}, ' for v in outputs)})"])
@@ -530,7 +550,7 @@ def values_in(args: Iterable[Any]) -> Iterator[Value]:
             yield from values_in(value)
 
 
-def _nothing(values: Sequence[torch.Tensor], shape: Shape, dtype: torch.dtype, linear: bool) -> torch.Tensor:
+def nothing(values: Sequence[torch.Tensor], shape: Shape, dtype: torch.dtype, linear: bool) -> torch.Tensor:
     """An empty block of a local call's output."""
     used = [t for t in values if t.requires_grad]
     if used and torch.is_grad_enabled() and (dtype.is_floating_point or dtype.is_complex):

@@ -1,0 +1,122 @@
+"""Which grid to cut a model over: a report for each that a number of ranks allows, the fastest that fits first."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils import _pytree as pytree
+
+from distdl_lite.grid import Grid
+from distdl_lite.layout import Shape
+from distdl_lite.model.capture import as_module
+from distdl_lite.model.report import TYPICAL, Machine, Report, captured_in_mode, cut_inputs, example, number, reported
+
+
+@dataclass(frozen=True)
+class Suggestion:
+    """A grid, its report, and why it stands where it stands."""
+
+    grid: Shape
+    report: Report
+    fits: bool
+    reason: str
+
+
+class Suggestions(list[Suggestion]):
+    """Grids, the best first; `print` lists them."""
+
+    def _lines(self) -> list[tuple[str, str]]:
+        return [("x".join(map(str, s.grid)), s.reason) for s in self]
+
+    def to_markdown(self) -> str:
+        """The list in Markdown."""
+        return "\n".join(
+            ["| grid | reason |", "| --- | --- |", *(f"| {grid} | {why} |" for grid, why in self._lines())]
+        )
+
+    def __str__(self) -> str:
+        width = max(len(grid) for grid, _ in self._lines())
+        return "\n".join(f"{grid:{width}}  {reason}" for grid, reason in self._lines())
+
+
+def suggest(
+    model: Any,
+    *inputs: Any,
+    ranks: int,
+    memory: float = math.inf,
+    channels: bool = False,
+    in_axes: Any = None,
+    out_axes: Any = None,
+    train: bool = True,
+    machine: Machine = TYPICAL,
+) -> Suggestions:
+    """Grids of a number of ranks for a model, the one with the shortest predicted step among those that fit first.
+
+    Parameters
+    ----------
+    model, *inputs, in_axes, out_axes, train, machine
+        As of `report`. The grids have an axis for each dim of the first tensor: batch, channels, space.
+    ranks : int
+    memory : float
+        Bytes that a rank has.
+    channels : bool
+        Whether grids that cut channels (dim 1) are tried.
+
+    Returns
+    -------
+    list of Suggestion
+        With `grid`, `report`, `fits` and `reason`; those that do not fit stand behind, the smallest first.
+
+    Raises
+    ------
+    ValueError
+        If no grid of so many ranks has an axis of at most each dim's length.
+    RuntimeError, TypeError
+        As of `report`.
+    """
+    module, args = as_module(model), [example(x, model) for x in inputs]
+    first = next((x for x in pytree.tree_leaves(args) if isinstance(x, torch.Tensor)), None)
+    if first is None:
+        raise ValueError("suggest: a shape or a tensor is needed among the inputs")
+    grids = [grid for grid in _grids(ranks, tuple(first.shape)) if channels or len(grid) < 2 or grid[1] == 1]
+    if not grids:
+        raise ValueError(f"suggest: {ranks} ranks have no grid for a tensor of shape {tuple(first.shape)}")
+    captured = captured_in_mode(module, args, train)
+    found, options = [], {"grads": train, "out_axes": out_axes}
+    for shape in grids:
+        grid = Grid(shape, range(ranks))
+        found.append(reported(captured, module, grid, cut_inputs(args, grid, in_axes), machine, **options))
+    fitting = sorted((r for r in found if r.peak <= memory), key=lambda r: r.seconds)
+    others = sorted((r for r in found if r.peak > memory), key=lambda r: r.peak)
+    made = [Suggestion(r.grid, r, True, _reason(r, fitting)) for r in fitting]
+    made += [Suggestion(r.grid, r, False, f"does not fit: {number(r.peak)}B of {number(memory)}B") for r in others]
+    return Suggestions(made)
+
+
+def _grids(ranks: int, lengths: Sequence[int]) -> Iterator[Shape]:
+    """The shapes of grids of so many ranks, no axis longer than its dim."""
+    if not lengths:
+        yield from [()] if ranks == 1 else []
+        return
+    for n in range(1, min(ranks, lengths[0]) + 1):
+        if ranks % n == 0:
+            yield from ((n, *rest) for rest in _grids(ranks // n, lengths[1:]))
+
+
+def _reason(made: Report, fitting: Sequence[Report]) -> str:
+    """What takes the time, and what takes more of it than in the first, or in the first less than in the next."""
+    is_first = made is fitting[0]
+    other, sign = ((fitting[1:] or [made])[0], -1) if is_first else (fitting[0], 1)
+    apart = {name: sign * (seconds - other.parts[name]) for name, seconds in made.parts.items()}
+    most, differs = (max(parts, key=parts.__getitem__) for parts in (made.parts, apart))
+    share = 100 * made.parts[most] / made.seconds if made.seconds else 0
+    texts = [f"{number(made.seconds)}s, {share:.0f} % of it {most}, {number(made.peak)}B"]
+    if apart[differs] > 0:
+        than = "less {} than the next" if is_first else "more {} than the first"
+        texts.append(f"{number(apart[differs])}s {than.format(differs)}")
+    texts += [f"{len(made.gathered)} operations gathered"] if made.gathered else []
+    return "; ".join(texts)
