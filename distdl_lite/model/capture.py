@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import traceback
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +15,7 @@ from torch.fx import GraphModule, Node
 from torch.utils import _pytree as pytree
 
 from distdl_lite.layout import Shape
+from distdl_lite.nn.compiler import RULES
 
 _OURS, _TORCHS = Path(__file__).parent.parent, Path(torch.__file__).parent
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -128,8 +129,19 @@ def capture(model: torch.nn.Module, args: Sequence[Any], kwargs: Mapping[str, An
         except Exception as error:
             raise RuntimeError(_why(model, error)) from error
         _detach_regions(program.graph_module)
-        program = program.run_decompositions({})
+        program = program.run_decompositions(_composites())
     return _captured(program)
+
+
+def _composites() -> dict[Any, Callable[..., Any]]:
+    """torch's definitions of operations without a rule that consist of others, but for loops over time."""
+    known = {*RULES, "lstm", "gru", "rnn_tanh", "rnn_relu", "lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell"}
+    return {
+        overload: definition
+        for overload, definition in torch.export.default_decompositions().items()
+        if torch._C._dispatch_has_kernel_for_dispatch_key(overload.name(), "CompositeImplicitAutograd")
+        and overload.overloadpacket.__name__ not in known
+    }
 
 
 def _check_hooks(model: torch.nn.Module) -> None:
