@@ -141,6 +141,7 @@ def _composites() -> dict[Any, Callable[..., Any]]:
         for overload, definition in torch.export.default_decompositions().items()
         if torch._C._dispatch_has_kernel_for_dispatch_key(overload.name(), "CompositeImplicitAutograd")
         and overload.overloadpacket.__name__ not in known
+        and torch.Tag.pointwise not in overload.tags
     }
 
 

@@ -271,6 +271,10 @@ class Compiler:
             self.emit(f"{value.name} = {self.constant(value.make, 'make')}({self.local(value.dims)})")
             value.make = None
 
+    def made_later(self, make: Callable[[Shape], torch.Tensor], dims: Dims, dtype: torch.dtype) -> Value:
+        """A constant that is made of the shape of a block, where and in the layout in which it is needed."""
+        return replace(self.new(dims, dtype, False), make=make)
+
     def cast(self, value: Value, dtype: torch.dtype) -> Value:
         """The value in a dtype."""
         return value if value.dtype is dtype else self.call(torch.Tensor.to, value, dtype, dims=value.dims, dtype=dtype)
@@ -294,9 +298,7 @@ class Compiler:
 
     def _move(self, value: Value, dims: Dims, why: str) -> Value:
         if value.make is not None:
-            made = self.new(dims, value.dtype, value.grad)
-            made.make = value.make
-            return made
+            return self.made_later(value.make, dims, value.dtype)
         pairs = [_alike(h, w) for h, w in zip(value.dims, dims, strict=True)]
         if None in pairs:  # the cuts of some dims have no factors in common
             whole = tuple(h if p else (uncut(size_of(h)),) for h, p in zip(value.dims, pairs, strict=True))
