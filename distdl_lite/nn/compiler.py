@@ -250,11 +250,11 @@ class Compiler:
             self.new(d, t, grad and (t.is_floating_point or t.is_complex)) for d, t in zip(dims, dtypes, strict=True)
         ]
         shapes, reads = [self.local(v.dims) for v in outputs], list[str]()
-        if any(0 in shape for shape in shapes):
+        if all(0 in shape for shape in shapes):
             for value, shape in zip(outputs, shapes, strict=True):
-                words = ", ".join(v.name for v in values)
-                self.emit(f"{value.name} = {self._shared(_nothing)}([{words}], {shape}, {self._word(value.dtype, [])}, {linear})",
-                          [v.name for v in values])  # fmt: skip
+                used, dtype = [v.name for v in values], self._word(value.dtype, [])
+                call = f"{self._shared(_nothing)}([{', '.join(used)}], {shape}, {dtype}, {value.grad}, {linear})"
+                self.emit(f"{value.name} = {call}", used)
             return outputs
         words = [self._word(a, reads) for a in args] + [f"{k}={self._word(v, reads)}" for k, v in options.items()]
         left = outputs[0].name if one else "".join(f"{v.name}, " for v in outputs)
@@ -456,10 +456,12 @@ def values_in(args: Iterable[Any]) -> Iterator[Value]:
             yield from values_in(value)
 
 
-def _nothing(values: Sequence[torch.Tensor], shape: Shape, dtype: torch.dtype, linear: bool) -> torch.Tensor:
+def _nothing(
+    values: Sequence[torch.Tensor], shape: Shape, dtype: torch.dtype, grad: bool, linear: bool
+) -> torch.Tensor:
     """An empty block of a local call's output."""
-    used = [t for t in values if t.requires_grad]
-    if used and torch.is_grad_enabled() and (dtype.is_floating_point or dtype.is_complex):
+    used = [t for t in values if t.requires_grad] if grad and torch.is_grad_enabled() else []
+    if used:
         return connected_zeros(shape, *used, linear=linear).to(dtype)
     return torch.zeros(shape, dtype=dtype, device=values[0].device if values else None)
 
