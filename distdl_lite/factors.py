@@ -102,7 +102,7 @@ def split(dim: Dim, lengths: Sequence[int]) -> Factors | None:
         return tuple(map(uncut, lengths))
     first = next((i for i, n in enumerate(lengths) if n > 1), 0)
     inner = math.prod(lengths[first + 1 :])
-    if not inner or any(a % inner or b % inner for a, b in dim.ranges):
+    if not lengths or not inner or any(a % inner or b % inner for a, b in dim.ranges):
         return None
     outer = Dim(tuple((a // inner, b // inner) for a, b in dim.ranges), dim.axes)
     return tuple(outer if i == first else uncut(n) for i, n in enumerate(lengths))

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from distdl_lite.factors import all_axes, axes_of, boundaries, cut, reshaped, split, uncut
+from distdl_lite.factors import Dims, Factors, all_axes, axes_of, boundaries, cut, reshaped, size_of, uncut
 from distdl_lite.grid import balanced
 from distdl_lite.layout import Dim, Range, Shape, ranges_of, read_by_kernel
 from distdl_lite.model.rules.elementwise import common_dims
@@ -30,32 +30,45 @@ def view_as(c: Compiler, x: Value, shape: Shape) -> Value:
     if math.prod(shape) == 0:
         x = c.whole(x, "view")
         return c.call(torch.reshape, x, shape, dims=tuple((uncut(n),) for n in shape), dtype=x.dtype)
+    x = c.move(x, _viewable(c, x.dims, shape))
     dims = reshaped(x.dims, shape)
-    while dims is None:
-        x = _loosened(c, x, shape)
-        dims = reshaped(x.dims, shape)
+    assert dims is not None
     local = c.local(dims)
     return c.renamed(x, dims) if local == c.local(x.dims) else c.call(torch.reshape, x, local, dims=dims, dtype=x.dtype)
 
 
-def _loosened(c: Compiler, x: Value, shape: Shape) -> Value:
-    """The value moved nearer to one that can be viewed: the innermost cut that does not fit gets other points or goes."""
-    points, inner = boundaries(shape), 1
-    for d in reversed(range(x.ndim)):
-        factors, n = x.dims[d], x.shape[d]
-        if axes_of(factors):
-            within = [p for p in points if inner < p < inner * n]
-            is_even = len(factors) == 1 and not any((inner * n) % p or p % inner for p in within)
-            unit = max(within, default=inner) // inner  # in which the dim may be cut
-            if not is_even or (unit > 1 and split(factors[0], [n // unit, unit]) is None):
-                parts = c.parts(axes_of(factors))
-                if is_even and n // unit >= parts:
-                    cuts = [q * unit for q in balanced(n // unit, parts)]
-                    return c.move(x, x.with_dims({d: Dim(ranges_of(cuts), factors[0].axes)}), "recut")
-                return c.wholly(x, [d], "recut")
-        inner *= n
-    last = max(d for d in range(x.ndim) if axes_of(x.dims[d]))
-    return c.wholly(x, [last], "gather", spread=False)
+def _viewable(c: Compiler, dims: Dims, shape: Shape) -> Dims:
+    """Dims near to some that can be viewed as a shape: a cut that does not fit gets other points, or goes elsewhere."""
+    tried: set[int] = set()
+    while reshaped(dims, shape) is None:
+        cuts = [d for d in reversed(range(len(dims))) if axes_of(dims[d])]
+        d = next((d for d in cuts if reshaped(_only(dims, d), shape) is None), cuts[0])
+        recut = None if d in tried else _recut(c, dims, d, shape)
+        axes, dims = axes_of(dims[d]), tuple(recut or (uncut(size_of(f)),) if e == d else f for e, f in enumerate(dims))
+        tried.add(d)
+        for axis in () if recut else axes:
+            dims = c.placed(dims, axis, tried)
+    return dims
+
+
+def _only(dims: Dims, d: int) -> Dims:
+    """The dims, of which one alone is cut."""
+    return tuple(f if e == d else (uncut(size_of(f)),) for e, f in enumerate(dims))
+
+
+def _recut(c: Compiler, dims: Dims, d: int, shape: Shape) -> Factors | None:
+    """A dim in balanced blocks of what the view leaves together, None if there are fewer of these than ranks."""
+    axes, n = axes_of(dims[d]), size_of(dims[d])
+    inner = math.prod(size_of(f) for f in dims[d + 1 :])
+    unit = max((p for p in boundaries(shape) if inner < p < inner * n), default=inner) // inner
+    if n % unit or n // unit < c.parts(axes):
+        return None
+    factor = Dim(ranges_of([q * unit for q in balanced(n // unit, c.parts(axes))]), axes)
+    return (
+        (factor,)
+        if reshaped(tuple((factor,) if e == d else (uncut(size_of(f)),) for e, f in enumerate(dims)), shape)
+        else None
+    )
 
 
 @rule("permute", "transpose", "t", "numpy_T")

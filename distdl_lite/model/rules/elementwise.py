@@ -97,7 +97,9 @@ def expand(c: Compiler, op: Any, x: Value, *_: Any, **options: Any) -> Value:
 def broadcast(c: Compiler, x: Value, shape: Shape) -> Value:
     """The value expanded to a shape."""
     lead = len(shape) - x.ndim
-    own = [(uncut(n),) if d < lead or x.shape[d - lead] != n else x.dims[d - lead] for d, n in enumerate(shape)]
+    longer = [d for d in range(x.ndim) if x.shape[d] != shape[lead + d]]
+    x = c.wholly(x, longer, spread=False)
+    own = [(uncut(n),) if d < lead or d - lead in longer else x.dims[d - lead] for d, n in enumerate(shape)]
     dims = tuple(own)
     if dims == x.dims:
         return x
