@@ -163,7 +163,7 @@ def is_inside(held: Dim, wanted: Dim) -> bool:
     """Whether every rank holds all that it wants of a factor."""
     if held.period or wanted.period:
         return False
-    if len(held.ranges) == 1:
-        return all(held.ranges[0][0] <= a and b <= held.ranges[0][1] for a, b in wanted.ranges)
-    pairs = zip(held.ranges, wanted.ranges, strict=False)
-    return held.axes == wanted.axes and all((a <= c and d <= b) or c >= d for (a, b), (c, d) in pairs)
+    if len(held.ranges) > 1 and held.axes != wanted.axes:
+        return False
+    ranges = held.ranges if len(held.ranges) > 1 else held.ranges * len(wanted.ranges)
+    return all((a <= c and d <= b) or c >= d for (a, b), (c, d) in zip(ranges, wanted.ranges, strict=True))

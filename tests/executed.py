@@ -39,8 +39,8 @@ class _Movement:
 class Recorder(Compiler):
     """The program of one rank, with what it has computed."""
 
-    def __init__(self, grid: Grid, rank: int) -> None:
-        super().__init__(grid, rank)
+    def __init__(self, grid: Grid, rank: int, *options: Any) -> None:
+        super().__init__(grid, rank, *options)
         self.blocks: dict[str, Any] = {}
         self.moves: list[_Movement] = []
         self.next = 0

@@ -1,4 +1,4 @@
-"""Every rule against torch: random shapes, grids, layouts, arguments, dtypes and orders of memory; values and gradients."""
+"""Rules against torch: random shapes, grids, layouts, arguments, dtypes and orders of memory; values and gradients."""
 
 from __future__ import annotations
 
@@ -9,10 +9,16 @@ from typing import Any
 
 import pytest
 import torch
-from executed import Case
+import torch.nn.functional as F
+from executed import Case, Recorder, block_of, compared, execute
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from distdl_lite.factors import blocks
+from distdl_lite.grid import Grid
+from distdl_lite.model.capture import capture
+from distdl_lite.model.compile import compiled
+from distdl_lite.model.distributed import _Function
 from distdl_lite.nn.compiler import NoRule
 
 ATEN = torch.ops.aten
@@ -154,8 +160,10 @@ def functions_of_two(rng: Random) -> Drawn:
     names = ["div", "remainder", "fmod", "pow", "eq", "lt", "ge", "ne"]
     name, x = rng.choice(names), tensor(rng, of).abs() + 1.5
     named = getattr(ATEN, name)
-    number = getattr(named, "Tensor_Scalar", None) or getattr(named, "Scalar")
-    return rng.choice([(getattr(named, "Tensor_Tensor", None) or named.Tensor, x, tensor(rng, of) + 0.25), (number, x, 2.5)])
+    number = getattr(named, "Tensor_Scalar", None) or named.Scalar
+    return rng.choice(
+        [(getattr(named, "Tensor_Tensor", None) or named.Tensor, x, tensor(rng, of) + 0.25), (number, x, 2.5)]
+    )
 
 
 @case
@@ -623,3 +631,116 @@ def test_rule(name: str) -> None:
 
     run()
     assert not refused, refused
+
+
+# Functions as graphs have them
+
+
+def in_place(x: torch.Tensor) -> torch.Tensor:
+    y = x.clone()
+    y[:, 1:3] = 0
+    y[y > 2] = 7
+    y[:, :, ::2].mul_(2)
+    y[..., 0] += 1
+    return y
+
+
+def coordinates(x: torch.Tensor) -> torch.Tensor:
+    rows, columns = torch.meshgrid(torch.arange(x.shape[2]) / 2, torch.linspace(0, 1, x.shape[3]), indexing="ij")
+    return x * rows + columns.to(x.dtype)
+
+
+def masked(x: torch.Tensor) -> torch.Tensor:
+    causal = torch.tril(torch.ones(x.shape[2], x.shape[3], dtype=torch.bool), 1)
+    return x.masked_fill(~causal | (x > 3) & (x != 4), -1.0)
+
+
+FUNCTIONS: dict[str, Callable[[torch.Tensor], Any]] = {
+    "in_place": in_place,
+    "coordinates": coordinates,
+    "masked": masked,
+    "window_attention": lambda x: F.unfold(x, 3, padding=1).unflatten(1, (x.shape[1], 9)).mul(2),
+    "shuffled": lambda x: F.channel_shuffle(F.pixel_shuffle(F.pixel_unshuffle(x, 2), 2), 2),
+    "joined": lambda x: torch.hstack([x, x.flip(1)]).tensor_split(3, dim=2),
+    "turned": lambda x: torch.fliplr(x).rot90(1, (2, 3)).moveaxis(1, -1).swapaxes(0, 1),
+    "differences": lambda x: torch.diff(x, dim=3) + torch.outer(x[0, 0, 0], x[0, 0, 1])[None, :1, None, 1:],
+    "repeated": lambda x: (x.repeat_interleave(2, 3), x.tile(1, 2, 1, 1), x.broadcast_to(2, *x.shape)),
+    "windows": lambda x: x.unfold(2, 4, 2).unfold(3, 3, 3).amax((-1, -2)),
+    "typed": lambda x: x.to(torch.float32, memory_format=torch.channels_last).double() + x.int().bool().double(),
+    "one_hot": lambda x: F.one_hot(x.long().clamp(0, 4), 5) & 1,
+    "activations": lambda x: (
+        F.relu6(x) + F.selu(x) + F.logsigmoid(x) + F.softsign(x) + F.prelu(x, torch.ones(x.shape[1], dtype=x.dtype))
+    ),
+    "looked_up": lambda x: (
+        torch.take_along_dim(x, x.long().abs() % 3, 1),
+        x[:, [2, 0]],
+        x[[0]],
+        torch.isin(x, torch.arange(2)),
+    ),
+    "views": lambda x: (x.reshape(-1), x.flatten(1), x.reshape(x.shape[0], 2, -1, 2, x.shape[2], x.shape[3])),
+    "chunks": lambda x: [*x.chunk(2, 1), *x.unbind(0), *x.split([1, 0, 7], 1)],
+    "similarity": lambda x: (
+        x[..., :1] * F.glu(x, 1).sum() + torch.view_as_real(torch.complex(x, -x)).mean((1, 3, 4))[:, None, :, None]
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_function(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Captured, nothing is gathered for want of a rule, and values are equal."""
+    monkeypatch.setattr("distdl_lite.model.compile.Compiler", Recorder)
+    x = torch.randint(-5, 6, (2, 8, 12, 6)).double()
+    captured = capture(_Function(FUNCTIONS[name]), (x.to("meta"),), {})
+    made = FUNCTIONS[name](x)
+    expected = [made] if isinstance(made, torch.Tensor) else made
+    for shape in [(1, 1, 2, 2), (2, 1, 3, 1), (1, 2, 2, 1)]:
+        grid = Grid(shape, tuple(range(math.prod(shape))))
+        given = [(blocks(x.shape, range(4), grid), True)]
+        programs = [compiled(captured, grid, rank, None, given, frozenset(), strict=True) for rank in grid.ranks]
+        for program in programs:
+            c = program.compiler
+            for feed, value in program.feeds:
+                whole = feed.target if isinstance(feed.target, torch.Tensor) else x
+                own = block_of(whole.contiguous(), value.dims, grid, c.index).reshape(c.local(value.dims))
+                c.blocks[value.name] = own.detach().requires_grad_(value.grad)
+            c.source(*program.arguments)
+        execute([program.compiler for program in programs])
+        for program in programs:
+            c = program.compiler
+            for (_, value), whole in zip(program.outputs, expected, strict=True):
+                part = block_of(whole.contiguous(), value.dims, grid, c.index).reshape(c.local(value.dims))
+                compared(c.blocks[value.name].detach(), part, exact=False)
+
+
+@pytest.mark.parametrize(
+    ("function", "text"),
+    [
+        (lambda x: x.as_strided((4, 4), (1, 2)), "as_strided reads memory"),
+        (lambda x: x[x > 0], "the shape of what index makes depends on data"),
+        (lambda x: x.nonzero(), "the shape of what nonzero makes depends on data"),
+        (lambda x: x.float().view(torch.int32), "view has no rule for this case"),
+        (lambda x: x.masked_scatter(x > 0, x), "masked_scatter has no rule for this case"),
+    ],
+)
+def test_refusal(function: Any, text: str) -> None:
+    grid = Grid((1, 1, 2, 2), tuple(range(4)))
+    shape = (2, 4, 6, 6)
+    captured = capture(_Function(function), (torch.empty(shape, device="meta"),), {})
+    with pytest.raises(RuntimeError, match=text):
+        compiled(captured, grid, 0, None, [(blocks(shape, range(4), grid), True)], frozenset(), strict=True)
+
+
+def test_constants_are_made_late() -> None:
+    """Zeros through views, slices, expands and casts are made in the layout in which they are used."""
+
+    def function(x: torch.Tensor) -> torch.Tensor:
+        big = torch.zeros(24, 6, dtype=torch.float32)[:12].to(x.dtype).view(1, 12, 6).expand(4, 12, 6).permute(0, 2, 1)
+        return x + big.transpose(1, 2)[:, None]
+
+    grid = Grid((1, 1, 2, 2), tuple(range(4)))
+    captured = capture(_Function(function), (torch.empty((4, 2, 12, 6), device="meta"),), {})
+    program = compiled(captured, grid, 0, None, [(blocks((4, 2, 12, 6), range(4), grid), False)], frozenset())
+    lines = program.compiler.source(*program.arguments).splitlines()
+    (made,) = (line for line in lines if "make" in line)
+    assert made.endswith("((4, 1, 6, 3))")
+    assert not program.compiler.movements

@@ -71,6 +71,11 @@ def _recut(c: Compiler, dims: Dims, d: int, shape: Shape) -> Factors | None:
     )
 
 
+@rule("as_strided")
+def as_strided(c: Compiler, op: Any, x: Value, *args: Any) -> Value:
+    raise RuntimeError(f"{c.path or 'the model'}: as_strided reads memory in its order, which blocks do not have")
+
+
 @rule("permute", "transpose", "t", "numpy_T")
 def permute(c: Compiler, op: Any, x: Value, *args: Any) -> Value:
     order = list(range(x.ndim))
@@ -286,7 +291,7 @@ def split_(c: Compiler, op: Any, x: Value, how: Any, d: int = 0) -> list[Value]:
 
 @rule("cat")
 def cat(c: Compiler, op: Any, values: Sequence[Value], d: int = 0) -> Value:
-    values = [v for v in values if v.shape != (0,)]
+    values = [c.cast(v, op.dtype) for v in values if v.shape != (0,)]
     if not values:
         raise NoRule
     d %= values[0].ndim

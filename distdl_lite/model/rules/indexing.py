@@ -126,14 +126,19 @@ def take(c: Compiler, op: Any, x: Value, indices: Value) -> Value:
 def looked_up_in(c: Compiler, op: Any, x: Value, table: Value, **options: Any) -> Value:
     if not isinstance(x, Value) or not isinstance(table, Value):
         raise NoRule
-    return c.call(op.function, x, c.whole(table), dims=x.dims, dtype=op.dtype, **options)
+    return c.call(op.function, _dense(c, x), c.whole(table), dims=x.dims, dtype=op.dtype, **options)
 
 
 @rule("searchsorted")
 def searchsorted(c: Compiler, op: Any, table: Value, x: Value, **options: Any) -> Value:
     if table.ndim != 1 or not isinstance(x, Value) or options.get("sorter") is not None:
         raise NoRule
-    return c.call(op.function, c.whole(table), x, dims=x.dims, dtype=op.dtype, **options)
+    return c.call(op.function, c.whole(table), _dense(c, x), dims=x.dims, dtype=op.dtype, **options)
+
+
+def _dense(c: Compiler, x: Value) -> Value:
+    """The value in its order in memory, without which torch warns."""
+    return c.call(torch.Tensor.contiguous, x, dims=x.dims, dtype=x.dtype)
 
 
 @rule("linalg_cross")
