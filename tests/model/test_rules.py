@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import doctest
 import math
 from collections.abc import Callable
+from pathlib import Path
 from random import Random
 from typing import Any
 
@@ -353,12 +355,26 @@ def unfold(rng: Random) -> Drawn:
     return ATEN.unfold.default, tensor(rng, of), d, rng.randint(0, of[d]), rng.randint(1, 4)
 
 
-@case
-def im2col(rng: Random) -> Drawn:
+def patches(rng: Random) -> tuple[list[int], ...]:
+    """The size of an image, and the kernel, dilation, padding and stride of its patches."""
     k, e, p, s = ([rng.randint(least, 3), rng.randint(least, 3)] for least in (1, 1, 0, 1))
     e = [1 if rng.random() < 0.7 else n for n in e]
-    space = [max(rng.randint(1, 9), x * (y - 1) + 1 - 2 * z) for x, y, z in zip(e, k, p, strict=True)]
-    return ATEN.im2col.default, tensor(rng, [rng.randint(1, 3), rng.randint(1, 3), *space]), k, e, p, s
+    size = [max(rng.randint(1, 9), x * (y - 1) + 1 - 2 * z) for x, y, z in zip(e, k, p, strict=True)]
+    return size, k, e, p, s
+
+
+@case
+def im2col(rng: Random) -> Drawn:
+    size, *options = patches(rng)
+    return ATEN.im2col.default, tensor(rng, [rng.randint(1, 3), rng.randint(1, 3), *size]), *options
+
+
+@case
+def col2im(rng: Random) -> Drawn:
+    size, *options = patches(rng)
+    counts = [(n + 2 * p - e * (k - 1) - 1) // s + 1 for n, k, e, p, s in zip(size, *options, strict=True)]
+    of = [rng.randint(1, 3), rng.randint(1, 3) * math.prod(options[0]), math.prod(counts)]
+    return ATEN.col2im.default, tensor(rng, of), size, *options
 
 
 @case
@@ -404,6 +420,7 @@ def cat(rng: Random) -> Drawn:
         values.append(tensor(rng, own, rng.choice([torch.float64, torch.float64, torch.int64])))
     if rng.random() < 0.1:
         values.insert(rng.randint(0, len(values)), tensor(rng, [0]))
+        return ATEN.cat.default, values, d, {"grads": False}
     return ATEN.cat.default, values, d
 
 
@@ -614,6 +631,30 @@ def avg_pool(rng: Random) -> Drawn:
     )
 
 
+def space(rng: Random, n: int) -> list[int]:
+    return [rng.randint(1, 3), rng.randint(1, 3), *(rng.randint(1, 7) for _ in range(n))]
+
+
+@inexact
+def adaptive_pool(rng: Random) -> Drawn:
+    n = rng.randint(2, 3)
+    overload = ATEN._adaptive_avg_pool2d.default if n == 2 else ATEN._adaptive_avg_pool3d.default
+    return overload, tensor(rng, space(rng, n)), [rng.randint(1, 5) for _ in range(n)]
+
+
+@inexact
+def upsample(rng: Random) -> Drawn:
+    size = [rng.randint(1, 9), rng.randint(1, 9)]
+    return rng.choice([
+        (ATEN.upsample_nearest2d.vec, tensor(rng, space(rng, 2)), size, None),
+        (ATEN.upsample_nearest2d.vec, tensor(rng, space(rng, 2)), None, [2.0, 1.5]),
+        (ATEN.upsample_bilinear2d.vec, tensor(rng, space(rng, 2)), size, rng.random() < 0.5, None),
+        (ATEN.upsample_bilinear2d.vec, tensor(rng, space(rng, 2)), None, False, [2.0, 1.25]),
+        (ATEN.upsample_linear1d.vec, tensor(rng, space(rng, 1)), size[:1], rng.random() < 0.5, None),
+        (ATEN.upsample_bicubic2d.vec, tensor(rng, space(rng, 2)), size, rng.random() < 0.5, None),
+    ])  # fmt: skip
+
+
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.filterwarnings("ignore:.*complex.*")  # torch's, of a cast that drops the imaginary part
 def test_rule(name: str) -> None:
@@ -744,3 +785,11 @@ def test_constants_are_made_late() -> None:
     (made,) = (line for line in lines if "make" in line)
     assert made.endswith("((4, 1, 6, 3))")
     assert not program.compiler.movements
+
+
+def test_guide() -> None:
+    """The page of rules prints what it says."""
+    page = Path(__file__).parents[2] / "docs" / "guide" / "rules.rst"
+    failed, tried = doctest.testfile(str(page), module_relative=False)
+    assert not failed
+    assert tried > 5
