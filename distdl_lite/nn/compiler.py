@@ -9,7 +9,7 @@ from __future__ import annotations
 import keyword
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -91,7 +91,7 @@ class Value:
         """The axes that cut some dims."""
         return tuple(a for d in dims for a in axes_of(self.dims[d]))
 
-    def with_dims(self, changed: dict[int, Dim | tuple[Dim, ...]]) -> Dims:
+    def with_dims(self, changed: Mapping[int, Dim | tuple[Dim, ...]]) -> Dims:
         """Its dims, some of them others."""
         new = {d % self.ndim: (f,) if isinstance(f, Dim) else f for d, f in changed.items()}
         return tuple(new.get(d, f) for d, f in enumerate(self.dims))

@@ -21,10 +21,11 @@ from distdl_lite.grid import Grid
 from distdl_lite.model.capture import capture
 from distdl_lite.model.compile import compiled
 from distdl_lite.model.distributed import _Function
+from distdl_lite.model.prove import prove
 from distdl_lite.nn.compiler import NoRule
 
 ATEN = torch.ops.aten
-EACH = 12
+EACH = 10
 CASES: dict[str, Callable[[Random], Any]] = {}
 INEXACT: set[str] = set()
 Drawn = tuple[Any, ...]  # an overload of torch and its arguments; a dict at the end has those with names
@@ -751,6 +752,12 @@ def test_function(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
             for (_, value), whole in zip(program.outputs, expected, strict=True):
                 part = block_of(whole.contiguous(), value.dims, grid, c.index).reshape(c.local(value.dims))
                 compared(c.blocks[value.name].detach(), part, exact=False)
+
+
+@pytest.mark.parametrize("name", ["in_place", "joined", "turned", "windows", "window_attention", "shuffled"])
+def test_gradients_over_ranks(name: str) -> None:
+    """With operators that move between threads."""
+    prove(_Function(FUNCTIONS[name]), (1, 1, 2, 2), (2, 8, 12, 6), steps=0)
 
 
 @pytest.mark.parametrize(

@@ -80,7 +80,7 @@ def same(c: Compiler, op: Any, x: Value, **options: Any) -> Value:
 
 @rule("detach")
 def detach(c: Compiler, op: Any, x: Value) -> Value:
-    return c.calls(torch.detach, x, dims=[x.dims], dtypes=[x.dtype], one=True, grad=False)[0]
+    return c.calls(torch.detach, x, dims=[x.dims], dtypes=[x.dtype], one=True, grad=False)[0] if x.grad else x
 
 
 @rule("copy")
