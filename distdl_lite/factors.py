@@ -102,7 +102,7 @@ def split(dim: Dim, lengths: Sequence[int]) -> Factors | None:
         return tuple(map(uncut, lengths))
     first = next((i for i, n in enumerate(lengths) if n > 1), 0)
     inner = math.prod(lengths[first + 1 :])
-    if not inner or any(a % inner or b % inner for a, b in dim.ranges):
+    if not lengths or not inner or any(a % inner or b % inner for a, b in dim.ranges):
         return None
     outer = Dim(tuple((a // inner, b // inner) for a, b in dim.ranges), dim.axes)
     return tuple(outer if i == first else uncut(n) for i, n in enumerate(lengths))
@@ -165,7 +165,7 @@ def is_inside(held: Dim, wanted: Dim) -> bool:
     """Whether every rank holds all that it wants of a factor."""
     if held.period or wanted.period:
         return False
-    if len(held.ranges) == 1:
-        return all(held.ranges[0][0] <= a and b <= held.ranges[0][1] for a, b in wanted.ranges)
-    pairs = zip(held.ranges, wanted.ranges, strict=False)
-    return held.axes == wanted.axes and all((a <= c and d <= b) or c >= d for (a, b), (c, d) in pairs)
+    if len(held.ranges) > 1 and held.axes != wanted.axes:
+        return False
+    ranges = held.ranges if len(held.ranges) > 1 else held.ranges * len(wanted.ranges)
+    return all((a <= c and d <= b) or c >= d for (a, b), (c, d) in zip(ranges, wanted.ranges, strict=True))

@@ -16,6 +16,7 @@ from torch.fx import GraphModule, Node
 from torch.utils import _pytree as pytree
 
 from distdl_lite.layout import Shape
+from distdl_lite.nn.compiler import RULES
 
 _OURS, _TORCHS = Path(__file__).parent.parent, Path(torch.__file__).parent
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -169,8 +170,20 @@ def capture(
         except Exception as error:
             raise RuntimeError(_why(model, error)) from error
         _detach_regions(program.graph_module)
-        program = program.run_decompositions({})
+        program = program.run_decompositions(_composites())
     return _captured(program)
+
+
+def _composites() -> dict[Any, Callable[..., Any]]:
+    """torch's definitions of operations without a rule that consist of others, but for loops over time."""
+    known = {*RULES, "lstm", "gru", "rnn_tanh", "rnn_relu", "lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell"}
+    return {
+        overload: definition
+        for overload, definition in torch.export.default_decompositions().items()
+        if torch._C._dispatch_has_kernel_for_dispatch_key(overload.name(), "CompositeImplicitAutograd")
+        and overload.overloadpacket.__name__ not in known
+        and torch.Tag.pointwise not in overload.tags
+    }
 
 
 def _check_hooks(model: torch.nn.Module) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -14,10 +13,10 @@ import torch
 from torch.fx import Node
 from torch.fx.node import map_arg
 
-from distdl_lite.factors import Dims, blocks, uncut
+from distdl_lite.factors import Dims, all_axes, blocks, uncut
 from distdl_lite.grid import Grid
 from distdl_lite.model.capture import Captured, Feed, Operation, name_of, path_of, place_of
-from distdl_lite.nn.compiler import RULES, Compiler, NoRule, Value
+from distdl_lite.nn.compiler import RULES, Compiler, NoRule, Value, values_in
 from distdl_lite.transport import Transport
 
 Axes = Sequence[int | None]  # the grid's axis that cuts each dim of a tensor
@@ -198,13 +197,18 @@ def _step(program: Program, node: Node, args: Any, kwargs: dict[str, Any], stric
 
 
 def _gathered(program: Program, node: Node, op: Operation, args: Any, kwargs: dict[str, Any], strict: bool) -> Any:
-    """An operation without a rule: its inputs are made whole, and every rank runs all of it."""
+    """An operation without a rule: its inputs are made whole, if they are not, and every rank runs all of it."""
     c = program.compiler
-    if torch.Tag.nondeterministic_seeded in node.target.tags or not all(math.prod(s) >= 0 for s, *_ in op.outputs):
+    if any(not isinstance(n, int) for shape, *_ in op.outputs for n in shape):
+        raise RuntimeError(
+            f"{place_of(node)}: the shape of what {op.name} makes depends on data, which is not supported"
+        )
+    if torch.Tag.nondeterministic_seeded in node.target.tags:
         raise RuntimeError(f"{place_of(node)}: {op.name} draws random numbers, and has no rule")
-    if strict:
-        raise RuntimeError(f"{place_of(node)}: {op.name} has no rule for this case, and would be gathered")
-    program.gathered.append((c.path, op.name, place_of(node)))
+    if any(all_axes(value.dims) for value in values_in((args, tuple(kwargs.values())))):
+        if strict:
+            raise RuntimeError(f"{place_of(node)}: {op.name} has no rule for this case, and would be gathered")
+        program.gathered.append((c.path, op.name, place_of(node)))
 
     def pull(value: Any) -> Any:
         if isinstance(value, Value):

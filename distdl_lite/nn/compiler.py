@@ -9,7 +9,7 @@ from __future__ import annotations
 import keyword
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -103,7 +103,7 @@ class Value:
         """The axes that cut some dims."""
         return tuple(a for d in dims for a in axes_of(self.dims[d]))
 
-    def with_dims(self, changed: dict[int, Dim | tuple[Dim, ...]]) -> Dims:
+    def with_dims(self, changed: Mapping[int, Dim | tuple[Dim, ...]]) -> Dims:
         """Its dims, some of them others."""
         new = {d % self.ndim: (f,) if isinstance(f, Dim) else f for d, f in changed.items()}
         return tuple(new.get(d, f) for d, f in enumerate(self.dims))
@@ -301,11 +301,11 @@ class Compiler:
             self.new(d, t, grad and (t.is_floating_point or t.is_complex)) for d, t in zip(dims, dtypes, strict=True)
         ]
         shapes, reads = [self.local(v.dims) for v in outputs], list[str]()
-        if not everywhere and any(0 in shape for shape in shapes):
+        if not everywhere and all(0 in shape for shape in shapes):
             for value, shape in zip(outputs, shapes, strict=True):
-                words = ", ".join(v.name for v in values)
-                self.emit(f"{value.name} = {self._shared(nothing)}([{words}], {shape}, {self._word(value.dtype, [])}, {linear})",
-                          [v.name for v in values])  # fmt: skip
+                used, dtype = [v.name for v in values], self._word(value.dtype, [])
+                call = f"{self._shared(nothing)}([{', '.join(used)}], {shape}, {dtype}, {value.grad}, {linear})"
+                self.emit(f"{value.name} = {call}", used)
             return outputs
         words = [self._word(a, reads) for a in args] + [f"{k}={self._word(v, reads)}" for k, v in options.items()]
         left = outputs[0].name if one else "".join(f"{v.name}, " for v in outputs)
@@ -346,6 +346,10 @@ class Compiler:
             held.is_open, value.dims = False, dims
         return self.move(value, dims)
 
+    def made_later(self, make: Callable[[Shape], torch.Tensor], dims: Dims, dtype: torch.dtype) -> Value:
+        """A constant that is made of the shape of a block, where and in the layout in which it is needed."""
+        return replace(self.new(dims, dtype, False), make=make)
+
     def cast(self, value: Value, dtype: torch.dtype) -> Value:
         """The value in a dtype."""
         return value if value.dtype is dtype else self.call(torch.Tensor.to, value, dtype, dims=value.dims, dtype=dtype)
@@ -369,9 +373,7 @@ class Compiler:
 
     def _move(self, value: Value, dims: Dims, why: str) -> Value:
         if value.make is not None:
-            made = self.new(dims, value.dtype, value.grad)
-            made.make = value.make
-            return made
+            return self.made_later(value.make, dims, value.dtype)
         pairs = [_alike(h, w) for h, w in zip(value.dims, dims, strict=True)]
         if None in pairs:  # the cuts of some dims have no factors in common
             whole = tuple(h if p else (uncut(size_of(h)),) for h, p in zip(value.dims, pairs, strict=True))
@@ -555,10 +557,12 @@ def values_in(args: Iterable[Any]) -> Iterator[Value]:
             yield from values_in(value)
 
 
-def nothing(values: Sequence[torch.Tensor], shape: Shape, dtype: torch.dtype, linear: bool) -> torch.Tensor:
+def nothing(
+    values: Sequence[torch.Tensor], shape: Shape, dtype: torch.dtype, grad: bool, linear: bool
+) -> torch.Tensor:
     """An empty block of a local call's output."""
-    used = [t for t in values if t.requires_grad]
-    if used and torch.is_grad_enabled() and (dtype.is_floating_point or dtype.is_complex):
+    used = [t for t in values if t.requires_grad] if grad and torch.is_grad_enabled() else []
+    if used:
         return connected_zeros(shape, *used, linear=linear).to(dtype)
     return torch.zeros(shape, dtype=dtype, device=values[0].device if values else None)
 

@@ -4,94 +4,252 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
-from distdl_lite.factors import all_axes, axes_of, boundaries, cut, length_of, reshaped, split, uncut
+from distdl_lite.factors import Dims, Factors, all_axes, axes_of, boundaries, cut, reshaped, size_of, uncut
 from distdl_lite.grid import balanced
-from distdl_lite.layout import Dim, Range, Shape, ranges_of
+from distdl_lite.layout import Dim, Range, Shape, bounded, ranges_of, read_by_kernel, read_by_transposed_kernel
 from distdl_lite.model.rules.elementwise import common_dims
+from distdl_lite.nn.blocks import connected_zeros
 from distdl_lite.nn.compiler import Compiler, NoRule, Value, rule
 from distdl_lite.nn.features import wish
 
 
-@rule("view", "_unsafe_view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze", "view_copy", "_reshape_alias")
-def view(c: Compiler, op: Any, x: Value, *_: Any, **options: Any) -> Value:
-    if _ and isinstance(_[0], torch.dtype):
+@rule("view", "_unsafe_view", "reshape", "squeeze", "unsqueeze")
+def view(c: Compiler, op: Any, x: Value, *args: Any) -> Value:
+    if args and isinstance(args[0], torch.dtype):
         raise NoRule
     return view_as(c, x, op.shape)
 
 
 def view_as(c: Compiler, x: Value, shape: Shape) -> Value:
     """The value with another shape; it is moved first where its cuts do not fall on boundaries of the new dims."""
+    if x.make is not None:
+        return c.made_later(x.make, tuple((uncut(n),) for n in shape), x.dtype)
     if math.prod(shape) == 0:
         x = c.whole(x, "view")
         return c.call(torch.reshape, x, shape, dims=tuple((uncut(n),) for n in shape), dtype=x.dtype)
-    # A single point that only some ranks hold is in no other dim.
-    x = c.move(x, tuple(tuple(uncut(1) if length_of(dim) == 1 else dim for dim in factors) for factors in x.dims), "view")
-    dims = reshaped(x.dims, shape)
-    if dims is None and x.product:
+    if reshaped(x.dims, shape) is None and x.product:
         inner = next((i for i in range(len(shape)) if math.prod(shape[i:]) == x.shape[-1]), None)
         if inner is not None:
             wish(c, x, shape[inner:])
-    while dims is None:
-        x = _loosened(c, x, shape)
-        dims = reshaped(x.dims, shape)
+    x = c.move(x, _viewable(c, x.dims, shape))
+    dims = reshaped(x.dims, shape)
+    assert dims is not None
     local = c.local(dims)
     return c.renamed(x, dims) if local == c.local(x.dims) else c.call(torch.reshape, x, local, dims=dims, dtype=x.dtype)
 
 
-def _loosened(c: Compiler, x: Value, shape: Shape) -> Value:
-    """The value moved nearer to one that can be viewed: the innermost cut that does not fit gets other points or goes."""
-    points, inner = boundaries(shape), 1
-    for d in reversed(range(x.ndim)):
-        factors, n = x.dims[d], x.shape[d]
-        if axes_of(factors):
-            within = [p for p in points if inner < p < inner * n]
-            is_even = len(factors) == 1 and not any((inner * n) % p or p % inner for p in within)
-            unit = max(within, default=inner) // inner  # in which the dim may be cut
-            if not is_even or (unit > 1 and split(factors[0], [n // unit, unit]) is None):
-                parts = c.parts(axes_of(factors))
-                if is_even and n // unit >= parts:
-                    cuts = [q * unit for q in balanced(n // unit, parts)]
-                    return c.move(x, x.with_dims({d: Dim(ranges_of(cuts), factors[0].axes)}), "recut")
-                return c.wholly(x, [d], "recut")
-        inner *= n
-    last = max(d for d in range(x.ndim) if axes_of(x.dims[d]))
-    return c.wholly(x, [last], "gather", spread=False)
+def _viewable(c: Compiler, dims: Dims, shape: Shape) -> Dims:
+    """Dims near to some that can be viewed as a shape: a cut that does not fit gets other points, or goes elsewhere."""
+    tried: set[int] = set()
+    while reshaped(dims, shape) is None:
+        cuts = [d for d in reversed(range(len(dims))) if axes_of(dims[d])]
+        d = next((d for d in cuts if reshaped(_only(dims, d), shape) is None), cuts[0])
+        recut = None if d in tried else _recut(c, dims, d, shape)
+        axes, dims = axes_of(dims[d]), tuple(recut or (uncut(size_of(f)),) if e == d else f for e, f in enumerate(dims))
+        tried.add(d)
+        for axis in () if recut else axes:
+            dims = c.placed(dims, axis, tried)
+    return dims
 
 
-@rule("permute", "transpose", "t", "numpy_T", "mT", "movedim", "swapaxes", "adjoint")
+def _only(dims: Dims, d: int) -> Dims:
+    """The dims, of which one alone is cut."""
+    return tuple(f if e == d else (uncut(size_of(f)),) for e, f in enumerate(dims))
+
+
+def _recut(c: Compiler, dims: Dims, d: int, shape: Shape) -> Factors | None:
+    """A dim in balanced blocks of what the view leaves together, None if there are fewer of these than ranks."""
+    axes, n = axes_of(dims[d]), size_of(dims[d])
+    inner = math.prod(size_of(f) for f in dims[d + 1 :])
+    unit = max((p for p in boundaries(shape) if inner < p < inner * n), default=inner) // inner
+    if n % unit or n // unit < c.parts(axes):
+        return None
+    factor = Dim(ranges_of([q * unit for q in balanced(n // unit, c.parts(axes))]), axes)
+    return (
+        (factor,)
+        if reshaped(tuple((factor,) if e == d else (uncut(size_of(f)),) for e, f in enumerate(dims)), shape)
+        else None
+    )
+
+
+@rule("as_strided")
+def as_strided(c: Compiler, op: Any, x: Value, *args: Any) -> Value:
+    raise RuntimeError(f"{c.path or 'the model'}: as_strided reads memory in its order, which blocks do not have")
+
+
+@rule("permute", "transpose", "t", "numpy_T")
 def permute(c: Compiler, op: Any, x: Value, *args: Any) -> Value:
+    order = list(range(x.ndim))
     if op.name == "permute":
         order = [d % x.ndim for d in args[0]]
-    elif op.name in ("t", "numpy_T"):
-        order = list(range(x.ndim))[::-1]
-    elif op.name in ("transpose", "swapaxes"):
-        order = list(range(x.ndim))
-        a, b = (d % max(x.ndim, 1) for d in args)
-        if x.ndim:
-            order[a], order[b] = order[b], order[a]
-    else:
-        raise NoRule
-    return c.call(torch.Tensor.permute, x, order, dims=tuple(x.dims[d] for d in order), dtype=x.dtype)
+    elif op.name != "transpose":
+        order.reverse()
+    elif x.ndim:
+        a, b = (d % x.ndim for d in args)
+        order[a], order[b] = b, a
+    return permuted(c, x, order)
 
 
-@rule("repeat", "tile")
+def permuted(c: Compiler, x: Value, order: Sequence[int]) -> Value:
+    """The value with its dims in another order."""
+    dims = tuple(x.dims[d] for d in order)
+    if x.make is not None:
+        return c.made_later(x.make, dims, x.dtype)
+    return c.call(torch.Tensor.permute, x, list(order), dims=dims, dtype=x.dtype)
+
+
+@rule("pixel_shuffle")
+def pixel_shuffle(c: Compiler, op: Any, x: Value, r: int) -> Value:
+    *lead, channels, height, width = x.shape
+    n = len(lead)
+    x = view_as(c, x, (*lead, channels // r**2, r, r, height, width))
+    return view_as(c, permuted(c, x, [*range(n + 1), n + 3, n + 1, n + 4, n + 2]), op.shape)
+
+
+@rule("pixel_unshuffle")
+def pixel_unshuffle(c: Compiler, op: Any, x: Value, r: int) -> Value:
+    *lead, channels, height, width = x.shape
+    n = len(lead)
+    x = view_as(c, x, (*lead, channels, height // r, r, width // r, r))
+    return view_as(c, permuted(c, x, [*range(n + 1), n + 2, n + 4, n + 1, n + 3]), op.shape)
+
+
+@rule("channel_shuffle")
+def channel_shuffle(c: Compiler, op: Any, x: Value, groups: int) -> Value:
+    batch, channels, *space = x.shape
+    x = view_as(c, x, (batch, groups, channels // groups, *space))
+    return view_as(c, permuted(c, x, [0, 2, 1, *range(3, x.ndim)]), op.shape)
+
+
+@rule("repeat")
 def repeat(c: Compiler, op: Any, x: Value, times: Sequence[int]) -> Value:
     lead = len(op.shape) - x.ndim
-    times = [1] * (len(op.shape) - len(times)) + list(times)
     x = c.wholly(x, [d for d in range(x.ndim) if times[lead + d] != 1], "repeat")
     dims = tuple(x.dims[d - lead] if d >= lead and times[d] == 1 else (uncut(n),) for d, n in enumerate(op.shape))
     return c.call(torch.Tensor.repeat, x, times, dims=dims, dtype=x.dtype)
 
 
-@rule("flip", "tril", "triu")
-def locally(c: Compiler, op: Any, x: Value, *args: Any) -> Value:
-    """Operations that need some dims whole and leave the others alone."""
-    x = c.wholly(x, args[0] if op.name == "flip" else [-2, -1], "whole")
-    return c.apply(op, x, *args, dims=x.dims)
+@rule("flip")
+def flip(c: Compiler, op: Any, x: Value, over: Sequence[int]) -> Value:
+    over = [d % x.ndim for d in over]
+    x = c.plain(x, over)
+    turned = {
+        d: replace(f, ranges=tuple((x.shape[d] - b, x.shape[d] - a) for a, b in f.ranges))
+        for d in over
+        for f in x.dims[d]
+    }
+    z = c.move(x, x.with_dims(turned), "shift")
+    return c.call(torch.flip, z, over, dims=x.dims, dtype=x.dtype)
+
+
+@rule("rot90")
+def rot90(c: Compiler, op: Any, x: Value, k: int = 1, dims: Sequence[int] = (0, 1)) -> Value:
+    a, b = (d % x.ndim for d in dims)
+    over = [[], [b], [a, b], [a]][k % 4]
+    x = flip(c, op, x, over) if over else x
+    order = list(range(x.ndim))
+    if k % 2:
+        order[a], order[b] = b, a
+    return permuted(c, x, order)
+
+
+@rule("tril", "triu")
+def triangle(c: Compiler, op: Any, x: Value, diagonal: int = 0) -> Value:
+    x = c.plain(x, [x.ndim - 2, x.ndim - 1])
+    (row, _), (column, _) = (c.range(factor) for (factor,) in x.dims[-2:])
+    return c.call(op.function, x, diagonal + row - column, dims=x.dims, dtype=x.dtype)
+
+
+@rule("diagonal")
+def diagonal(c: Compiler, op: Any, x: Value, offset: int = 0, a: int = 0, b: int = 1) -> Value:
+    a, b = a % x.ndim, b % x.ndim
+    x = c.wholly(x, [a, b], "whole")
+    dims = (*(f for d, f in enumerate(x.dims) if d not in (a, b)), (uncut(op.shape[-1]),))
+    return c.call(torch.diagonal, x, offset, a, b, dims=dims, dtype=x.dtype)
+
+
+@rule("diag_embed")
+def diag_embed(c: Compiler, op: Any, x: Value, offset: int = 0, a: int = -2, b: int = -1) -> Value:
+    a, b = a % (x.ndim + 1), b % (x.ndim + 1)
+    x = c.wholly(x, [-1], "whole")
+    rest = iter(x.dims)
+    dims = tuple((uncut(n),) if d in (a, b) else next(rest) for d, n in enumerate(op.shape))
+    return c.call(torch.diag_embed, x, offset, a, b, dims=dims, dtype=x.dtype)
+
+
+# Windows
+
+
+@rule("unfold")
+def unfold(c: Compiler, op: Any, x: Value, d: int, size: int, step: int) -> Value:
+    """The windows of a dim: each rank's read what it has and a halo."""
+    if not x.ndim:
+        raise NoRule
+    d %= x.ndim
+    x = c.plain(x, [d])
+    count = cut(op.shape[d], x.axes(d), c.grid)
+    reads = tuple((step * a, step * (b - 1) + size) if a < b else (0, 0) for a, b in count.ranges)
+    z = c.move(x, x.with_dims({d: replace(count, ranges=reads)}), "halo") if count.axes else x
+    dims = (*x.with_dims({d: count}), (uncut(size),))
+    return c.call(torch.Tensor.unfold, z, d, size, step, dims=dims, dtype=x.dtype)
+
+
+@rule("im2col")
+def im2col(c: Compiler, op: Any, x: Value, kernel: Any, dilation: Any, padding: Any, stride: Any) -> Value:
+    """Patches as columns: channels and the kernel's points are factors of one dim, rows and columns of the other."""
+    x = c.plain(x, [x.ndim - 2, x.ndim - 1])
+    reads, patches, left = {}, [], []
+    for d, k, e, p, s in zip((x.ndim - 2, x.ndim - 1), kernel, dilation, padding, stride, strict=True):
+        n = (x.shape[d] + 2 * p - e * (k - 1) - 1) // s + 1
+        patches.append(cut(n, x.axes(d), c.grid))
+        ranges = read_by_kernel([0, *(b for _, b in patches[-1].ranges)], k, s, e, p)  # zeros outside the tensor
+        reads[d] = replace(patches[-1], ranges=ranges) if x.axes(d) else uncut(x.shape[d])
+        left.append(0 if x.axes(d) else p)
+    z = c.move(x, x.with_dims(reads), "halo")
+    *lead, channels = x.dims[:-2]
+    dims = (*lead, (*channels, uncut(math.prod(kernel))), tuple(patches))
+    return c.call(op.function, z, kernel, dilation, left, stride, dims=dims, dtype=x.dtype)
+
+
+@rule("col2im")
+def col2im(c: Compiler, op: Any, x: Value, size: Any, kernel: Any, dilation: Any, padding: Any, stride: Any) -> Value:
+    """The sums of patches where they overlap: each rank reads those that reach its points, and adds up alone."""
+    options = list(zip(size, kernel, dilation, padding, stride, strict=True))
+    *lead, columns, _ = x.shape
+    first = len(lead) + 3  # the dim of the patches' rows
+    patches = [(n + 2 * p - e * (k - 1) - 1) // s + 1 for n, k, e, p, s in options]
+    x = view_as(c, x, (*lead, columns // math.prod(kernel), *kernel, *patches))
+    x = c.wholly(c.plain(x), [first - 2, first - 1], "recut")
+    reads, image, spans, pads = {}, [], [], []
+    for d, (n, k, e, p, s) in enumerate(options, first):
+        image.append(cut(n, x.axes(d), c.grid))
+        ranges = read_by_transposed_kernel([0, *(b for _, b in image[-1].ranges)], k, s, e, p)
+        read = bounded(replace(image[-1], ranges=ranges), x.shape[d], "none")
+        reads[d] = read if x.axes(d) else uncut(x.shape[d])
+        (low, high), (a, b) = c.range(reads[d]), c.range(image[-1])
+        spans.append((high - low - 1) * s + e * (k - 1) + 1)
+        pads.append((low * s - p - a, b - (low * s - p + spans[-1])))
+    dims = (*x.dims[: first - 2], *((f,) for f in image))
+    z = c.move(x, x.with_dims(reads), "halo")
+    add_up = partial(_added_up, shape=c.local(dims), spans=spans, pads=(*pads[1], *pads[0]))
+    return c.call(add_up, z, kernel, dilation, stride, dims=dims, dtype=x.dtype)
+
+
+def _added_up(
+    z: torch.Tensor, kernel: Any, dilation: Any, stride: Any, *, shape: Shape, spans: Any, pads: Any
+) -> torch.Tensor:
+    if not z.numel():
+        return connected_zeros(shape, z, linear=True)
+    columns = z.reshape(-1, math.prod(z.shape[-5:-2]), math.prod(z.shape[-2:]))
+    image = F.fold(columns, spans, kernel, dilation, stride=stride)
+    return F.pad(image, pads).reshape(shape)
 
 
 # Slices
@@ -107,9 +265,7 @@ def taken(c: Compiler, x: Value, d: int, start: int, step: int, count: int) -> V
     Where every rank's own points make blocks that are even enough nothing moves.
     """
     if x.make is not None:
-        made = c.new(x.with_dims({d: uncut(count)}), x.dtype, x.grad)
-        made.make = x.make
-        return made
+        return c.made_later(x.make, x.with_dims({d: uncut(count)}), x.dtype)
     x = c.plain(x, [d])
     (held,) = x.dims[d]
     if not held.axes:
@@ -132,10 +288,10 @@ def _own(held: Range, start: int, step: int, count: int) -> Range:
     return first, max(first, stop)
 
 
-@rule("slice", "narrow")
+@rule("slice")
 def slice_(c: Compiler, op: Any, x: Value, d: int = 0, start: Any = None, end: Any = None, step: int = 1) -> Value:
     d %= x.ndim
-    points = range(x.shape[d])[start:end:step] if op.name != "narrow" else range(start, start + end)
+    points = range(x.shape[d])[start:end:step]
     return x if len(points) == x.shape[d] else taken(c, x, d, points.start, step, len(points))
 
 
@@ -143,11 +299,8 @@ def slice_(c: Compiler, op: Any, x: Value, d: int = 0, start: Any = None, end: A
 def select(c: Compiler, op: Any, x: Value, d: int, i: int) -> Value:
     d %= x.ndim
     i %= x.shape[d]
-    dims = (*x.dims[:d], *x.dims[d + 1 :])
     if x.make is not None:
-        made = c.new(dims, x.dtype, x.grad)
-        made.make = x.make
-        return made
+        return c.made_later(x.make, (*x.dims[:d], *x.dims[d + 1 :]), x.dtype)
     x = c.plain(x, [d])
     dims = (*x.dims[:d], *x.dims[d + 1 :])
     if x.axes(d):
@@ -163,7 +316,7 @@ def unbind(c: Compiler, op: Any, x: Value, d: int = 0) -> list[Value]:
     return c.calls(torch.unbind, x, d, dims=[dims] * n, dtypes=[x.dtype] * n)
 
 
-@rule("split", "split_with_sizes", "chunk", "tensor_split", "unsafe_split", "unsafe_chunk")
+@rule("split", "split_with_sizes", "unsafe_split", "unsafe_split_with_sizes")
 def split_(c: Compiler, op: Any, x: Value, how: Any, d: int = 0) -> list[Value]:
     d %= x.ndim
     sizes = [shape[d] for shape, *_ in op.outputs]
@@ -185,11 +338,9 @@ def split_(c: Compiler, op: Any, x: Value, how: Any, d: int = 0) -> list[Value]:
 # Joins and shifts
 
 
-@rule("cat", "concat", "concatenate")
+@rule("cat")
 def cat(c: Compiler, op: Any, values: Sequence[Value], d: int = 0) -> Value:
-    values = [v for v in values if v.shape != (0,)]
-    if not values:
-        raise NoRule
+    values = [c.cast(v, op.dtype) for v in values if v.shape != (0,) or v.shape == op.shape]
     d %= values[0].ndim
     largest = max(values, key=lambda v: (bool(all_axes(v.dims)), math.prod(v.shape)))
     base = largest.dims
@@ -288,13 +439,6 @@ def select_scatter(c: Compiler, op: Any, x: Value, source: Value, d: int, i: int
     d, i = d % x.ndim, i % x.shape[d % x.ndim]
     source = view_as(c, source, (*source.shape[:d], 1, *source.shape[d:]))
     return slice_scatter(c, op, x, source, d, i, i + 1)
-
-
-@rule("meshgrid")
-def meshgrid(c: Compiler, op: Any, values: Sequence[Value], **options: Any) -> list[Value]:
-    values = [c.whole(v) for v in values]
-    outputs = [tuple((uncut(n),) for n in shape) for shape, *_ in op.outputs]
-    return c.calls(op.function, values, dims=outputs, dtypes=[t for _, t, _ in op.outputs], **options)
 
 
 @rule("view_as_complex")

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from distdl_lite.factors import Dims, all_axes, axes_of, size_of, uncut
 from distdl_lite.layout import Shape
@@ -46,38 +48,48 @@ def fitted(c: Compiler, args: Any, dims: Dims) -> Any:
     return [fitted(c, a, dims) for a in args] if isinstance(args, (list, tuple)) else args
 
 
-@rule("pointwise", "hardswish", "hardsigmoid", "silu", "mish", "elu", "celu", "selu", "leaky_relu", "relu6", "hardtanh", "gelu",
-      "real", "imag", "view_as_real_copy", "rrelu_with_noise", "softplus", "where", "masked_fill", "_to_copy", "to", "nan_to_num",
-      "lerp", "addcmul", "addcdiv", "clamp", "conj_physical", "_conj", "resolve_conj", "resolve_neg", "complex", "polar",
-      "logaddexp", "maximum", "minimum", "fmod", "remainder", "isnan", "isfinite", "isinf")  # fmt: skip
+@rule("pointwise", "hardswish", "_to_copy", "_conj", "complex", "polar", "floor_divide", "rsub", "_prelu_kernel")
 def pointwise(c: Compiler, op: Any, *args: Any, **options: Any) -> Any:
+    """Those that torch calls pointwise, and some that it forgets."""
     values = list(values_in((args, tuple(options.values()))))
     if not values or not op.is_one:
         raise NoRule
     for name in ("device", "layout", "pin_memory"):
         options.pop(name, None)
     dims = common_dims(c, values, op.shape)
-    options = {k: fitted(c, v, dims) for k, v in options.items()}
-    return c.apply(op, *(fitted(c, a, dims) for a in args), dims=dims, **options)
+    if len(values) == 1 and values[0] is args[0] and values[0].make is not None:
+        return c.made_later(partial(_of_made, values[0].make, op.function, args[1:], options), dims, op.dtype)
+    args, options = fitted(c, args, dims), {k: fitted(c, v, dims) for k, v in options.items()}
+    return c.calls(op.function, *args, dims=[dims], dtypes=[op.dtype], one=True, **options)[0]
 
 
-@rule("alias", "contiguous", "lift_fresh", "lift_fresh_copy", "clone")
+def _of_made(make: Any, function: Any, args: Any, options: Any, shape: Shape) -> torch.Tensor:
+    """A function of a constant's block."""
+    return function(make(shape), *args, **options)  # type: ignore[no-any-return]
+
+
+@rule("log_sigmoid_forward")
+def log_sigmoid(c: Compiler, op: Any, x: Value) -> list[Value | None]:
+    return [c.call(F.logsigmoid, x, dims=x.dims, dtype=op.dtype), None]  # the other output is for torch's backward
+
+
+@rule("alias", "lift_fresh_copy", "clone", "resolve_conj", "resolve_neg")
 def same(c: Compiler, op: Any, x: Value, **options: Any) -> Value:
     return x
 
 
 @rule("detach")
 def detach(c: Compiler, op: Any, x: Value) -> Value:
-    return c.calls(torch.detach, x, dims=[x.dims], dtypes=[x.dtype], one=True, grad=False)[0]
+    return c.calls(torch.detach, x, dims=[x.dims], dtypes=[x.dtype], one=True, grad=False)[0] if x.grad else x
 
 
 @rule("copy")
 def copy(c: Compiler, op: Any, x: Value, source: Value, non_blocking: bool = False) -> Value:
     y = broadcast(c, source, x.shape)
-    return y if y.dtype is x.dtype else c.call(torch.Tensor.to, y, x.dtype, dims=y.dims, dtype=x.dtype)
+    return c.cast(y, x.dtype)
 
 
-@rule("expand", "expand_as", "broadcast_to")
+@rule("expand")
 def expand(c: Compiler, op: Any, x: Value, *_: Any, **options: Any) -> Value:
     return broadcast(c, x, op.shape)
 
@@ -85,14 +97,12 @@ def expand(c: Compiler, op: Any, x: Value, *_: Any, **options: Any) -> Value:
 def broadcast(c: Compiler, x: Value, shape: Shape) -> Value:
     """The value expanded to a shape."""
     lead = len(shape) - x.ndim
-    own = [(uncut(n),) if d < lead or x.shape[d - lead] != n else x.dims[d - lead] for d, n in enumerate(shape)]
+    longer = [d for d in range(x.ndim) if x.shape[d] != shape[lead + d]]
+    x = c.wholly(x, longer, spread=False)
+    own = [(uncut(n),) if d < lead or d - lead in longer else x.dims[d - lead] for d, n in enumerate(shape)]
     dims = tuple(own)
-    return x if dims == x.dims else c.call(torch.Tensor.expand, x, c.local(dims), dims=dims, dtype=x.dtype)
-
-
-@rule("prelu", "_prelu_kernel")
-def prelu(c: Compiler, op: Any, x: Value, weight: Value) -> Value:
-    is_per_channel = weight.ndim == 1  # or one number for all
-    channels = x.dims[1] if weight.shape[0] > 1 else (uncut(1),)
-    weight = c.move(weight, (channels,)) if is_per_channel else fit(c, weight, x.dims)
-    return c.call(op.function, x, weight, dims=x.dims, dtype=x.dtype)
+    if dims == x.dims:
+        return x
+    if x.make is not None:
+        return c.made_later(x.make, dims, x.dtype)
+    return c.call(torch.Tensor.expand, x, c.local(dims), dims=dims, dtype=x.dtype)
