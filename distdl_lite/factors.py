@@ -83,7 +83,7 @@ def merged(factors: Iterable[Dim]) -> Factors:
     found: list[Dim] = []
     for dim in factors:
         n = length_of(dim)
-        if n == 1 and not dim.axes:
+        if not dim.axes and dim.ranges == ((0, 1),):
             continue
         if found and not dim.axes:
             found[-1] = Dim(tuple((a * n, b * n) for a, b in found[-1].ranges), found[-1].axes)
