@@ -246,15 +246,14 @@ class _Running:
 
     def __init__(self, net: Distributed, program: Program, captured: Captured) -> None:
         self.program, self.captured = program, captured
-        c, grid = program.compiler, program.compiler.grid
+        c = program.compiler
         self.run = c.compiled(*program.arguments)
         self.parameters = dict(net.named_parameters(remove_duplicate=False))
         self.teams, self.counts = {}, {}
         for number, (feed, value) in enumerate(program.feeds):
             free = c.free_axes(all_axes(value.dims))
             if feed.kind == "user_input" and value.grad and free:
-                fixed = {a: i for a, i in enumerate(c.index) if a not in free}
-                self.teams[number] = net._distdl_transport.team(grid.members(fixed))
+                self.teams[number] = c.team(free)
         for number, (_, value) in enumerate(program.outputs):
             free = isinstance(value, Value) and value.grad and c.free_axes(all_axes(value.dims))
             if free:

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from distdl_lite.autograd import reduce_from_team
 from distdl_lite.factors import (
     Dims,
     all_axes,
@@ -36,7 +37,7 @@ from distdl_lite.layout import Dim, Layout, Range, Shape
 from distdl_lite.nn.blocks import connected_zeros
 from distdl_lite.operator import Operator
 from distdl_lite.plan import plan
-from distdl_lite.transport import Transport
+from distdl_lite.transport import Team, Transport
 
 Rule = Callable[..., Any]
 RULES: dict[str, Rule] = {}  # by the name of torch's operation
@@ -344,8 +345,11 @@ class Compiler:
         )
         return made
 
-    def sum_over(self, value: Value, axes: Iterable[int]) -> Value:
-        """The sum over axes along which the ranks hold parts, which looks like a copy along them."""
+    def sum_over(self, value: Value, axes: Iterable[int], is_shown: bool = False) -> Value:
+        """The sum over axes along which the ranks hold parts, which looks like a copy along them.
+
+        If `is_shown` the gradient that each rank has of it is the whole one, and backward does not communicate.
+        """
         axes = [a for a in axes if self.grid.shape[a] > 1]
         if not axes:
             return value
@@ -353,11 +357,21 @@ class Compiler:
         keys = tuple(a for a, n in enumerate(self.grid.shape) if n > 1 and a not in axes)
         R = Layout(self.grid, tuple(dim for factors in value.dims for dim in factors), keys)
         made = self.new(value.dims, value.dtype, value.grad)
-        shape = local_shape(tuple((d,) for d in R.dims), self.grid, self.index)
-        local = self.local(value.dims)
-        given, back = ("", "") if shape == local else (f".reshape({shape})", f".reshape({local})")
-        self.emit(f"{made.name} = {self.operator(R, R, value, 'all_reduce')}({value.name}{given}){back}", [value.name])
+        if is_shown:
+            text = f"{self._shared(reduce_from_team)}({value.name}, {self.constant(self.team(axes), 'team')})"
+            self.movements.append(Movement(self.path, "all_reduce", R, R, value.dtype, False))
+        else:
+            shape = local_shape(tuple((d,) for d in R.dims), self.grid, self.index)
+            local = self.local(value.dims)
+            given, back = ("", "") if shape == local else (f".reshape({shape})", f".reshape({local})")
+            text = f"{self.operator(R, R, value, 'all_reduce')}({value.name}{given}){back}"
+        self.emit(f"{made.name} = {text}", [value.name])
         return made
+
+    def team(self, axes: Iterable[int]) -> Team | None:
+        """The ranks that differ from this one along some axes alone; None for a program that is only looked at."""
+        fixed = {a: i for a, i in enumerate(self.index) if a not in set(axes)}
+        return None if self.transport is None else self.transport.team(self.grid.members(fixed))
 
     # Layouts
 
