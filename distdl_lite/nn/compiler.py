@@ -393,14 +393,18 @@ class Compiler:
             wanted = self.placed(wanted, axis, chosen)
         return self.move(value, wanted, why)
 
-    def placed(self, dims: Dims, axis: int, taboo: Iterable[int] = ()) -> Dims:
-        """The dims, one of which the axis cuts too: that of its number, or else that with most points a part."""
+    def placed(self, dims: Dims, axis: int, taboo: Iterable[int] = (), crowded: bool = False) -> Dims:
+        """The dims, one of which the axis cuts too: that of its number, or else that with most points a part.
+
+        Each part has a point, unless it is `crowded`.
+        """
         best: tuple[tuple[bool, float], int] | None = None
         for d, factors in enumerate(dims):
             parts = self.parts((*axes_of(factors), axis))
-            if d in taboo or len(factors) > 1 or size_of(factors) < parts:
+            is_full = size_of(factors) >= parts
+            if d in taboo or len(factors) > 1 or not (is_full or crowded):
                 continue
-            is_home = len(dims) == self.grid.dim and d == axis and not axes_of(factors)
+            is_home = is_full and len(dims) == self.grid.dim and d == axis and not axes_of(factors)
             score = is_home, size_of(factors) / parts
             if best is None or score > best[0]:
                 best = score, d
