@@ -151,6 +151,7 @@ class Compiler:
         self.lines: list[Line] = []
         self.names: dict[str, Any] = {}
         self.movements: list[Movement] = []
+        self.shared: dict[str, Any] = {}  # what operations of one program share, by a word of their family's
         self._moved: dict[tuple[Value, Dims], Value] = {}
         self._numbers: dict[str, int] = {}
 

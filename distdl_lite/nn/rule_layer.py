@@ -30,6 +30,7 @@ class RuleLayer(Layer):
 
     P_x: Partition
     keeps_blocks = False  # whether the output lies as the rule leaves it
+    overwrites = False  # whether the input is overwritten, which no leaf of autograd's may be
 
     def rule(self, c: Compiler, x: Value) -> Any:
         """The output, or several, of an input that lies over the grid of `P_x`."""
@@ -49,11 +50,11 @@ class RuleLayer(Layer):
         outputs = [made] if isinstance(made, Value) else list(made)
         if not self.keeps_blocks:
             outputs = [c.move(y, blocks(y.shape, range(y.ndim), grid)) for y in outputs]
-        run, one = c.compiled([x], outputs), isinstance(made, Value)
+        run, one, anchors = c.compiled([x], outputs), isinstance(made, Value), graph and not self.overwrites
 
         def call(layer: RuleLayer, x: torch.Tensor) -> Any:
             # Anchored also where nothing moves: a checkpoint around it runs the layer again on the ranks that have a graph.
-            y = run(anchored(x if x.dtype is dtype else x.to(dtype), graph))
+            y = run(anchored(x if x.dtype is dtype else x.to(dtype), anchors))
             return y[0] if one else y
 
         return call
