@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from distdl_lite.factors import Dims, Factors, axes_of, uncut
-from distdl_lite.model.rules.elementwise import fit
+from distdl_lite.nn.broadcasting import fit
 from distdl_lite.nn.compiler import Compiler, NoRule, Value, rule
 
 

@@ -11,7 +11,7 @@ import torch
 from distdl_lite.factors import all_axes, axes_of, boundaries, cut, reshaped, split, uncut
 from distdl_lite.grid import balanced
 from distdl_lite.layout import Dim, Range, Shape, ranges_of
-from distdl_lite.model.rules.elementwise import common_dims
+from distdl_lite.nn.broadcasting import common_dims
 from distdl_lite.nn.compiler import Compiler, NoRule, Value, rule
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from distdl_lite.factors import uncut
-from distdl_lite.model.rules.elementwise import common_dims
+from distdl_lite.nn.broadcasting import common_dims
 from distdl_lite.nn.compiler import Compiler, NoRule, Value, rule
 
 
