@@ -225,11 +225,13 @@ class Compiler:
         one: bool = False,
         grad: bool | None = None,
         linear: bool = False,
+        takes_empty: bool = False,
         **options: Any,
     ) -> list[Value]:
         """The values that a local call makes of others.
 
-        A rank whose block of an output is empty gets zeros, whose graph leads to where the others' leads, without the call.
+        A rank whose block of an output is empty gets zeros, whose graph leads to where the others' leads, without the call;
+        unless the function `takes_empty` ones.
 
         Parameters
         ----------
@@ -242,7 +244,7 @@ class Compiler:
         grad : bool, optional
             Whether autograd records the outputs; by default if it does an input.
         linear : bool
-            Whether the function's backward does without its inputs.
+            Whether the function's backward does without its inputs, and saves no tensor.
         """
         values = list(values_in((args, tuple(options.values()))))
         for value in values:
@@ -252,7 +254,7 @@ class Compiler:
             self.new(d, t, grad and (t.is_floating_point or t.is_complex)) for d, t in zip(dims, dtypes, strict=True)
         ]
         shapes, reads = [self.local(v.dims) for v in outputs], list[str]()
-        if any(0 in shape for shape in shapes):
+        if any(0 in shape for shape in shapes) and not takes_empty:
             for value, shape in zip(outputs, shapes, strict=True):
                 words = ", ".join(v.name for v in values)
                 self.emit(f"{value.name} = {self._shared(_nothing)}([{words}], {shape}, {self._word(value.dtype, [])}, {linear})",

@@ -46,10 +46,12 @@ def padded(c: Compiler, x: Value, padding: Sequence[int], mode: str = "constant"
     x = c.plain(x, sides)
     x = c.renamed(x, x.dims)  # a number made late is none any more
     y = {d: cut(x.shape[d] + left + right, x.axes(d), c.grid) for d, (left, right) in sides.items()}
-    if mode == "circular":
-        _check_rounds(x.shape, sides)
+    short = [d for d, (left, right) in sides.items() if max(left, right) > x.shape[d] + min(left, 0) + min(right, 0)]
+    if mode == "circular" and short:  # torch returns unset memory
+        raise ValueError(f"padding={tuple(padding)} reads more than what it leaves of a tensor of {x.shape}")
     if not x.axes(*sides):
-        return c.call(F.pad, x, list(padding), mode, value, dims=x.with_dims(y), dtype=x.dtype, linear=True)
+        linear = mode in ("constant", "circular")  # torch's backward of the others names its input
+        return c.call(F.pad, x, list(padding), mode, value, dims=x.with_dims(y), dtype=x.dtype, linear=linear)
     wanted = {
         d: replace(dim, ranges=tuple((a - sides[d][0], b - sides[d][0]) for a, b in dim.ranges)) for d, dim in y.items()
     }
@@ -63,15 +65,6 @@ def padded(c: Compiler, x: Value, padding: Sequence[int], mode: str = "constant"
     boxes = [tuple(c.range(new[d]) if d in new else (0, n) for d, n in enumerate(local)) for new in (wanted, held)]
     edge, z = _edge(*boxes, shape, sides, mode, value), c.move(x, z, "halo")
     return c.renamed(z, dims) if edge is None else c.call(edge, z, dims=dims, dtype=x.dtype, linear=True)
-
-
-def _check_rounds(shape: Shape, sides: Sides) -> None:
-    """Raise ValueError if circular padding reads more than what cropping leaves, where torch returns unset memory."""
-    for d, (left, right) in sides.items():
-        if max(left, right) > shape[d] + min(left, 0) + min(right, 0):
-            raise ValueError(
-                f"padding {(left, right)} of dim {d} reads more than what it leaves of a tensor of {shape}"
-            )
 
 
 def _around(c: Compiler, x: Value, sides: Sides, wanted: Mapping[int, Dim]) -> tuple[Value, dict[int, Dim]]:
