@@ -13,7 +13,7 @@ from distdl_lite.factors import all_axes, uncut
 from distdl_lite.layout import Layout, Range, Shape
 from distdl_lite.nn.blocks import wide
 from distdl_lite.nn.compiler import Compiler, Value, rule
-from distdl_lite.nn.loss.loss import REDUCTIONS, Function, _DistributedLoss, alone, counted, reduced_loss
+from distdl_lite.nn.loss.loss import REDUCTIONS, Function, _DistributedLoss, counted, reduced_loss
 from distdl_lite.nn.norm.softmax import CutDim, log_softmax
 from distdl_lite.nn.options import integers, numbers
 from distdl_lite.partition import Partition
@@ -59,8 +59,6 @@ class ClassLoss:
             x = c.move(x, target.dims if has_classes else (*target.dims[:axis], x.dims[axis], *target.dims[axis:]))
         rest, over = (*x.dims[:axis], *x.dims[axis + 1 :]), x.axes(axis)
         args = [x, c.move(target, x.dims if has_classes else rest), weight]
-        if not all_axes(x.dims):
-            return alone(c, self.whole, args, reduction, rest, dtype)
         counts = all(c.index[a] == 0 for a in over)  # of the ranks that hold the same points
 
         def weigh(terms: torch.Tensor, x: torch.Tensor, target: torch.Tensor, weight: Any) -> torch.Tensor:
@@ -69,19 +67,17 @@ class ClassLoss:
             is_counted = target != self.ignore_index
             return (is_counted if weight is None else weight[target[is_counted]]).sum(dtype=torch.float64) * counts
 
-        terms = self._of_cut(c, x, axis) if over else self.whole
-        return reduced_loss(c, terms, args, rest, reduction, dtype, weigh, self._mean, over, is_shown)
+        terms = self._of_cut(c, x, axis) if over else None
+        return reduced_loss(c, self.whole, args, rest, reduction, dtype, terms, weigh, self._mean, over, is_shown)
 
     def whole(
         self, x: torch.Tensor, target: torch.Tensor, weight: torch.Tensor | None, reduction: str = "none"
     ) -> torch.Tensor:
         """torch's loss of an input laid out as its backward needs it in four dims."""
-        if self.has_logits:
-            smoothing = self.label_smoothing
-            return F.cross_entropy(
-                x.contiguous(), target, weight, None, self.ignore_index, None, reduction, label_smoothing=smoothing
-            )
-        return F.nll_loss(x.contiguous(), target, weight, None, self.ignore_index, None, reduction)
+        options: dict[str, Any] = {"weight": weight, "ignore_index": self.ignore_index, "reduction": reduction}
+        if not self.has_logits:
+            return F.nll_loss(x.contiguous(), target, **options)
+        return F.cross_entropy(x.contiguous(), target, label_smoothing=self.label_smoothing, **options)
 
     def _mean(self, total: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         mean = total / weight
@@ -104,9 +100,8 @@ class ClassLoss:
             if target.dim() == x.dim():
                 smooth = target.reshape(shape) * (1 - smoothing) + smoothing / classes
                 return -(log_p * smooth).sum(at).reshape(given)
-            return self._picked(log_p, target.reshape((*shape[:at], *shape[at + 1 :])), at, held, classes).reshape(
-                given
-            )
+            target = target.reshape((*shape[:at], *shape[at + 1 :]))
+            return self._picked(log_p, target, at, held, classes).reshape(given)
 
         return terms
 

@@ -53,16 +53,7 @@ def pointwise_loss(
     values = [v for v in args if isinstance(v, Value)]
     dims = common_dims(c, values, tuple(torch.broadcast_shapes(*(v.shape for v in values))))
     args = [fit(c, v, dims) if isinstance(v, Value) else v for v in args]
-    if not all_axes(dims):
-        return alone(c, function, args, reduction, dims, dtype)
-    return reduced_loss(c, partial(function, reduction="none"), args, dims, reduction, dtype, is_shown=is_shown)
-
-
-def alone(
-    c: Compiler, function: Function, args: Sequence[Any], reduction: str, dims: Dims, dtype: torch.dtype
-) -> Value:
-    """torch's function, of tensors that are not cut."""
-    return c.call(function, *args, reduction=reduction, dims=dims if reduction == "none" else (), dtype=dtype)
+    return reduced_loss(c, function, args, dims, reduction, dtype, is_shown=is_shown)
 
 
 def counted(terms: torch.Tensor, *tensors: Any) -> torch.Tensor:
@@ -72,43 +63,36 @@ def counted(terms: torch.Tensor, *tensors: Any) -> torch.Tensor:
 
 def reduced_loss(
     c: Compiler,
-    terms: Function,
+    function: Function,
     args: Sequence[Any],
     dims: Dims,
     reduction: str,
     dtype: torch.dtype,
+    terms: Function | None = None,
     weigh: Function = counted,
     mean: Function = torch.div,
-    over: Iterable[int] = (),
+    over: Sequence[int] = (),
     is_shown: bool = False,
 ) -> Value:
-    """A loss of terms that each rank finds.
+    """A loss of torch's, whose terms lie as `dims` say.
 
-    Parameters
-    ----------
-    terms : callable
-        From the blocks of `args` to the terms, which lie as `dims` say.
-    reduction : {"none", "sum", "mean", "batchmean"}
-    weigh : callable
-        From the terms and the blocks to this rank's share of what a mean is divided by.
-    mean : callable
-        From the sums of terms and of weights.
-    over : iterable of int
-        Axes along which the ranks have parts of the same terms.
-    is_shown : bool
-        Whether each rank will have the whole gradient of the result, so that backward does not communicate.
+    Along the axes `over` ranks have parts of the same `terms`, which they find from their blocks; `mean` divides their sum by
+    that of what they `weigh`. If `is_shown` each rank will have the whole gradient, and backward does not communicate.
     """
-    if reduction == "none" and not (over and is_shown):
-        return c.sum_over(c.call(terms, *args, dims=dims, dtype=dtype), over)
+    axes = all_axes(dims).union(over)
+    if not axes:
+        return c.call(function, *args, reduction=reduction, dims=dims if reduction == "none" else (), dtype=dtype)
+    terms = terms or partial(function, reduction="none")
     if reduction == "none":
-        find = _added_up(c, terms, c.local(dims), wide(dtype), over, is_shown)
-        return c.call(lambda *tensors: find(*tensors).to(dtype), *args, dims=dims, dtype=dtype)
+        find = _added_up(c, terms, c.local(dims), wide(dtype), over, True) if over and is_shown else terms
+        y = c.call(lambda *tensors: find(*tensors).to(dtype), *args, dims=dims, dtype=dtype)
+        return c.sum_over(y, () if is_shown else over)
 
     def sums(*tensors: Any) -> torch.Tensor:
         found = terms(*tensors)
         return torch.stack([found.sum(dtype=wide(found.dtype)).double(), weigh(found, *tensors)])
 
-    find = _added_up(c, sums, (2,), torch.float64, all_axes(dims).union(over), is_shown)
+    find = _added_up(c, sums, (2,), torch.float64, axes, is_shown)
     batch = shape_of_dims(dims)[0] if reduction == "batchmean" else 1
 
     def value(*tensors: Any) -> torch.Tensor:
@@ -122,11 +106,11 @@ def _added_up(
     c: Compiler, parts: Function, shape: Shape, dtype: torch.dtype, axes: Iterable[int], is_shown: bool
 ) -> Function:
     """The sum over axes of what the ranks find; it travels with whether any of them failed, and then all of them raise."""
-    team, label, add = c.team(axes), c.label, reduce_from_team
+    team, label = c.team(axes), c.label
+    add: Function = partial(reduce_from_team, team=team)
     if not is_shown:
         R = Layout(c.grid, (uncut(math.prod(shape) + 1),), c.free_axes(axes))
-        operator = c.names[c.operator(R, R, c.new((R.dims,), dtype, True), "all_reduce")]
-        add = lambda part, team: operator(part)  # noqa: E731
+        add = c.names[c.operator(R, R, c.new((R.dims,), dtype, True), "all_reduce")]
 
     def find(*tensors: Any) -> torch.Tensor:
         error = None
@@ -134,7 +118,7 @@ def _added_up(
             mine = parts(*tensors).to(dtype)
         except Exception as raised:
             error, mine = raised, torch.zeros(shape, dtype=dtype, device=c.device)
-        sums = add(torch.cat([mine.reshape(-1), mine.new_full((1,), error is not None)]), team)
+        sums = add(torch.cat([mine.reshape(-1), mine.new_full((1,), error is not None)]))
         if sums[-1].item():
             raise_together(team, error, label)
         return sums[:-1].view(shape)
