@@ -41,7 +41,7 @@ def loss(c: Compiler, op: Any, *args: Any, **options: Any) -> Value:
 
     def function(*tensors: Any, reduction: str) -> torch.Tensor:
         given = dict(zip(options, tensors, strict=True))
-        return op.function(**given, reduction=REDUCTIONS.index(reduction))  # type: ignore[no-any-return]
+        return op.function(**given, reduction=REDUCTIONS.index(reduction))
 
     return pointwise_loss(c, function, list(options.values()), reduction, op.dtype)
 

@@ -60,10 +60,10 @@ def padded(c: Compiler, x: Value, padding: Sequence[int], mode: str = "constant"
         x, held = _around(c, x, sides, wanted)
     else:
         held = {d: lay.bounded(dim, shape[d], _BOUNDARIES.get(mode, mode)) for d, dim in wanted.items()}
-    z, dims = (tuple((new[d],) if d in new else f for d, f in enumerate(even)) for new in (held, y))
-    local = c.local(dims)
-    boxes = [tuple(c.range(new[d]) if d in new else (0, n) for d, n in enumerate(local)) for new in (wanted, held)]
-    edge, z = _edge(*boxes, shape, sides, mode, value), c.move(x, z, "halo")
+    local, dims = [tuple((new[d],) if d in new else f for d, f in enumerate(even)) for new in (held, y)]
+    z = c.move(x, local, "halo")
+    blocks = [[c.range(new[d]) if d in new else (0, n) for d, n in enumerate(c.local(dims))] for new in (wanted, held)]
+    edge = _edge(tuple(blocks[0]), tuple(blocks[1]), shape, sides, mode, value)
     return c.renamed(z, dims) if edge is None else c.call(edge, z, dims=dims, dtype=x.dtype, linear=True)
 
 
