@@ -83,7 +83,7 @@ def merged(factors: Iterable[Dim]) -> Factors:
     found: list[Dim] = []
     for dim in factors:
         n = length_of(dim)
-        if n == 1 and not dim.axes:
+        if not dim.axes and dim.ranges == ((0, 1),):
             continue
         if found and not dim.axes:
             found[-1] = Dim(tuple((a * n, b * n) for a, b in found[-1].ranges), found[-1].axes)
@@ -146,7 +146,9 @@ def refined(factors: Iterable[Dim], lengths: Sequence[int]) -> Factors | None:
 def reshaped(dims: Dims, shape: Shape) -> Dims | None:
     """The dims of a tensor of another shape with the same elements on each rank, None where its cuts do not allow it."""
     flat = merged(dim for factors in dims for dim in factors)
-    if any(dim.axes and length_of(dim) == 1 for dim in flat):  # some ranks hold nothing, which the other dims could not say
+    if any(
+        dim.axes and length_of(dim) == 1 for dim in flat
+    ):  # some ranks hold nothing, which the other dims could not say
         return None
     lengths = common_lengths([length_of(dim) for dim in flat], shape)
     parts = None if lengths is None else refined(flat, lengths)

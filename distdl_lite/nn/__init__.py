@@ -64,7 +64,6 @@ from distdl_lite.nn.primitives import (
 )
 from distdl_lite.nn.shape.fft import DistributedFFT
 from distdl_lite.nn.shape.flatten import DistributedFlatten
-from distdl_lite.nn.shape.mean import DistributedMean
 from distdl_lite.nn.shape.pad import (
     DistributedCircularPad1d,
     DistributedCircularPad2d,
@@ -82,3 +81,4 @@ from distdl_lite.nn.shape.pad import (
     DistributedZeroPad2d,
     DistributedZeroPad3d,
 )
+from distdl_lite.nn.shape.reductions import DistributedMean

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from distdl_lite.autograd import reduce_from_team
 from distdl_lite.factors import (
     Dims,
     all_axes,
@@ -37,7 +38,7 @@ from distdl_lite.nn.blocks import connected_zeros
 from distdl_lite.operator import Operator
 from distdl_lite.plan import Plan, plan
 from distdl_lite.reducer import Replicas, replicated
-from distdl_lite.transport import Transport
+from distdl_lite.transport import Team, Transport
 
 Rule = Callable[..., Any]
 RULES: dict[str, Rule] = {}  # by the name of torch's operation
@@ -195,6 +196,7 @@ class Compiler:
         self.movements: list[Movement] = []
         self.values: dict[str, Value] = {}  # by the names of variables
         self._plans: dict[tuple[Layout, Layout], Plan] = {}
+        self.shared: dict[str, Any] = {}  # what operations of one program share, by a word of their family's
         self._moved: dict[tuple[Value, Dims], Value] = {}
         self._numbers: dict[str, int] = {}
 
@@ -289,7 +291,7 @@ class Compiler:
         grad : bool, optional
             Whether autograd records the outputs; by default if it does an input.
         linear : bool
-            Whether the function's backward does without its inputs.
+            Whether the function's backward does without its inputs, and saves no tensor.
         everywhere : bool
             Whether the function takes empty blocks too; it must, if it communicates.
         """
@@ -451,8 +453,11 @@ class Compiler:
         )
         return made
 
-    def sum_over(self, value: Value, axes: Iterable[int], dims: Dims | None = None) -> Value:
-        """The sum over axes along which the ranks hold parts: a copy along them, or in a layout that they cut."""
+    def sum_over(self, value: Value, axes: Iterable[int], dims: Dims | None = None, is_shown: bool = False) -> Value:
+        """The sum over axes along which the ranks hold parts: a copy along them, or in a layout that they cut.
+
+        If `is_shown` the gradient that each rank has of a copy is the whole one, and backward does not communicate.
+        """
         axes = [a for a in axes if self.grid.shape[a] > 1]
         dims = value.dims if dims is None else tuple(map(merged, dims))
         if not axes:
@@ -467,7 +472,12 @@ class Compiler:
         inside, outside = (local_shape(tuple((d,) for d in L.dims), self.grid, self.index) for L in (X, Y))
         given = "" if inside == self.local(value.dims) else f".reshape({inside})"
         back = "" if outside == self.local(dims) else f".reshape({self.local(dims)})"
-        self.emit(f"{made.name} = {self.operator(X, Y, value, kind)}({value.name}{given}){back}", [value.name])
+        if is_shown:
+            self.movements.append(Movement(self.path, kind, X, Y, value.dtype, False, None))
+            text = f"{self._shared(reduce_from_team)}({value.name}, {self.constant(self.team(axes), 'team')})"
+        else:
+            text = f"{self.operator(X, Y, value, kind)}({value.name}{given}){back}"
+        self.emit(f"{made.name} = {text}", [value.name])
         return made
 
     @property
@@ -478,6 +488,11 @@ class Compiler:
     def free_features(self, value: Value) -> tuple[int, ...]:
         """Those of them along which the ranks hold copies of a value."""
         return tuple(a for a in self.free_axes(all_axes(value.dims)) if a in self.feature_axes)
+
+    def team(self, axes: Iterable[int]) -> Team | None:
+        """The ranks that differ from this one along some axes alone; None for a program that is only looked at."""
+        fixed = {a: i for a, i in enumerate(self.index) if a not in set(axes)}
+        return None if self.transport is None else self.transport.team(self.grid.members(fixed))
 
     # Layouts
 
@@ -499,14 +514,18 @@ class Compiler:
             wanted = self.placed(wanted, axis, chosen)
         return self.move(value, wanted, why)
 
-    def placed(self, dims: Dims, axis: int, taboo: Iterable[int] = ()) -> Dims:
-        """The dims, one of which the axis cuts too: that of its number, or else that with most points a part."""
+    def placed(self, dims: Dims, axis: int, taboo: Iterable[int] = (), crowded: bool = False) -> Dims:
+        """The dims, one of which the axis cuts too: that of its number, or else that with most points a part.
+
+        Each part has a point, unless it is `crowded`.
+        """
         best: tuple[tuple[bool, float], int] | None = None
         for d, factors in enumerate(dims):
             parts = self.parts((*axes_of(factors), axis))
-            if d in taboo or len(factors) > 1 or size_of(factors) < parts:
+            is_full = size_of(factors) >= parts
+            if d in taboo or len(factors) > 1 or not (is_full or crowded):
                 continue
-            is_home = len(dims) == self.grid.dim and d == axis and not axes_of(factors)
+            is_home = is_full and len(dims) == self.grid.dim and d == axis and not axes_of(factors)
             score = is_home, size_of(factors) / parts
             if best is None or score > best[0]:
                 best = score, d
@@ -580,9 +599,7 @@ def values_in(args: Iterable[Any]) -> Iterator[Value]:
             yield from values_in(value)
 
 
-def nothing(
-    values: Sequence[torch.Tensor], shape: Shape, dtype: torch.dtype, grad: bool, linear: bool
-) -> torch.Tensor:
+def nothing(values: Sequence[torch.Tensor], shape: Shape, dtype: torch.dtype, grad: bool, linear: bool) -> torch.Tensor:
     """An empty block of a local call's output."""
     used = [t for t in values if t.requires_grad] if grad and torch.is_grad_enabled() else []
     if used:

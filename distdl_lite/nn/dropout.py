@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from distdl_lite import layout as lay
+from distdl_lite.factors import Dims, length_of, uncut
 from distdl_lite.layout import Box, Shape
-from distdl_lite.nn.blocks import anchored, check_floating, own_box
-from distdl_lite.nn.inputs import agreed_inputs
-from distdl_lite.nn.module import Call, Module
+from distdl_lite.nn.blocks import check_floating
+from distdl_lite.nn.compiler import Compiler, NoRule, Value, rule
+from distdl_lite.nn.inputs import Inputs
 from distdl_lite.nn.options import numbers, spatial_axes
+from distdl_lite.nn.rule_layer import RuleLayer
 from distdl_lite.partition import Partition
+from distdl_lite.transport import Team
 
 _HASHED_AT_ONCE = 2**16  # elements: the two int64 tensors of a hash then stay in the cache
 _STEP, _FACTORS = 0x9E3779B97F4A7C15, ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB))
@@ -94,7 +98,109 @@ def _hashed(starts: list[int], shape: Shape, global_shape: Shape, device: torch.
     return _fold(_fold(steps, first).mul_(_signed(factor)), second)
 
 
-class DistributedDropout(Module):
+class Points:
+    """The points of a box, which get random numbers by their global index: of a tensor with one dim for each factor."""
+
+    def __init__(self, c: Compiler, dims: Dims) -> None:
+        factors = [factor for of_dim in dims for factor in of_dim]
+        self.box, self.global_shape = tuple(map(c.range, factors)), tuple(map(length_of, factors))
+        self.shape, self.device, self.known = c.local(dims), c.device, None
+        if math.prod(self.shape) <= _HASHED_AT_ONCE:  # then that is the same in every call
+            self.known = self._hashed()
+
+    def _hashed(self) -> torch.Tensor:
+        return _hashed([start for start, _ in self.box], lay.shape_of(self.box), self.global_shape, self.device)
+
+    def mask(self, seed: int, p: float) -> torch.Tensor:
+        """What is kept where each point is dropped with probability p."""
+        if p >= 1:
+            return torch.zeros(self.shape, dtype=torch.bool, device=self.device)
+        if self.known is None:
+            return mask_of(self.box, self.global_shape, seed, p, self.device).view(self.shape)
+        return (self.known * _factor(seed) >= _threshold(p)).view(self.shape)
+
+    def uniform(self, seed: int, dtype: torch.dtype) -> torch.Tensor:
+        """Numbers of [0, 1), as many as torch's, with as many bits as the dtype has."""
+        bits = 2 - math.frexp(torch.finfo(dtype).eps)[1]
+        number = (self._hashed() if self.known is None else self.known) * _factor(seed)
+        return ((number >> (64 - bits)).to(dtype) * 2.0**-bits + 0.5).view(self.shape)
+
+
+def _seed_of(team: Team, root: int) -> torch.Tensor:
+    """The number that the root's generator draws; all ranks draw one."""
+    seed = torch.randint(2**63 - 1, (1,))
+    team.world.broadcast(team, seed, root)
+    return seed
+
+
+def seeded(c: Compiler) -> tuple[Value, int]:
+    """The seed of this run of the program, and which number of the sequence that starts at it comes next."""
+    drawn = c.shared.setdefault("seed", [None, -1])
+    if drawn[0] is None:
+        drawn[0] = c.call(_seed_of, c.team(range(c.grid.dim)), c.grid.ranks[0], dims=(), dtype=torch.int64)
+    drawn[1] += 1
+    return drawn[0], drawn[1] * _STEP
+
+
+def dropped(c: Compiler, x: Value, p: float, leading: int | None = None, inplace: bool = False) -> Value:
+    """The value, points of which are zeroed with probability p; so many leading dims have a mask of their own (None: all)."""
+    if p == 0:
+        return x
+    if p == 1:
+        return c.call(torch.Tensor.mul_ if inplace else torch.mul, x, 0, dims=x.dims, dtype=x.dtype, everywhere=True)
+    points, (seed, step) = Points(c, x.dims[:leading]), seeded(c)
+
+    def drop(x: torch.Tensor, seed: torch.Tensor) -> torch.Tensor:
+        mask = points.mask(int(seed) + step, p)
+        # As torch's: one node, whose backward is one product.
+        factor = mask.view(*mask.shape, *(1,) * (x.dim() - mask.dim())).to(x.dtype).mul_(1 / (1 - p))
+        return x.mul_(factor) if inplace else x * factor
+
+    return c.call(drop, x, seed, dims=x.dims, dtype=x.dtype, everywhere=True)
+
+
+@rule("dropout", "native_dropout")
+def dropout(c: Compiler, op: Any, x: Value, p: float, train: bool | None = True) -> Any:
+    y = dropped(c, x, p) if train is not False else x
+    return y if op.is_one else [y, None]  # the mask, which only torch's own backward reads
+
+
+def _of_points(c: Compiler, dims: Dims, dtype: torch.dtype, function: Callable[..., torch.Tensor], *more: Any) -> Value:
+    """What a function makes of the points of a block, a seed, and others."""
+    points, (seed, step) = Points(c, dims), seeded(c)
+
+    def drawn(seed: torch.Tensor, *more: Any) -> torch.Tensor:
+        return function(points, int(seed) + step, *more).to(dtype)
+
+    return c.calls(drawn, seed, *more, dims=[dims], dtypes=[dtype], one=True, grad=False)[0]
+
+
+@rule("bernoulli")
+def bernoulli(c: Compiler, op: Any, x: Value, p: float | None = None, generator: Any = None) -> Value:
+    if p is not None:
+        return _of_points(c, x.dims, x.dtype, lambda points, seed: points.mask(seed, 1 - p))
+    return _of_points(c, x.dims, x.dtype, lambda points, seed, x: points.uniform(seed, x.dtype) < x.detach(), x)
+
+
+@rule("rand", "rand_like", "randn", "randn_like")
+def random(c: Compiler, op: Any, x: Any, *args: Any, **options: Any) -> Value:
+    if not op.dtype.is_floating_point or options.get("generator") is not None:
+        raise NoRule
+    # Whole where nothing says how it will be cut.
+    dims = x.dims if isinstance(x, Value) else tuple((uncut(n),) for n in op.shape)
+
+    def uniform(points: Points, seed: int) -> torch.Tensor:
+        return points.uniform(seed, op.dtype)
+
+    def normal(points: Points, seed: int) -> torch.Tensor:
+        """Box and Muller, "A note on the generation of random normal deviates", 1958."""
+        length, angle = points.uniform(seed, torch.float64), points.uniform(~seed, torch.float64)
+        return (-2 * torch.log1p(-length)).sqrt() * torch.cos(2 * math.pi * angle)
+
+    return _of_points(c, dims, op.dtype, normal if "randn" in op.name else uniform)
+
+
+class DistributedDropout(RuleLayer):
     """Dropout over the tensor that the blocks over `P_x` form: the same mask on any partition, though not torch's.
 
     In training each point is zeroed with probability p and the others are multiplied by ``1 / (1 - p)``; in eval the input is
@@ -125,6 +231,7 @@ class DistributedDropout(Module):
     """
 
     _distdl_free = frozenset({"p", "inplace"})
+    keeps_blocks = True
     _masked: int | None = None  # leading dims that have a mask of their own: all
 
     def __init__(self, P_x: Partition, p: float = 0.5, inplace: bool = False) -> None:
@@ -137,36 +244,18 @@ class DistributedDropout(Module):
         if not 0.0 <= self.p <= 1.0:
             raise self._refuse(f"p={self.p} is not in [0, 1]")
 
-    def _distdl_module_setup(self, input: tuple[Any, ...]) -> Call:
+    @property
+    def overwrites(self) -> bool:
+        return self.inplace
+
+    def result_dtype(self, inputs: Inputs) -> torch.dtype:
         self._check_p()  # which may have changed
-        inputs = agreed_inputs(self, self.P_x)
-        X = lay.blocks(self.P_x.grid_of_ranks, lay.cuts_from_shapes(self.P_x.grid_of_ranks, inputs.shapes))
         if self.training and 0 < self.p < 1 and not inputs.dtype.is_complex:
             check_floating(self, inputs)
-        box, global_shape, hashed = own_box(self, X)[: self._masked], lay.global_shape_of(X)[: self._masked], None
-        if math.prod(lay.shape_of(box)) <= _HASHED_AT_ONCE:  # then that is the same in every call
-            hashed = _hashed([start for start, _ in box], lay.shape_of(box), global_shape, input[0].device)
-        team, root, graph = self._distdl_team, self.P_x.ranks[0], inputs.requires_grad
+        return inputs.dtype
 
-        def run(layer: DistributedDropout, x: torch.Tensor) -> torch.Tensor:
-            if not layer.training or layer.p == 0:
-                return x
-            if layer.p == 1:
-                return x.mul_(0) if layer.inplace else x * 0
-            seed = torch.randint(2**63 - 1, (1,))
-            team.world.broadcast(team, seed, root)
-            number, p = int(seed), layer.p
-            if not layer.inplace:  # with a graph node everywhere, all ranks recompute a checkpoint
-                x = anchored(x, graph)
-            if hashed is None:
-                mask = mask_of(box, global_shape, number, p, x.device)
-            else:
-                mask = hashed * _factor(number) >= _threshold(p)
-            mask = mask.view(*mask.shape, *(1,) * (x.dim() - mask.dim()))
-            factor = mask.to(x.dtype).mul_(1 / (1 - p))  # as torch's: one node, whose backward is one product
-            return x.mul_(factor) if layer.inplace else x * factor
-
-        return run
+    def rule(self, c: Compiler, x: Value) -> Value:
+        return dropped(c, x, self.p, self._masked, self.inplace) if self.training else x
 
     def _distdl_outside(self, x: torch.Tensor) -> torch.Tensor:
         if self.training and 0 < self.p < 1:

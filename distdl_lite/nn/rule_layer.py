@@ -51,6 +51,7 @@ class RuleLayer(Layer):
 
     P_x: Partition
     keeps_blocks = False  # whether the output lies as the rule leaves it
+    overwrites = False  # whether the input is overwritten, which no leaf of autograd's may be
 
     def rule(self, c: Compiler, x: Value, **held: Value) -> Any:
         """The output, or several, of an input that lies over the grid of `P_x`, and of the layer's tensors, by name."""
@@ -87,4 +88,6 @@ class RuleLayer(Layer):
         if not self.keeps_blocks:
             outputs = [c.move(y, blocks(y.shape, range(y.ndim), grid)) for y in outputs]
         run = c.compiled([x, *held.values()], outputs)
-        return Running(c, run, tuple(held), dtype, inputs.requires_grad, isinstance(made, Value))
+        return Running(
+            c, run, tuple(held), dtype, inputs.requires_grad and not self.overwrites, isinstance(made, Value)
+        )

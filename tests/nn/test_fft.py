@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import pickle
 from typing import Any
 
@@ -14,7 +15,9 @@ from twins import assert_refused
 
 import distdl_lite as dl
 import distdl_lite.nn as dnn
+from distdl_lite.factors import axes_of, blocks
 from distdl_lite.grid import Grid
+from distdl_lite.nn.compiler import Compiler
 from distdl_lite.nn.shape import fft
 from distdl_lite.testing import adjoint_test, count
 
@@ -40,6 +43,15 @@ def assert_transformed(layer: fft.DistributedFFT, x: torch.Tensor, cuts: Any, P:
     torch.testing.assert_close(x_local.grad, block(x_whole.grad, P, cuts), rtol=0, atol=ROUNDING * x.numel())
 
 
+def exchanges_of(layer: fft.DistributedFFT, shape: tuple[int, ...], dtype: torch.dtype) -> int:
+    """How often its program moves a tensor in balanced blocks."""
+    grid = layer.P_x.grid_of_ranks
+    c = Compiler(grid, grid.ranks[0])
+    y = layer.rule(c, c.new(blocks(shape, range(grid.dim), grid), dtype, False))
+    c.move(y, blocks(y.shape, range(grid.dim), grid))
+    return len(c.movements)
+
+
 @on_ranks(4, mpi=True)
 def test_cases(world: dl.Partition) -> None:
     """Two exchanges where one grid leaves the dims whole, one where a first transform needs none; adjoints are exact."""
@@ -57,8 +69,7 @@ def test_cases(world: dl.Partition) -> None:
         dtype = torch.float64 if function == "rfft" else torch.complex128
         x = torch.randn(shape, dtype=dtype, generator=torch.Generator().manual_seed(1))
         assert_transformed(layer, x, cuts_of(shape, grid), P)
-        (steps,) = layer._distdl_plan.args
-        assert sum(isinstance(step, dl.Operator) for step in steps) == exchanges
+        assert exchanges_of(layer, shape, dtype) == exchanges
         if function.endswith("fft") and function[0] in "fi" and function != "irfft":
             assert adjoint_test(layer, x[P.block(shape)], P=P) < 1e-14
 
@@ -116,13 +127,19 @@ def test_placement_and_life(world: dl.Partition) -> None:
     assert (x_local.grad is None) == (P.rank != 1)
 
 
-def test_moved() -> None:
-    """The ranks of a line stay together, and go where most points are."""
-    assert fft.moved(Grid((2, 2), range(4)), (8, 8), (1,)) == Grid((4, 1), (0, 1, 2, 3))
-    assert fft.moved(Grid((2, 2), range(4)), (8, 8), (0,)) == Grid((1, 4), (0, 2, 1, 3))
-    assert fft.moved(Grid((1, 2, 3), range(6)), (4, 9, 9), (1, 2)).shape == (6, 1, 1)
-    assert fft.moved(Grid((1, 2, 3, 1), range(6)), (4, 9, 9, 5), (1, 2)).shape == (3, 1, 1, 2)
-    assert fft.moved(Grid((2,), range(2)), (8,), (0,)) is None
+def test_where_the_cuts_go() -> None:
+    """The ranks of a line stay together, and go where most points are, or home."""
+
+    def axes(grid: tuple[int, ...], shape: tuple[int, ...], whole: tuple[int, ...]) -> list[tuple[int, ...]]:
+        c = Compiler(Grid(grid, range(math.prod(grid))), 0)
+        x = c.new(blocks(shape, range(len(shape)), c.grid), torch.float32, False)
+        return [axes_of(factors) for factors in fft._without(c, x, whole)]
+
+    assert axes((2, 2), (8, 8), (1,)) == [(0, 1), ()]
+    assert axes((2, 2), (8, 8), (0,)) == [(), (1, 0)]
+    assert axes((1, 2, 3), (4, 9, 9), (1, 2)) == [(1, 2), (), ()]
+    assert axes((1, 2, 3, 1), (4, 9, 9, 5), (1, 2)) == [(2,), (), (), (1,)]
+    assert axes((2,), (8,), (0,)) == [()]
 
 
 @on_ranks(3)

@@ -16,10 +16,23 @@ import torch
 import torch.nn.functional as F
 
 from distdl_lite.autograd import Node, check_unbatched
-from distdl_lite.factors import Dims, Factors, all_axes, axes_of, cut, length_of, merged, range_at, refined, shape_of_dims, size_of, uncut
+from distdl_lite.factors import (
+    Dims,
+    Factors,
+    all_axes,
+    axes_of,
+    cut,
+    length_of,
+    merged,
+    range_at,
+    refined,
+    shape_of_dims,
+    size_of,
+    uncut,
+)
 from distdl_lite.grid import Grid, balanced, indices, ravel
 from distdl_lite.layout import Dim, Layout, ranges_of
-from distdl_lite.model.rules.elementwise import fit
+from distdl_lite.nn.broadcasting import fit
 from distdl_lite.nn.blocks import wide
 from distdl_lite.nn.compiler import Compiler, NoRule, Value, rule
 from distdl_lite.operator import Operator
@@ -85,7 +98,11 @@ class Tokens:
     """
 
     def __init__(self, c: Compiler, query: Value, key: Value, value: Value, groups: int) -> None:
-        self.c, self.tensors, self.groups = c, (query, key, value), 1 if query.ndim < 3 or key.shape[-3] == 1 else groups
+        self.c, self.tensors, self.groups = (
+            c,
+            (query, key, value),
+            1 if query.ndim < 3 or key.shape[-3] == 1 else groups,
+        )
         self.sizes = [max(t.shape[d] for t in self.tensors) for d in range(query.ndim - 2)]
         if self.groups > 1:
             self.sizes[-1] //= self.groups
@@ -154,7 +171,14 @@ class Tokens:
                 yield replace(way, nbytes=way.nbytes + passes * back)
             times = 1 if set(axes) <= set(axes_of(self.kept)) else 2
             made = (*self.lead(self.found)[0], rest, (uncut(self.tensors[2].shape[-1] + 2),))
-            added = math.prod(shape_of_dims(made)) / c.parts(all_axes(made)) * wide(dtype).itemsize * times * (parts - 1) / parts
+            added = (
+                math.prod(shape_of_dims(made))
+                / c.parts(all_axes(made))
+                * wide(dtype).itemsize
+                * times
+                * (parts - 1)
+                / parts
+            )
             way = self._way("sum", self.found, rest, self.keys)
             yield replace(way, nbytes=way.nbytes + passes * added)
         if axes and is_ring:
@@ -228,9 +252,7 @@ def positions(factors: Factors, grid: Grid, index: Sequence[int]) -> torch.Tenso
 def rotated(dim: Dim, steps: Mapping[int, int], grid: Grid) -> Dim:
     """A factor of which each rank holds what the rank so many steps on along each axis held."""
     shape = [grid.shape[a] for a in dim.axes]
-    owners = (
-        [(i + steps[a]) % n for i, a, n in zip(index, dim.axes, shape, strict=True)] for index in indices(shape)
-    )
+    owners = ([(i + steps[a]) % n for i, a, n in zip(index, dim.axes, shape, strict=True)] for index in indices(shape))
     return replace(dim, ranges=tuple(dim.ranges[ravel(owner, shape)] for owner in owners)) if dim.axes else dim
 
 
@@ -341,7 +363,9 @@ class _Attend(Node):
         q, kv, mask, top = ctx.saved_tensors
         check_unbatched(gradient)
         if torch.is_grad_enabled():
-            raise RuntimeError("attention over cut tokens has no second derivatives: call backward without create_graph")
+            raise RuntimeError(
+                "attention over cut tokens has no second derivatives: call backward without create_graph"
+            )
         ring: Ring = ctx.ring
         scaled, base = q.to(ring.dtype) * ring.scale, _finite(top)
         of_sums, of_weights = gradient[..., :-1], gradient[..., -1:]

@@ -8,10 +8,9 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
 from distdl_lite.factors import Dims, Factors, all_axes, axes_of, cut, uncut
-from distdl_lite.model.rules.elementwise import fit
+from distdl_lite.nn.broadcasting import fit
 from distdl_lite.nn.compiler import Compiler, NoRule, Value, rule
 
 Cuts = dict[str, Factors]  # of named dims
@@ -88,7 +87,10 @@ def laid_out(
 def sizes_of(values: Sequence[Value], words: Sequence[str]) -> dict[str, int]:
     """The lengths of named dims, but for those of length one, which are broadcast."""
     return {
-        letter: n for v, word in zip(values, words, strict=True) for letter, n in zip(word, v.shape, strict=True) if n != 1
+        letter: n
+        for v, word in zip(values, words, strict=True)
+        for letter, n in zip(word, v.shape, strict=True)
+        if n != 1
     }
 
 
@@ -131,7 +133,9 @@ def einsum(c: Compiler, op: Any, equation: str, values: list[Value], path: Any =
     left, arrow, out = equation.replace(" ", "").partition("->")
     words = left.split(",")
     spare = [letter for letter in string.ascii_letters if letter not in equation]
-    counts = [v.ndim - len(word.replace("...", "")) if "..." in word else 0 for v, word in zip(values, words, strict=True)]
+    counts = [
+        v.ndim - len(word.replace("...", "")) if "..." in word else 0 for v, word in zip(values, words, strict=True)
+    ]
     if not arrow:
         named = left.replace(",", "").replace("...", "")
         out = "..." * ("..." in left) + "".join(sorted(x for x in set(named) if named.count(x) == 1))

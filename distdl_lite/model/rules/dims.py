@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from distdl_lite.factors import Dims, Factors, all_axes, axes_of, boundaries, cut, reshaped, size_of, uncut
 from distdl_lite.grid import balanced
 from distdl_lite.layout import Dim, Range, Shape, bounded, ranges_of, read_by_kernel, read_by_transposed_kernel
-from distdl_lite.model.rules.elementwise import common_dims
 from distdl_lite.nn.blocks import connected_zeros
+from distdl_lite.nn.broadcasting import common_dims
 from distdl_lite.nn.compiler import Compiler, NoRule, Value, rule
 from distdl_lite.nn.features import wish
 

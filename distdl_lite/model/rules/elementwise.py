@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -10,35 +9,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from distdl_lite.factors import Dims, all_axes, axes_of, size_of, uncut
+from distdl_lite.factors import Dims, uncut
 from distdl_lite.layout import Shape
+from distdl_lite.nn.broadcasting import common_dims, fit
 from distdl_lite.nn.compiler import Compiler, NoRule, Value, rule, values_in
-
-
-def common_dims(c: Compiler, values: Sequence[Value], shape: Shape) -> Dims:
-    """The layout of what values broadcast to: cut where the largest is, then where others are."""
-    found: list[Any] = [None] * len(shape)
-    used: set[int] = set()
-
-    def rank_of(v: Value) -> tuple[float, bool]:
-        is_home = v.ndim == c.grid.dim and all(axes_of(f) in ((), (d,)) for d, f in enumerate(v.dims))
-        return -math.prod(v.shape) * (1 + bool(all_axes(v.dims))), not is_home
-
-    for is_cut in (True, False):
-        for value in sorted(values, key=rank_of):
-            for d, factors in enumerate(value.dims, len(shape) - value.ndim):
-                axes = set(axes_of(factors))
-                if found[d] is None and size_of(factors) == shape[d] and bool(axes) == is_cut and not axes & used:
-                    found[d] = factors
-                    used |= axes
-    return tuple((uncut(n),) if f is None else f for f, n in zip(found, shape, strict=True))
-
-
-def fit(c: Compiler, value: Value, dims: Dims) -> Value:
-    """A value laid out so that it broadcasts to a layout."""
-    own = dims[len(dims) - value.ndim :] if value.ndim else ()
-    wanted = ((uncut(1),) if size_of(f) == 1 != size_of(o) else o for f, o in zip(value.dims, own, strict=True))
-    return c.move(value, tuple(wanted))
 
 
 def fitted(c: Compiler, args: Any, dims: Dims) -> Any:
@@ -92,6 +66,11 @@ def copy(c: Compiler, op: Any, x: Value, source: Value, non_blocking: bool = Fal
 @rule("expand")
 def expand(c: Compiler, op: Any, x: Value, *_: Any, **options: Any) -> Value:
     return broadcast(c, x, op.shape)
+
+
+@rule("broadcast_tensors")
+def broadcast_tensors(c: Compiler, op: Any, values: Sequence[Value]) -> list[Value]:
+    return [broadcast(c, x, op.shape) for x in values]
 
 
 def broadcast(c: Compiler, x: Value, shape: Shape) -> Value:

@@ -11,7 +11,8 @@ import torch
 
 from distdl_lite.factors import Dims, Factors, all_axes, axes_of, cut, size_of, uncut
 from distdl_lite.model.rules.dims import taken, view_as
-from distdl_lite.model.rules.elementwise import common_dims, fit, pointwise
+from distdl_lite.model.rules.elementwise import pointwise
+from distdl_lite.nn.broadcasting import common_dims, fit
 from distdl_lite.nn.compiler import Compiler, NoRule, Value, rule
 
 

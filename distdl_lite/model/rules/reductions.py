@@ -3,59 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 
-from distdl_lite.factors import Dims, uncut
+from distdl_lite.factors import uncut
 from distdl_lite.model.rules.elementwise import pointwise
 from distdl_lite.nn.blocks import wide
 from distdl_lite.nn.compiler import Compiler, NoRule, Value, rule
-
-
-def dims_over(x: Value, dim: int | Sequence[int] | None) -> list[int]:
-    """The dims that an operation runs over, all of them for None or none."""
-    named = [dim] if isinstance(dim, int) else list(dim or ())
-    return sorted({d % x.ndim for d in named}) if named else list(range(x.ndim))
-
-
-def reduced(x: Value, over: Iterable[int], keepdim: bool) -> Dims:
-    """The dims that are left."""
-    if keepdim:
-        return x.with_dims({d: uncut(1) for d in over})
-    return tuple(f for d, f in enumerate(x.dims) if d not in set(over))
-
-
-def _sum(x: torch.Tensor, over: list[int], keepdim: bool, dtype: torch.dtype) -> torch.Tensor:
-    return x.sum(over, keepdim, dtype=dtype)
-
-
-def total(c: Compiler, x: Value, over: Sequence[int], keepdim: bool, dtype: torch.dtype) -> Value:
-    """The sum over dims, cut or not, in a dtype; sums of ranks' parts are in a wider one."""
-    axes = x.axes(*over)
-    kind = wide(dtype) if axes else dtype
-    y = c.call(_sum, x, list(over), keepdim, kind, dims=reduced(x, over, keepdim), dtype=kind)
-    return c.sum_over(y, axes)
-
-
-@rule("sum")
-def sum_(c: Compiler, op: Any, x: Value, dim: Any = None, keepdim: bool = False, dtype: Any = None) -> Value:
-    return c.cast(total(c, x, dims_over(x, dim), keepdim, op.dtype), op.dtype)
-
-
-@rule("mean")
-def mean(c: Compiler, op: Any, x: Value, dim: Any = None, keepdim: bool = False, dtype: Any = None) -> Value:
-    over = dims_over(x, dim)
-    if not x.axes(*over):
-        return c.call(_mean, x, over, keepdim, op.dtype, dims=reduced(x, over, keepdim), dtype=op.dtype)
-    y = total(c, x, over, keepdim, op.dtype)
-    count = math.prod(x.shape[d] for d in over)
-    return c.cast(c.call(torch.div, y, count, dims=y.dims, dtype=y.dtype), op.dtype)
-
-
-def _mean(x: torch.Tensor, over: list[int], keepdim: bool, dtype: torch.dtype) -> torch.Tensor:
-    return x.mean(over, keepdim, dtype=dtype)
+from distdl_lite.nn.shape.reductions import dims_over, reduced, total
 
 
 @rule("var", "std", "var_mean", "std_mean")

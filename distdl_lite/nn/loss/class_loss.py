@@ -2,34 +2,124 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-from distdl_lite import layout as lay
-from distdl_lite.layout import Layout, Shape
-from distdl_lite.nn.blocks import own_box, wide
-from distdl_lite.nn.loss.loss import Block, _DistributedLoss
-from distdl_lite.nn.norm.softmax import CutDim, cut_dim, log_softmax
+from distdl_lite.factors import all_axes, uncut
+from distdl_lite.layout import Layout, Range, Shape
+from distdl_lite.nn.blocks import wide
+from distdl_lite.nn.compiler import Compiler, Value, rule
+from distdl_lite.nn.loss.loss import REDUCTIONS, Function, _DistributedLoss, counted, reduced_loss
+from distdl_lite.nn.norm.softmax import CutDim, log_softmax
 from distdl_lite.nn.options import integers, numbers
 from distdl_lite.partition import Partition
 
 
-def _readable(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-    """torch's function of an input laid out as its backward needs it in four dims."""
-    return lambda input, target, **options: function(input.contiguous(), target, **options)
+@rule("nll_loss_nd", "nll_loss", "nll_loss2d", "cross_entropy_loss")
+def class_loss(
+    c: Compiler,
+    op: Any,
+    x: Value,
+    target: Value,
+    weight: Value | None = None,
+    reduction: int = 1,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+) -> Value:
+    kind = ClassLoss(op.name == "cross_entropy_loss", ignore_index, label_smoothing)
+    return kind.of(c, x, target, weight, REDUCTIONS[reduction], op.dtype)
 
 
 @dataclass(frozen=True)
-class _ClassBlock(Block):
-    """Also the class dim if it is cut."""
+class ClassLoss:
+    """The negative log-likelihood of classes, or of probabilities of them, from logits or from their log-softmax."""
 
-    over_classes: CutDim | None
-    counts: bool  # whether this rank, of those that hold the same points, counts their weights
+    has_logits: bool
+    ignore_index: int
+    label_smoothing: float = 0.0
+
+    def of(
+        self,
+        c: Compiler,
+        x: Value,
+        target: Value,
+        weight: Value | None,
+        reduction: str,
+        dtype: torch.dtype,
+        is_shown: bool = False,
+    ) -> Value:
+        """The loss of a value ``(C,)`` or ``(N, C, *space)``, the classes of which may be cut too; see `reduced_loss`."""
+        axis, has_classes = min(x.ndim - 1, 1), target.ndim == x.ndim
+        x, weight = c.plain(x, [axis]), None if weight is None else c.whole(weight)
+        if not all_axes(x.dims):  # cut as the target is
+            x = c.move(x, target.dims if has_classes else (*target.dims[:axis], x.dims[axis], *target.dims[axis:]))
+        rest, over = (*x.dims[:axis], *x.dims[axis + 1 :]), x.axes(axis)
+        args = [x, c.move(target, x.dims if has_classes else rest), weight]
+        counts = all(c.index[a] == 0 for a in over)  # of the ranks that hold the same points
+
+        def weigh(terms: torch.Tensor, x: torch.Tensor, target: torch.Tensor, weight: Any) -> torch.Tensor:
+            if has_classes:
+                return counted(terms) * counts
+            is_counted = target != self.ignore_index
+            return (is_counted if weight is None else weight[target[is_counted]]).sum(dtype=torch.float64) * counts
+
+        terms = self._of_cut(c, x, axis) if over else None
+        return reduced_loss(c, self.whole, args, rest, reduction, dtype, terms, weigh, self._mean, over, is_shown)
+
+    def whole(
+        self, x: torch.Tensor, target: torch.Tensor, weight: torch.Tensor | None, reduction: str = "none"
+    ) -> torch.Tensor:
+        """torch's loss of an input laid out as its backward needs it in four dims."""
+        options: dict[str, Any] = {"weight": weight, "ignore_index": self.ignore_index, "reduction": reduction}
+        if not self.has_logits:
+            return F.nll_loss(x.contiguous(), target, **options)
+        return F.cross_entropy(x.contiguous(), target, label_smoothing=self.label_smoothing, **options)
+
+    def _mean(self, total: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        mean = total / weight
+        # torch divides the terms of the labels by themselves, which is 0 / 0 where all weights are 0.
+        return mean + 0 / weight if self.label_smoothing else mean
+
+    def _of_cut(self, c: Compiler, x: Value, axis: int) -> Function:
+        """The terms as far as they come from this rank's classes, found in blocks with one dim for each factor."""
+        factors, at = [f for of_dim in x.dims for f in of_dim], sum(map(len, x.dims[:axis]))
+        S = Layout(c.grid, tuple(uncut(1) if i == at else f for i, f in enumerate(factors)), c.free_axes(x.axes(axis)))
+        add_up = c.names[c.operator(S, S, replace(x, grad=True), "all_reduce")]
+        along, held, classes = CutDim(at, c.team(x.axes(axis)), add_up), c.range(factors[at]), x.shape[axis]
+        shape, given = c.local(tuple((f,) for f in factors)), c.local((*x.dims[:axis], *x.dims[axis + 1 :]))
+
+        def terms(x: torch.Tensor, target: torch.Tensor, weight: torch.Tensor | None) -> torch.Tensor:
+            log_p, smoothing = x.to(wide(x.dtype)).reshape(shape), self.label_smoothing
+            log_p = log_softmax(log_p, along) if self.has_logits else log_p
+            if weight is not None:
+                log_p = log_p * weight[slice(*held)].view(-1, *(1,) * (len(shape) - at - 1))
+            if target.dim() == x.dim():
+                smooth = target.reshape(shape) * (1 - smoothing) + smoothing / classes
+                return -(log_p * smooth).sum(at).reshape(given)
+            target = target.reshape((*shape[:at], *shape[at + 1 :]))
+            return self._picked(log_p, target, at, held, classes).reshape(given)
+
+        return terms
+
+    def _picked(self, log_p: torch.Tensor, target: torch.Tensor, dim: int, held: Range, classes: int) -> torch.Tensor:
+        """The terms of class indices from the weighted log-probabilities of the classes held."""
+        is_counted = target != self.ignore_index
+        wrong = target[is_counted & ((target < 0) | (target >= classes))]
+        if wrong.numel():
+            raise IndexError(f"Target {wrong[0].item()} is out of bounds.")
+        if not log_p.shape[dim]:
+            return log_p.sum(dim)
+        is_mine = is_counted & (target >= held[0]) & (target < held[1])
+        index = torch.where(is_mine, target - held[0], 0)
+        terms = -torch.where(is_mine, log_p.gather(dim, index.unsqueeze(dim)).squeeze(dim), 0)
+        if self.label_smoothing:
+            even = -log_p.sum(dim).masked_fill(~is_counted, 0)
+            terms = (1 - self.label_smoothing) * terms + self.label_smoothing / classes * even
+        return terms
 
 
 class DistributedNLLLoss(_DistributedLoss):
@@ -61,7 +151,9 @@ class DistributedNLLLoss(_DistributedLoss):
     "none" and cut classes the terms are summed in one all-reduce among the ranks that hold classes of the same points.
     """
 
-    function = _readable(F.nll_loss)
+    function = staticmethod(F.nll_loss)
+    has_logits = False
+    label_smoothing = 0.0
 
     def __init__(
         self,
@@ -76,65 +168,16 @@ class DistributedNLLLoss(_DistributedLoss):
         super().__init__(P_x, reduction, weight=weight, ignore_index=ignore_index, **options)
         self._axis = 0 if P_x.dim == 1 else 1
 
-    def _target_shape(self, input: Shape, target: Shape, dtype: torch.dtype) -> Shape:
-        return self._without_classes(input)
-
-    def _without_classes(self, input: Shape) -> Shape:
-        return (*input[: self._axis], *input[self._axis + 1 :])
-
-    def _local_options(self, box: lay.Box) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in self._options}
-
-    def _block(self, X: Layout, graph: bool) -> _ClassBlock:
-        counts = X.grid.index(self._distdl_transport.rank)[self._axis] == 0
-        over_classes = cut_dim(self, X, self._axis, graph)
-        return _ClassBlock(own_box(self, X), lay.global_shape_of(X), graph, over_classes, counts)
+    def _target_dims(self, input: Shape, target: Shape, dtype: torch.dtype) -> Sequence[int]:
+        return [d for d in range(len(input)) if d != self._axis]
 
     def _check_weight(self, name: str, weight: torch.Tensor, shape: Shape) -> None:
         if weight.shape != (shape[self._axis],):
             raise self._refuse(f"{name} of shape {tuple(weight.shape)} does not fit {shape[self._axis]} classes")
 
-    def _terms(self, input: torch.Tensor, target: torch.Tensor, block: _ClassBlock) -> torch.Tensor:
-        if block.over_classes is None:
-            return super()._terms(input, target, block)
-        log_p = self._log_probabilities(input, block)
-        terms = partial(self._partial, log_p, target, block)
-        if self.reduction == "none":  # shown on all ranks that hold classes of these points
-            nothing = log_p.new_zeros(self._without_classes(log_p.shape))
-            found = self._added_up(terms, nothing, block.over_classes.team)
-        else:
-            found = terms()
-        return found if torch.is_autocast_enabled(input.device.type) else found.to(input.dtype)
-
-    def _log_probabilities(self, input: torch.Tensor, block: _ClassBlock) -> torch.Tensor:
-        """The input; autocast has torch's loss compute in single precision."""
-        return input.to(wide(input.dtype)) if torch.is_autocast_enabled(input.device.type) else input
-
-    def _partial(self, log_p: torch.Tensor, target: torch.Tensor, block: _ClassBlock) -> torch.Tensor:
-        """The terms as far as they come from this rank's classes."""
-        start, stop = block.box[self._axis]
-        classes = block.global_shape[self._axis]
-        is_counted = target != self.ignore_index
-        wrong = target[is_counted & ((target < 0) | (target >= classes))]
-        if wrong.numel():
-            raise IndexError(f"Target {wrong[0].item()} is out of bounds.")
-        if start == stop:
-            return self._weighted(log_p, block).sum(self._axis)
-        is_mine = is_counted & (target >= start) & (target < stop)
-        index = torch.where(is_mine, target - start, 0)
-        picked = self._weighted(log_p, block).gather(self._axis, index.unsqueeze(self._axis)).squeeze(self._axis)
-        return -torch.where(is_mine, picked, 0)
-
-    def _weighted(self, log_p: torch.Tensor, block: _ClassBlock) -> torch.Tensor:
-        if self.weight is None:
-            return log_p
-        shape = [-1 if a == self._axis else 1 for a in range(log_p.dim())]
-        return log_p * self.weight[slice(*block.box[self._axis])].view(shape)
-
-    def _weight(self, terms: torch.Tensor, target: torch.Tensor, block: _ClassBlock) -> torch.Tensor:
-        is_counted = target != self.ignore_index
-        weights = is_counted if self.weight is None else self.weight[target[is_counted]]
-        return weights.sum(dtype=torch.float64) * block.counts
+    def _rule(self, c: Compiler, x: Value, t: Value, options: Mapping[str, Any], dtype: torch.dtype) -> Value:
+        kind = ClassLoss(self.has_logits, self.ignore_index, self.label_smoothing)
+        return kind.of(c, x, t, options["weight"], self.reduction, dtype, is_shown=True)
 
 
 class DistributedCrossEntropyLoss(DistributedNLLLoss):
@@ -156,7 +199,8 @@ class DistributedCrossEntropyLoss(DistributedNLLLoss):
         As in `DistributedNLLLoss`; also in the constructor if `label_smoothing` is not in [0, 1].
     """
 
-    function = _readable(F.cross_entropy)
+    function = staticmethod(F.cross_entropy)
+    has_logits = True
 
     def __init__(
         self,
@@ -174,35 +218,9 @@ class DistributedCrossEntropyLoss(DistributedNLLLoss):
             P_x, weight=weight, ignore_index=ignore_index, reduction=reduction, label_smoothing=label_smoothing
         )
 
-    def _target_shape(self, input: Shape, target: Shape, dtype: torch.dtype) -> Shape:
+    def _target_dims(self, input: Shape, target: Shape, dtype: torch.dtype) -> Sequence[int]:
         if len(target) != len(input) or not dtype.is_floating_point:
-            return self._without_classes(input)
+            return super()._target_dims(input, target, dtype)
         if self.ignore_index >= 0:
             raise self._refuse(f"ignore_index={self.ignore_index} with a target of probabilities")
-        return input
-
-    def _log_probabilities(self, input: torch.Tensor, block: _ClassBlock) -> torch.Tensor:
-        """log_softmax over the cut class dim."""
-        assert block.over_classes is not None
-        return log_softmax(input.to(wide(input.dtype)), block.over_classes)
-
-    def _partial(self, log_p: torch.Tensor, target: torch.Tensor, block: _ClassBlock) -> torch.Tensor:
-        classes, smoothing = block.global_shape[self._axis], self.label_smoothing
-        if target.dim() == log_p.dim():
-            smooth = target * (1 - smoothing) + smoothing / classes
-            return -(self._weighted(log_p, block) * smooth).sum(self._axis)
-        terms = super()._partial(log_p, target, block)
-        if smoothing:
-            even = -self._weighted(log_p, block).sum(self._axis).masked_fill(target == self.ignore_index, 0)
-            terms = (1 - smoothing) * terms + smoothing / classes * even
-        return terms
-
-    def _weight(self, terms: torch.Tensor, target: torch.Tensor, block: _ClassBlock) -> torch.Tensor:
-        if target.dim() == terms.dim():
-            return super()._weight(terms, target, block)
-        return torch.full_like(terms.sum(), terms.numel() * block.counts, dtype=torch.float64, requires_grad=False)
-
-    def _mean(self, total: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        mean = super()._mean(total, weight)
-        # torch divides the terms of the labels by themselves, which is 0 / 0 where all weights are 0.
-        return mean + 0 / weight if self.label_smoothing else mean
+        return range(len(input))

@@ -1,4 +1,4 @@
-"""Losses: one global number, shown on every rank.
+"""Losses: one global number.
 
 Each rank adds up the terms of its block; the sums, the global weight they are divided by and whether any rank failed travel
 in one all-reduce.
@@ -6,8 +6,9 @@ in one all-reduce.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,22 +17,113 @@ import torch.nn.functional as F
 from distdl_lite import layout as lay
 from distdl_lite.agreement import raise_together
 from distdl_lite.autograd import reduce_from_team
-from distdl_lite.layout import Box, Layout, Shape
-from distdl_lite.nn.blocks import anchored, connected_zeros, own_box, wide
+from distdl_lite.factors import Dims, all_axes, shape_of_dims, uncut
+from distdl_lite.layout import Layout, Shape
+from distdl_lite.nn.blocks import anchored, connected_zeros, wide
+from distdl_lite.nn.broadcasting import common_dims, fit
+from distdl_lite.nn.compiler import Compiler, Value, rule
 from distdl_lite.nn.inputs import agreed_inputs
 from distdl_lite.nn.module import Call, Module
 from distdl_lite.nn.options import booleans, numbers
+from distdl_lite.nn.rule_layer import dims_of
 from distdl_lite.partition import Partition
-from distdl_lite.transport import Team
+
+Function = Callable[..., torch.Tensor]
+REDUCTIONS = ("none", "mean", "sum")  # by torch's numbers
 
 
-@dataclass(frozen=True)
-class Block:
-    """The block of the input that a rank has the terms of."""
+@rule("mse_loss", "l1_loss", "smooth_l1_loss", "huber_loss", "soft_margin_loss", "hinge_embedding_loss", "margin_ranking_loss",
+      "binary_cross_entropy", "binary_cross_entropy_with_logits", "kl_div", "poisson_nll_loss")  # fmt: skip
+def loss(c: Compiler, op: Any, *args: Any, **options: Any) -> Value:
+    names = [argument.name for argument in op.function._schema.arguments]
+    options |= dict(zip(names, args, strict=False))
+    reduction = REDUCTIONS[options.pop("reduction", 1)]
 
-    box: Box
-    global_shape: Shape
-    graph: bool  # whether any rank's input or target requires grad
+    def function(*tensors: Any, reduction: str) -> torch.Tensor:
+        given = dict(zip(options, tensors, strict=True))
+        return op.function(**given, reduction=REDUCTIONS.index(reduction))
+
+    return pointwise_loss(c, function, list(options.values()), reduction, op.dtype)
+
+
+def pointwise_loss(
+    c: Compiler, function: Function, args: Sequence[Any], reduction: str, dtype: torch.dtype, is_shown: bool = False
+) -> Value:
+    """A loss of tensors that torch's function broadcasts."""
+    values = [v for v in args if isinstance(v, Value)]
+    dims = common_dims(c, values, tuple(torch.broadcast_shapes(*(v.shape for v in values))))
+    args = [fit(c, v, dims) if isinstance(v, Value) else v for v in args]
+    return reduced_loss(c, function, args, dims, reduction, dtype, is_shown=is_shown)
+
+
+def counted(terms: torch.Tensor, *tensors: Any) -> torch.Tensor:
+    """The number of terms, which a mean is divided by."""
+    return torch.tensor(float(terms.numel()), dtype=torch.float64, device=terms.device)
+
+
+def reduced_loss(
+    c: Compiler,
+    function: Function,
+    args: Sequence[Any],
+    dims: Dims,
+    reduction: str,
+    dtype: torch.dtype,
+    terms: Function | None = None,
+    weigh: Function = counted,
+    mean: Function = torch.div,
+    over: Sequence[int] = (),
+    is_shown: bool = False,
+) -> Value:
+    """A loss of torch's, whose terms lie as `dims` say.
+
+    Along the axes `over` ranks have parts of the same `terms`, which they find from their blocks; `mean` divides their sum by
+    that of what they `weigh`. If `is_shown` each rank will have the whole gradient, and backward does not communicate.
+    """
+    axes = all_axes(dims).union(over)
+    if not axes:
+        return c.call(function, *args, reduction=reduction, dims=dims if reduction == "none" else (), dtype=dtype)
+    terms = terms or partial(function, reduction="none")
+    if reduction == "none":
+        find = _added_up(c, terms, c.local(dims), wide(dtype), over, True) if over and is_shown else terms
+        y = c.call(lambda *tensors: find(*tensors).to(dtype), *args, dims=dims, dtype=dtype)
+        return c.sum_over(y, () if is_shown else over)
+
+    def sums(*tensors: Any) -> torch.Tensor:
+        found = terms(*tensors)
+        return torch.stack([found.sum(dtype=wide(found.dtype)).double(), weigh(found, *tensors)])
+
+    find = _added_up(c, sums, (2,), torch.float64, axes, is_shown)
+    batch = shape_of_dims(dims)[0] if reduction == "batchmean" else 1
+
+    def value(*tensors: Any) -> torch.Tensor:
+        total, weight = find(*tensors)
+        return (mean(total, weight.detach()) if reduction == "mean" else total / batch).to(dtype)
+
+    return c.call(value, *args, dims=(), dtype=dtype)
+
+
+def _added_up(
+    c: Compiler, parts: Function, shape: Shape, dtype: torch.dtype, axes: Iterable[int], is_shown: bool
+) -> Function:
+    """The sum over axes of what the ranks find; it travels with whether any of them failed, and then all of them raise."""
+    team, label = c.team(axes), c.label
+    add: Function = partial(reduce_from_team, team=team)
+    if not is_shown:
+        R = Layout(c.grid, (uncut(math.prod(shape) + 1),), c.free_axes(axes))
+        add = c.names[c.operator(R, R, c.new((R.dims,), dtype, True), "all_reduce")]
+
+    def find(*tensors: Any) -> torch.Tensor:
+        error = None
+        try:
+            mine = parts(*tensors).to(dtype)
+        except Exception as raised:
+            error, mine = raised, torch.zeros(shape, dtype=dtype, device=c.device)
+        sums = add(torch.cat([mine.reshape(-1), mine.new_full((1,), error is not None)]))
+        if sums[-1].item():
+            raise_together(team, error, label)
+        return sums[:-1].view(shape)
+
+    return find
 
 
 class _DistributedLoss(Module):
@@ -87,44 +179,52 @@ class _DistributedLoss(Module):
     def _distdl_module_setup(self, input: tuple[Any, ...]) -> Call:
         self._check_reduction()  # which may have changed
         grid, rank = self.P_x.grid_of_ranks, self._distdl_transport.rank
-        inputs = agreed_inputs(self, self.P_x)
-        targets = agreed_inputs(self, self.P_x, position=1)
-        X = lay.blocks(grid, lay.cuts_from_shapes(grid, inputs.shapes))
+        inputs, targets = agreed_inputs(self, self.P_x), agreed_inputs(self, self.P_x, position=1)
         shape, target = inputs.shapes[rank], targets.shapes[rank]
-        wanted = self._target_shape(shape, target, targets.dtype)
-        if target != wanted:
+        wanted = self._target_dims(shape, target, targets.dtype)
+        if target != tuple(shape[d] for d in wanted):
             raise self._refuse(
                 f"rank {rank} passed a target of shape {tuple(target)}, with its input of shape {tuple(shape)} it must "
-                f"be {tuple(wanted)}"
+                f"be {tuple(shape[d] for d in wanted)}"
             )
-        for option in self._options:
-            if isinstance(weight := getattr(self, option), torch.Tensor):
-                self._check_weight(option, weight, lay.global_shape_of(X))
-        if self._distdl_team.size == 1:
-            return type(self)._alone
-        block = self._block(X, inputs.requires_grad or targets.requires_grad)
-        return lambda layer, input, target: layer._reduced(input, target, block)
+        X = lay.blocks(grid, lay.cuts_from_shapes(grid, inputs.shapes))
+        options = {name: getattr(self, name) for name in self._options}
+        weights = {name: option for name, option in options.items() if isinstance(option, torch.Tensor)}
+        for name, weight in weights.items():
+            self._check_weight(name, weight, lay.global_shape_of(X))
+        c = Compiler(grid, rank, self._distdl_transport, self._distdl_label, inputs.device)
+        dims, graph = dims_of(X), inputs.requires_grad or targets.requires_grad
+        x, t = c.new(dims, inputs.dtype, graph, "x"), c.new(tuple(dims[d] for d in wanted), targets.dtype, graph, "t")
+        held = {name: c.new(tuple((uncut(n),) for n in w.shape), w.dtype, False, name) for name, w in weights.items()}
+        y = self._rule(c, x, t, {**options, **held}, self._dtype(input, weights))
+        run = c.compiled([x, t, *held.values()], [y])
 
-    def _block(self, X: Layout, graph: bool) -> Block:
-        return Block(own_box(self, X), lay.global_shape_of(X), graph)
+        def call(layer: _DistributedLoss, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+            return run(anchored(x, graph), t, *(getattr(layer, name) for name in held))[0]
 
-    def _target_shape(self, input: Shape, target: Shape, dtype: torch.dtype) -> Shape:
-        """The shape a target block of this shape and dtype must have."""
-        return input
+        return call
+
+    def _dtype(self, input: tuple[torch.Tensor, ...], weights: Mapping[str, torch.Tensor]) -> torch.dtype:
+        """That of torch's loss."""
+        one = {name: weight.new_ones(1) for name, weight in weights.items()}
+        x, t = (tensor.new_zeros((1,) * tensor.dim()) for tensor in input)
+        return type(self).function(x, t, reduction="none", **one).dtype
+
+    def _rule(self, c: Compiler, x: Value, t: Value, options: Mapping[str, Any], dtype: torch.dtype) -> Value:
+        def function(x: torch.Tensor, t: torch.Tensor, *given: Any, reduction: str) -> torch.Tensor:
+            return type(self).function(x, t, reduction=reduction, **dict(zip(options, given, strict=True)))
+
+        return pointwise_loss(c, function, [x, t, *options.values()], self.reduction, dtype, is_shown=True)
+
+    def _target_dims(self, input: Shape, target: Shape, dtype: torch.dtype) -> Sequence[int]:
+        """The dims of the input that a target block of this shape and dtype must have."""
+        return range(len(input))
 
     def _check_weight(self, name: str, weight: torch.Tensor, shape: Shape) -> None:
         """Raise ValueError unless a weight broadcasts to an input of this global shape."""
         pairs = zip(reversed(weight.shape), reversed(shape), strict=False)
         if weight.dim() > len(shape) or any(n not in (1, m) for n, m in pairs):
             raise self._refuse(f"{name} of shape {tuple(weight.shape)} does not broadcast to an input of shape {shape}")
-
-    def _local_options(self, box: Box) -> dict[str, Any]:
-        """The options for a block: of a tensor that torch would broadcast to the whole input, the part that meets it."""
-        return {name: _part(getattr(self, name), box) for name in self._options}
-
-    def _alone(self, input: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-        options = {name: getattr(self, name) for name in self._options}
-        return type(self).function(input, target, reduction=self.reduction, **options)
 
     def forward(self, input: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         """The loss of the input's blocks, given the target's."""
@@ -136,62 +236,9 @@ class _DistributedLoss(Module):
         zero = connected_zeros((), input, linear=True)
         return zero if zero.requires_grad else zero.requires_grad_(torch.is_grad_enabled())
 
-    def _reduced(self, input: torch.Tensor, target: torch.Tensor, block: Block) -> torch.Tensor:
-        input = anchored(input, block.graph)
-        if self.reduction == "none":
-            return self._terms(input, target, block)
-        dtype = input.dtype
-
-        def sums() -> torch.Tensor:
-            nonlocal dtype
-            terms = self._terms(input, target, block)
-            dtype = terms.dtype
-            return torch.stack([terms.sum(dtype=wide(dtype)).double(), self._weight(terms, target, block)])
-
-        nothing = torch.zeros(2, dtype=torch.float64, device=input.device)
-        value, weight = self._added_up(sums, nothing, self._distdl_team)
-        if self.reduction == "mean":
-            value = self._mean(value, weight.detach())
-        elif self.reduction == "batchmean":
-            value = value / block.global_shape[0]
-        return value.to(dtype)
-
-    def _added_up(self, parts: Callable[[], torch.Tensor], nothing: torch.Tensor, team: Team) -> torch.Tensor:
-        """Sums over a team, which travel with whether any rank failed to find its parts: then all of them raise."""
-        error = None
-        try:
-            mine = parts()
-        except Exception as raised:
-            error, mine = raised, nothing
-        failed = mine.new_full((1,), error is not None)
-        sums = reduce_from_team(torch.cat([mine.reshape(-1), failed]), team)
-        if sums[-1].item():
-            raise_together(team, error, self._distdl_label)
-        return sums[:-1].view(mine.shape)
-
-    def _terms(self, input: torch.Tensor, target: torch.Tensor, block: Block) -> torch.Tensor:
-        """This rank's terms of the sum."""
-        return type(self).function(input, target, reduction="none", **self._local_options(block.box))
-
-    def _weight(self, terms: torch.Tensor, target: torch.Tensor, block: Block) -> torch.Tensor:
-        """This rank's share of what a mean is divided by."""
-        return torch.tensor(float(terms.numel()), dtype=torch.float64, device=terms.device)
-
-    def _mean(self, total: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        """The mean from the global sums of terms and of weights."""
-        return total / weight
-
     def extra_repr(self) -> str:
         options = [f"{name}={getattr(self, name)}" for name in self._options if name not in self._buffers]
         return ", ".join([f"P_x={self.P_x.shape}", f"reduction={self.reduction!r}", *options])
-
-
-def _part(value: Any, box: Box) -> Any:
-    """The part of a tensor that broadcasting would put over the box; other values as they are."""
-    if not isinstance(value, torch.Tensor):
-        return value
-    ranges = box[len(box) - value.dim() :]
-    return value[tuple(slice(None) if n == 1 else slice(*r) for n, r in zip(value.shape, ranges, strict=True))]
 
 
 class DistributedMSELoss(_DistributedLoss):

@@ -3,27 +3,123 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import replace
-from functools import partial, reduce
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
 
-from distdl_lite import layout as lay
-from distdl_lite.grid import Grid, indices
-from distdl_lite.layout import Dim, Shape
-from distdl_lite.nn.blocks import Local, operator_between, torch_dtype
-from distdl_lite.nn.inputs import agreed_inputs
-from distdl_lite.nn.module import Call, Module
+from distdl_lite.factors import Dims, axes_of, size_of, uncut
+from distdl_lite.layout import Shape
+from distdl_lite.nn.blocks import torch_dtype
+from distdl_lite.nn.compiler import Compiler, Value, rule
+from distdl_lite.nn.inputs import Inputs
 from distdl_lite.nn.options import different_dims, integers, listed
+from distdl_lite.nn.rule_layer import RuleLayer
 from distdl_lite.partition import Partition
 
 _TRANSFORMS = {"fft": torch.fft.fftn, "ifft": torch.fft.ifftn, "rfft": torch.fft.rfftn, "irfft": torch.fft.irfftn}
 _COMPLEX = {"fft": "fft", "ifft": "ifft", "rfft": "fft", "irfft": "ifft"}  # of the other dims
 
 
-class DistributedFFT(Module):
+@rule("fft_fftn", "fft_ifftn", "fft_rfftn", "fft_irfftn", "fft_fft2", "fft_ifft2", "fft_rfft2", "fft_irfft2")
+def fftn(c: Compiler, op: Any, x: Value, s: Any = None, dim: Any = None, norm: str | None = None) -> Value:
+    if dim is None:
+        count = 2 if op.name.endswith("2") else x.ndim if s is None else len(s)
+        dim = range(x.ndim - count, x.ndim)
+    dims = tuple(d % x.ndim for d in dim)
+    x = c.spread(x, dims)
+    return transformed(c, x, op.name.removeprefix("fft_")[:-1], dims, s or [-1] * len(dims), norm)
+
+
+@rule("fft_fft", "fft_ifft", "fft_rfft", "fft_irfft")
+def fft(c: Compiler, op: Any, x: Value, n: int | None = None, dim: int = -1, norm: str | None = None) -> Value:
+    x, name = c.spread(x, [dim]), op.name.removeprefix("fft_")
+    return transformed(c, x, name, (dim % x.ndim,), [-1 if n is None else n], norm)
+
+
+@rule("fft_hfft", "fft_ihfft")
+def hfft(c: Compiler, op: Any, x: Value, n: int | None = None, dim: int = -1, norm: str | None = None) -> Value:
+    x = c.wholly(c.spread(x, [dim]), [dim])
+    return c.apply(op, x, n, dim, norm, dims=x.with_dims({dim: uncut(op.shape[dim])}), linear=True)
+
+
+def transformed(
+    c: Compiler,
+    x: Value,
+    name: str,
+    dims: tuple[int, ...],
+    s: Sequence[int],
+    norm: str | None,
+    gathers: bool = True,
+) -> Value:
+    """The transform of that name along dims, to lengths of which -1 leaves a dim's.
+
+    It transforms along the dims that are whole, moves to a layout in which most of the others are, and so on. Raises ValueError
+    if there are no points or, unless it `gathers` then, no other dims to cut in place of them.
+    """
+    sizes, left = _sizes(x.shape, name, dims, s), dims
+    x = c.plain(x, dims)
+    while left:
+        now = _ready(x.dims, name, left)
+        if not now:
+            freed = _freed(c, x, name, left)
+            if freed is None and not gathers:
+                raise ValueError(
+                    f"no dim of a tensor of shape {x.shape} can be cut in place of dims {left}, on a grid of shape {c.grid.shape}"
+                )
+            x = c.wholly(x, left, "gather", spread=False) if freed is None else c.move(x, freed, "recut")
+            now = _ready(x.dims, name, left)
+        function = _TRANSFORMS[name if dims[-1] in now else _COMPLEX[name]]
+        ends = {d: sizes[d] // 2 + 1 if name == "rfft" and d == dims[-1] else sizes[d] for d in now}
+        x = c.call(
+            function, x, tuple(sizes[d] for d in now), now, norm,
+            dims=x.with_dims({d: uncut(n) for d, n in ends.items()}),
+            dtype=function(torch.zeros(1, dtype=x.dtype), s=(1,)).dtype,
+            linear=True,
+        )  # fmt: skip
+        left = tuple(d for d in left if d not in now)
+    return x
+
+
+def _sizes(shape: Shape, name: str, dims: tuple[int, ...], s: Sequence[int]) -> dict[int, int]:
+    """The length of the transform of each dim."""
+    own = {d: 2 * (shape[d] - 1) if name == "irfft" and d == dims[-1] else shape[d] for d in dims}
+    sizes = {d: own[d] if size == -1 else size for d, size in zip(dims, s, strict=True)}
+    if min(sizes.values()) < 1:
+        raise ValueError(f"dim={dims} of a tensor of shape {shape} with s={tuple(s)} has no points")
+    return sizes
+
+
+def _ready(dims: Dims, name: str, left: tuple[int, ...]) -> tuple[int, ...]:
+    """The dims to transform in a layout: a real transform begins, its inverse ends, with the halved dim, the last."""
+    now, halved = tuple(d for d in left if not axes_of(dims[d])), left[-1]
+    if name == "rfft" and halved not in now:
+        return ()
+    return tuple(d for d in now if d != halved) if name == "irfft" and now != left else now
+
+
+def _freed(c: Compiler, x: Value, name: str, left: tuple[int, ...]) -> Dims | None:
+    """The layout in which all dims that are left are whole, or one, whichever keeps more ranks busy; None if none does."""
+    found = [_without(c, x, chosen) for chosen in (left, *((d,) for d in left))]
+    best = max((dims for dims in found if _ready(dims, name, left)), key=lambda dims: _busy(c, dims))
+    return None if _busy(c, best) == 1 < _busy(c, x.dims) else best
+
+
+def _without(c: Compiler, x: Value, whole: tuple[int, ...]) -> Dims:
+    """The layout with some dims whole; the axes that cut them go to cut others, home ones first."""
+    dims = c.even(x.with_dims({d: uncut(x.shape[d]) for d in whole}))
+    for axis in sorted(x.axes(*whole), key=lambda axis: axis in whole):
+        dims = c.placed(dims, axis, whole, crowded=True)
+    return dims
+
+
+def _busy(c: Compiler, dims: Dims) -> int:
+    """The number of parts that hold anything."""
+    return math.prod(min(size_of(factors), c.parts(axes_of(factors))) for factors in dims)
+
+
+class DistributedFFT(RuleLayer):
     """A discrete Fourier transform of the tensor that the blocks over `P_x` form, equal to torch's up to rounding.
 
     Input in blocks of any sizes, cut along any dims; output in balanced blocks over `P_x`, whose ranks call it together.
@@ -82,114 +178,13 @@ class DistributedFFT(Module):
         if len(self.s) != len(self.dim):
             raise self._refuse(f"s={self.s} does not have a length for each of dim={self.dim}")
 
-    def _distdl_module_setup(self, input: tuple[Any, ...]) -> Call:
-        inputs = agreed_inputs(self, self.P_x)
+    def result_dtype(self, inputs: Inputs) -> torch.dtype:
         torch_dtype(self, inputs, 1, partial(_TRANSFORMS[self.function], s=(1,)))
-        grid = self.P_x.grid_of_ranks
-        here = lay.blocks(grid, lay.cuts_from_shapes(grid, inputs.shapes))
-        sizes = self._sizes(lay.global_shape_of(here))
-        steps: list[Local | None] = []
-        left = self._dims
-        while left:
-            there, now = here, self._ready(here.grid, left)
-            if not now:
-                n = lay.global_shape_of(here)
-                there = lay.balanced_blocks(self._freed(here.grid, n, left), n)
-                now = self._ready(there.grid, left)
-            move = operator_between(here, there, self, inputs.requires_grad)
-            function = self.function if self._dims[-1] in now else _COMPLEX[self.function]
-            box = there.box(self._distdl_transport.rank)
-            steps += [move, self._transform(_TRANSFORMS[function], now, sizes, lay.shape_of(box or ()))]
-            here = replace(there, dims=tuple(self._transformed(d, dim, now, sizes) for d, dim in enumerate(there.dims)))
-            left = tuple(d for d in left if d not in now)
-        Y = lay.balanced_blocks(grid, lay.global_shape_of(here))
-        steps.append(operator_between(here, Y, self, inputs.requires_grad))
-        return partial(_in_turn, [step for step in steps if step is not None])
+        return inputs.dtype
 
-    def _sizes(self, shape: Shape) -> dict[int, int]:
-        """The length of the transform of each dim."""
-        own = {d: shape[d] for d in self._dims}
-        if self.function == "irfft":
-            own[self._dims[-1]] = 2 * (own[self._dims[-1]] - 1)
-        sizes = {d: own[d] if size == -1 else size for d, size in zip(self._dims, self.s, strict=True)}
-        if min(sizes.values()) < 1:
-            raise self._refuse(f"dim={self.dim} of a tensor of shape {shape} with s={self.s} has no points")
-        return sizes
-
-    def _ready(self, grid: Grid, left: tuple[int, ...]) -> tuple[int, ...]:
-        """The dims to transform on a grid: a real transform begins, its inverse ends, with the halved dim."""
-        now, halved = tuple(d for d in left if grid.shape[d] == 1), self._dims[-1]
-        if self.function == "rfft" and halved in left and halved not in now:
-            return ()
-        return tuple(d for d in now if d != halved) if self.function == "irfft" and now != left else now
-
-    def _freed(self, grid: Grid, n: Shape, left: tuple[int, ...]) -> Grid:
-        """The grid in which all dims that are left are whole, or one, whichever keeps more ranks busy."""
-        found = [made for made in (moved(grid, n, whole) for whole in (left, *((d,) for d in left))) if made]
-        useful = [made for made in found if self._ready(made, left)]
-        best = max(useful, key=lambda made: _parts(made, n), default=None)
-        if best is None or _parts(best, n) == 1 < _parts(grid, n):
-            raise self._refuse(
-                f"no dim of a tensor of shape {n} can be cut in place of dims {left}, on a grid of shape {grid.shape}"
-            )
-        return best
-
-    def _transformed(self, d: int, dim: Dim, now: tuple[int, ...], sizes: dict[int, int]) -> Dim:
-        """A dim after a step."""
-        if d not in now:
-            return dim
-        is_halved = self.function == "rfft" and d == self._dims[-1]
-        return replace(dim, ranges=((0, sizes[d] // 2 + 1 if is_halved else sizes[d]),))
-
-    def _transform(
-        self, function: Callable[..., torch.Tensor], dims: tuple[int, ...], sizes: dict[int, int], shape: Shape
-    ) -> Local:
-        """What is done to a block of the given shape."""
-        others = [d for d in range(len(shape)) if d not in dims]
-        transform = partial(function, s=tuple(sizes[d] for d in dims), dim=dims, norm=self.norm)
-        if all(shape[d] for d in others):
-            return transform
-
-        def nothing(x: torch.Tensor) -> torch.Tensor:
-            y = transform(x.sum(others, keepdim=True))  # torch transforms no empty one
-            return y.expand([y.shape[d] if d in dims else n for d, n in enumerate(x.shape)])
-
-        return nothing
+    def rule(self, c: Compiler, x: Value) -> Value:
+        return transformed(c, x, self.function, self._dims, self.s, self.norm, gathers=False)
 
     def extra_repr(self) -> str:
         s = "" if set(self.s) == {-1} else f", s={self.s}"
         return f"function={self.function!r}, dim={self.dim}{s}, norm={self.norm!r}, P_x={self.P_x.shape}"
-
-
-def _in_turn(steps: Sequence[Local], layer: Module, x: torch.Tensor) -> torch.Tensor:
-    return reduce(lambda y, step: step(y), steps, x)
-
-
-def moved(grid: Grid, shape: Shape, whole: Sequence[int]) -> Grid | None:
-    """The ranks that cut some dims put to cut others, each dim's to the one with most points a part; None without others.
-
-    >>> moved(Grid((1, 2, 3), range(6)), (4, 9, 9), whole=(1, 2)).shape
-    (6, 1, 1)
-    """
-    others = [d for d in range(grid.dim) if d not in whole]
-    for d in whole:
-        if grid.shape[d] > 1 and others:
-            grid = _merged(grid, d, max(others, key=lambda other: shape[other] / grid.shape[other]))
-    return grid if others else None
-
-
-def _merged(grid: Grid, source: int, target: int) -> Grid:
-    """The ranks along one axis put side by side along another, so that with even blocks only they exchange."""
-    p = grid.shape[source]
-    factors = {source: 1, target: p * grid.shape[target]}
-    shape = tuple(factors.get(axis, n) for axis, n in enumerate(grid.shape))
-    ranks = []
-    for index in map(list, indices(shape)):
-        index[target], index[source] = divmod(index[target], p)
-        ranks.append(grid.rank(index))
-    return Grid(shape, tuple(ranks))
-
-
-def _parts(grid: Grid, shape: Shape) -> int:
-    """The number of ranks that hold anything."""
-    return math.prod(map(min, shape, grid.shape))

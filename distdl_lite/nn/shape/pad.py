@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -11,17 +11,96 @@ import torch
 import torch.nn.functional as F
 
 from distdl_lite import layout as lay
-from distdl_lite.layout import Dim, Layout, Shape
-from distdl_lite.nn.blocks import Local, connected_zeros, edge_pad, own_box, torch_dtype
-from distdl_lite.nn.inputs import agreed_inputs
-from distdl_lite.nn.module import Call, Module
+from distdl_lite.factors import cut
+from distdl_lite.layout import Box, Dim, Range, Shape
+from distdl_lite.nn.blocks import Local, edge_pad, torch_dtype
+from distdl_lite.nn.compiler import Compiler, Value, rule
+from distdl_lite.nn.inputs import Inputs
 from distdl_lite.nn.options import numbers, per_dim
-from distdl_lite.operator import Operator
+from distdl_lite.nn.rule_layer import RuleLayer
 from distdl_lite.partition import Partition
-from distdl_lite.plan import plan
+
+_MODES = {"constant": "constant", "reflection": "reflect", "replication": "replicate"}  # by the operation's first word
+_BOUNDARIES = {"constant": "zeros"}  # the others are of the same name
+Sides = Mapping[int, Range]  # by dim the points on its left and on its right, of which negative ones are cropped
 
 
-class _DistributedPad(Module):
+@rule("pad", "constant_pad_nd", "reflection_pad1d", "reflection_pad2d", "reflection_pad3d", "replication_pad1d",
+      "replication_pad2d", "replication_pad3d")  # fmt: skip
+def pad(c: Compiler, op: Any, x: Value, padding: Sequence[int], *options: Any, **named: Any) -> Value:
+    if op.name == "constant_pad_nd":
+        options = ("constant", *options)
+    mode = options[0] if options else named.get("mode", _MODES.get(op.name.partition("_")[0], "constant"))
+    value = options[1] if len(options) > 1 else named.get("value")
+    return padded(c, x, padding, mode, value or 0)
+
+
+def padded(c: Compiler, x: Value, padding: Sequence[int], mode: str = "constant", value: float = 0.0) -> Value:
+    """The value padded at its edges, in even blocks.
+
+    Where a padded dim is cut each rank fetches what its block reads, and zeros where nobody holds anything; other constants,
+    reflections and replications are made at the edge. Raises ValueError if a circular one reads more points than there are.
+    """
+    pairs = list(zip(padding[::2], padding[1::2], strict=True))
+    sides = {x.ndim - 1 - i: pair for i, pair in enumerate(pairs) if any(pair)}
+    x = c.plain(x, sides)
+    x = c.renamed(x, x.dims)  # a number made late is none any more
+    y = {d: cut(x.shape[d] + left + right, x.axes(d), c.grid) for d, (left, right) in sides.items()}
+    short = [d for d, (left, right) in sides.items() if max(left, right) > x.shape[d] + min(left, 0) + min(right, 0)]
+    if mode == "circular" and short:  # torch returns unset memory
+        raise ValueError(f"padding={tuple(padding)} reads more than what it leaves of a tensor of {x.shape}")
+    if not x.axes(*sides):
+        linear = mode in ("constant", "circular")  # torch's backward of the others names its input
+        return c.call(F.pad, x, list(padding), mode, value, dims=x.with_dims(y), dtype=x.dtype, linear=linear)
+    wanted = {
+        d: replace(dim, ranges=tuple((a - sides[d][0], b - sides[d][0]) for a, b in dim.ranges)) for d, dim in y.items()
+    }
+    shape, even = x.shape, c.even(x.dims)
+    if mode == "circular":
+        x, held = _around(c, x, sides, wanted)
+    else:
+        held = {d: lay.bounded(dim, shape[d], _BOUNDARIES.get(mode, mode)) for d, dim in wanted.items()}
+    local, dims = [tuple((new[d],) if d in new else f for d, f in enumerate(even)) for new in (held, y)]
+    z = c.move(x, local, "halo")
+    blocks = [[c.range(new[d]) if d in new else (0, n) for d, n in enumerate(c.local(dims))] for new in (wanted, held)]
+    edge = _edge(tuple(blocks[0]), tuple(blocks[1]), shape, sides, mode, value)
+    return c.renamed(z, dims) if edge is None else c.call(edge, z, dims=dims, dtype=x.dtype, linear=True)
+
+
+def _around(c: Compiler, x: Value, sides: Sides, wanted: Mapping[int, Dim]) -> tuple[Value, dict[int, Dim]]:
+    """What negative padding leaves of the value, and the wanted ranges of that, which is repeated without end.
+
+    torch's circular padding wraps round what is left of the tensor, where the other modes read the tensor.
+    """
+    kept, repeated = {}, {}
+    for d, (left, right) in sides.items():
+        (dim,), low, high = x.dims[d], max(-left, 0), x.shape[d] - max(-right, 0)
+        kept[d] = replace(dim, ranges=tuple((min(max(a, low), high), min(max(b, low), high)) for a, b in dim.ranges))
+        repeated[d] = replace(wanted[d], period=high - low if max(left, right) > 0 else None)
+    return c.move(x, x.with_dims(kept)), repeated
+
+
+def _edge(wanted: Box, held: Box, shape: Shape, sides: Sides, mode: str, value: float) -> Local | None:
+    """What is left to do beyond the edge of a tensor of the given shape."""
+    if mode in ("reflect", "replicate"):
+        return edge_pad(wanted, held, shape, mode)
+    inside = tuple((0, n) if d in sides else wanted[d] for d, n in enumerate(shape))
+    outside = [
+        tuple(slice(a - start, b - start) for (a, b), (start, _) in zip(piece, wanted, strict=True))
+        for piece in (lay.uncovered(wanted, [inside]) if value else ())
+    ]
+
+    def fill(y: torch.Tensor) -> torch.Tensor:
+        y = y.clone()
+        with torch.no_grad():  # the adjoint reads no gradient of points beyond the edge
+            for piece in outside:
+                y[piece] = value
+        return y
+
+    return fill if outside else None
+
+
+class _DistributedPad(RuleLayer):
     """The tensor that the blocks over `P_x` form, padded at its own edges, equal to torch's.
 
     Input in blocks of any sizes and of any dtype that torch pads, cut along any dims; output in balanced blocks of the
@@ -64,95 +143,20 @@ class _DistributedPad(Module):
                 f"P_x of shape {P_x.shape} has {P_x.dim} axes, which does not fit {self.dims} padded dims"
             )
 
-    def _distdl_module_setup(self, input: tuple[Any, ...]) -> Call:
-        inputs = agreed_inputs(self, self.P_x)
-        grid, first = self.P_x.grid_of_ranks, self.P_x.dim - self.dims
-        X = lay.blocks(grid, lay.cuts_from_shapes(grid, inputs.shapes))
-        n = lay.global_shape_of(X)
-        dtype = inputs.dtype
-        if self.mode != "constant":
-            nothing = partial(F.pad, pad=(0,) * len(self.padding), mode=self.mode)
-            dtype = torch_dtype(self, inputs, self.P_x.dim, nothing)
-        Y = lay.balanced_blocks(grid, self._padded_shape(n, inputs.dtype))
-        lefts = (0,) * first + self.padding[::2][::-1]
-        moved = [tuple((a - left, b - left) for a, b in dim.ranges) for dim, left in zip(Y.dims, lefts, strict=True)]
-        wanted = Layout(grid, tuple(Dim(ranges, (axis,)) for axis, ranges in enumerate(moved)))
-        kept, Z = self._around(X, wanted) if self.mode == "circular" else (X, self._bounded(wanted, n))
-        mine, left, box, held = (own_box(self, layout) for layout in (X, kept, wanted, Z))
-        if max(grid.shape[first:]) == 1 and X.dims[:first] == Y.dims[:first]:
-            whole = self._whole(lay.shape_of(box))
-            return lambda layer, x: whole(x if x.dtype is dtype else x.to(dtype))
-        crop = tuple(slice(c - a, d - a) for (a, _), (c, d) in zip(mine, left, strict=True))
-        crops, transport = kept != X, self._distdl_transport
-        fetch = Operator(plan(kept, Z, transport.rank), transport, type(self).__name__, inputs.requires_grad)
-        edge = self._edge(box, held, n)
+    def result_dtype(self, inputs: Inputs) -> torch.dtype:
+        if self.mode == "constant":
+            return inputs.dtype
+        return torch_dtype(self, inputs, self.P_x.dim, partial(F.pad, pad=(0,) * len(self.padding), mode=self.mode))
 
-        def run(layer: Module, x: torch.Tensor) -> torch.Tensor:
-            x = x.to(dtype)
-            y = fetch(x[crop] if crops else x)
-            return y if edge is None else edge(y)
-
-        return run
-
-    def _padded_shape(self, shape: Shape, dtype: torch.dtype) -> Shape:
-        """The shape of the padded tensor. Raises ValueError if torch refuses to pad."""
-        sides = zip(shape[::-1], self.padding[::2], self.padding[1::2], strict=False)
+    def rule(self, c: Compiler, x: Value) -> Value:
+        sides = zip(x.shape[::-1], self.padding[::2], self.padding[1::2], strict=False)
         # torch 2.14 refuses to make nothing by reflection on the meta device alone.
         device = "cpu" if any(n + left + right == 0 for n, left, right in sides) else "meta"
         try:
-            found = F.pad(torch.empty(shape, dtype=dtype, device=device), self.padding, self.mode, self.value)
+            F.pad(torch.empty(x.shape, dtype=x.dtype, device=device), self.padding, self.mode, self.value)
         except (RuntimeError, IndexError, ValueError) as error:
-            raise self._refuse(f"padding={self.padding} of a tensor of shape {shape}: {error}") from error
-        return tuple(found.shape)
-
-    def _bounded(self, wanted: Layout, shape: Shape) -> Layout:
-        """What the ranks hold of a tensor of the given shape to make the wanted boxes, which may leave it."""
-        boundary = "zeros" if self.mode == "constant" else self.mode
-        padded = zip(wanted.dims[-self.dims :], shape[-self.dims :], strict=True)
-        dims = (*wanted.dims[: -self.dims], *(lay.bounded(dim, n, boundary) for dim, n in padded))
-        return replace(wanted, dims=dims)
-
-    def _around(self, X: Layout, wanted: Layout) -> tuple[Layout, Layout]:
-        """What negative padding leaves of the blocks, and the wanted boxes of that tensor, repeated without end.
-
-        torch's circular padding wraps round what is left of the tensor, where the other modes read the tensor.
-        """
-        kept, repeated = list(X.dims), list(wanted.dims)
-        lengths = lay.global_shape_of(X)
-        for d, left, right in zip(range(-1, -self.dims - 1, -1), self.padding[::2], self.padding[1::2], strict=True):
-            low, high = max(-left, 0), lengths[d] - max(-right, 0)
-            if max(left, right) > high - low:
-                raise self._refuse(f"padding={self.padding} reads more than what it leaves of a tensor of {lengths}")
-            inside = tuple((min(max(a, low), high), min(max(b, low), high)) for a, b in X.dims[d].ranges)
-            kept[d] = replace(X.dims[d], ranges=inside)
-            repeated[d] = replace(wanted.dims[d], period=high - low if max(left, right) > 0 else None)
-        return replace(X, dims=tuple(kept)), replace(wanted, dims=tuple(repeated))
-
-    def _whole(self, shape: Shape) -> Local:
-        """torch's padding, of which no other rank holds anything."""
-        if self.mode in ("reflect", "replicate") and 0 in shape:  # which torch refuses
-            return lambda x: connected_zeros(shape, x)
-        return partial(F.pad, pad=self.padding, mode=self.mode, value=self.value)
-
-    def _edge(self, wanted: lay.Box, held: lay.Box, shape: Shape) -> Local | None:
-        """What is left to do beyond the edge of the tensor of the given shape."""
-        if self.mode in ("reflect", "replicate"):
-            return edge_pad(wanted, held, shape, self.mode)
-        if self.value == 0:  # nobody holds anything there, so zeros arrive; a circular one has no edge
-            return None
-        outside = [
-            tuple(slice(a - start, b - start) for (a, b), (start, _) in zip(piece, wanted, strict=True))
-            for piece in lay.uncovered(wanted, [tuple((0, n) for n in shape)])
-        ]
-        value = self.value
-
-        def fill(y: torch.Tensor) -> torch.Tensor:
-            with torch.no_grad():  # the adjoint reads no gradient of points beyond the edge
-                for piece in outside:
-                    y[piece] = value
-            return y
-
-        return fill
+            raise ValueError(f"padding={self.padding} of a tensor of shape {x.shape}: {error}") from error
+        return padded(c, x, self.padding, self.mode, self.value)
 
     def extra_repr(self) -> str:
         return f"padding={self.padding}, P_x={self.P_x.shape}"
