@@ -180,7 +180,7 @@ class Compiler:
         if isinstance(value, (list, tuple)):
             words = [self._word(v, reads) for v in value]
             return f"[{', '.join(words)}]" if isinstance(value, list) else f"({''.join(f'{w}, ' for w in words)})"
-        if value is None or isinstance(value, (bool, int, str)) or (isinstance(value, float) and math.isfinite(value)):
+        if value is None or type(value) in (bool, int, str) or (type(value) is float and math.isfinite(value)):
             return repr(value)
         if isinstance(value, torch.dtype):
             self.names["torch"] = torch
@@ -223,11 +223,13 @@ class Compiler:
         one: bool = False,
         grad: bool | None = None,
         linear: bool = False,
+        everywhere: bool = False,
         **options: Any,
     ) -> list[Value]:
         """The values that a local call makes of others.
 
-        A rank whose block of an output is empty gets zeros, whose graph leads to where the others' leads, without the call.
+        A rank whose block of an output is empty gets zeros, whose graph leads to where the others' leads, without the call,
+        unless it is made `everywhere`.
 
         Parameters
         ----------
@@ -241,6 +243,8 @@ class Compiler:
             Whether autograd records the outputs; by default if it does an input.
         linear : bool
             Whether the function's backward does without its inputs.
+        everywhere : bool
+            Whether the function takes empty blocks too; it must, if it communicates.
         """
         values = list(values_in((args, tuple(options.values()))))
         for value in values:
@@ -250,7 +254,7 @@ class Compiler:
             self.new(d, t, grad and (t.is_floating_point or t.is_complex)) for d, t in zip(dims, dtypes, strict=True)
         ]
         shapes, reads = [self.local(v.dims) for v in outputs], list[str]()
-        if any(0 in shape for shape in shapes):
+        if not everywhere and any(0 in shape for shape in shapes):
             for value, shape in zip(outputs, shapes, strict=True):
                 words = ", ".join(v.name for v in values)
                 self.emit(f"{value.name} = {self._shared(_nothing)}([{words}], {shape}, {self._word(value.dtype, [])}, {linear})",
@@ -326,11 +330,15 @@ class Compiler:
 
     def operator(self, X: Layout, Y: Layout, value: Value, kind: str) -> str:
         """The name of the operator between two layouts."""
+        operator = self.operator_of(X, Y, value, kind)
+        return self.constant(operator if operator is None or value.grad else operator.apply, kind)
+
+    def operator_of(self, X: Layout, Y: Layout, value: Value, kind: str) -> Operator | None:
+        """The operator between two layouts; None in a program that is only looked at."""
         self.movements.append(Movement(self.path, kind, X, Y, value.dtype, value.grad))
         if self.transport is None:
-            return self.constant(None, kind)
-        operator = Operator(plan(X, Y, self.rank), self.transport, self.path or self.label, graph=value.grad)
-        return self.constant(operator if value.grad else operator.apply, kind)
+            return None
+        return Operator(plan(X, Y, self.rank), self.transport, self.path or self.label, graph=value.grad)
 
     def add_up(self, value: Value, dims: Dims) -> Value:
         """The value in a layout, of parts: points that several ranks hold in theirs are added up."""
