@@ -107,16 +107,17 @@ def computing_dtype(name: str, inputs: Inputs, weight: torch.dtype | None) -> to
     return held
 
 
-def weight_dtype(layer: Any) -> torch.dtype | None:
-    """The dtype of a layer's weight, None if it has none.
+def weight_dtype(layer: Any, name: str = "weight") -> torch.dtype | None:
+    """The dtype of a layer's weight, or another of its tensors, None if it has none.
 
     A parametrization is not asked to make it: it may count its calls, as torch's spectral norm does, and what it saves is not for
     a checkpoint around the layer to count, which runs the layer again without its set-up.
     """
     made = getattr(layer, "parametrizations", {})
-    if "weight" in made:
-        return (made["weight"].original if made["weight"].is_tensor else made["weight"].original0).dtype
-    return None if layer.weight is None else layer.weight.dtype
+    if name in made:
+        return (made[name].original if made[name].is_tensor else made[name].original0).dtype
+    held = getattr(layer, name, None)
+    return None if held is None else held.dtype
 
 
 def _autocast(dtype: torch.dtype, device: str) -> torch.dtype:

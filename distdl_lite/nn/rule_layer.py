@@ -2,24 +2,45 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from distdl_lite import layout as lay
 from distdl_lite.factors import Dims, blocks, uncut
-from distdl_lite.layout import Layout
+from distdl_lite.layout import Layout, Shape
 from distdl_lite.nn.blocks import anchored
 from distdl_lite.nn.compiler import Compiler, Value
-from distdl_lite.nn.inputs import Inputs, agreed_inputs
+from distdl_lite.nn.inputs import Inputs, agreed_inputs, weight_dtype
 from distdl_lite.nn.module import Call
 from distdl_lite.nn.parameter import Layer
 from distdl_lite.partition import Partition
+from distdl_lite.reducer import replicated
 
 
 def dims_of(X: Layout) -> Dims:
     """The dims of a layout, each of one factor."""
     return tuple((uncut(dim.ranges[0][1]) if len(dim.ranges) == 1 else dim,) for dim in X.dims)
+
+
+@dataclass(frozen=True)
+class Running:
+    """The call of a layer for one structure: its program, which takes the input and the named tensors of the layer."""
+
+    compiler: Compiler
+    run: Callable[..., tuple[torch.Tensor, ...]]
+    held: tuple[str, ...]
+    dtype: torch.dtype
+    graph: bool
+    one: bool
+
+    def __call__(self, layer: Layer, x: torch.Tensor) -> Any:
+        # Anchored also where nothing moves: a checkpoint around it runs the layer again on the ranks that have a graph.
+        x = anchored(x if x.dtype is self.dtype else x.to(self.dtype), self.graph)
+        y = self.run(x, *map(layer.held, self.held))
+        return y[0] if self.one else y
 
 
 class RuleLayer(Layer):
@@ -31,29 +52,39 @@ class RuleLayer(Layer):
     P_x: Partition
     keeps_blocks = False  # whether the output lies as the rule leaves it
 
-    def rule(self, c: Compiler, x: Value) -> Any:
-        """The output, or several, of an input that lies over the grid of `P_x`."""
+    def rule(self, c: Compiler, x: Value, **held: Value) -> Any:
+        """The output, or several, of an input that lies over the grid of `P_x`, and of the layer's tensors, by name."""
         raise NotImplementedError
 
     def result_dtype(self, inputs: Inputs) -> torch.dtype:
         """The dtype of torch's result, as which the input is taken. Raises TypeError if torch's layer does not take it."""
         return inputs.dtype
 
+    def blocks(self, shapes: Mapping[int, Shape]) -> Layout:
+        """How the input lies over the grid, from the ranks' local shapes."""
+        grid = self.P_x.grid_of_ranks
+        return lay.blocks(grid, lay.cuts_from_shapes(grid, shapes))
+
+    def used(self, c: Compiler, name: str, held: Value | None) -> Value | None:
+        """A parameter, whose gradient will be the sum over its copies."""
+        if held is None or self._distdl_places[name].replicas.team.size < 2:
+            return held
+        replicas = self._distdl_places[name].replicas
+        return c.call(replicated, held, replicas, dims=held.dims, dtype=held.dtype, everywhere=True)
+
     def _distdl_module_setup(self, input: tuple[Any, ...]) -> Call:
         inputs, grid, transport = agreed_inputs(self, self.P_x), self.P_x.grid_of_ranks, self._distdl_transport
-        dtype, graph = self.result_dtype(inputs), inputs.requires_grad
+        X, dtype = self.blocks(inputs.shapes), self.result_dtype(inputs)
         c = Compiler(grid, transport.rank, transport, self._distdl_label, inputs.device)
-        X = lay.blocks(grid, lay.cuts_from_shapes(grid, inputs.shapes))
-        x = c.new(dims_of(X), dtype, graph, "x")
-        made = self.rule(c, x)
+        x, held = c.new(dims_of(X), dtype, inputs.requires_grad, "x"), dict[str, Value]()
+        trains = any(p.requires_grad for p in self.parameters())
+        for name, place in self._distdl_places.items():
+            kind = weight_dtype(self, name)
+            if kind is not None:
+                held[name] = c.new(dims_of(place.layout), kind, trains and name not in self._buffers, name)
+        made = self.rule(c, x, **held)
         outputs = [made] if isinstance(made, Value) else list(made)
         if not self.keeps_blocks:
             outputs = [c.move(y, blocks(y.shape, range(y.ndim), grid)) for y in outputs]
-        run, one = c.compiled([x], outputs), isinstance(made, Value)
-
-        def call(layer: RuleLayer, x: torch.Tensor) -> Any:
-            # Anchored also where nothing moves: a checkpoint around it runs the layer again on the ranks that have a graph.
-            y = run(anchored(x if x.dtype is dtype else x.to(dtype), graph))
-            return y[0] if one else y
-
-        return call
+        run = c.compiled([x, *held.values()], outputs)
+        return Running(c, run, tuple(held), dtype, inputs.requires_grad, isinstance(made, Value))
