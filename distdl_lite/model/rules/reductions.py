@@ -94,7 +94,7 @@ def vector_norm(
     return y if ord == 1 else c.call(torch.sqrt, y, dims=y.dims, dtype=op.dtype)
 
 
-@rule("amax", "amin", "argmax", "argmin", "max", "min", "logsumexp", "prod", "any", "all", "median", "aminmax", "mode",
+@rule("amax", "amin", "argmax", "argmin", "max", "min", "prod", "any", "all", "median", "aminmax", "mode",
       "kthvalue", "count_nonzero", "nansum", "nanmean")  # fmt: skip
 def along_dims(c: Compiler, op: Any, x: Value, *args: Any, **options: Any) -> Any:
     """Operations that take a dim, or dims, and need them whole."""

@@ -1,49 +1,190 @@
-"""What all normalisations share: where their parameters live, who adds up statistics, and when nobody has to."""
+"""What all normalisations share: their one rule, and where their parameters live."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from distdl_lite import layout as lay
-from distdl_lite.autograd import ANCHOR
+from distdl_lite.factors import Factors, shape_of_dims, uncut
 from distdl_lite.grid import balanced, ravel
-from distdl_lite.layout import Box, Dim, Layout, Shape, ranges_of
-from distdl_lite.nn.blocks import check_floating, connected_zeros, operator_between, wide
+from distdl_lite.layout import Dim, Layout, Shape, ranges_of
+from distdl_lite.nn.blocks import check_floating, connected_zeros, wide
+from distdl_lite.nn.compiler import Compiler, Value
 from distdl_lite.nn.draws import constant
-from distdl_lite.nn.inputs import Inputs, agreed_inputs, weight_dtype
-from distdl_lite.nn.norm.normalised import Normalise, Rows
+from distdl_lite.nn.inputs import Inputs, weight_dtype
+from distdl_lite.nn.norm.normalised import Normalise, Rows, statistics
 from distdl_lite.nn.options import numbers
-from distdl_lite.nn.parameter import Layer
+from distdl_lite.nn.rule_layer import RuleLayer
 from distdl_lite.operator import Operator
 from distdl_lite.partition import Partition
-from distdl_lite.plan import plan
 from distdl_lite.transport import Team
 
 
 @dataclass(frozen=True)
-class Built:
-    """The call of a norm for one structure."""
+class Kernel:
+    """What a norm normalises together. A row is such a set of values."""
 
-    rows: Rows | None  # None where each rank computes alone
-    fit: Operator | None  # from parameters as they are held to parameters as the input is cut
-    team: Team  # the ranks with the same block of parameters
+    alone: Callable[
+        ..., torch.Tensor
+    ]  # torch's own of a block, the newest statistics' factor, weights and running statistics
+    eps: float
+    over: tuple[int, ...]  # the dims of a row
+    weighted: tuple[int, ...] = (1,)  # the dims that weights are for
+    size: int = 1  # how many channels are in one row
+    numbers: int = 2  # of sums per row: of values and of squares, or of squares alone
+    reaches_bias: bool = False  # whether the graph of torch's second gradient leads to the bias, though with zeros
 
-    def __call__(self, layer: Norm, x: torch.Tensor) -> torch.Tensor:
-        return layer._run(x, self)
+    @property
+    def is_batch(self) -> bool:
+        """Whether a row goes over all samples, so that a block is one of channels as it is."""
+        return 0 in self.over and 0 not in self.weighted
+
+    def count(self, shape: Shape) -> int:
+        """The number of values of a row."""
+        return self.size * math.prod(shape[d] for d in self.over)
+
+    def rows(self, x: Value) -> Factors:
+        """How the rows lie over the grid."""
+        if self.size == 1:
+            return tuple(f for d, factors in enumerate(x.dims) if d not in self.over for f in factors)
+        (channels,) = x.dims[1]
+        groups = ((a // self.size, -(-b // self.size) if a < b else a // self.size) for a, b in channels.ranges)
+        return (*x.dims[0], Dim(tuple(groups), channels.axes))
+
+    def row_of(self, c: Compiler, x: Value) -> torch.Tensor | None:
+        """The row of each channel of this rank's block, None where each is one."""
+        if self.size == 1:
+            return None
+        groups = torch.arange(*c.range(x.dims[1][0]), device=c.device) // self.size
+        groups = groups - groups[:1]
+        samples = torch.arange(c.local(x.dims)[0], device=c.device).unsqueeze(1)
+        return (samples * (groups[-1:] + 1) + groups).view(-1)
+
+    def as_channels(self, x: torch.Tensor) -> torch.Tensor:
+        """A block as ``(B, K, *S)``: each channel of each sample apart, or what else counts the rows."""
+        lead = x.dim() - len(self.over)
+        return x if self.is_batch else x.reshape(1, math.prod(x.shape[:lead]), math.prod(x.shape[lead:]))
+
+    def per_channel(self, weight: torch.Tensor | None, x: torch.Tensor) -> torch.Tensor | None:
+        """A weight for that view of a block `x`; unlike repeat with second gradients also for no samples."""
+        if weight is None or self.is_batch:
+            return weight
+        return weight.reshape(1, 1, -1) if self.over == self.weighted else weight.expand(x.shape[0], -1).reshape(-1)
+
+    def by_rows(self, x: torch.Tensor, channels: torch.Tensor, weight: Any, bias: Any, *found: Any) -> torch.Tensor:
+        """The normalised block by the mean and variance of its rows."""
+        weight, bias = self.per_channel(weight, x), self.per_channel(bias, x)
+        return Normalise.apply(channels, weight, bias, *found, self.eps, x.shape)
+
+    def by_torch(self, x: torch.Tensor, linear: bool, factor: Any, *held: torch.Tensor | None) -> torch.Tensor:
+        """The same by torch, which saves no tensor if `linear`."""
+        if x.numel():
+            return self.alone(x, float(factor or 0.0), *held)
+        used, added = (held[:2], None) if self.reaches_bias else (held[:1], held[1])
+        return connected_zeros(x.shape, x, *used, added=added, linear=linear)
 
 
-class Norm(Layer):
-    """Base of normalisations.
+def normalised(
+    c: Compiler,
+    kernel: Kernel,
+    x: Value,
+    weight: Value | None = None,
+    bias: Value | None = None,
+    running: Sequence[Value | None] = (None, None),
+    factor: float | Value | None = None,
+    batch: bool = True,
+    used: Callable[[str, Value | None], Value | None] = lambda name, value: value,
+    team: Team | None = None,
+) -> Value:
+    """The rule of all norms: a value normalised by its own statistics or, if not `batch`, by the `running` ones.
 
-    A subclass places its parameters with `place_affine` and says what a row is, the values that are normalised together:
-    which dims it is counted by (`rows`), how a block is seen as channels of rows (`as_channels`, `per_channel`, `row_of`), and
-    what torch computes where no row is cut (`alone`).
+    Ranks add up over the axes that cut what is in a row; copies keep each to their own. With a `factor`, the weight of the
+    newest ones, the running statistics are changed in place. The gradients of the weights are summed over their copies with
+    the statistics' if there is a `team` of these, else by what `used` makes of them.
+    """
+    dims = tuple(x.dims[d] for d in kernel.weighted)
+    shapes = {v.shape for v in (weight, bias, *running) if v is not None} - {shape_of_dims(dims)}
+    if shapes:
+        raise ValueError(f"the input of shape {x.shape} has {shape_of_dims(dims)} where weights have {shapes.pop()}")
+    held = [v if v is None else c.move(v, dims) for v in running]
+    tracks, shared = factor is not None and held[0] is not None, _shared(c, kernel, x)
+    # Running statistics that are not of this rank's values alone, or not held as these are, are not left to torch.
+    is_common = tracks and (held[0] is not running[0] or 0 in x.shape or c.parts(x.axes(0, *range(2, x.ndim))) > 1)
+    by_rows = batch and kernel.count(x.shape) and (shared or is_common)
+    if not (by_rows and team):
+        weight, bias = used("weight", weight), used("bias", bias)
+    weight, bias = (v if v is None else c.move(v, dims) for v in (weight, bias))
+    as_x: dict[str, Any] = {"dims": x.dims, "dtype": x.dtype, "everywhere": True}
+    if not by_rows:
+        linear = kernel.is_batch and 0 in x.shape and weight is None
+        return c.call(kernel.by_torch, x, linear, factor, weight, bias, *held, **as_x)
+    rows = _rows(c, kernel, x, shared, any(v is not None and v.grad for v in (x, weight, bias)), team)
+    channels, pivot = (x, held[0]) if kernel.is_batch else (c.call(kernel.as_channels, x, **as_x), None)
+    of_rows: dict[str, Any] = {"dims": [(kernel.rows(x),)] * 2, "dtypes": [torch.float64] * 2, "everywhere": True}
+    found = c.calls(statistics, channels, pivot, rows, grad=False, **of_rows)
+    # torch's batch norm tracks before the output is there: also in a checkpoint that ends with the norm, and whose
+    # recomputation ends with its saved tensors.
+    if tracks and kernel.is_batch:
+        _track(c, rows.count, found, held, running, factor)
+    y = c.call(kernel.by_rows, x, channels, weight, bias, *found, rows, **as_x)
+    if tracks and not kernel.is_batch:
+        _track(c, rows.count, _over_samples(c, x, found), held, running, factor)
+    return y
+
+
+def _shared(c: Compiler, kernel: Kernel, x: Value) -> list[int]:
+    """The axes along which ranks hold values of the same rows."""
+    across = {a for dim in kernel.rows(x) if dim.overlaps for a in dim.axes}
+    return [a for a, n in enumerate(c.grid.shape) if n > 1 and a in {*x.axes(*kernel.over), *across}]
+
+
+def _rows(c: Compiler, kernel: Kernel, x: Value, shared: Sequence[int], grad: bool, team: Team | None) -> Rows:
+    """How the ranks of those axes add up."""
+    dims, keys, sizes = kernel.rows(x), c.free_axes(shared), [c.grid.shape[a] for a in shared]
+
+    def adding_up(*lengths: int) -> Operator | None:
+        R = Layout(c.grid, (*map(uncut, lengths), *dims), keys)
+        return c.operator_of(R, R, c.new((), torch.float64, grad), "statistics")
+
+    gather = adding_up(math.prod(sizes), 3) if x.dtype is torch.float64 and kernel.numbers == 2 else None
+    position, shape = ravel([c.index[a] for a in shared], sizes), c.local(tuple((dim,) for dim in dims))
+    sums = kernel.numbers, kernel.count(x.shape), kernel.row_of(c, x), adding_up(kernel.numbers)
+    return Rows(shape, *sums, gather, position, team)
+
+
+def _over_samples(c: Compiler, x: Value, found: Sequence[Value]) -> list[Value]:
+    """From statistics of each sample to their averages.
+
+    All ranks with the channels take part, so that the copies stay bitwise equal. Each sample is there once per block of space,
+    which the mean does not feel.
+    """
+
+    def added(mean: torch.Tensor, var: torch.Tensor) -> torch.Tensor:
+        return torch.stack([mean, var, torch.ones_like(mean)]).view(3, *shape).sum(1)
+
+    shape = c.local(x.dims)[:2]
+    parts = c.call(added, *found, dims=((uncut(3),), x.dims[1]), dtype=torch.float64)
+    parts = c.sum_over(parts, x.axes(0, *range(2, x.ndim)))
+    return c.calls(lambda t: tuple(t[:2] / t[2]), parts, dims=[(x.dims[1],)] * 2, dtypes=[torch.float64] * 2)
+
+
+def _track(c: Compiler, count: int, latest: Sequence[Value], held: Any, running: Any, factor: Any) -> None:
+    """Change the running statistics, which are `held` as x's channels are, by the latest ones of so many values each."""
+
+    def blended(old: torch.Tensor, new: torch.Tensor, scale: float, factor: Any) -> torch.Tensor:
+        return (1 - factor) * old.double() + factor * (new * scale)
+
+    for new, own, place, scale in zip(latest, held, running, (1.0, count / (count - 1)), strict=True):
+        new = c.call(blended, own, new, scale, factor, dims=own.dims, dtype=torch.float64)
+        c.call(torch.Tensor.copy_, place, c.move(new, place.dims), dims=place.dims, dtype=place.dtype)
+
+
+class Norm(RuleLayer):
+    """Base of normalisations; a subclass places its parameters with `place_affine`.
 
     Parameters
     ----------
@@ -52,174 +193,40 @@ class Norm(Layer):
     """
 
     _distdl_free = frozenset({"eps"})
-    numbers = 2  # per row: sums of values and of squares
-    reaches_bias = False  # whether the graph of torch's second gradient leads to the bias, though with zeros
-    weights_are_per_row = False  # then their gradients are among the sums
-    # Whether statistics are tracked before the output is there: also in a checkpoint that ends with the layer, and whose
-    # recomputation ends with the layer's saved tensors.
-    tracks_early = True
-    uses_batch = True  # whether the input's own statistics are used
-    tracks = False  # whether running statistics are updated
-    may_track = False  # whether they may be in this mode, as `track_running_stats` can be switched
+    keeps_blocks = True
     least_dims = 0
 
     def __init__(self, P_x: Partition, eps: float) -> None:
         super().__init__(P_x)
         if P_x.dim < self.least_dims:
-            least = {2: "two", 3: "three"}[self.least_dims]
-            raise self._refuse(
-                f"P_x of shape {P_x.shape} has {P_x.dim} axes, a tensor (N, C, *space) has {least} or more"
-            )
+            least = f"a tensor (N, C, *space) has {('two', 'three')[self.least_dims - 2]} or more"
+            raise self._refuse(f"P_x of shape {P_x.shape} has {P_x.dim} axes, {least}")
         numbers(self, eps=eps)
         if eps < 0:
             raise self._refuse(f"eps={eps} must not be negative")
         self.P_x, self.eps = P_x, eps
 
     def place_affine(
-        self,
-        shape: Shape,
-        axes: Sequence[int],
-        weight: bool,
-        bias: bool,
-        dtype: torch.dtype | None,
-        device: torch.device | str | None,
-    ) -> None:
+        self, shape: Shape, axes: Sequence[int], weight: bool, bias: bool, dtype: Any, device: Any
+    ) -> Layout:
         """Place weight and bias in balanced blocks along the axes that cut the input's dims they are for."""
         grid = self.P_x.grid_of_ranks
         dims = (Dim(ranges_of(balanced(n, grid.shape[a])), (a,)) for n, a in zip(shape, axes, strict=True))
-        self._held, self._held_axes = Layout(grid, tuple(dims)), tuple(axes)
-        self.place("weight", self._held if weight else None, constant(1.0), dtype, device)
-        self.place("bias", self._held if weight and bias else None, constant(0.0), dtype, device)
+        held = Layout(grid, tuple(dims))
+        self.place("weight", held if weight else None, constant(1.0), dtype, device)
+        self.place("bias", held if weight and bias else None, constant(0.0), dtype, device)
+        return held
 
-    def blocks(self, shapes: Mapping[int, Shape]) -> Layout:
-        """How the input lies over the grid, from the ranks' local shapes."""
-        grid = self.P_x.grid_of_ranks
-        return lay.blocks(grid, lay.cuts_from_shapes(grid, shapes))
-
-    def check_shape(self, shape: Shape) -> None:
-        """Raise what torch would for an input of this global shape."""
-
-    def rows(self, X: Layout) -> tuple[tuple[Dim, ...], int]:
-        """How the rows lie over the grid, and the number of values of each."""
-        raise NotImplementedError
-
-    def row_of(self, box: Box, device: torch.device) -> torch.Tensor | None:
-        """The row of each channel of a block, None where each is one."""
-        return None
-
-    def as_channels(self, x: torch.Tensor) -> torch.Tensor:
-        """A block as ``(B, K, *S)``; each channel of each sample apart unless a subclass says otherwise."""
-        return x.reshape(1, math.prod(x.shape[:2]), math.prod(x.shape[2:]))
-
-    def per_channel(self, parameter: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        """A parameter for that view of a block `x`; unlike repeat with second gradients also for no samples."""
-        return parameter.expand(x.shape[0], -1).reshape(-1)
-
-    def saves_nothing(self) -> bool:
-        """Whether torch's saves no tensor of such an input, so that a checkpoint does not run it again."""
-        return False
-
-    def alone(self, x: torch.Tensor, *held: torch.Tensor | None) -> torch.Tensor:
-        """torch's own with weight, bias and running statistics, where no other rank's values count."""
-        raise NotImplementedError
-
-    def running(self, built: Built) -> tuple[torch.Tensor | None, ...]:
-        """The running statistics that `alone` takes."""
-        return ()
-
-    def epsilon(self, x: torch.Tensor) -> float:
-        """What is added to the variance."""
-        return self.eps
-
-    def pivot(self, x: torch.Tensor, built: Built) -> torch.Tensor:
-        """Near the mean of each row, and the same on all ranks of it; in float64."""
-        return torch.zeros((), dtype=torch.float64, device=x.device)
-
-    def track(self, built: Built, mean: torch.Tensor, var: torch.Tensor) -> None:
-        """Update running statistics by those of the rows."""
-
-    def _distdl_module_setup(self, input: tuple[Any, ...]) -> Built:
-        (x,) = input
-        inputs = agreed_inputs(self, self.P_x)
-        X = self.blocks(inputs.shapes)
-        grid = X.grid
+    def result_dtype(self, inputs: Inputs) -> torch.dtype:
         check_floating(self, inputs)
-        self._check_dtype(inputs)
-        self.check_shape(lay.global_shape_of(X))
-        fit, index = self._fit(X), grid.index(self._distdl_transport.rank)
-        assert index is not None
-        team = self._distdl_transport.team(grid.members({a: index[a] for a in self._held_axes}))
-        dims, count = self.rows(X)
-        R = Layout(grid, (Dim(((0, self.numbers),)), *dims), tuple(a for d in dims for a in d.axes if not d.overlaps))
-        is_empty = 0 in lay.global_shape_of(X)  # where the running statistics become nan, as torch's
-        needed = R.free_axes or (self.may_track and (fit is not None or team.size > 1 or is_empty))
-        if not (self.uses_batch and count and needed):
-            return Built(None, fit, team)
-        sizes = [grid.shape[a] for a in R.free_axes]
-        gather = None
-        if inputs.dtype is torch.float64 and self.numbers == 2:
-            gather = self._sum_over(replace(R, dims=(Dim(((0, math.prod(sizes)),)), Dim(((0, 3),)), *dims)))
-        position = ravel([index[a] for a in R.free_axes], sizes)
-        row_of = self.row_of(X.box_at(index), x.device)
-        summed = team if self.weights_are_per_row else self._distdl_transport.team((self._distdl_transport.rank,))
-        graph = inputs.requires_grad or any(p.requires_grad for p in self.parameters())
-        return Built(Rows(self._sum_over(R), gather, position, count, row_of, summed, graph), fit, team)
+        held = weight_dtype(self) or weight_dtype(self, "running_mean")
+        if held not in (None, inputs.dtype, wide(inputs.dtype)):
+            raise self._refuse(f"the input has dtype {inputs.dtype}, weights and statistics {held}", TypeError)
+        return inputs.dtype
 
-    def _fit(self, X: Layout) -> Operator | None:
-        """Each line of ranks along the held axes moves its one copy of a parameter to the input's cuts."""
-        held = [t for t in (*self._parameters.values(), *self._buffers.values()) if t is not None]
-        if not held:
-            return None
-        wanted = tuple(X.dims[a] for a in self._held_axes)
-        shape, given = lay.global_shape_of(self._held), tuple(max(r[1] for r in dim.ranges) for dim in wanted)
-        if given != shape:
-            raise self._refuse(f"the input of shape {lay.global_shape_of(X)} has {given} where weights have {shape}")
-        others = tuple(a for a in range(X.grid.dim) if a not in self._held_axes)
-        graph = any(p.requires_grad for p in self.parameters())
-        return operator_between(Layout(X.grid, self._held.dims, others), Layout(X.grid, wanted, others), self, graph)
-
-    def _sum_over(self, R: Layout) -> Operator:
-        """The sum of the numbers of each row over all ranks that have it."""
-        transport = self._distdl_transport
-        return Operator(plan(R, R, transport.rank), transport, type(self).__name__, graph=True)
-
-    def _check_dtype(self, inputs: Inputs) -> None:
-        held, statistics = weight_dtype(self), self._buffers.get("running_mean")
-        if held is None and statistics is not None:
-            held = statistics.dtype
-        if held in (None, inputs.dtype, wide(inputs.dtype)):
-            return
-        raise self._refuse(f"the input has dtype {inputs.dtype}, weights and statistics {held}", TypeError)
-
-    def _run(self, x: torch.Tensor, built: Built) -> torch.Tensor:
-        rows = built.rows
-        if rows is None:
-            return self._without_others(x, built)
-        # The gradients of both are summed over the replicas, here or with the statistics'.
-        weight, bias = self._fitted(self.held if rows.team.size > 1 else self.use, built)
-        weight, bias = (None if t is None else self.per_channel(t, x) for t in (weight, bias))
-        late: list[tuple[torch.Tensor, torch.Tensor]] = []
-        track = partial(self.track, built) if self.tracks_early else lambda *statistics: late.append(statistics)
-        seen = track if self.tracks else None
-        anchor, pivot, eps = ANCHOR if rows.graph else None, self.pivot(x, built), self.epsilon(x)
-        y = Normalise.apply(self.as_channels(x), weight, bias, anchor, pivot, eps, rows, x.shape, seen)
-        for statistics in late:
-            self.track(built, *statistics)
-        return y
-
-    def _without_others(self, x: torch.Tensor, built: Built) -> torch.Tensor:
-        """torch's own function of the block."""
-        weight, bias = self._fitted(self.use, built)
-        running = self.running(built)  # also on a rank with an empty block: this may communicate
-        if x.numel():
-            return self.alone(x, weight, bias, *running)
-        used, added = ((weight, bias), None) if self.reaches_bias else ((weight,), bias)
-        return connected_zeros(x.shape, x, *used, added=added, linear=self.saves_nothing())
-
-    def _fitted(self, read: Callable[[str], torch.Tensor | None], built: Built) -> tuple[torch.Tensor | None, ...]:
-        """Weight and bias as the input is cut."""
-        weight, bias = read("weight"), read("bias")
-        return (weight, bias) if built.fit is None else tuple(t if t is None else built.fit(t) for t in (weight, bias))
+    def weights(self, c: Compiler, weight: Value | None = None, bias: Value | None = None) -> list[Value | None]:
+        """Weight and bias, whose gradients will be the sums over their copies."""
+        return [self.used(c, "weight", weight), self.used(c, "bias", bias)]
 
 
 def by_kernel(kernel: Callable[..., torch.Tensor], x: torch.Tensor, *arguments: Any) -> torch.Tensor:

@@ -3,14 +3,45 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 
-from distdl_lite import layout as lay
-from distdl_lite.layout import Box, Dim, Layout, Shape
-from distdl_lite.nn.norm.base import Norm, by_kernel
+from distdl_lite.nn.compiler import Compiler, Value, rule
+from distdl_lite.nn.norm.base import Kernel, Norm, by_kernel, normalised
 from distdl_lite.nn.options import integers
 from distdl_lite.partition import Partition
+
+
+def grouped(c: Compiler, x: Value, num_groups: int, num_channels: int, eps: float, *affine: Value | None) -> Value:
+    """The rule of group norms; channels may be cut inside a group."""
+    batch, channels, *space = x.shape
+    if channels != num_channels:
+        raise ValueError(f"the input of shape {x.shape} has {channels} channels, num_channels={num_channels}")
+    size = [batch * channels // num_groups, num_groups, *space]
+    if size[0] * math.prod(space) == 1:
+        raise ValueError(f"Expected more than 1 value per channel when training, got input size {size}")
+    per_group = max(channels // num_groups, 1)
+
+    def alone(x: torch.Tensor, factor: float, weight: Any, bias: Any, *running: None) -> torch.Tensor:
+        if torch.is_grad_enabled() and not x.requires_grad:
+            x = x.contiguous()  # in channels_last memory torch's backward to the weight alone ends the process
+        return by_kernel(torch.group_norm, x, x.shape[1] // per_group, weight, bias, eps)
+
+    kernel = Kernel(alone, eps, tuple(range(2, x.ndim)), size=per_group, reaches_bias=True)
+    return normalised(c, kernel, c.plain(x, [1]), *affine)
+
+
+@rule("group_norm")
+def group_norm(
+    c: Compiler, op: Any, x: Value, num_groups: int, weight: Any = None, bias: Any = None, eps: float = 1e-5, *_: Any
+) -> Value:
+    return grouped(c, x, num_groups, x.shape[1], eps, weight, bias)
+
+
+@rule("native_group_norm")
+def native_group_norm(c: Compiler, op: Any, x: Value, weight: Any, bias: Any, *sizes: Any) -> list[Any]:
+    return [group_norm(c, op, x, sizes[3], weight, bias, sizes[4]), None, None]
 
 
 class DistributedGroupNorm(Norm):
@@ -34,7 +65,6 @@ class DistributedGroupNorm(Norm):
     summed by the reducer when backward ends.
     """
 
-    reaches_bias = True
     least_dims = 2
 
     def __init__(
@@ -55,33 +85,10 @@ class DistributedGroupNorm(Norm):
         if num_channels % num_groups:
             raise self._refuse(f"num_channels ({num_channels}) must be divisible by num_groups ({num_groups})")
         self.num_groups, self.num_channels, self.affine = num_groups, num_channels, affine
-        self._size = max(num_channels // num_groups, 1)
         self.place_affine((num_channels,), (1,), affine, bias, dtype, device)
 
-    def check_shape(self, shape: Shape) -> None:
-        batch, channels, *space = shape
-        if channels != self.num_channels:
-            raise self._refuse(f"the input of shape {shape} has {channels} channels, num_channels={self.num_channels}")
-        size = [batch * channels // self.num_groups, self.num_groups, *space]
-        if size[0] * math.prod(space) == 1:
-            raise ValueError(f"Expected more than 1 value per channel when training, got input size {size}")
-
-    def rows(self, X: Layout) -> tuple[tuple[Dim, ...], int]:
-        channels = X.dims[1]
-        groups = tuple((a // self._size, -(-b // self._size) if a < b else a // self._size) for a, b in channels.ranges)
-        return (X.dims[0], Dim(groups, channels.axes)), self._size * math.prod(lay.global_shape_of(X)[2:])
-
-    def row_of(self, box: Box, device: torch.device) -> torch.Tensor:
-        (first, last), (start, stop) = box[:2]
-        groups = torch.arange(start, stop, device=device) // self._size
-        groups = groups - groups[:1]
-        samples = torch.arange(last - first, device=device).unsqueeze(1)
-        return (samples * (groups[-1:] + 1) + groups).view(-1)
-
-    def alone(self, x: torch.Tensor, *held: torch.Tensor | None) -> torch.Tensor:
-        if torch.is_grad_enabled() and not x.requires_grad:
-            x = x.contiguous()  # in channels_last memory torch's backward to the weight alone ends the process
-        return by_kernel(torch.group_norm, x, x.shape[1] // self._size, *held, self.eps)
+    def rule(self, c: Compiler, x: Value, **held: Value) -> Value:
+        return grouped(c, x, self.num_groups, self.num_channels, self.eps, *self.weights(c, **held))
 
     def extra_repr(self) -> str:
         return f"{self.num_groups}, {self.num_channels}, eps={self.eps}, affine={self.affine}, P_x={self.P_x.shape}"

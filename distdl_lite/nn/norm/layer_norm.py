@@ -2,20 +2,53 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 
-from distdl_lite.layout import Dim, Layout, Shape
+from distdl_lite.layout import Shape
 from distdl_lite.nn.blocks import wide
-from distdl_lite.nn.norm.base import Norm
+from distdl_lite.nn.compiler import Compiler, Value, rule
+from distdl_lite.nn.norm.base import Kernel, Norm, normalised
 from distdl_lite.nn.options import integers, listed
 from distdl_lite.partition import Partition
 
 
+def over_last(
+    c: Compiler, alone: Callable[..., torch.Tensor], x: Value, shape: Shape, eps: float | None, *affine: Value | None
+) -> Value:
+    """The rule of norms over the last dims, for which weights are, too; `alone` is torch's."""
+    if x.shape[-len(shape) :] != shape:
+        raise ValueError(f"the input of shape {x.shape} does not end in normalized_shape={shape}")
+    over, is_centred = tuple(range(x.ndim - len(shape), x.ndim)), alone is torch.layer_norm
+
+    def of_block(x: torch.Tensor, factor: float, weight: Any, bias: Any, *running: None) -> torch.Tensor:
+        return alone(x, shape, *((weight, bias) if is_centred else (weight,)), eps)
+
+    added = torch.finfo(wide(x.dtype)).eps if eps is None else eps
+    kernel = Kernel(of_block, added, over, over, numbers=1 + is_centred, reaches_bias=is_centred)
+    return normalised(c, kernel, x, *affine)
+
+
+@rule("layer_norm", "native_layer_norm")
+def layer_norm(
+    c: Compiler, op: Any, x: Value, shape: Any, weight: Any = None, bias: Any = None, eps: float = 1e-5, *_: Any
+) -> Any:
+    y = over_last(c, torch.layer_norm, x, tuple(shape), eps, weight, bias)
+    return y if op.is_one else [y, None, None]
+
+
+@rule("rms_norm", "_fused_rms_norm")
+def rms_norm(c: Compiler, op: Any, x: Value, shape: Any, weight: Any = None, eps: float | None = None) -> Any:
+    y = over_last(c, torch.rms_norm, x, tuple(shape), eps, weight)
+    return y if op.is_one else [y, None]
+
+
 class _LastDimsNorm(Norm):
-    """Base of both: rows are counted by the leading dims, weights vary over the last ones."""
+    """Base of both."""
+
+    _alone: Callable[..., torch.Tensor] = torch.layer_norm
 
     def __init__(
         self,
@@ -32,26 +65,15 @@ class _LastDimsNorm(Norm):
         for n in sizes:
             integers(self, 0, normalized_shape=n)
         self.normalized_shape, self.elementwise_affine = sizes, elementwise_affine
-        self._lead = P_x.dim - len(self.normalized_shape)
-        if self._lead < 0 or not self.normalized_shape:
+        lead = P_x.dim - len(sizes)
+        if lead < 0 or not self.normalized_shape:
             raise self._refuse(
                 f"normalized_shape={self.normalized_shape} does not fit P_x of shape {P_x.shape}, which has an axis per dim"
             )
-        self.place_affine(self.normalized_shape, range(self._lead, P_x.dim), elementwise_affine, bias, dtype, device)
+        self.place_affine(self.normalized_shape, range(lead, P_x.dim), elementwise_affine, bias, dtype, device)
 
-    def check_shape(self, shape: Shape) -> None:
-        if shape[self._lead :] != self.normalized_shape:
-            raise self._refuse(f"the input of shape {shape} does not end in normalized_shape={self.normalized_shape}")
-
-    def rows(self, X: Layout) -> tuple[tuple[Dim, ...], int]:
-        return X.dims[: self._lead], math.prod(self.normalized_shape)
-
-    def as_channels(self, x: torch.Tensor) -> torch.Tensor:
-        lead, last = x.shape[: self._lead], x.shape[self._lead :]
-        return x.reshape(1, math.prod(lead), math.prod(last))
-
-    def per_channel(self, parameter: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        return parameter.reshape(1, 1, -1)
+    def rule(self, c: Compiler, x: Value, **held: Value) -> Value:
+        return over_last(c, self._alone, x, self.normalized_shape, self.eps, *self.weights(c, **held))
 
     def extra_repr(self) -> str:
         return f"{self.normalized_shape}, eps={self.eps}, elementwise_affine={self.elementwise_affine}, P_x={self.P_x.shape}"
@@ -85,11 +107,6 @@ class DistributedLayerNorm(_LastDimsNorm):
     reducer when backward ends. Blocks that are not balanced, and statistics, are as in `DistributedBatchNorm`.
     """
 
-    reaches_bias = True
-
-    def alone(self, x: torch.Tensor, *held: torch.Tensor | None) -> torch.Tensor:
-        return torch.layer_norm(x, self.normalized_shape, *held, self.eps)
-
 
 class DistributedRMSNorm(_LastDimsNorm):
     """Division by the root mean square over the last dims of the tensor that the blocks over `P_x` form, as torch's.
@@ -109,7 +126,7 @@ class DistributedRMSNorm(_LastDimsNorm):
         As `DistributedLayerNorm`. torch's promotion of an input and a weight of different dtypes is not offered.
     """
 
-    numbers = 1
+    _alone = torch.rms_norm
 
     def __init__(
         self,
@@ -122,9 +139,3 @@ class DistributedRMSNorm(_LastDimsNorm):
     ) -> None:
         super().__init__(P_x, normalized_shape, 0.0 if eps is None else eps, elementwise_affine, False, device, dtype)
         self.eps = eps
-
-    def epsilon(self, x: torch.Tensor) -> float:
-        return torch.finfo(wide(x.dtype)).eps if self.eps is None else self.eps
-
-    def alone(self, x: torch.Tensor, *held: torch.Tensor | None) -> torch.Tensor:
-        return torch.rms_norm(x, self.normalized_shape, held[0], self.eps)

@@ -20,7 +20,6 @@ _AT_ONCE = 2**18  # elements of a block in wide temporaries: 2 MiB of float64 st
 _AT_ONCE_ON_DEVICES = 2**24  # where a launch costs more than a cache would give
 
 Map = Callable[[torch.Tensor], torch.Tensor]
-Track = Callable[[torch.Tensor, torch.Tensor], None]
 
 
 @dataclass(frozen=True)
@@ -29,62 +28,41 @@ class Rows:
 
     A block is seen as ``(B, K, *S)``. Each of its K channels belongs to a row: the values, on any ranks, that are normalised
     together.
-
-    Attributes
-    ----------
-    add_up : Operator
-        From numbers per row to their sums over the ranks that share the row. The first dim counts the numbers: two, or
-        one where the rows are not centred but only divided by their root mean square.
-    gather : Operator or None
-        For float64 input: n, mean and variance of each row, from each of these ranks apart.
-    position : int
-        This rank's place among them.
-    count : int
-        Values per row.
-    row_of : tensor of int64 or None
-        The row of each channel; None where each is one.
-    team : Team
-        The ranks that the gradients of the weights are summed over in the same collective; this rank alone where the
-        reducer does that.
-    graph : bool
-        Whether anything requires grad on any rank.
     """
 
-    add_up: Operator
-    gather: Operator | None
-    position: int
-    count: int
-    row_of: torch.Tensor | None
-    team: Team
-    graph: bool
-
-    @property
-    def numbers(self) -> int:
-        return self.add_up.plan.returned_shape[0]
-
-    @property
-    def shape(self) -> Shape:
-        """Of this rank's rows."""
-        return self.add_up.plan.returned_shape[1:]
+    shape: Shape  # of this rank's rows
+    numbers: int  # per row: two, or one where the rows are not centred but only divided by their root mean square
+    count: int  # of values per row
+    row_of: torch.Tensor | None  # the row of each channel, as int64; None where each is one
+    add_up: Operator | None  # from numbers per row to their sums over the ranks that share it; None where nothing runs
+    gather: Operator | None  # for float64 input: n, mean and variance of each row, from each of these ranks apart
+    position: int  # of this rank among them
+    team: Team | None  # who sums the gradients of the weights in the same collective; None where the reducer does that
 
     def fold(self, values: torch.Tensor) -> torch.Tensor:
         """Sums over the channels of each row, along the last dim."""
         if self.row_of is None:
             return values
-        return values.new_zeros(*values.shape[:-1], math.prod(self.shape)).index_add(-1, self.row_of, values)
+        sums = values.new_zeros(*values.shape[:-1], math.prod(self.shape))
+        return sums.index_add(-1, self.row_of.to(values.device), values)
 
     def spread(self, values: torch.Tensor) -> torch.Tensor:
         """The number of each channel's row, along the last dim."""
-        return values if self.row_of is None else values.index_select(-1, self.row_of)
+        return values if self.row_of is None else values.index_select(-1, self.row_of.to(values.device))
 
     def summed(self, values: torch.Tensor, differentiable: bool = False) -> torch.Tensor:
         """Numbers per row, added up over all ranks that share the row."""
+        assert self.add_up is not None
         move = self.add_up if differentiable else self.add_up.apply
-        return move(values.reshape(self.add_up.plan.returned_shape)).view(values.shape)
+        return move(values.reshape(self.numbers, *self.shape)).view(values.shape)
 
 
-def _statistics(x: torch.Tensor, pivot: torch.Tensor, rows: Rows) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and biased variance of each row over all ranks, in float64; zero and mean square if it is not centred."""
+@torch.no_grad()
+def statistics(x: torch.Tensor, pivot: torch.Tensor | None, rows: Rows) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and biased variance of each row over all ranks, in float64; zero and mean square if it is not centred.
+
+    The pivot is near the mean of each row, and the same on all ranks of it; None is zero.
+    """
     n, mean, var = _own_statistics(x, rows)
     if rows.gather is not None:
         apart = mean.new_zeros(rows.gather.plan.returned_shape)
@@ -92,6 +70,7 @@ def _statistics(x: torch.Tensor, pivot: torch.Tensor, rows: Rows) -> tuple[torch
         gathered = rows.gather.apply(apart).view(len(apart), 3, len(mean))
         _, mean, var = _merged(*gathered.unbind(1), lambda t: t.sum(0), lambda t: t)
         return mean, var
+    pivot = mean.new_zeros(()) if pivot is None else pivot.double()
     shift = mean - pivot
     sums = torch.stack([n * shift, n * (var + shift * shift)])[-rows.numbers :]
     *shifts, square = rows.summed(sums) / rows.count
@@ -148,10 +127,9 @@ def _merged(
 
 
 class Normalise(Node):
-    """Normalisation by the values' own statistics, of a block as ``(B, K, *S)``; `_composed` is the same in plain operations.
+    """Normalisation of a block as ``(B, K, *S)`` by the statistics of its rows; `_composed` is the same in plain operations.
 
-    Weight and bias have one number per channel, or one per element of the channels of ``(B, K, S)`` as ``(1, 1, S)``. `track` is
-    given mean and biased variance of each row over all ranks, in float64; before a checkpoint that recomputes may stop. The
+    Weight and bias have one number per channel, or one per element of the channels of ``(B, K, S)`` as ``(1, 1, S)``. The
     result has the given shape. (Were it a view, a Function's output could not be changed in place but by three copies.)
     """
 
@@ -161,16 +139,12 @@ class Normalise(Node):
         x: torch.Tensor,
         weight: torch.Tensor | None,
         bias: torch.Tensor | None,
-        anchor: torch.Tensor | None,
-        pivot: torch.Tensor,
-        eps: float,
+        mean: torch.Tensor,
+        var: torch.Tensor,
         rows: Rows,
+        eps: float,
         shape: Shape,
-        track: Track | None,
     ) -> torch.Tensor:
-        mean, var = _statistics(x, pivot, rows)
-        if track is not None:
-            track(mean, var)
         ctx.rows, ctx.eps = rows, eps
         ctx.save_for_backward(x, weight, bias, mean, var)
         if not x.numel():
@@ -195,7 +169,7 @@ class Normalise(Node):
         else:
             found = _backward(gradient, x, weight, mean, var, ctx.eps, ctx.rows)
         wanted = (g if needed else None for g, needed in zip(found, ctx.needs_input_grad, strict=False))
-        return (*wanted, *(None,) * 6)
+        return (*wanted, *(None,) * 5)
 
 
 def _scaled(
@@ -237,7 +211,7 @@ def _backward(
     sums, of_elements = _sums(gradient, x, weight if by_element else None, mean, scale)
     # The statistics take (x - mean) slope + offset from the input's gradient, by sums over the row.
     factor = scale.new_ones(()) if weight is None or by_element else weight.double()
-    if rows.team.size > 1:
+    if rows.team is not None:
         sums = of_weights = rows.summed(sums)
         sums = sums * factor
     else:
@@ -308,12 +282,14 @@ def _differentiable_backward(
     rows: Rows,
 ) -> tuple[torch.Tensor | None, ...]:
     """`_backward` through `_composed`, for gradients of gradients."""
-    team = rows.team
     held = [t if t is None or t.requires_grad else t.detach().requires_grad_() for t in (x, weight, bias)]
     x_used, *weights_used = (None if t is None else t.view_as(t) for t in held)
-    weights_used = [None if t is None else copy_to_team(t, team) for t in weights_used]
+    if rows.team is not None:
+        weights_used = [None if t is None else copy_to_team(t, rows.team) for t in weights_used]
     y = _composed(x_used, *weights_used, mean, eps, rows)
     wanted = [t for t in (x_used, *weights_used) if t is not None]
     gx, *rest = torch.autograd.grad(y, wanted, gradient, create_graph=True)
-    sums = iter(reduce_from_team(torch.stack(rest), team) if rest else ())
+    if rest and rows.team is not None:
+        rest = reduce_from_team(torch.stack(rest), rows.team).unbind()
+    sums = iter(rest)
     return gx, *(None if t is None else next(sums) for t in (weight, bias))

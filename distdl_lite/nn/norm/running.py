@@ -3,25 +3,76 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-from distdl_lite import layout as lay
-from distdl_lite.layout import Dim, Layout, Shape
+from distdl_lite.layout import Layout
 from distdl_lite.nn.blocks import anchored
+from distdl_lite.nn.compiler import Compiler, Value, rule
 from distdl_lite.nn.draws import constant
 from distdl_lite.nn.inputs import weight_dtype
-from distdl_lite.nn.norm.base import Built, Norm, by_kernel
+from distdl_lite.nn.norm.base import Kernel, Norm, by_kernel, normalised
 from distdl_lite.nn.options import integers, numbers
 from distdl_lite.partition import Partition
+
+
+def over_batch(c: Compiler, x: Value, batch: bool, eps: float, *held: Any, **options: Any) -> Value:
+    """The rule of batch norms; the rest is as of `normalised`."""
+    if batch and eps == 0:
+        raise ValueError("eps=0 is refused in training, as by torch")
+    if batch and math.prod(x.shape) == x.shape[1]:
+        raise ValueError(f"Expected more than 1 value per channel when training, got input size {torch.Size(x.shape)}")
+
+    def alone(x: torch.Tensor, factor: float, weight: Any, bias: Any, *running: Any) -> torch.Tensor:
+        return by_kernel(F.batch_norm, x, *running, weight, bias, batch, factor, eps)
+
+    return normalised(c, Kernel(alone, eps, (0, *range(2, x.ndim))), x, *held, batch=batch, **options)
+
+
+def over_space(c: Compiler, x: Value, batch: bool, eps: float, *held: Any, **options: Any) -> Value:
+    """The rule of instance norms; the rest is as of `normalised`."""
+    if batch and math.prod(x.shape[2:]) == 1:
+        size = torch.Size(x.shape)
+        raise ValueError(f"Expected more than 1 spatial element when training, got input size {size}")
+
+    def alone(x: torch.Tensor, factor: float, weight: Any, bias: Any, *running: Any) -> torch.Tensor:
+        # As of a block with a dim of length one, see `by_kernel`: torch makes all channels those of one sample.
+        return F.instance_norm(x.flatten(2), *running, weight, bias, batch, factor, eps).view(x.shape)
+
+    return normalised(c, Kernel(alone, eps, tuple(range(2, x.ndim))), x, *held, batch=batch, **options)
+
+
+@rule("batch_norm", "native_batch_norm", "_native_batch_norm_legit", "_native_batch_norm_legit_no_training",
+      "_native_batch_norm_legit_functional")  # fmt: skip
+def batch_norm(c: Compiler, op: Any, x: Value, weight: Value | None, bias: Value | None, *rest: Any) -> Any:
+    """Of torch's results, those that only its own backward reads are None."""
+    batch = next((v for v in rest if isinstance(v, bool)), False)
+    *running, momentum, eps = (v for v in rest if not isinstance(v, bool))
+    running, is_functional = running or [None, None], op.name.endswith("_functional")
+    if is_functional and batch:
+        dims = (x.dims[1],)
+        running = [c.call(torch.clone, c.move(v, dims), dims=dims, dtype=v.dtype) for v in running]
+    y = over_batch(c, x, batch, eps, weight, bias, running, momentum if batch else None)
+    return y if op.is_one else [y, None, None, *(running if is_functional else ())]
+
+
+@rule("instance_norm")
+def instance_norm(c: Compiler, op: Any, x: Value, *rest: Any) -> Value:
+    """Changes running statistics where they are: torch's record does not say that they are changed."""
+    weight, bias, mean, var, batch, momentum, eps, _ = rest
+    return over_space(c, x, batch, eps, weight, bias, (mean, var), momentum if batch else None)
 
 
 class _RunningNorm(Norm):
     """Base of both: weights and running statistics per channel."""
 
     _distdl_free = frozenset({"eps", "momentum"})
+    _rule: Callable[..., Value]
+    sums_weights = False  # whether their gradients are summed with the statistics'
 
     def __init__(
         self,
@@ -41,24 +92,12 @@ class _RunningNorm(Norm):
         numbers(self, momentum=0.0 if momentum is None else momentum)
         self.num_features, self.momentum = num_features, momentum
         self.affine, self.track_running_stats = affine, track_running_stats
-        self.place_affine((num_features,), (1,), affine, bias, dtype, device)
-        channels = self._held if track_running_stats else None
+        held = self.place_affine((num_features,), (1,), affine, bias, dtype, device)
+        channels = held if track_running_stats else None
         self.place("running_mean", channels, constant(0.0), dtype, device, buffer=True)
         self.place("running_var", channels, constant(1.0), dtype, device, buffer=True)
         number = Layout(P_x.grid_of_ranks, ()) if track_running_stats else None
         self.place("num_batches_tracked", number, constant(0), torch.long, device, buffer=True)
-
-    @property
-    def uses_batch(self) -> bool:
-        return self.training or self.held("running_mean") is None
-
-    @property
-    def tracks(self) -> bool:
-        return self.track_running_stats and self.may_track
-
-    @property
-    def may_track(self) -> bool:
-        return self.training and self.held("running_mean") is not None
 
     @torch.no_grad()
     def reset_running_stats(self) -> None:
@@ -68,29 +107,20 @@ class _RunningNorm(Norm):
             if held is not None:
                 held.fill_(value)
 
-    def factor(self) -> float:
-        """The weight of the newest statistics among the running ones."""
-        raise NotImplementedError
+    def factor(self, c: Compiler, number: Value | None) -> Any:
+        """The weight of the newest statistics among the running ones, after so many."""
+        return 0.0 if self.momentum is None else self.momentum
 
-    def running(self, built: Built) -> tuple[torch.Tensor | None, ...]:
-        """Running statistics as the input is cut, None where they are neither used nor updated."""
-        mean, var = self.held("running_mean"), self.held("running_var")
-        if mean is None or (self.training and not self.track_running_stats):
-            return None, None
-        return (mean, var) if built.fit is None else (built.fit.apply(mean), built.fit.apply(var))
-
-    @torch.no_grad()
-    def track(self, built: Built, mean: torch.Tensor, var: torch.Tensor) -> None:
-        assert built.rows is not None
-        count, factor = built.rows.count, self.factor()
-        latest = self.per_feature(mean, var * (count / (count - 1)), built)
-        for running, new in zip((self.running_mean, self.running_var), latest, strict=True):
-            new = new if built.fit is None else built.fit.adjoint.apply(new)
-            running.copy_((1 - factor) * running.double() + factor * new)
-
-    def per_feature(self, mean: torch.Tensor, var: torch.Tensor, built: Built) -> tuple[torch.Tensor, torch.Tensor]:
-        """From statistics of the rows to those of the channels over the whole batch."""
-        return mean, var
+    def rule(self, c: Compiler, x: Value, **held: Value) -> Value:
+        names = "weight", "bias", "running_mean", "running_var", "num_batches_tracked"
+        weight, bias, *running, number = map(held.get, names)
+        batch = self.training or running[0] is None
+        tracks = self.training and self.track_running_stats and running[0] is not None
+        factor = self.factor(c, number) if tracks else None
+        running = [None, None] if batch and factor is None else running
+        team = self._distdl_transport.team(c.grid.members({1: c.index[1]}))
+        sums = {"used": partial(self.used, c), "team": team if self.sums_weights and team.size > 1 else None}
+        return self._rule(c, x, batch, self.eps, weight, bias, running, factor, **sums)
 
     def extra_repr(self) -> str:
         return (
@@ -132,7 +162,8 @@ class DistributedBatchNorm(_RunningNorm):
     """
 
     _distdl_free = frozenset({"eps", "momentum", "track_running_stats"})
-    weights_are_per_row = True
+    _rule = staticmethod(over_batch)
+    sums_weights = True
     least_dims = 2
 
     @property
@@ -145,49 +176,19 @@ class DistributedBatchNorm(_RunningNorm):
         """DistDL's name of the bias."""
         return self.bias
 
-    def check_shape(self, shape: Shape) -> None:
-        if self.uses_batch and self.eps == 0:
-            raise self._refuse("eps=0 is refused in training, as by torch")
-        if self.uses_batch and math.prod(shape) == shape[1]:
-            size = torch.Size(shape)
-            raise ValueError(f"Expected more than 1 value per channel when training, got input size {size}")
-
-    def rows(self, X: Layout) -> tuple[tuple[Dim, ...], int]:
-        batch, _, *space = lay.global_shape_of(X)
-        return X.dims[1:2], math.prod((batch, *space))
-
-    def as_channels(self, x: torch.Tensor) -> torch.Tensor:
-        return x
-
-    def per_channel(self, parameter: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        return parameter
-
-    def pivot(self, x: torch.Tensor, built: Built) -> torch.Tensor:
-        mean, _ = self.running(built)
-        return super().pivot(x, built) if mean is None else mean.double()
-
-    def factor(self) -> float:
-        return 1.0 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
-
-    def _run(self, x: torch.Tensor, built: Built) -> torch.Tensor:
-        if self.tracks and self.num_batches_tracked is not None:
-            self.num_batches_tracked.add_(1)
-        return super()._run(x, built)
-
-    def saves_nothing(self) -> bool:
-        """Of no values torch's returns a copy, times the weight if there is one."""
-        return weight_dtype(self) is None and self._distdl_structure.is_empty
+    def factor(self, c: Compiler, number: Value | None) -> Any:
+        if number is not None:
+            number = c.call(torch.Tensor.add_, number, 1, dims=(), dtype=number.dtype)
+        if number is None or self.momentum is not None:
+            return self.momentum
+        return c.call(lambda n: 1.0 / n.double(), number, dims=(), dtype=torch.float64)
 
     def _distdl_recomputed(self, input: tuple[Any, ...]) -> tuple[Any, ...]:
-        if not self.saves_nothing():
+        if weight_dtype(self) is not None or not self._distdl_structure.is_empty:
             return super()._distdl_recomputed(input)
-        # What follows may save tensors, and so run the layer again: on all ranks or none, as all have a graph or none has.
+        # Of no values torch's returns a copy, times the weight if there is one, and a checkpoint does not run it again. What
+        # follows may save tensors, and so run it again: on all ranks or none, as all have a graph or none has.
         return (anchored(input[0], self._distdl_structure.requires_grad),)
-
-    def alone(self, x: torch.Tensor, *held: torch.Tensor | None) -> torch.Tensor:
-        weight, bias, mean, var = held
-        factor = self.factor() if self.tracks else 0.0
-        return by_kernel(F.batch_norm, x, mean, var, weight, bias, self.training or mean is None, factor, self.eps)
 
 
 class DistributedInstanceNorm(_RunningNorm):
@@ -210,8 +211,8 @@ class DistributedInstanceNorm(_RunningNorm):
     bias are summed by the reducer when backward ends.
     """
 
+    _rule = staticmethod(over_space)
     least_dims = 3
-    tracks_early = False  # as torch's
 
     def __init__(
         self,
@@ -227,28 +228,3 @@ class DistributedInstanceNorm(_RunningNorm):
         bias: bool = True,
     ) -> None:
         super().__init__(P_x, num_features, eps, momentum, affine, track_running_stats, device, dtype, bias=bias)
-
-    def check_shape(self, shape: Shape) -> None:
-        if self.uses_batch and math.prod(shape[2:]) == 1:
-            size = torch.Size(shape)
-            raise ValueError(f"Expected more than 1 spatial element when training, got input size {size}")
-
-    def rows(self, X: Layout) -> tuple[tuple[Dim, ...], int]:
-        return X.dims[:2], math.prod(lay.global_shape_of(X)[2:])
-
-    def factor(self) -> float:
-        return 0.0 if self.momentum is None else self.momentum
-
-    def per_feature(self, mean: torch.Tensor, var: torch.Tensor, built: Built) -> tuple[torch.Tensor, torch.Tensor]:
-        # All ranks with the channels take part, so that the replicas stay bitwise equal. Each sample is there once per
-        # block of space, which the mean does not feel.
-        assert built.rows is not None
-        parts = torch.stack([mean, var, torch.ones_like(mean)]).view(3, *built.rows.shape).sum(1)
-        mean, var, number = self._distdl_transport.all_reduce(built.team, parts)
-        return mean / number, var / number
-
-    def alone(self, x: torch.Tensor, *held: torch.Tensor | None) -> torch.Tensor:
-        weight, bias, *running = held
-        # As of a block with a dim of length one, see `by_kernel`: torch makes all channels those of one sample.
-        y = F.instance_norm(x.flatten(2), *running, weight, bias, self.uses_batch, self.factor(), self.eps)
-        return y.view(x.shape)

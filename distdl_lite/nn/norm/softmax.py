@@ -1,67 +1,118 @@
-"""Softmax and log-softmax, also along a cut dim: its ranks share maxima and sums of exponentials, no values."""
+"""Softmax and log-softmax, also along cut dims: their ranks share maxima and sums of exponentials, no values."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from distdl_lite import layout as lay
+from distdl_lite.factors import Dims, uncut
+from distdl_lite.layout import Layout
 from distdl_lite.nn.blocks import check_floating, wide
-from distdl_lite.nn.inputs import agreed_inputs
-from distdl_lite.nn.module import Call, Module
-from distdl_lite.nn.options import integers
+from distdl_lite.nn.compiler import Compiler, Movement, Value, rule
+from distdl_lite.nn.inputs import Inputs
+from distdl_lite.nn.module import Module
+from distdl_lite.nn.options import integers, listed
+from distdl_lite.nn.rule_layer import RuleLayer, dims_of
 from distdl_lite.operator import Operator
 from distdl_lite.partition import Partition
-from distdl_lite.plan import plan
 from distdl_lite.transport import Team
+
+Function = Callable[..., torch.Tensor]
 
 
 @dataclass(frozen=True)
 class CutDim:
-    """A cut dim, and the ranks that hold the parts of the same points along it."""
+    """A cut dim, or several, and the ranks that hold the parts of the same points along them."""
 
-    dim: int
+    dims: tuple[int, ...]
     team: Team
     add_up: Operator
 
-    def shifted(self, x: torch.Tensor) -> torch.Tensor:
-        """`x` less its global maximum along the dim, which is a constant to autograd: what follows does not depend on it."""
-        shape = [1 if d == self.dim else n for d, n in enumerate(x.shape)]
-        top = x.detach().amax(self.dim, keepdim=True) if x.shape[self.dim] else x.new_full(shape, -torch.inf)
-        return x - self.add_up.transport.all_reduce(self.team, top.contiguous(), "max")
+    def top(self, x: torch.Tensor) -> torch.Tensor:
+        """The global maximum along the dims, a constant to autograd: no result here depends on it."""
+        shape = [1 if d in self.dims else n for d, n in enumerate(x.shape)]
+        is_empty = any(x.shape[d] == 0 for d in self.dims)
+        top = x.new_full(shape, -torch.inf) if is_empty else x.detach().amax(self.dims, keepdim=True)
+        return self.add_up.transport.all_reduce(self.team, top.contiguous(), "max")
 
     def sum(self, x: torch.Tensor) -> torch.Tensor:
-        """The global sum along the dim, on all of the team; its adjoint sums too."""
-        return self.add_up(x.sum(self.dim, keepdim=True))
-
-
-def cut_dim(layer: Module, X: lay.Layout, dim: int, graph: bool) -> CutDim | None:
-    """A dim of the blocks of `X`; None where it is whole."""
-    grid, transport = X.grid, layer._distdl_transport
-    if grid.shape[dim] == 1:
-        return None
-    points = [lay.Dim(((0, 1),)) if d == dim else blocks for d, blocks in enumerate(X.dims)]
-    S = lay.Layout(grid, tuple(points), tuple(d for d in range(grid.dim) if d != dim))
-    add_up = Operator(plan(S, S, transport.rank), transport, type(layer).__name__, graph)
-    return CutDim(dim, transport.team(S.replicas(transport.rank)), add_up)
+        """The global sum along the dims, on all of the team; its adjoint sums too."""
+        y = x.sum(self.dims, keepdim=True)
+        return self.add_up(y.reshape(self.add_up.plan.returned_shape)).view(y.shape)
 
 
 def softmax(x: torch.Tensor, cut: CutDim) -> torch.Tensor:
-    """Softmax along a cut dim; differentiable to any order."""
-    e = cut.shifted(x).exp()
+    """Softmax along cut dims; differentiable to any order."""
+    e = (x - cut.top(x)).exp()
     return e / cut.sum(e)
 
 
 def log_softmax(x: torch.Tensor, cut: CutDim) -> torch.Tensor:
-    """Log-softmax along a cut dim; differentiable to any order."""
-    z = cut.shifted(x)
+    """Log-softmax along cut dims; differentiable to any order."""
+    z = x - cut.top(x)
     return z - cut.sum(z.exp()).log()
 
 
-class DistributedSoftmax(Module):
+def log_sum_exp(x: torch.Tensor, cut: CutDim) -> torch.Tensor:
+    """The logarithm of the sum of exponentials along cut dims, whose length becomes one; differentiable to any order."""
+    top = cut.top(x)
+    top = torch.where(top.isinf(), 0, top)
+    return cut.sum((x - top).exp()).log() + top
+
+
+def cut_dim(layer: Module, X: Layout, dim: int, graph: bool) -> CutDim | None:
+    """A dim of the blocks of `X`; None where it is whole."""
+    c = Compiler(X.grid, layer._distdl_transport.rank, layer._distdl_transport, layer._distdl_label)
+    return _cut_dim(c, c.new(dims_of(X), torch.float64, graph), [dim])
+
+
+def _cut_dim(c: Compiler, x: Value, dims: Sequence[int]) -> CutDim | None:
+    axes = [a for a in x.axes(*dims) if c.grid.shape[a] > 1]
+    if not axes:
+        return None
+    points = x.with_dims(dict.fromkeys(dims, uncut(1)))
+    S = Layout(c.grid, tuple(f for factors in points for f in factors), c.free_axes(axes))
+    c.movements.append(Movement(c.path, "maximum", S, S, x.dtype, False))
+    add_up, team = c.operator_of(S, S, x, "all_reduce"), c.transport and c.transport.team(S.replicas(c.rank))
+    return CutDim(tuple(dims), team, add_up)  # type: ignore[arg-type]  # None in a program that is only looked at
+
+
+def along(c: Compiler, whole: Function, cut: Function, x: Value, dim: Any, points: Dims) -> Value:
+    """What torch's function of `whole` dims makes of cut ones, too."""
+    over = _cut_dim(c, x, [d % x.ndim for d in listed(dim)])
+    if over is None:
+        return c.call(whole, x, dim, dims=points, dtype=x.dtype, everywhere=True)
+    return c.call(_of_parts, x, over, cut, whole, dims=points, dtype=x.dtype, everywhere=True)
+
+
+def _of_parts(x: torch.Tensor, over: CutDim, cut: Function, whole: Function) -> torch.Tensor:
+    dtype = whole(x.new_empty(0), 0).dtype  # autocast decides it
+    return cut(x.to(wide(x.dtype)), over).to(dtype)
+
+
+@rule("softmax", "_softmax", "log_softmax", "_log_softmax")
+def softmax_of(c: Compiler, op: Any, x: Value, dim: int, *_: Any, **options: Any) -> Value:
+    whole, cut = (torch.log_softmax, log_softmax) if "log" in op.name else (torch.softmax, softmax)
+    return along(c, whole, cut, c.cast(x, op.dtype), dim, x.dims)
+
+
+@rule("logsumexp")
+def logsumexp(c: Compiler, op: Any, x: Value, dim: Sequence[int], keepdim: bool = False) -> Value:
+    dims = tuple(d % x.ndim for d in dim) or tuple(range(x.ndim))
+    kept = x.with_dims(dict.fromkeys(dims, uncut(1)))
+    y = along(c, _log_sum_exp, log_sum_exp, c.cast(x, op.dtype), dims, kept)
+    left = tuple(factors for d, factors in enumerate(kept) if d not in dims)
+    return y if keepdim else c.call(torch.squeeze, y, dims, dims=left, dtype=y.dtype)
+
+
+def _log_sum_exp(x: torch.Tensor, dims: Any) -> torch.Tensor:
+    return torch.logsumexp(x, dims, keepdim=True)
+
+
+class DistributedSoftmax(RuleLayer):
     """torch's softmax and log-softmax over the tensor that the blocks over `P_x` form.
 
     Input of any floating dtype in blocks of any sizes; the output has the same blocks. Ranks outside `P_x` pass and get
@@ -88,8 +139,8 @@ class DistributedSoftmax(Module):
     is communicated.
     """
 
-    _whole: Callable[..., torch.Tensor] = staticmethod(torch.softmax)
-    _cut: Callable[..., torch.Tensor] = staticmethod(softmax)
+    keeps_blocks = True
+    _functions: tuple[Function, Function] = torch.softmax, softmax
 
     def __init__(self, P_x: Partition, dim: int) -> None:
         super().__init__(P_x)
@@ -98,24 +149,16 @@ class DistributedSoftmax(Module):
             raise self._refuse(f"dim={dim} is no axis of P_x of shape {P_x.shape}")
         self.P_x, self.dim = P_x, dim
 
-    def _distdl_module_setup(self, input: tuple[Any, ...]) -> Call:
-        inputs = agreed_inputs(self, self.P_x)
+    def result_dtype(self, inputs: Inputs) -> torch.dtype:
         check_floating(self, inputs)
-        X = lay.blocks(self.P_x.grid_of_ranks, lay.cuts_from_shapes(self.P_x.grid_of_ranks, inputs.shapes))
-        cut = cut_dim(self, X, self.dim % self.P_x.dim, inputs.requires_grad)
-        if cut is None:
-            return lambda layer, x: layer._whole(x, layer.dim)
+        return inputs.dtype
 
-        def run(layer: DistributedSoftmax, x: torch.Tensor) -> torch.Tensor:
-            dtype = layer._whole(x.new_empty(0), 0).dtype  # autocast decides it
-            return layer._cut(x.to(wide(x.dtype)), cut).to(dtype)
-
-        return run
+    def rule(self, c: Compiler, x: Value) -> Value:
+        return along(c, *self._functions, x, self.dim, x.dims)
 
     def extra_repr(self) -> str:
         return f"dim={self.dim}, P_x={self.P_x.shape}"
 
 
 class DistributedLogSoftmax(DistributedSoftmax):
-    _whole = staticmethod(torch.log_softmax)
-    _cut = staticmethod(log_softmax)
+    _functions = torch.log_softmax, log_softmax

@@ -75,15 +75,12 @@ class SyncBatchNorm(DistributedBatchNorm):
         return super()._distdl_options().rpartition(", P_x=")[0]
 
     def blocks(self, shapes: Mapping[int, Shape]) -> Layout:
+        if self.P_x.dim < 2:
+            raise ValueError(f"expected at least 2D input (got {self.P_x.dim}D input)")
         if math.prod(self.P_x.shape[2:]) == 1 and len({shape[2:] for shape in shapes.values()}) > 1:
             # Only the number of values counts: each point of a sample may be a sample.
             shapes = {rank: (n * math.prod(s), c, *[1] * len(s)) for rank, (n, c, *s) in shapes.items()}
         return super().blocks(shapes)
-
-    def check_shape(self, shape: Shape) -> None:
-        if len(shape) < 2:
-            raise ValueError(f"expected at least 2D input (got {len(shape)}D input)")
-        super().check_shape(shape)
 
     @classmethod
     def convert(cls, module: torch.nn.Module, P: Any = None) -> torch.nn.Module:
