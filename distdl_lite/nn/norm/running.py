@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -20,30 +19,22 @@ from distdl_lite.nn.options import integers, numbers
 from distdl_lite.partition import Partition
 
 
-def over_batch(c: Compiler, x: Value, batch: bool, eps: float, *held: Any, **options: Any) -> Value:
-    """The rule of batch norms; the rest is as of `normalised`."""
-    if batch and eps == 0:
+def by_channel(c: Compiler, x: Value, over_samples: bool, batch: bool, eps: float, *held: Any, **options: Any) -> Value:
+    """The rule of batch norms or, if not `over_samples`, of instance norms; the rest is as of `normalised`."""
+    if over_samples and batch and eps == 0:
         raise ValueError("eps=0 is refused in training, as by torch")
-    if batch and math.prod(x.shape) == x.shape[1]:
-        raise ValueError(f"Expected more than 1 value per channel when training, got input size {torch.Size(x.shape)}")
+    over = (0,) * over_samples + tuple(range(2, x.ndim))
+    if batch and math.prod(x.shape[d] for d in over) == 1:
+        what = "value per channel" if over_samples else "spatial element"
+        raise ValueError(f"Expected more than 1 {what} when training, got input size {torch.Size(x.shape)}")
 
     def alone(x: torch.Tensor, factor: float, weight: Any, bias: Any, *running: Any) -> torch.Tensor:
-        return by_kernel(F.batch_norm, x, *running, weight, bias, batch, factor, eps)
-
-    return normalised(c, Kernel(alone, eps, (0, *range(2, x.ndim))), x, *held, batch=batch, **options)
-
-
-def over_space(c: Compiler, x: Value, batch: bool, eps: float, *held: Any, **options: Any) -> Value:
-    """The rule of instance norms; the rest is as of `normalised`."""
-    if batch and math.prod(x.shape[2:]) == 1:
-        size = torch.Size(x.shape)
-        raise ValueError(f"Expected more than 1 spatial element when training, got input size {size}")
-
-    def alone(x: torch.Tensor, factor: float, weight: Any, bias: Any, *running: Any) -> torch.Tensor:
+        if over_samples:
+            return by_kernel(F.batch_norm, x, *running, weight, bias, batch, factor, eps)
         # As of a block with a dim of length one, see `by_kernel`: torch makes all channels those of one sample.
         return F.instance_norm(x.flatten(2), *running, weight, bias, batch, factor, eps).view(x.shape)
 
-    return normalised(c, Kernel(alone, eps, tuple(range(2, x.ndim))), x, *held, batch=batch, **options)
+    return normalised(c, Kernel(alone, eps, over), x, *held, batch=batch, **options)
 
 
 @rule("batch_norm", "native_batch_norm", "_native_batch_norm_legit", "_native_batch_norm_legit_no_training",
@@ -56,7 +47,7 @@ def batch_norm(c: Compiler, op: Any, x: Value, weight: Value | None, bias: Value
     if is_functional and batch:
         dims = (x.dims[1],)
         running = [c.call(torch.clone, c.move(v, dims), dims=dims, dtype=v.dtype) for v in running]
-    y = over_batch(c, x, batch, eps, weight, bias, running, momentum if batch else None)
+    y = by_channel(c, x, True, batch, eps, weight, bias, running, momentum if batch else None)
     return y if op.is_one else [y, None, None, *(running if is_functional else ())]
 
 
@@ -64,15 +55,16 @@ def batch_norm(c: Compiler, op: Any, x: Value, weight: Value | None, bias: Value
 def instance_norm(c: Compiler, op: Any, x: Value, *rest: Any) -> Value:
     """Changes running statistics where they are: torch's record does not say that they are changed."""
     weight, bias, mean, var, batch, momentum, eps, _ = rest
-    return over_space(c, x, batch, eps, weight, bias, (mean, var), momentum if batch else None)
+    return by_channel(c, x, False, batch, eps, weight, bias, (mean, var), momentum if batch else None)
 
 
 class _RunningNorm(Norm):
     """Base of both: weights and running statistics per channel."""
 
     _distdl_free = frozenset({"eps", "momentum"})
-    _rule: Callable[..., Value]
-    sums_weights = False  # whether their gradients are summed with the statistics'
+    over_samples = (
+        False  # whether a row is a channel of all samples; weights' gradients are summed with its statistics' then
+    )
 
     def __init__(
         self,
@@ -119,8 +111,8 @@ class _RunningNorm(Norm):
         factor = self.factor(c, number) if tracks else None
         running = [None, None] if batch and factor is None else running
         team = self._distdl_transport.team(c.grid.members({1: c.index[1]}))
-        sums = {"used": partial(self.used, c), "team": team if self.sums_weights and team.size > 1 else None}
-        return self._rule(c, x, batch, self.eps, weight, bias, running, factor, **sums)
+        sums = {"used": partial(self.used, c), "team": team if self.over_samples and team.size > 1 else None}
+        return by_channel(c, x, self.over_samples, batch, self.eps, weight, bias, running, factor, **sums)
 
     def extra_repr(self) -> str:
         return (
@@ -162,8 +154,7 @@ class DistributedBatchNorm(_RunningNorm):
     """
 
     _distdl_free = frozenset({"eps", "momentum", "track_running_stats"})
-    _rule = staticmethod(over_batch)
-    sums_weights = True
+    over_samples = True
     least_dims = 2
 
     @property
@@ -211,7 +202,6 @@ class DistributedInstanceNorm(_RunningNorm):
     bias are summed by the reducer when backward ends.
     """
 
-    _rule = staticmethod(over_space)
     least_dims = 3
 
     def __init__(
