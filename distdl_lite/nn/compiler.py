@@ -229,7 +229,7 @@ class Compiler:
         if isinstance(value, (list, tuple)):
             words = [self._word(v, reads) for v in value]
             return f"[{', '.join(words)}]" if isinstance(value, list) else f"({''.join(f'{w}, ' for w in words)})"
-        if value is None or isinstance(value, (bool, int, str)) or (isinstance(value, float) and math.isfinite(value)):
+        if value is None or type(value) in (bool, int, str) or (type(value) is float and math.isfinite(value)):
             return repr(value)
         if isinstance(value, torch.dtype):
             self.names["torch"] = torch

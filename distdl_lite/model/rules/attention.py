@@ -32,8 +32,8 @@ from distdl_lite.factors import (
 )
 from distdl_lite.grid import Grid, balanced, indices, ravel
 from distdl_lite.layout import Dim, Layout, ranges_of
-from distdl_lite.nn.broadcasting import fit
 from distdl_lite.nn.blocks import wide
+from distdl_lite.nn.broadcasting import fit
 from distdl_lite.nn.compiler import Compiler, NoRule, Value, rule
 from distdl_lite.operator import Operator
 

@@ -1,9 +1,9 @@
-"""What all normalisations share: their one rule, where their parameters live, and when no rank needs another's values."""
+"""What all normalisations share: their one rule, and where their parameters live."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,79 +26,66 @@ from distdl_lite.transport import Team
 
 @dataclass(frozen=True)
 class Kernel:
-    """What a norm normalises together. A row is such a set of values, counted by the dims that are not in `over`."""
+    """What a norm normalises together. A row is such a set of values."""
 
-    eps: float | None
-    numbers = 2  # per row: sums of values and of squares
-    reaches_bias = False  # whether the graph of torch's second gradient leads to the bias, though with zeros
-    saves_empty = True  # whether torch's saves a tensor of an input of no values, where there is no weight
-    # Whether statistics are tracked before the output is there: also in a checkpoint that ends with the norm, and whose
-    # recomputation ends with its saved tensors.
-    tracks_early = False
+    alone: Callable[
+        ..., torch.Tensor
+    ]  # torch's own of a block, the newest statistics' factor, weights and running statistics
+    eps: float
+    over: tuple[int, ...]  # the dims of a row
+    weighted: tuple[int, ...] = (1,)  # the dims that weights are for
+    size: int = 1  # how many channels are in one row
+    numbers: int = 2  # of sums per row: of values and of squares, or of squares alone
+    reaches_bias: bool = False  # whether the graph of torch's second gradient leads to the bias, though with zeros
 
-    def over(self, ndim: int) -> Sequence[int]:
-        """The dims whose values are in one row."""
-        return range(2, ndim)
-
-    def weighted(self, ndim: int) -> Sequence[int]:
-        """The dims that weights are for."""
-        return (1,)
-
-    def check(self, shape: Shape, batch: bool) -> None:
-        """Raise what torch would for an input of this global shape, whose own statistics are used if `batch`."""
-
-    def rows(self, x: Value) -> Factors:
-        """How the rows lie over the grid."""
-        return tuple(f for d, factors in enumerate(x.dims) if d not in self.over(x.ndim) for f in factors)
+    @property
+    def is_batch(self) -> bool:
+        """Whether a row goes over all samples, so that a block is one of channels as it is."""
+        return 0 in self.over and 0 not in self.weighted
 
     def count(self, shape: Shape) -> int:
         """The number of values of a row."""
-        return math.prod(shape[d] for d in self.over(len(shape)))
+        return self.size * math.prod(shape[d] for d in self.over)
+
+    def rows(self, x: Value) -> Factors:
+        """How the rows lie over the grid."""
+        if self.size == 1:
+            return tuple(f for d, factors in enumerate(x.dims) if d not in self.over for f in factors)
+        (channels,) = x.dims[1]
+        groups = ((a // self.size, -(-b // self.size) if a < b else a // self.size) for a, b in channels.ranges)
+        return (*x.dims[0], Dim(tuple(groups), channels.axes))
 
     def row_of(self, c: Compiler, x: Value) -> torch.Tensor | None:
         """The row of each channel of this rank's block, None where each is one."""
-        return None
+        if self.size == 1:
+            return None
+        groups = torch.arange(*c.range(x.dims[1][0]), device=c.device) // self.size
+        groups = groups - groups[:1]
+        samples = torch.arange(c.local(x.dims)[0], device=c.device).unsqueeze(1)
+        return (samples * (groups[-1:] + 1) + groups).view(-1)
 
     def as_channels(self, x: torch.Tensor) -> torch.Tensor:
-        """A block as ``(B, K, *S)``; each channel of each sample apart unless a subclass says otherwise."""
-        return x.reshape(1, math.prod(x.shape[:2]), math.prod(x.shape[2:]))
+        """A block as ``(B, K, *S)``: each channel of each sample apart, or what else counts the rows."""
+        lead = x.dim() - len(self.over)
+        return x if self.is_batch else x.reshape(1, math.prod(x.shape[:lead]), math.prod(x.shape[lead:]))
 
-    def channels(self, c: Compiler, x: Value) -> Value:
-        """The value in that view."""
-        return c.call(self.as_channels, x, dims=x.dims, dtype=x.dtype, everywhere=True)
-
-    def per_channel(self, weight: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    def per_channel(self, weight: torch.Tensor | None, x: torch.Tensor) -> torch.Tensor | None:
         """A weight for that view of a block `x`; unlike repeat with second gradients also for no samples."""
-        return weight.expand(x.shape[0], -1).reshape(-1)
+        if weight is None or self.is_batch:
+            return weight
+        return weight.reshape(1, 1, -1) if self.over == self.weighted else weight.expand(x.shape[0], -1).reshape(-1)
 
-    def epsilon(self, x: torch.Tensor) -> float:
-        """What is added to the variance, or to the mean square."""
-        return torch.finfo(wide(x.dtype)).eps if self.eps is None else self.eps
+    def by_rows(self, x: torch.Tensor, channels: torch.Tensor, weight: Any, bias: Any, *found: Any) -> torch.Tensor:
+        """The normalised block by the mean and variance of its rows."""
+        weight, bias = self.per_channel(weight, x), self.per_channel(bias, x)
+        return Normalise.apply(channels, weight, bias, *found, self.eps, x.shape)
 
-    def per_feature(self, c: Compiler, x: Value, found: Sequence[Value]) -> Sequence[Value]:
-        """From statistics of the rows to those of the channels over the whole batch."""
-        return found
-
-    def alone(self, x: torch.Tensor, batch: bool, factor: float, *held: torch.Tensor | None) -> torch.Tensor:
-        """torch's own with weight, bias and running statistics, where no other rank's values count."""
-        raise NotImplementedError
-
-    def local(
-        self, x: torch.Tensor, batch: bool, linear: bool, factor: Any, *held: torch.Tensor | None
-    ) -> torch.Tensor:
-        """The same of any block; `linear` says that torch saves nothing."""
+    def by_torch(self, x: torch.Tensor, linear: bool, factor: Any, *held: torch.Tensor | None) -> torch.Tensor:
+        """The same by torch, which saves no tensor if `linear`."""
         if x.numel():
-            return self.alone(x, batch, float(factor or 0.0), *held)
-        weight, bias, *_ = held
-        used, added = ((weight, bias), None) if self.reaches_bias else ((weight,), bias)
+            return self.alone(x, float(factor or 0.0), *held)
+        used, added = (held[:2], None) if self.reaches_bias else (held[:1], held[1])
         return connected_zeros(x.shape, x, *used, added=added, linear=linear)
-
-    def by_rows(
-        self, x: torch.Tensor, channels: torch.Tensor, weight: Any, bias: Any, mean: Any, var: Any, rows: Rows
-    ) -> torch.Tensor:
-        """The normalised block by the statistics of its rows."""
-        weight, bias = (None if t is None else self.per_channel(t, x) for t in (weight, bias))
-        return Normalise.apply(channels, weight, bias, mean, var, self.epsilon(x), rows, x.shape)
 
 
 def normalised(
@@ -119,80 +106,85 @@ def normalised(
     newest ones, the running statistics are changed in place. The gradients of the weights are summed over their copies with
     the statistics' if there is a `team` of these, else by what `used` makes of them.
     """
-    kernel.check(x.shape, batch)
-    dims = tuple(x.dims[d] for d in kernel.weighted(x.ndim))
+    dims = tuple(x.dims[d] for d in kernel.weighted)
     shapes = {v.shape for v in (weight, bias, *running) if v is not None} - {shape_of_dims(dims)}
     if shapes:
         raise ValueError(f"the input of shape {x.shape} has {shape_of_dims(dims)} where weights have {shapes.pop()}")
     held = [v if v is None else c.move(v, dims) for v in running]
-    shared, count = _shared(c, kernel, x), kernel.count(x.shape)
+    tracks, shared = factor is not None and held[0] is not None, _shared(c, kernel, x)
     # Running statistics that are not of this rank's values alone, or not held as these are, are not left to torch.
-    tracks = factor is not None and held[0] is not None
-    is_common = tracks and (held[0] is not running[0] or 0 in x.shape or bool(_longer(c, x.axes(0, *range(2, x.ndim)))))
-    by_rows = batch and count and (shared or is_common)
+    is_common = tracks and (held[0] is not running[0] or 0 in x.shape or c.parts(x.axes(0, *range(2, x.ndim))) > 1)
+    by_rows = batch and kernel.count(x.shape) and (shared or is_common)
     if not (by_rows and team):
         weight, bias = used("weight", weight), used("bias", bias)
     weight, bias = (v if v is None else c.move(v, dims) for v in (weight, bias))
+    as_x: dict[str, Any] = {"dims": x.dims, "dtype": x.dtype, "everywhere": True}
     if not by_rows:
-        linear = weight is None and 0 in x.shape and not kernel.saves_empty
-        arguments = x, batch, linear, factor, weight, bias, *held
-        return c.call(kernel.local, *arguments, dims=x.dims, dtype=x.dtype, everywhere=True)
+        linear = kernel.is_batch and 0 in x.shape and weight is None
+        return c.call(kernel.by_torch, x, linear, factor, weight, bias, *held, **as_x)
     rows = _rows(c, kernel, x, shared, any(v is not None and v.grad for v in (x, weight, bias)), team)
-    channels, of_rows = kernel.channels(c, x), (kernel.rows(x),)
-    pivot = held[0] if kernel.tracks_early else None
-    found = c.calls(
-        statistics, channels, pivot, rows, dims=[of_rows] * 2, dtypes=[torch.float64] * 2, grad=False, everywhere=True
-    )
-    if tracks and kernel.tracks_early:
-        _track(c, kernel, x, found, held, running, factor)
-    y = c.call(kernel.by_rows, x, channels, weight, bias, *found, rows, dims=x.dims, dtype=x.dtype, everywhere=True)
-    if tracks and not kernel.tracks_early:
-        _track(c, kernel, x, found, held, running, factor)
+    channels, pivot = (x, held[0]) if kernel.is_batch else (c.call(kernel.as_channels, x, **as_x), None)
+    of_rows: dict[str, Any] = {"dims": [(kernel.rows(x),)] * 2, "dtypes": [torch.float64] * 2, "everywhere": True}
+    found = c.calls(statistics, channels, pivot, rows, grad=False, **of_rows)
+    # torch's batch norm tracks before the output is there: also in a checkpoint that ends with the norm, and whose
+    # recomputation ends with its saved tensors.
+    if tracks and kernel.is_batch:
+        _track(c, rows.count, found, held, running, factor)
+    y = c.call(kernel.by_rows, x, channels, weight, bias, *found, rows, **as_x)
+    if tracks and not kernel.is_batch:
+        _track(c, rows.count, _over_samples(c, x, found), held, running, factor)
     return y
-
-
-def _longer(c: Compiler, axes: Iterable[int]) -> list[int]:
-    """Those of the axes that are longer than one."""
-    return [a for a in axes if c.grid.shape[a] > 1]
 
 
 def _shared(c: Compiler, kernel: Kernel, x: Value) -> list[int]:
     """The axes along which ranks hold values of the same rows."""
-    across = (a for dim in kernel.rows(x) if dim.overlaps for a in dim.axes)
-    return _longer(c, {*x.axes(*kernel.over(x.ndim)), *across})
+    across = {a for dim in kernel.rows(x) if dim.overlaps for a in dim.axes}
+    return [a for a, n in enumerate(c.grid.shape) if n > 1 and a in {*x.axes(*kernel.over), *across}]
 
 
 def _rows(c: Compiler, kernel: Kernel, x: Value, shared: Sequence[int], grad: bool, team: Team | None) -> Rows:
     """How the ranks of those axes add up."""
-    dims, keys, sizes = kernel.rows(x), c.free_axes(shared), [c.grid.shape[a] for a in sorted(shared)]
-    number = c.new((), torch.float64, grad)
+    dims, keys, sizes = kernel.rows(x), c.free_axes(shared), [c.grid.shape[a] for a in shared]
 
     def adding_up(*lengths: int) -> Operator | None:
         R = Layout(c.grid, (*map(uncut, lengths), *dims), keys)
-        return c.between(R, R, number, "statistics")
+        return c.between(R, R, c.new((), torch.float64, grad), "statistics")
 
     gather = adding_up(math.prod(sizes), 3) if x.dtype is torch.float64 and kernel.numbers == 2 else None
-    position, shape = ravel([c.index[a] for a in sorted(shared)], sizes), c.local(tuple((dim,) for dim in dims))
-    row_of, add_up = kernel.row_of(c, x), adding_up(kernel.numbers)
-    return Rows(shape, kernel.numbers, kernel.count(x.shape), row_of, add_up, gather, position, team)
+    position, shape = ravel([c.index[a] for a in shared], sizes), c.local(tuple((dim,) for dim in dims))
+    sums = kernel.numbers, kernel.count(x.shape), kernel.row_of(c, x), adding_up(kernel.numbers)
+    return Rows(shape, *sums, gather, position, team)
 
 
-def _track(c: Compiler, kernel: Kernel, x: Value, found: Sequence[Value], held: Any, running: Any, factor: Any) -> None:
-    """Change the running statistics, which are `held` as x's channels are, by those found of its rows."""
-    count = kernel.count(x.shape)
-    for new, own, place, scale in zip(
-        kernel.per_feature(c, x, found), held, running, (1.0, count / (count - 1)), strict=True
-    ):
-        new = c.call(_blended, own, new, scale, factor, dims=own.dims, dtype=torch.float64)
+def _over_samples(c: Compiler, x: Value, found: Sequence[Value]) -> list[Value]:
+    """From statistics of each sample to their averages.
+
+    All ranks with the channels take part, so that the copies stay bitwise equal. Each sample is there once per block of space,
+    which the mean does not feel.
+    """
+
+    def added(mean: torch.Tensor, var: torch.Tensor) -> torch.Tensor:
+        return torch.stack([mean, var, torch.ones_like(mean)]).view(3, *shape).sum(1)
+
+    shape = c.local(x.dims)[:2]
+    parts = c.call(added, *found, dims=((uncut(3),), x.dims[1]), dtype=torch.float64)
+    parts = c.sum_over(parts, x.axes(0, *range(2, x.ndim)))
+    return c.calls(lambda t: tuple(t[:2] / t[2]), parts, dims=[(x.dims[1],)] * 2, dtypes=[torch.float64] * 2)
+
+
+def _track(c: Compiler, count: int, latest: Sequence[Value], held: Any, running: Any, factor: Any) -> None:
+    """Change the running statistics, which are `held` as x's channels are, by the latest ones of so many values each."""
+
+    def blended(old: torch.Tensor, new: torch.Tensor, scale: float, factor: Any) -> torch.Tensor:
+        return (1 - factor) * old.double() + factor * (new * scale)
+
+    for new, own, place, scale in zip(latest, held, running, (1.0, count / (count - 1)), strict=True):
+        new = c.call(blended, own, new, scale, factor, dims=own.dims, dtype=torch.float64)
         c.call(torch.Tensor.copy_, place, c.move(new, place.dims), dims=place.dims, dtype=place.dtype)
 
 
-def _blended(old: torch.Tensor, new: torch.Tensor, scale: float, factor: Any) -> torch.Tensor:
-    return (1 - factor) * old.double() + factor * (new * scale)
-
-
 class Norm(RuleLayer):
-    """Base of normalisations; a subclass places its parameters with `place_affine`, and gives its `kernel`.
+    """Base of normalisations; a subclass places its parameters with `place_affine`.
 
     Parameters
     ----------
@@ -207,23 +199,15 @@ class Norm(RuleLayer):
     def __init__(self, P_x: Partition, eps: float) -> None:
         super().__init__(P_x)
         if P_x.dim < self.least_dims:
-            least = {2: "two", 3: "three"}[self.least_dims]
-            raise self._refuse(
-                f"P_x of shape {P_x.shape} has {P_x.dim} axes, a tensor (N, C, *space) has {least} or more"
-            )
+            least = f"a tensor (N, C, *space) has {('two', 'three')[self.least_dims - 2]} or more"
+            raise self._refuse(f"P_x of shape {P_x.shape} has {P_x.dim} axes, {least}")
         numbers(self, eps=eps)
         if eps < 0:
             raise self._refuse(f"eps={eps} must not be negative")
         self.P_x, self.eps = P_x, eps
 
     def place_affine(
-        self,
-        shape: Shape,
-        axes: Sequence[int],
-        weight: bool,
-        bias: bool,
-        dtype: torch.dtype | None,
-        device: torch.device | str | None,
+        self, shape: Shape, axes: Sequence[int], weight: bool, bias: bool, dtype: Any, device: Any
     ) -> Layout:
         """Place weight and bias in balanced blocks along the axes that cut the input's dims they are for."""
         grid = self.P_x.grid_of_ranks
@@ -233,11 +217,6 @@ class Norm(RuleLayer):
         self.place("bias", held if weight and bias else None, constant(0.0), dtype, device)
         return held
 
-    @property
-    def kernel(self) -> Kernel:
-        """What is normalised together."""
-        raise NotImplementedError
-
     def result_dtype(self, inputs: Inputs) -> torch.dtype:
         check_floating(self, inputs)
         held = weight_dtype(self) or weight_dtype(self, "running_mean")
@@ -245,8 +224,9 @@ class Norm(RuleLayer):
             raise self._refuse(f"the input has dtype {inputs.dtype}, weights and statistics {held}", TypeError)
         return inputs.dtype
 
-    def rule(self, c: Compiler, x: Value, weight: Value | None = None, bias: Value | None = None) -> Value:
-        return normalised(c, self.kernel, x, self.used(c, "weight", weight), self.used(c, "bias", bias))
+    def weights(self, c: Compiler, weight: Value | None = None, bias: Value | None = None) -> list[Value | None]:
+        """Weight and bias, whose gradients will be the sums over their copies."""
+        return [self.used(c, "weight", weight), self.used(c, "bias", bias)]
 
 
 def by_kernel(kernel: Callable[..., torch.Tensor], x: torch.Tensor, *arguments: Any) -> torch.Tensor:

@@ -3,73 +3,45 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from distdl_lite.factors import Factors
-from distdl_lite.layout import Dim, Shape
 from distdl_lite.nn.compiler import Compiler, Value, rule
 from distdl_lite.nn.norm.base import Kernel, Norm, by_kernel, normalised
 from distdl_lite.nn.options import integers
 from distdl_lite.partition import Partition
 
 
-@dataclass(frozen=True)
-class GroupKernel(Kernel):
-    """So many groups of channels of each sample are normalised apart."""
+def grouped(c: Compiler, x: Value, num_groups: int, num_channels: int, eps: float, *affine: Value | None) -> Value:
+    """The rule of group norms; channels may be cut inside a group."""
+    batch, channels, *space = x.shape
+    if channels != num_channels:
+        raise ValueError(f"the input of shape {x.shape} has {channels} channels, num_channels={num_channels}")
+    size = [batch * channels // num_groups, num_groups, *space]
+    if size[0] * math.prod(space) == 1:
+        raise ValueError(f"Expected more than 1 value per channel when training, got input size {size}")
+    per_group = max(channels // num_groups, 1)
 
-    num_groups: int
-    num_channels: int
-    reaches_bias = True
-
-    @property
-    def size(self) -> int:
-        """Of a group."""
-        return max(self.num_channels // self.num_groups, 1)
-
-    def check(self, shape: Shape, batch: bool) -> None:
-        given, channels, *space = shape
-        if channels != self.num_channels:
-            raise ValueError(f"the input of shape {shape} has {channels} channels, num_channels={self.num_channels}")
-        size = [given * channels // self.num_groups, self.num_groups, *space]
-        if size[0] * math.prod(space) == 1:
-            raise ValueError(f"Expected more than 1 value per channel when training, got input size {size}")
-
-    def rows(self, x: Value) -> Factors:
-        (channels,), size = x.dims[1], self.size
-        groups = tuple((a // size, -(-b // size) if a < b else a // size) for a, b in channels.ranges)
-        return (*x.dims[0], Dim(groups, channels.axes))
-
-    def count(self, shape: Shape) -> int:
-        return self.size * math.prod(shape[2:])
-
-    def row_of(self, c: Compiler, x: Value) -> torch.Tensor:
-        groups = torch.arange(*c.range(x.dims[1][0])) // self.size
-        groups = groups - groups[:1]
-        samples = torch.arange(c.local(x.dims)[0]).unsqueeze(1)
-        return (samples * (groups[-1:] + 1) + groups).view(-1)
-
-    def alone(self, x: torch.Tensor, batch: bool, factor: float, *held: torch.Tensor | None) -> torch.Tensor:
+    def alone(x: torch.Tensor, factor: float, weight: Any, bias: Any, *running: None) -> torch.Tensor:
         if torch.is_grad_enabled() and not x.requires_grad:
             x = x.contiguous()  # in channels_last memory torch's backward to the weight alone ends the process
-        return by_kernel(torch.group_norm, x, x.shape[1] // self.size, *held[:2], self.eps)
+        return by_kernel(torch.group_norm, x, x.shape[1] // per_group, weight, bias, eps)
+
+    kernel = Kernel(alone, eps, tuple(range(2, x.ndim)), size=per_group, reaches_bias=True)
+    return normalised(c, kernel, c.plain(x, [1]), *affine)
 
 
 @rule("group_norm")
 def group_norm(
     c: Compiler, op: Any, x: Value, num_groups: int, weight: Any = None, bias: Any = None, eps: float = 1e-5, *_: Any
 ) -> Value:
-    x = c.plain(x, [1])
-    return normalised(c, GroupKernel(eps, num_groups, x.shape[1]), x, weight, bias)
+    return grouped(c, x, num_groups, x.shape[1], eps, weight, bias)
 
 
 @rule("native_group_norm")
-def native_group_norm(
-    c: Compiler, op: Any, x: Value, weight: Any, bias: Any, N: int, C: int, HxW: int, group: int, eps: float
-) -> list[Any]:
-    return [group_norm(c, op, x, group, weight, bias, eps), None, None]
+def native_group_norm(c: Compiler, op: Any, x: Value, weight: Any, bias: Any, *sizes: Any) -> list[Any]:
+    return [group_norm(c, op, x, sizes[3], weight, bias, sizes[4]), None, None]
 
 
 class DistributedGroupNorm(Norm):
@@ -115,9 +87,8 @@ class DistributedGroupNorm(Norm):
         self.num_groups, self.num_channels, self.affine = num_groups, num_channels, affine
         self.place_affine((num_channels,), (1,), affine, bias, dtype, device)
 
-    @property
-    def kernel(self) -> GroupKernel:
-        return GroupKernel(self.eps, self.num_groups, self.num_channels)
+    def rule(self, c: Compiler, x: Value, **held: Value) -> Value:
+        return grouped(c, x, self.num_groups, self.num_channels, self.eps, *self.weights(c, **held))
 
     def extra_repr(self) -> str:
         return f"{self.num_groups}, {self.num_channels}, eps={self.eps}, affine={self.affine}, P_x={self.P_x.shape}"

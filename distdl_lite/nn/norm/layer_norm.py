@@ -2,81 +2,53 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
 from distdl_lite.layout import Shape
+from distdl_lite.nn.blocks import wide
 from distdl_lite.nn.compiler import Compiler, Value, rule
 from distdl_lite.nn.norm.base import Kernel, Norm, normalised
 from distdl_lite.nn.options import integers, listed
 from distdl_lite.partition import Partition
 
 
-@dataclass(frozen=True)
-class LayerKernel(Kernel):
-    """The last dims are normalised together."""
+def over_last(
+    c: Compiler, alone: Callable[..., torch.Tensor], x: Value, shape: Shape, eps: float | None, *affine: Value | None
+) -> Value:
+    """The rule of norms over the last dims, for which weights are, too; `alone` is torch's."""
+    if x.shape[-len(shape) :] != shape:
+        raise ValueError(f"the input of shape {x.shape} does not end in normalized_shape={shape}")
+    over, is_centred = tuple(range(x.ndim - len(shape), x.ndim)), alone is torch.layer_norm
 
-    normalized_shape: tuple[int, ...]
-    reaches_bias = True
+    def of_block(x: torch.Tensor, factor: float, weight: Any, bias: Any, *running: None) -> torch.Tensor:
+        return alone(x, shape, *((weight, bias) if is_centred else (weight,)), eps)
 
-    def over(self, ndim: int) -> Sequence[int]:
-        return range(ndim - len(self.normalized_shape), ndim)
-
-    weighted = over
-
-    def check(self, shape: Shape, batch: bool) -> None:
-        if shape[-len(self.normalized_shape) :] != self.normalized_shape:
-            raise ValueError(f"the input of shape {shape} does not end in normalized_shape={self.normalized_shape}")
-
-    def as_channels(self, x: torch.Tensor) -> torch.Tensor:
-        lead = x.dim() - len(self.normalized_shape)
-        return x.reshape(1, math.prod(x.shape[:lead]), math.prod(x.shape[lead:]))
-
-    def per_channel(self, weight: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        return weight.reshape(1, 1, -1)
-
-    def alone(self, x: torch.Tensor, batch: bool, factor: float, *held: torch.Tensor | None) -> torch.Tensor:
-        return torch.layer_norm(x, self.normalized_shape, *held[:2], self.eps)
-
-
-@dataclass(frozen=True)
-class RMSKernel(LayerKernel):
-    """The same, which are only divided by their root mean square."""
-
-    numbers = 1
-    reaches_bias = False
-
-    def alone(self, x: torch.Tensor, batch: bool, factor: float, *held: torch.Tensor | None) -> torch.Tensor:
-        return torch.rms_norm(x, self.normalized_shape, held[0], self.eps)
+    added = torch.finfo(wide(x.dtype)).eps if eps is None else eps
+    kernel = Kernel(of_block, added, over, over, numbers=1 + is_centred, reaches_bias=is_centred)
+    return normalised(c, kernel, x, *affine)
 
 
 @rule("layer_norm", "native_layer_norm")
 def layer_norm(
-    c: Compiler,
-    op: Any,
-    x: Value,
-    shape: Sequence[int],
-    weight: Any = None,
-    bias: Any = None,
-    eps: float = 1e-5,
-    *_: Any,
+    c: Compiler, op: Any, x: Value, shape: Any, weight: Any = None, bias: Any = None, eps: float = 1e-5, *_: Any
 ) -> Any:
-    y = normalised(c, LayerKernel(eps, tuple(shape)), x, weight, bias)
+    y = over_last(c, torch.layer_norm, x, tuple(shape), eps, weight, bias)
     return y if op.is_one else [y, None, None]
 
 
 @rule("rms_norm", "_fused_rms_norm")
-def rms_norm(c: Compiler, op: Any, x: Value, shape: Sequence[int], weight: Any = None, eps: float | None = None) -> Any:
-    y = normalised(c, RMSKernel(eps, tuple(shape)), x, weight)
+def rms_norm(c: Compiler, op: Any, x: Value, shape: Any, weight: Any = None, eps: float | None = None) -> Any:
+    y = over_last(c, torch.rms_norm, x, tuple(shape), eps, weight)
     return y if op.is_one else [y, None]
 
 
 class _LastDimsNorm(Norm):
-    """Base of both: rows are counted by the leading dims, weights vary over the last ones."""
+    """Base of both."""
+
+    _alone: Callable[..., torch.Tensor] = torch.layer_norm
 
     def __init__(
         self,
@@ -99,6 +71,9 @@ class _LastDimsNorm(Norm):
                 f"normalized_shape={self.normalized_shape} does not fit P_x of shape {P_x.shape}, which has an axis per dim"
             )
         self.place_affine(self.normalized_shape, range(lead, P_x.dim), elementwise_affine, bias, dtype, device)
+
+    def rule(self, c: Compiler, x: Value, **held: Value) -> Value:
+        return over_last(c, self._alone, x, self.normalized_shape, self.eps, *self.weights(c, **held))
 
     def extra_repr(self) -> str:
         return f"{self.normalized_shape}, eps={self.eps}, elementwise_affine={self.elementwise_affine}, P_x={self.P_x.shape}"
@@ -132,10 +107,6 @@ class DistributedLayerNorm(_LastDimsNorm):
     reducer when backward ends. Blocks that are not balanced, and statistics, are as in `DistributedBatchNorm`.
     """
 
-    @property
-    def kernel(self) -> LayerKernel:
-        return LayerKernel(self.eps, self.normalized_shape)
-
 
 class DistributedRMSNorm(_LastDimsNorm):
     """Division by the root mean square over the last dims of the tensor that the blocks over `P_x` form, as torch's.
@@ -155,6 +126,8 @@ class DistributedRMSNorm(_LastDimsNorm):
         As `DistributedLayerNorm`. torch's promotion of an input and a weight of different dtypes is not offered.
     """
 
+    _alone = torch.rms_norm
+
     def __init__(
         self,
         P_x: Partition,
@@ -166,7 +139,3 @@ class DistributedRMSNorm(_LastDimsNorm):
     ) -> None:
         super().__init__(P_x, normalized_shape, 0.0 if eps is None else eps, elementwise_affine, False, device, dtype)
         self.eps = eps
-
-    @property
-    def kernel(self) -> RMSKernel:
-        return RMSKernel(self.eps, self.normalized_shape)

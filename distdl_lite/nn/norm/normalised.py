@@ -28,43 +28,23 @@ class Rows:
 
     A block is seen as ``(B, K, *S)``. Each of its K channels belongs to a row: the values, on any ranks, that are normalised
     together.
-
-    Attributes
-    ----------
-    shape : tuple of int
-        Of this rank's rows.
-    numbers : int
-        Per row: two, or one where the rows are not centred but only divided by their root mean square.
-    count : int
-        Values per row.
-    row_of : tensor of int64 or None
-        The row of each channel; None where each is one.
-    add_up : Operator or None
-        From numbers per row to their sums over the ranks that share the row; None in a program that is only looked at.
-    gather : Operator or None
-        For float64 input: n, mean and variance of each row, from each of these ranks apart.
-    position : int
-        This rank's place among them.
-    team : Team or None
-        The ranks that the gradients of the weights are summed over in the same collective; None where the reducer does that.
     """
 
-    shape: Shape
-    numbers: int
-    count: int
-    row_of: torch.Tensor | None
-    add_up: Operator | None
-    gather: Operator | None
-    position: int
-    team: Team | None
+    shape: Shape  # of this rank's rows
+    numbers: int  # per row: two, or one where the rows are not centred but only divided by their root mean square
+    count: int  # of values per row
+    row_of: torch.Tensor | None  # the row of each channel, as int64; None where each is one
+    add_up: Operator | None  # from numbers per row to their sums over the ranks that share it; None where nothing runs
+    gather: Operator | None  # for float64 input: n, mean and variance of each row, from each of these ranks apart
+    position: int  # of this rank among them
+    team: Team | None  # who sums the gradients of the weights in the same collective; None where the reducer does that
 
     def fold(self, values: torch.Tensor) -> torch.Tensor:
         """Sums over the channels of each row, along the last dim."""
         if self.row_of is None:
             return values
-        return values.new_zeros(*values.shape[:-1], math.prod(self.shape)).index_add(
-            -1, self.row_of.to(values.device), values
-        )
+        sums = values.new_zeros(*values.shape[:-1], math.prod(self.shape))
+        return sums.index_add(-1, self.row_of.to(values.device), values)
 
     def spread(self, values: torch.Tensor) -> torch.Tensor:
         """The number of each channel's row, along the last dim."""
@@ -147,11 +127,10 @@ def _merged(
 
 
 class Normalise(Node):
-    """Normalisation by the values' own statistics, of a block as ``(B, K, *S)``; `_composed` is the same in plain operations.
+    """Normalisation of a block as ``(B, K, *S)`` by the statistics of its rows; `_composed` is the same in plain operations.
 
-    Weight and bias have one number per channel, or one per element of the channels of ``(B, K, S)`` as ``(1, 1, S)``; mean and
-    variance are those of the rows. The result has the given shape. (Were it a view, a Function's output could not be changed in
-    place but by three copies.)
+    Weight and bias have one number per channel, or one per element of the channels of ``(B, K, S)`` as ``(1, 1, S)``. The
+    result has the given shape. (Were it a view, a Function's output could not be changed in place but by three copies.)
     """
 
     @staticmethod
@@ -162,8 +141,8 @@ class Normalise(Node):
         bias: torch.Tensor | None,
         mean: torch.Tensor,
         var: torch.Tensor,
-        eps: float,
         rows: Rows,
+        eps: float,
         shape: Shape,
     ) -> torch.Tensor:
         ctx.rows, ctx.eps = rows, eps

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-from distdl_lite.factors import uncut
-from distdl_lite.layout import Layout, Shape
+from distdl_lite.layout import Layout
 from distdl_lite.nn.blocks import anchored
 from distdl_lite.nn.compiler import Compiler, Value, rule
 from distdl_lite.nn.draws import constant
@@ -20,105 +17,54 @@ from distdl_lite.nn.inputs import weight_dtype
 from distdl_lite.nn.norm.base import Kernel, Norm, by_kernel, normalised
 from distdl_lite.nn.options import integers, numbers
 from distdl_lite.partition import Partition
-from distdl_lite.transport import Team
 
 
-@dataclass(frozen=True)
-class BatchKernel(Kernel):
-    """Each channel is normalised over all samples."""
+def by_channel(c: Compiler, x: Value, over_samples: bool, batch: bool, eps: float, *held: Any, **options: Any) -> Value:
+    """The rule of batch norms or, if not `over_samples`, of instance norms; the rest is as of `normalised`."""
+    if over_samples and batch and eps == 0:
+        raise ValueError("eps=0 is refused in training, as by torch")
+    over = (0,) * over_samples + tuple(range(2, x.ndim))
+    if batch and math.prod(x.shape[d] for d in over) == 1:
+        what = "value per channel" if over_samples else "spatial element"
+        raise ValueError(f"Expected more than 1 {what} when training, got input size {torch.Size(x.shape)}")
 
-    saves_empty = False
-    tracks_early = True
-
-    def over(self, ndim: int) -> Sequence[int]:
-        return 0, *range(2, ndim)
-
-    def check(self, shape: Shape, batch: bool) -> None:
-        if batch and self.eps == 0:
-            raise ValueError("eps=0 is refused in training, as by torch")
-        if batch and math.prod(shape) == shape[1]:
-            size = torch.Size(shape)
-            raise ValueError(f"Expected more than 1 value per channel when training, got input size {size}")
-
-    def channels(self, c: Compiler, x: Value) -> Value:
-        return x
-
-    def per_channel(self, weight: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        return weight
-
-    def alone(self, x: torch.Tensor, batch: bool, factor: float, *held: torch.Tensor | None) -> torch.Tensor:
-        weight, bias, *running = held
-        return by_kernel(F.batch_norm, x, *running, weight, bias, batch, factor, self.eps)
-
-
-@dataclass(frozen=True)
-class InstanceKernel(Kernel):
-    """Each channel of each sample is normalised over its space."""
-
-    def check(self, shape: Shape, batch: bool) -> None:
-        if batch and math.prod(shape[2:]) == 1:
-            size = torch.Size(shape)
-            raise ValueError(f"Expected more than 1 spatial element when training, got input size {size}")
-
-    def per_feature(self, c: Compiler, x: Value, found: Sequence[Value]) -> Sequence[Value]:
-        # All ranks with the channels take part, so that the copies stay bitwise equal. Each sample is there once per
-        # block of space, which the mean does not feel.
-        dims = (uncut(3),), x.dims[1]
-        parts = c.call(_over_samples, *found, c.local(x.dims)[:2], dims=dims, dtype=torch.float64)
-        parts = c.sum_over(parts, x.axes(0, *range(2, x.ndim)))
-        return c.calls(_averages, parts, dims=[(x.dims[1],)] * 2, dtypes=[torch.float64] * 2)
-
-    def alone(self, x: torch.Tensor, batch: bool, factor: float, *held: torch.Tensor | None) -> torch.Tensor:
-        weight, bias, *running = held
+    def alone(x: torch.Tensor, factor: float, weight: Any, bias: Any, *running: Any) -> torch.Tensor:
+        if over_samples:
+            return by_kernel(F.batch_norm, x, *running, weight, bias, batch, factor, eps)
         # As of a block with a dim of length one, see `by_kernel`: torch makes all channels those of one sample.
-        y = F.instance_norm(x.flatten(2), *running, weight, bias, batch, factor, self.eps)
-        return y.view(x.shape)
+        return F.instance_norm(x.flatten(2), *running, weight, bias, batch, factor, eps).view(x.shape)
 
-
-def _over_samples(mean: torch.Tensor, var: torch.Tensor, shape: Shape) -> torch.Tensor:
-    return torch.stack([mean, var, torch.ones_like(mean)]).view(3, *shape).sum(1)
-
-
-def _averages(parts: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    return tuple(parts[:2] / parts[2])
+    return normalised(c, Kernel(alone, eps, over), x, *held, batch=batch, **options)
 
 
 @rule("batch_norm", "native_batch_norm", "_native_batch_norm_legit", "_native_batch_norm_legit_no_training",
       "_native_batch_norm_legit_functional")  # fmt: skip
 def batch_norm(c: Compiler, op: Any, x: Value, weight: Value | None, bias: Value | None, *rest: Any) -> Any:
     """Of torch's results, those that only its own backward reads are None."""
-    batch = any(v for v in rest[:3] if isinstance(v, bool))
+    batch = next((v for v in rest if isinstance(v, bool)), False)
     *running, momentum, eps = (v for v in rest if not isinstance(v, bool))
-    running = running or [None, None]
-    is_functional = op.name.endswith("_functional")
+    running, is_functional = running or [None, None], op.name.endswith("_functional")
     if is_functional and batch:
-        running = [c.call(torch.clone, c.move(v, (x.dims[1],)), dims=(x.dims[1],), dtype=v.dtype) for v in running]
-    y = normalised(c, BatchKernel(eps), x, weight, bias, running, momentum if batch else None, batch)
+        dims = (x.dims[1],)
+        running = [c.call(torch.clone, c.move(v, dims), dims=dims, dtype=v.dtype) for v in running]
+    y = by_channel(c, x, True, batch, eps, weight, bias, running, momentum if batch else None)
     return y if op.is_one else [y, None, None, *(running if is_functional else ())]
 
 
 @rule("instance_norm")
-def instance_norm(
-    c: Compiler,
-    op: Any,
-    x: Value,
-    weight: Any,
-    bias: Any,
-    mean: Any,
-    var: Any,
-    batch: bool,
-    momentum: float,
-    eps: float,
-    *_: Any,
-) -> Value:
-    """torch's record does not say that it changes running statistics, which are changed where they are."""
-    return normalised(c, InstanceKernel(eps), x, weight, bias, (mean, var), momentum if batch else None, batch)
+def instance_norm(c: Compiler, op: Any, x: Value, *rest: Any) -> Value:
+    """Changes running statistics where they are: torch's record does not say that they are changed."""
+    weight, bias, mean, var, batch, momentum, eps, _ = rest
+    return by_channel(c, x, False, batch, eps, weight, bias, (mean, var), momentum if batch else None)
 
 
 class _RunningNorm(Norm):
     """Base of both: weights and running statistics per channel."""
 
     _distdl_free = frozenset({"eps", "momentum"})
+    over_samples = (
+        False  # whether a row is a channel of all samples; weights' gradients are summed with its statistics' then
+    )
 
     def __init__(
         self,
@@ -157,27 +103,16 @@ class _RunningNorm(Norm):
         """The weight of the newest statistics among the running ones, after so many."""
         return 0.0 if self.momentum is None else self.momentum
 
-    def team(self, c: Compiler) -> Team | None:
-        """The ranks that the gradients of the weights are summed over with the statistics'."""
-        return None
-
-    def rule(
-        self,
-        c: Compiler,
-        x: Value,
-        weight: Value | None = None,
-        bias: Value | None = None,
-        running_mean: Value | None = None,
-        running_var: Value | None = None,
-        num_batches_tracked: Value | None = None,
-    ) -> Value:
-        batch, factor, running = self.training or running_mean is None, None, (running_mean, running_var)
-        if self.training and not self.track_running_stats:
-            running = None, None
-        elif self.training and running_mean is not None:
-            factor = self.factor(c, num_batches_tracked)
-        used = partial(self.used, c)
-        return normalised(c, self.kernel, x, weight, bias, running, factor, batch, used, self.team(c))
+    def rule(self, c: Compiler, x: Value, **held: Value) -> Value:
+        names = "weight", "bias", "running_mean", "running_var", "num_batches_tracked"
+        weight, bias, *running, number = map(held.get, names)
+        batch = self.training or running[0] is None
+        tracks = self.training and self.track_running_stats and running[0] is not None
+        factor = self.factor(c, number) if tracks else None
+        running = [None, None] if batch and factor is None else running
+        team = self._distdl_transport.team(c.grid.members({1: c.index[1]}))
+        sums = {"used": partial(self.used, c), "team": team if self.over_samples and team.size > 1 else None}
+        return by_channel(c, x, self.over_samples, batch, self.eps, weight, bias, running, factor, **sums)
 
     def extra_repr(self) -> str:
         return (
@@ -219,6 +154,7 @@ class DistributedBatchNorm(_RunningNorm):
     """
 
     _distdl_free = frozenset({"eps", "momentum", "track_running_stats"})
+    over_samples = True
     least_dims = 2
 
     @property
@@ -231,20 +167,12 @@ class DistributedBatchNorm(_RunningNorm):
         """DistDL's name of the bias."""
         return self.bias
 
-    @property
-    def kernel(self) -> BatchKernel:
-        return BatchKernel(self.eps)
-
     def factor(self, c: Compiler, number: Value | None) -> Any:
         if number is not None:
             number = c.call(torch.Tensor.add_, number, 1, dims=(), dtype=number.dtype)
         if number is None or self.momentum is not None:
             return self.momentum
         return c.call(lambda n: 1.0 / n.double(), number, dims=(), dtype=torch.float64)
-
-    def team(self, c: Compiler) -> Team | None:
-        team = self._distdl_transport.team(c.grid.members({1: c.index[1]}))
-        return team if team.size > 1 else None
 
     def _distdl_recomputed(self, input: tuple[Any, ...]) -> tuple[Any, ...]:
         if weight_dtype(self) is not None or not self._distdl_structure.is_empty:
@@ -290,7 +218,3 @@ class DistributedInstanceNorm(_RunningNorm):
         bias: bool = True,
     ) -> None:
         super().__init__(P_x, num_features, eps, momentum, affine, track_running_stats, device, dtype, bias=bias)
-
-    @property
-    def kernel(self) -> InstanceKernel:
-        return InstanceKernel(self.eps)

@@ -14,7 +14,7 @@ from distdl_lite.nn.blocks import check_floating, wide
 from distdl_lite.nn.compiler import Compiler, Movement, Value, rule
 from distdl_lite.nn.inputs import Inputs
 from distdl_lite.nn.module import Module
-from distdl_lite.nn.options import integers
+from distdl_lite.nn.options import integers, listed
 from distdl_lite.nn.rule_layer import RuleLayer, dims_of
 from distdl_lite.operator import Operator
 from distdl_lite.partition import Partition
@@ -82,7 +82,7 @@ def _cut_dim(c: Compiler, x: Value, dims: Sequence[int]) -> CutDim | None:
 
 def along(c: Compiler, whole: Function, cut: Function, x: Value, dim: Any, points: Dims) -> Value:
     """What torch's function of `whole` dims makes of cut ones, too."""
-    over = _cut_dim(c, x, [d % x.ndim for d in ([dim] if isinstance(dim, int) else dim)])
+    over = _cut_dim(c, x, [d % x.ndim for d in listed(dim)])
     if over is None:
         return c.call(whole, x, dim, dims=points, dtype=x.dtype, everywhere=True)
     return c.call(_of_parts, x, over, cut, whole, dims=points, dtype=x.dtype, everywhere=True)
