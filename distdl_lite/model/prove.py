@@ -74,7 +74,7 @@ def prove(
     tolerance : float
         Of relative differences.
     steps : int
-        Of AdamW, after which the weights are compared; 0 for none.
+        Of Adam, after which the weights are compared; 0 for none.
 
     Returns
     -------
@@ -156,7 +156,7 @@ class Trial:
         """What a network makes in some steps, and the gradients of its outputs, which are drawn if none are given."""
         weights, found = list(net.parameters()), Found()
         # The large eps, since a gradient that is zero but for rounding would count as much as others with a small one.
-        optimizer = torch.optim.AdamW(weights, lr=1e-3, eps=1e-3) if self.steps and weights else None
+        optimizer = torch.optim.Adam(weights, lr=1e-3, eps=1e-3) if self.steps and weights else None
         for step in range(max(self.steps, 1)):
             args = [a.detach().clone().requires_grad_() if _is_inexact(a) else a for a in args]
             net.zero_grad()
