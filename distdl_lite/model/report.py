@@ -90,8 +90,8 @@ class Row:
     Attributes
     ----------
     path : str
-        Under "inputs" the gradients of inputs that several ranks hold are added up, under "gradients" those of weights, and
-        under "outputs" outputs go into their layouts.
+        Under "inputs" are the blocks that come in, and sums of their gradients where several ranks hold them; under
+        "gradients" the sums of those of weights; under "outputs" outputs go into their layouts.
     operations : tuple of str
     output : str
         The global shape of its last output with its cuts: ``37/2`` is cut in two, ``18*37/2`` are two dims made one.
@@ -476,7 +476,7 @@ class _Account:
         return found
 
     def _rows(self) -> Iterator[Row]:
-        operations: dict[str, list[tuple[str, Any]]] = {"inputs": []} if "inputs" in self.sent else {}
+        operations: dict[str, list[tuple[str, Any]]] = {"inputs": []}
         for path, name, value in self.program.operations:
             operations.setdefault(path, []).append((name, value))
         kinds: dict[str, Counter[str]] = {path: Counter() for path in (*operations, *self.sent)}
