@@ -160,7 +160,9 @@ def capture(
             made = {n: torch.empty(whole[n], dtype=p.dtype, device=p.device) for n, p in blocks.items()}
             parts = {id(p): torch.nn.Parameter(made[n], p.requires_grad) for n, p in blocks.items()}
             model = copy.deepcopy(model, parts)
-    with warnings.catch_warnings(), _refusing_what_is_lost():
+    # Tensors that are saved while it is recorded are not for a checkpoint around the call to count.
+    unhooked = torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor)
+    with warnings.catch_warnings(), _refusing_what_is_lost(), unhooked:
         warnings.simplefilter("ignore")
         try:
             program = export(model, args, kwargs, strict=False)

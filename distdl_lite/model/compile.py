@@ -106,6 +106,7 @@ def compiled(
         If an operation cannot be run, or without a rule under `strict`; the text names module and line.
     """
     c = Compiler(grid, rank, transport, "distribute", device)
+    c.copies_few = True
     program, known = Program(c), dict[Node, Any]()
     for feed in captured.feeds:
         example = feed.node.meta.get("val")

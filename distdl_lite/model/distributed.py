@@ -19,7 +19,7 @@ from distdl_lite.model import rules as rules  # registers those that graphs alon
 from distdl_lite.model.capture import Captured, as_module, capture
 from distdl_lite.model.compile import Axes, Program, compiled, default_axes
 from distdl_lite.model.report import TYPICAL, Machine, Report, cut_inputs, example, reported
-from distdl_lite.nn.blocks import anchored
+from distdl_lite.nn.blocks import anchored, connected_zeros
 from distdl_lite.nn.compiler import Value
 from distdl_lite.nn.module import Call, Module
 from distdl_lite.nn.parameter import Place
@@ -367,4 +367,5 @@ class _Shown(Node):
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return (gradient if ctx.counts else torch.zeros_like(gradient)), None
+        # Zeros whose graph, for second gradients, leads to where the other's does.
+        return (gradient if ctx.counts else connected_zeros(gradient.shape, gradient, linear=True)), None

@@ -215,28 +215,28 @@ def _cells(made: Report) -> list[list[str]]:
 
 def _summary(made: Report) -> list[str]:
     """The lines below the table."""
-    parts = ", ".join(f"{number(seconds)}s {name}" for name, seconds in made.parts.items())
+    parts = ", ".join(f"{number(seconds, 's')} {name}" for name, seconds in made.parts.items())
     held = {"weights": made.weights, "gradients": made.gradients, "optimizer": made.optimizer, "kept": made.kept}
-    memory = ", ".join(f"{number(size)}B {name}" for name, size in held.items())
+    memory = ", ".join(f"{number(size, 'B')} {name}" for name, size in held.items())
     lines = [
         f"grid {'x'.join(map(str, made.grid))}, {made.ranks} ranks; messages and bytes of the fullest rank, forward + backward",
-        f"predicted step: {number(made.seconds)}s ({parts})",
-        f"peak memory a rank: {number(made.peak)}B ({memory})",
+        f"predicted step: {number(made.seconds, 's')} ({parts})",
+        f"peak memory a rank: {number(made.peak, 'B')} ({memory})",
         f"elements on the fullest rank x ranks / elements in the model: {made.ratio:.2f}",
     ]
     return [*lines, *(f"GATHERED, whole on every rank: {text}" for text in made.gathered)]
 
 
-def number(value: float) -> str:
-    """Three digits and a prefix.
+def number(value: float, unit: str = "") -> str:
+    """Three digits, a prefix and a unit.
 
-    >>> number(0), number(1234567), number(0.00021)
-    ('0', '1.23 M', '210 u')
+    >>> number(0), number(1234567, "B"), number(0.00021, "s")
+    ('0', '1.23 MB', '210 us')
     """
-    if value == 0 or 1 <= value < 1000:
-        return f"{value:.3g}"
-    power = max(min(math.floor(math.log10(value) / 3), 5), -3)
-    return f"{value / 1000.0**power:.3g} {'num kMGTP'[power + 3]}".rstrip()
+    power = 0
+    if value and not 1 <= value < 1000:
+        power = max(min(math.floor(math.log10(value) / 3), 5), -3)
+    return f"{value / 1000.0**power:.3g} {'num kMGTP'[power + 3].strip()}{unit}".rstrip()
 
 
 # Made

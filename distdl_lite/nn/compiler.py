@@ -183,6 +183,7 @@ class Compiler:
         assert index is not None
         self.grid, self.rank, self.index, self.transport = grid, rank, index, transport
         self.label, self.device = label, device
+        self.copies_few = False  # whether sums of fewer points than ranks are given to all of them
         self.path = ""  # of the module that is compiled
         self.lines: list[Line] = []
         self.names: dict[str, Any] = {}
@@ -392,8 +393,9 @@ class Compiler:
         return made
 
     def layouts(self, held: tuple[Dim, ...], wanted: tuple[Dim, ...]) -> tuple[Layout, Layout]:
-        """Copies of the source keep apart: each moves among its own ranks."""
-        keys = self.free_axes(all_axes((held,)))
+        """Source and target of a movement; ranks that differ along an axis whose cuts stay, or hold other copies, keep apart."""
+        moved = {a for h, w in zip(held, wanted, strict=True) if h != w or h.overlaps for a in h.axes}
+        keys = tuple(a for a, n in enumerate(self.grid.shape) if n > 1 and a not in moved)
         return Layout(self.grid, held, keys), Layout(self.grid, wanted, keys)
 
     def between(self, X: Layout, Y: Layout, value: Value, kind: str) -> Operator | None:
@@ -417,7 +419,7 @@ class Compiler:
             return value
         held, wanted = (tuple(dim for factors in d for dim in factors) for d in (value.dims, dims))
         made = self.new(dims, value.dtype, value.grad)
-        kind = "all_reduce" if not all_axes(dims) else "sum"
+        kind = "all_reduce" if all_axes(dims) < all_axes(value.dims) else "sum"
         self.emit(
             f"{made.name} = {self.operator(*self.layouts(held, wanted), value, kind)}({value.name})", [value.name]
         )

@@ -3,8 +3,8 @@
     mpirun -n 4 python docs/examples/denoise.py
 
 The photograph is the Hubble Deep Field that scikit-image ships, 872 x 1000 pixels. There are no patches: every activation
-of the network is one tensor over the whole picture, and each rank holds a block of it, with ``--grid 2x2`` a quarter. The
-layers fetch what they need from their neighbours, so the network is the serial one up to rounding, and the same seed gives
+of the network is one tensor over the whole picture, and each rank holds a block of it, with ``--grid 2x2`` a quarter. Ranks
+fetch what they need from their neighbours, so the network is the serial one up to rounding, and the same seed gives
 the same loss curve on every grid. Three halvings make the blocks uneven: 55 and 54 rows, 63 and 62 columns.
 
 The network is smooth on purpose, with SiLU and average pools: the kinks of ReLU and of maxima let training amplify the
@@ -15,16 +15,14 @@ between the network's output and the clean photograph. The PSNR printed at the e
 trained on. The scene is the one it was trained on, so the gain says how well this photograph can be denoised, not how well
 others can; the weight of the total-variation filter beside it was chosen for this photograph too.
 
-At the end the trained weights go into the serial network, which the same class makes of torch's own layers.
+The network is plain torch. At the end the trained weights go into one that runs on a single rank, as it is.
 """
 
 from __future__ import annotations
 
 import argparse
 import math
-from functools import partial
 from time import perf_counter
-from types import SimpleNamespace
 from typing import Any
 
 import skimage.data
@@ -35,7 +33,6 @@ from torch import nn
 from tqdm import tqdm
 
 import distdl_lite as dl
-import distdl_lite.nn as dnn
 
 SIGMA = 0.1  # of the noise; colours lie in [0, 1], so that the noisy picture has a PSNR of 20 dB
 LEARNING_RATE = 1e-2
@@ -43,46 +40,33 @@ TV_WEIGHT = 0.09  # the best of 0.05, 0.07, ... 0.15 for this photograph
 
 # ---- the network -----------------------------------------------------------------------------------------------------
 
-SERIAL = SimpleNamespace(conv=nn.Conv2d, norm=nn.BatchNorm2d, pool=nn.AvgPool2d, grow=nn.Upsample, loss=nn.MSELoss)
 
-
-def distributed(P: dl.Partition) -> SimpleNamespace:
-    """The same layers over blocks: the partition comes first, everything else is torch's."""
-    return SimpleNamespace(
-        conv=partial(dnn.DistributedConv2d, P),
-        norm=partial(dnn.DistributedBatchNorm, P),
-        pool=partial(dnn.DistributedAvgPool2d, P),
-        grow=partial(dnn.DistributedUpsample, P),
-        loss=partial(dnn.DistributedMSELoss, P),
-    )
-
-
-def convolution(make: SimpleNamespace, in_channels: int, out_channels: int) -> nn.Sequential:
-    """Convolution, BatchNorm (which makes a bias useless) and SiLU (which is exact on blocks as it is)."""
-    conv = make.conv(in_channels, out_channels, 3, padding=1, bias=False)
-    return nn.Sequential(conv, make.norm(out_channels), nn.SiLU(inplace=True))
+def convolution(in_channels: int, out_channels: int) -> nn.Sequential:
+    """Convolution, BatchNorm (which makes a bias useless) and SiLU."""
+    conv = nn.Conv2d(in_channels, out_channels, 3, padding=1, bias=False)
+    return nn.Sequential(conv, nn.BatchNorm2d(out_channels), nn.SiLU(inplace=True))
 
 
 class UNet(nn.Module):
     """Finds the noise in a picture of shape (1, 3, H, W) and takes it away; H and W are multiples of ``2**levels``.
 
+    It knows nothing of ranks: `dl.distribute` runs it as it is.
+
     Parameters
     ----------
-    make : SimpleNamespace
-        What makes the layers: `SERIAL` or ``distributed(P)``.
     levels : int
         How often the picture is halved.
     channels : int
         At full size; each halving doubles them.
     """
 
-    def __init__(self, make: SimpleNamespace, levels: int = 3, channels: int = 8) -> None:
+    def __init__(self, levels: int = 3, channels: int = 8) -> None:
         super().__init__()
         widths = [channels * 2**level for level in range(levels + 1)]
-        self.down = nn.ModuleList(convolution(make, a, b) for a, b in zip([3, *widths], widths, strict=False))
-        self.up = nn.ModuleList(convolution(make, a + 2 * a, a) for a in reversed(widths[:-1]))
-        self.pool, self.grow = make.pool(2), make.grow(scale_factor=2)
-        self.noise = make.conv(channels, 3, 3, padding=1)
+        self.down = nn.ModuleList(convolution(a, b) for a, b in zip([3, *widths], widths, strict=False))
+        self.up = nn.ModuleList(convolution(a + 2 * a, a) for a in reversed(widths[:-1]))
+        self.pool, self.grow = nn.AvgPool2d(2), nn.Upsample(scale_factor=2)
+        self.noise = nn.Conv2d(channels, 3, 3, padding=1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y, skips = self.down[0](x), []
@@ -118,9 +102,11 @@ def psnr(mean_square: float) -> float:
 # ---- training --------------------------------------------------------------------------------------------------------
 
 
-def train(net: UNet, clean: torch.Tensor, P: dl.Partition, options: Any, generator: torch.Generator) -> list[float]:
+def train(
+    net: nn.Module, clean: torch.Tensor, P: dl.Partition, options: Any, generator: torch.Generator
+) -> list[float]:
     """Train on this rank's block of the clean picture; returns the loss of each step, the same on all ranks."""
-    measure, losses = distributed(P).loss(), []
+    measure, losses = dl.distribute(nn.MSELoss(), P), []
     optimizer = torch.optim.Adam(net.parameters(), lr=LEARNING_RATE)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=options.steps)
     steps = tqdm(range(options.steps), "training", unit="step", disable=P.rank != 0)
@@ -140,7 +126,7 @@ def train(net: UNet, clean: torch.Tensor, P: dl.Partition, options: Any, generat
 
 
 @torch.no_grad()
-def denoise(net: UNet, noisy: torch.Tensor) -> torch.Tensor:
+def denoise(net: nn.Module, noisy: torch.Tensor) -> torch.Tensor:
     """The network's output with BatchNorm's running statistics."""
     return net.eval()(noisy)
 
@@ -150,16 +136,13 @@ def denoise(net: UNet, noisy: torch.Tensor) -> torch.Tensor:
 
 def print_cost(P: dl.Partition, wall: float, tally: Any, steps: int) -> None:
     """Where the time went on each rank, and what moved."""
-    costs = P.allgather_data((wall, tally.seconds, {label: t.bytes for label, t in tally.by_label.items()}))
+    costs = P.allgather_data((wall, tally.seconds, tally.bytes))
     if P.rank != 0:
         return
     print(f"\n{wall / steps:.2f} s a step; communication includes packing and waiting for other ranks")
     for rank, (total, talk, _) in enumerate(costs):
         print(f"  rank {rank}: {total:6.1f} s = {total - talk:6.1f} s computation + {talk:6.1f} s communication")
-    moved = {label: sum(sent.get(label, 0) for _, _, sent in costs) / steps for label in tally.by_label}
-    print("bytes sent per step, all ranks together:")
-    for label, size in moved.items():
-        print(f"  {label:24}{size:14,.0f}")
+    print(f"{sum(size for *_, size in costs) / steps:,.0f} bytes sent per step, all ranks together")
 
 
 def report(
@@ -173,7 +156,7 @@ def report(
     before, after, other = (psnr((y - clean).square().mean().item()) for y in (noisy, denoised, torch.tensor(filtered)))
     print(f"PSNR before {before:.2f} dB, after {after:.2f} dB: gain {after - before:.2f} dB")
     print(f"gain of skimage's denoise_tv_chambolle(weight={TV_WEIGHT}): {other - before:.2f} dB")
-    twin = UNet(SERIAL, options.levels)
+    twin = UNet(options.levels)
     twin.load_state_dict(state)
     difference = (denoise(twin, noisy) - denoised).abs().max().item()
     print(f"largest difference to the serial network's output: {difference:.1e}")
@@ -234,7 +217,7 @@ def run(P: dl.Partition, options: argparse.Namespace) -> list[float]:
     """Train, judge and report; returns the losses."""
     clean = dl.scatter(photograph(options.size) if P.rank == 0 else None, P)
     torch.manual_seed(options.seed)
-    net = UNet(distributed(P), options.levels)
+    net = dl.distribute(UNet(options.levels), P)
     generator = torch.Generator().manual_seed(options.seed)
     noisy = clean + noise_block(P, options.size, generator)  # drawn first: no later draw, used for training, repeats it
     losses = train(net, clean, P, options, generator)

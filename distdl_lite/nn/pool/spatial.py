@@ -81,7 +81,7 @@ def pooled(c: Compiler, kernel: Spatial, x: Value) -> Any:
         raise ValueError(f"the input of shape {x.shape} has no points")
     inputs = Inputs({}, x.dtype, c.device, x.grad)
     geometries = [kernel.geometry(d - 2, x.shape[d], inputs) for d in space]
-    outputs = {d: cut(g.outputs, x.axes(d), c.grid) for d, g in zip(space, geometries, strict=True)}
+    outputs = {d: _outputs(c, kernel, x.axes(d), g.outputs) for d, g in zip(space, geometries, strict=True)}
     if kernel.shares:
         z, y = x, x.with_dims(outputs)
         met = {d: _met(x.dims[d][0], g) for d, g in zip(space, geometries, strict=True)}
@@ -104,6 +104,11 @@ def pooled(c: Compiler, kernel: Spatial, x: Value) -> Any:
     if count == 2:
         return found
     return c.cast(c.add_up(found[0], y), x.dtype)
+
+
+def _outputs(c: Compiler, kernel: Spatial, axes: tuple[int, ...], count: int) -> Dim:
+    """How a dim of outputs is cut. Few that are sums are copied in a network, where all ranks will go on with them."""
+    return uncut(count) if kernel.shares and c.copies_few and count < c.parts(axes) else cut(count, axes, c.grid)
 
 
 def _met(held: Dim, geometry: Any) -> Dim:

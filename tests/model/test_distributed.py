@@ -1,0 +1,197 @@
+"""Models that are distributed as they are: their life beside the same model on one device."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from ranks import on_ranks
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import distdl_lite as dl
+from distdl_lite.testing import spmd
+
+
+class Net(nn.Module):
+    """A convolution, a norm if wanted, a strided convolution, a mean and a head."""
+
+    def __init__(self, norm: bool = False) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(4, 8, 3, padding=1, bias=not norm)
+        self.norm = nn.BatchNorm2d(8) if norm else nn.Identity()
+        self.second = nn.Conv2d(8, 4, 3, stride=2, padding=1)
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(F.gelu(self.second(F.relu(self.norm(self.first(x))))).mean((2, 3)))
+
+
+class Tokens(nn.Module):
+    """An embedding that is tied to the head, and a two-layer perceptron."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.up, self.down = nn.Embedding(11, 8, padding_idx=3), nn.Linear(8, 32), nn.Linear(32, 8)
+        self.head = nn.Linear(8, 11, bias=False)
+        self.head.weight = self.embedding.weight
+
+    def forward(self, index: torch.Tensor) -> torch.Tensor:
+        x = self.embedding(index)
+        return self.head(x + self.down(F.gelu(self.up(x))))
+
+
+def pair(world: dl.Partition, norm: bool = False, dtype: torch.dtype = torch.float64) -> tuple[Any, Any, Any, Any, Any]:
+    """A grid, a model and its distributed twin, a whole input and this rank's block."""
+    P = world.grid((1, 1, 2, 2))
+    torch.manual_seed(0)
+    model = Net(norm).to(dtype)
+    x = torch.randn(2, 4, 13, 9, dtype=dtype, generator=torch.Generator().manual_seed(1))
+    return P, model, dl.distribute(copy.deepcopy(model), P), x, x[P.block(x.shape)].clone()
+
+
+def assert_same_gradients(net: nn.Module, model: nn.Module, tolerance: float = 1e-12) -> None:
+    scale = max(float(p.grad.abs().max()) for p in model.parameters())
+    for (name, p), q in zip(model.named_parameters(), net.parameters(), strict=True):
+        assert float((p.grad - q.grad).abs().max()) <= tolerance * scale, name
+
+
+@on_ranks(4, mpi=True)
+def test_training(world: dl.Partition) -> None:
+    """Steps of an optimizer made before the first call, gradients that accumulate, evaluation, other shapes and no gradients."""
+    P, model, net, x, mine = pair(world, norm=True)
+    measure, target = dl.distribute(nn.MSELoss(), P), torch.ones(2, 3, dtype=x.dtype)
+    optimizers = [torch.optim.AdamW(m.parameters(), lr=1e-2) for m in (model, net)]
+    for step in range(3):
+        whole, block = (t.clone().requires_grad_() for t in (x, mine))
+        for _ in range(1 + step % 2):
+            loss = F.mse_loss(model(whole), target)
+            shown = measure(net(block), target)
+            loss.backward()
+            shown.backward()
+            torch.testing.assert_close(shown, loss, rtol=1e-12, atol=0)
+        torch.testing.assert_close(block.grad, whole.grad[P.block(x.shape)], rtol=1e-9, atol=1e-12)
+        assert_same_gradients(net, model)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+    assert all(torch.allclose(b, c) for b, c in zip(model.buffers(), net.buffers(), strict=True))
+    model.eval(), net.eval()
+    for shape in ((2, 4, 13, 9), (1, 4, 8, 10)):
+        y = torch.ones(shape, dtype=x.dtype)
+        with torch.no_grad():
+            torch.testing.assert_close(net(y[P.block(shape)]), model(y))
+
+
+@on_ranks(4)
+def test_graphs(world: dl.Partition) -> None:
+    """Checkpoints around the net, second gradients, functional calls, and a loss that is a function."""
+    P, model, net, x, mine = pair(world)
+    whole, block = x.requires_grad_(), mine.requires_grad_()
+    model(whole).square().sum().backward()
+    checkpoint(net, block, use_reentrant=False).square().sum().backward()
+    torch.testing.assert_close(block.grad, whole.grad[P.block(x.shape)], rtol=1e-9, atol=1e-12)
+    assert_same_gradients(net, model)
+    model.zero_grad(), net.zero_grad()
+    (g,) = torch.autograd.grad(model(whole).square().sum(), whole, create_graph=True)
+    g.square().sum().backward()
+    (h,) = torch.autograd.grad(net(block).square().sum(), block, create_graph=True)
+    h.square().sum().backward()
+    torch.testing.assert_close(h, g[P.block(x.shape)], rtol=1e-9, atol=1e-12)
+    doubled = [{n: 2 * p for n, p in m.named_parameters()} for m in (model, net)]
+    found = torch.func.functional_call(net, doubled[1], (block,))
+    torch.testing.assert_close(found, torch.func.functional_call(model, doubled[0], (whole,)))
+    mean = dl.distribute(lambda u, v: (u - v).abs().mean(), P)
+    torch.testing.assert_close(mean(block, 2 * block), x.abs().mean())
+
+
+@on_ranks(4)
+def test_autocast(world: dl.Partition) -> None:
+    """Under autocast the dtypes are the serial model's, and the numbers to the rounding of bfloat16."""
+    P, model, net, x, mine = pair(world, norm=True, dtype=torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        y, wanted = net(mine), model(x)
+    assert y.dtype is wanted.dtype is torch.bfloat16
+    torch.testing.assert_close(y, wanted, rtol=2e-2, atol=2e-2)
+    y.float().square().sum().backward()
+    wanted.float().square().sum().backward()
+    assert_same_gradients(net, model, 2e-2)
+
+
+@on_ranks(2)
+def test_cut_weights(world: dl.Partition) -> None:
+    """Weights that are cut along features go in and out as those of layers do; copies and pickles of the net go on."""
+    P = world.grid((1, 2))
+    torch.manual_seed(0)
+    model = Tokens().double()
+    start = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    net = dl.distribute(model, P, in_axes=[(0, None)])
+    index = torch.arange(8).view(2, 4)
+    wanted = model(index)
+    for twin in (net, net.eval(), copy.deepcopy(net), pickle.loads(pickle.dumps(net))):
+        torch.testing.assert_close(twin(index), wanted)
+    assert sum(p.numel() for p in net.parameters()) < 0.6 * sum(p.numel() for p in model.parameters())
+    state = dl.serial_state_dict(net)
+    assert world.rank or all(torch.equal(state[name], tensor) for name, tensor in start.items())
+    net.train()(index).square().sum().backward()
+    wanted.square().sum().backward()
+    norm = torch.stack([p.grad.norm() for p in model.parameters()]).norm()
+    torch.testing.assert_close(dl.grad_norm(net), norm)
+
+
+class Refused(nn.Module):
+    """A model that does one thing that a record would lose or cannot hold."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind, self.inner = kind, nn.Conv2d(2, 2, 3, padding=1)
+        if kind == "hook":
+            self.inner.register_forward_hook(lambda module, args, y: 2 * y)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.inner(x)
+        if self.kind == "control flow":
+            return y if y.sum() > 0 else 2 * y
+        if self.kind == "inference":
+            with torch.inference_mode():
+                return 2 * y
+        if self.kind == "nonzero":
+            return y[y > 0]
+        return {"custom": Tripled.apply, "item": lambda t: t * t.sum().item()}.get(self.kind, nn.Identity())(y)
+
+
+class Tripled(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
+        return 3 * gradient
+
+
+@pytest.mark.parametrize(
+    ("kind", "text"),
+    [
+        ("hook", "module inner has forward_hooks"),
+        ("control flow", "cannot be captured at .*return y if y.sum"),
+        ("inference", "inference_mode"),
+        ("nonzero", "depends on data"),
+        ("custom", "custom gradient of Tripled"),
+        ("item", "item depends on data"),
+    ],
+)
+def test_refusals(kind: str, text: str) -> None:
+    """What cannot be captured is refused by name on all ranks."""
+
+    def body(world: dl.Partition) -> None:
+        P = world.grid((1, 1, 2, 1))
+        net = dl.distribute(Refused(kind), P)
+        with pytest.raises(RuntimeError, match=text):
+            net(torch.ones(1, 2, 8, 8)[P.block((1, 2, 8, 8))])
+
+    spmd(2, body)
