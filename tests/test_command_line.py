@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import threading
 from pathlib import Path
 
 import pytest
+import torch
 from jobs import mpirun, run
 
 from distdl_lite.__main__ import PRIMITIVES, main
@@ -105,6 +107,78 @@ def test_explain_draws(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
 def test_wrong_use_is_a_usage_error(words: list[str], text: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as left:
         main(["explain", *words])
+    assert left.value.code == 2
+    assert text in capsys.readouterr().err
+
+
+def model() -> torch.nn.Module:
+    return torch.nn.Sequential(torch.nn.AvgPool2d(3, 1, 1), torch.nn.ReLU())
+
+
+A_MODEL = model()
+
+
+def not_a_model() -> int:
+    return 3
+
+
+@pytest.fixture
+def _here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """This file can be imported by its name."""
+    monkeypatch.setitem(sys.modules, "these_tests", sys.modules[__name__])
+
+
+def planned(capsys: pytest.CaptureFixture[str], *words: str) -> str:
+    assert main(["plan", "these_tests:model", *words]) == 0
+    return capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("_here")
+def test_plan_reports_a_model_over_a_grid(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--grid", "1x1x2x2", "--shape", "1x3x36x26"]
+    text = planned(capsys, *words)
+    assert "avg_pool2d" in text
+    assert "(1, 3, 36/2, 26/2)" in text
+    assert "grid 1x1x2x2, 4 ranks" in text
+    assert "DOES NOT FIT" not in text
+    assert "DOES NOT FIT 10 bytes" in planned(capsys, *words, "--memory", "10")
+    assert planned(capsys, *words, "--markdown").startswith("| module | operations |")
+    told = json.loads(planned(capsys, *words, "--json", "--eval"))
+    assert told["grid"] == [1, 1, 2, 2]
+    assert told["backward"]["messages"] == 0
+    wide = json.loads(planned(capsys, "--grid", "1x1x2x2", "--shape", "1x3x36x26:float64", "--json", "--eval"))
+    assert wide["forward"]["bytes"] == 2 * told["forward"]["bytes"] > 0
+
+
+@pytest.mark.usefixtures("_here")
+def test_plan_suggests_grids(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--ranks", "4", "--shape", "1x3x36x26"]
+    assert planned(capsys, *words).splitlines()[0].startswith("1x1x4x1  ")
+    assert planned(capsys, *words, "--markdown").startswith("| grid | reason |")
+    assert json.loads(planned(capsys, *words, "--json"))[0]["grid"] == [1, 1, 4, 1]
+    assert "does not fit" in planned(capsys, *words, "--memory", "10")
+
+
+@pytest.mark.usefixtures("_here")
+@pytest.mark.parametrize(
+    ("words", "text"),
+    [
+        (["these_tests:model", "--shape", "3"], "plan needs either --grid, for a report, or --ranks"),
+        (["these_tests:model", "--shape", "3", "--grid", "1", "--ranks", "1"], "plan needs either --grid"),
+        (["these_tests:model", "--grid", "1x1x2x2"], "plan needs --shape, once for each argument"),
+        (["these_tests", "--grid", "1", "--shape", "3"], "'these_tests' does not say package.module:factory"),
+        (["no_such_module:model", "--grid", "1", "--shape", "3"], "No module named 'no_such_module'"),
+        (["these_tests:none", "--grid", "1", "--shape", "3"], "these_tests has no function none"),
+        (["these_tests:CASES", "--grid", "1", "--shape", "3"], "these_tests:CASES cannot be called"),
+        (["these_tests:not_a_model", "--grid", "1", "--shape", "3"], "returned a int, not a torch.nn.Module"),
+        (["these_tests:model", "--grid", "1x1x2x2", "--shape", "4:nn"], "argument --shape: invalid shape, such as"),
+        (["these_tests:A_MODEL", "--grid", "1x1x2x2", "--shape", "36x26"], "cannot be captured"),
+        (["these_tests:model", "--ranks", "7", "--shape", "1x3x2x2"], "7 ranks have no grid for a tensor of shape"),
+    ],
+)
+def test_wrong_plans_are_usage_errors(words: list[str], text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as left:
+        main(["plan", *words])
     assert left.value.code == 2
     assert text in capsys.readouterr().err
 

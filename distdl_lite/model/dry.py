@@ -168,7 +168,7 @@ class Meter(TorchDispatchMode):
         if flops is not None:
             return int(flops(*args, **kwargs, out_val=made)) // 2
         given = [t.numel() for t in tree_iter((args, kwargs)) if isinstance(t, torch.Tensor)]
-        return 0 if func.is_view or not given else max(given)
+        return 0 if func.is_view or "empty" in str(func) else max(given, default=0)
 
     def hold(self, tensor: torch.Tensor, path: str | None, counts: bool = True) -> None:
         """Count the bytes of a tensor's memory until it is freed, those of a weight not."""

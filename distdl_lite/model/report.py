@@ -90,8 +90,8 @@ class Row:
     Attributes
     ----------
     path : str
-        Under "inputs" the gradients of inputs that several ranks hold are added up, under "gradients" those of weights, and
-        under "outputs" outputs go into their layouts.
+        Under "inputs" are the blocks that come in, and sums of their gradients where several ranks hold them; under
+        "gradients" the sums of those of weights; under "outputs" outputs go into their layouts.
     operations : tuple of str
     output : str
         The global shape of its last output with its cuts: ``37/2`` is cut in two, ``18*37/2`` are two dims made one.
@@ -215,28 +215,28 @@ def _cells(made: Report) -> list[list[str]]:
 
 def _summary(made: Report) -> list[str]:
     """The lines below the table."""
-    parts = ", ".join(f"{number(seconds)}s {name}" for name, seconds in made.parts.items())
+    parts = ", ".join(f"{number(seconds, 's')} {name}" for name, seconds in made.parts.items())
     held = {"weights": made.weights, "gradients": made.gradients, "optimizer": made.optimizer, "kept": made.kept}
-    memory = ", ".join(f"{number(size)}B {name}" for name, size in held.items())
+    memory = ", ".join(f"{number(size, 'B')} {name}" for name, size in held.items())
     lines = [
         f"grid {'x'.join(map(str, made.grid))}, {made.ranks} ranks; messages and bytes of the fullest rank, forward + backward",
-        f"predicted step: {number(made.seconds)}s ({parts})",
-        f"peak memory a rank: {number(made.peak)}B ({memory})",
+        f"predicted step: {number(made.seconds, 's')} ({parts})",
+        f"peak memory a rank: {number(made.peak, 'B')} ({memory})",
         f"elements on the fullest rank x ranks / elements in the model: {made.ratio:.2f}",
     ]
     return [*lines, *(f"GATHERED, whole on every rank: {text}" for text in made.gathered)]
 
 
-def number(value: float) -> str:
-    """Three digits and a prefix.
+def number(value: float, unit: str = "") -> str:
+    """Three digits, a prefix and a unit.
 
-    >>> number(0), number(1234567), number(0.00021)
-    ('0', '1.23 M', '210 u')
+    >>> number(0), number(1234567, "B"), number(0.00021, "s")
+    ('0', '1.23 MB', '210 us')
     """
-    if value == 0 or 1 <= value < 1000:
-        return f"{value:.3g}"
-    power = max(min(math.floor(math.log10(value) / 3), 5), -3)
-    return f"{value / 1000.0**power:.3g} {'num kMGTP'[power + 3]}".rstrip()
+    power = 0
+    if value and not 1 <= value < 1000:
+        power = max(min(math.floor(math.log10(value) / 3), 5), -3)
+    return f"{value / 1000.0**power:.3g} {'num kMGTP'[power + 3].strip()}{unit}".rstrip()
 
 
 # Made
@@ -476,7 +476,7 @@ class _Account:
         return found
 
     def _rows(self) -> Iterator[Row]:
-        operations: dict[str, list[tuple[str, Any]]] = {"inputs": []} if "inputs" in self.sent else {}
+        operations: dict[str, list[tuple[str, Any]]] = {"inputs": []}
         for path, name, value in self.program.operations:
             operations.setdefault(path, []).append((name, value))
         kinds: dict[str, Counter[str]] = {path: Counter() for path in (*operations, *self.sent)}

@@ -93,7 +93,9 @@ def suggest(
     fitting = sorted((r for r in found if r.peak <= memory), key=lambda r: r.seconds)
     others = sorted((r for r in found if r.peak > memory), key=lambda r: r.peak)
     made = [Suggestion(r.grid, r, True, _reason(r, fitting)) for r in fitting]
-    made += [Suggestion(r.grid, r, False, f"does not fit: {number(r.peak)}B of {number(memory)}B") for r in others]
+    made += [
+        Suggestion(r.grid, r, False, f"does not fit: {number(r.peak, 'B')} of {number(memory, 'B')}") for r in others
+    ]
     return Suggestions(made)
 
 
@@ -114,9 +116,9 @@ def _reason(made: Report, fitting: Sequence[Report]) -> str:
     apart = {name: sign * (seconds - other.parts[name]) for name, seconds in made.parts.items()}
     most, differs = (max(parts, key=parts.__getitem__) for parts in (made.parts, apart))
     share = 100 * made.parts[most] / made.seconds if made.seconds else 0
-    texts = [f"{number(made.seconds)}s, {share:.0f} % of it {most}, {number(made.peak)}B"]
+    texts = [f"{number(made.seconds, 's')}, {share:.0f} % of it {most}, {number(made.peak, 'B')}"]
     if apart[differs] > 0:
         than = "less {} than the next" if is_first else "more {} than the first"
-        texts.append(f"{number(apart[differs])}s {than.format(differs)}")
+        texts.append(f"{number(apart[differs], 's')} {than.format(differs)}")
     texts += [f"{len(made.gathered)} operations gathered"] if made.gathered else []
     return "; ".join(texts)

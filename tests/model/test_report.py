@@ -150,7 +150,7 @@ def test_large_models_sum_gradients_early_from_the_second_step_on() -> None:
         return nn.Sequential(*(nn.Linear(800, 800) for _ in range(3)))
 
     (numbers, made), *_ = measured(make, (2, 1), [(4, 800)], steps=2)
-    assert (made.backward.messages, made.backward.bytes) == numbers[2:] == (2, 3 * 4 * 801 * 800)
+    assert (made.backward.messages, made.backward.bytes) == numbers[2:] == (3, 3 * 4 * 801 * 800)
 
 
 def test_memory_is_what_a_step_holds() -> None:
@@ -178,7 +178,7 @@ def test_memory_is_what_a_step_holds() -> None:
     found = dl.report(UNet(8), (1, 1, 2, 1), (2, 3, 128, 96))
     for kept, peak in spmd(2, body):
         assert found.kept == pytest.approx(kept, rel=0.02)
-        assert found.peak - found.weights - found.optimizer == pytest.approx(peak, rel=0.1)
+        assert found.peak - found.weights - found.optimizer == pytest.approx(peak, rel=0.15)  # messages are copies
     weights = sum(t.nbytes for t in (*UNet(8).parameters(), *UNet(8).buffers()))
     assert found.weights == sum(row.weights for row in found.rows) == weights
     assert found.kept == sum(row.kept for row in found.rows)
@@ -189,12 +189,12 @@ def test_the_table_says_module_by_module_what_happens() -> None:
     net = UNet(4)
     found = dl.report(net, (1, 1, 2, 2), (1, 3, 36, 26))
     rows = {row.path: row for row in found.rows}
-    assert list(rows)[:4] == ["first.0", "first.1", "first.2", "down"]
+    assert list(rows)[:5] == ["inputs", "first.0", "first.1", "first.2", "down"]
     assert rows["first.0"].operations == ("conv2d",)
     assert rows["first.0"].output == "(1, 4, 36/2, 26/2)"
     assert rows["first.0"].movements == {"halo": 1}
     assert (rows["first.0"].forward.messages, rows["first.0"].forward.bytes) == (3, (18 + 13 + 1) * 3 * 4)
-    assert rows["first.0"].multiply_adds == 18 * 13 * 4 * 27
+    assert 1 <= rows["first.0"].multiply_adds / (18 * 13 * 4 * 27) < 1.15  # and its halo
     assert rows["first.0"].weights == 4 * (4 * 27 + 4)
     assert rows["gradients"].backward.bytes == found.gradients == sum(p.nbytes for p in net.parameters())
     assert found.backward_multiply_adds > found.multiply_adds
@@ -206,33 +206,36 @@ def test_the_table_says_module_by_module_what_happens() -> None:
         assert "total" in text
         assert "peak memory" in text
         assert "GATHERED" not in text
-    assert json.loads(json.dumps(found.to_dict()))["rows"][0]["movements"] == {"halo": 1}
+    assert json.loads(json.dumps(found.to_dict()))["rows"][1]["movements"] == {"halo": 1}
     assert net.training
     evaluated = dl.report(net, (1, 1, 2, 2), (1, 3, 36, 26), train=False)
     assert net.training
     assert (evaluated.backward, evaluated.gradients, evaluated.backward_multiply_adds) == (type(found.backward)(), 0, 0)
     assert evaluated.peak < found.peak
-    assert "statistics" not in evaluated.rows[1].movements
+    assert "statistics" not in evaluated.rows[2].movements
 
 
 def test_what_is_gathered_is_marked_with_its_line() -> None:
-    def kurtosis(x: torch.Tensor) -> torch.Tensor:
-        return torch.relu(x).kthvalue(2, 1).values + torch.linalg.svd(x.relu())[1].sum()
 
-    found = dl.report(kurtosis, (2, 2), (6, 6))
+    class Largest(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x.relu() + torch.linalg.svd(x.relu())[1].amax()
+
+    found = dl.report(Largest(), (2, 2), (6, 6))
     assert len(found.gathered) == 1
     assert "test_report.py" in found.gathered[0]
     assert "svd" in found.gathered[0]
-    assert "svd, GATHERED" in str(found) or "GATHERED" in str(found)
+    assert "amax, add, GATHERED" in str(found)
+    assert str(found).endswith(found.gathered[0])
     assert found.ratio > 1
     with pytest.raises(RuntimeError, match="svd"):
-        dl.report(kurtosis, (2, 2), (6, 6), strict=True)
+        dl.report(Largest(), (2, 2), (6, 6), strict=True)
 
 
 def test_inputs_that_do_not_fit_are_refused() -> None:
     with pytest.raises(ValueError, match=r"the axes \(0, 2\) do not fit a tensor of shape \(4, 4\)"):
         dl.report(nn.ReLU(), (2, 2), (4, 4), in_axes=[(0, 2)])
-    with pytest.raises(TypeError, match="a torch.nn.Module or a function is needed"):
+    with pytest.raises(TypeError, match=r"a torch\.nn\.Module or a function is needed"):
         dl.report(3, (2, 2), (4, 4))
 
 
