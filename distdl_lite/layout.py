@@ -50,7 +50,7 @@ class Dim:
     @cached_property
     def overlaps(self) -> bool:
         """Whether two positions hold the same point, also one a period away."""
-        full = [r for r in self.ranges if r[0] < r[1]]
+        full = sorted(r for r in self.ranges if r[0] < r[1])  # they may be rotated
         if any(a[1] > b[0] for a, b in pairwise(full)):
             return True
         return self.period is not None and bool(full) and full[-1][1] - full[0][0] > self.period
