@@ -223,6 +223,7 @@ class Compiler:
         one: bool = False,
         grad: bool | None = None,
         linear: bool = False,
+        everywhere: bool = False,
         **options: Any,
     ) -> list[Value]:
         """The values that a local call makes of others.
@@ -241,6 +242,8 @@ class Compiler:
             Whether autograd records the outputs; by default if it does an input.
         linear : bool
             Whether the function's backward does without its inputs.
+        everywhere : bool
+            Whether it is called for empty blocks too, as it communicates.
         """
         values = list(values_in((args, tuple(options.values()))))
         for value in values:
@@ -250,7 +253,7 @@ class Compiler:
             self.new(d, t, grad and (t.is_floating_point or t.is_complex)) for d, t in zip(dims, dtypes, strict=True)
         ]
         shapes, reads = [self.local(v.dims) for v in outputs], list[str]()
-        if any(0 in shape for shape in shapes):
+        if not everywhere and any(0 in shape for shape in shapes):
             for value, shape in zip(outputs, shapes, strict=True):
                 words = ", ".join(v.name for v in values)
                 self.emit(f"{value.name} = {self._shared(_nothing)}([{words}], {shape}, {self._word(value.dtype, [])}, {linear})",
@@ -326,11 +329,34 @@ class Compiler:
 
     def operator(self, X: Layout, Y: Layout, value: Value, kind: str) -> str:
         """The name of the operator between two layouts."""
+        operator = self.operator_between(X, Y, value, kind)
+        return self.constant(operator if value.grad or operator is None else operator.apply, kind)
+
+    def operator_between(self, X: Layout, Y: Layout, value: Value, kind: str) -> Operator | None:
+        """The operator between two layouts, for a function that moves blocks itself; None in a program that is not run."""
         self.movements.append(Movement(self.path, kind, X, Y, value.dtype, value.grad))
         if self.transport is None:
-            return self.constant(None, kind)
-        operator = Operator(plan(X, Y, self.rank), self.transport, self.path or self.label, graph=value.grad)
-        return self.constant(operator if value.grad else operator.apply, kind)
+            return None
+        return Operator(plan(X, Y, self.rank), self.transport, self.path or self.label, graph=value.grad)
+
+    def received(self, value: Value, dims: Dims) -> int:
+        """The bytes that the fullest of up to 16 ranks gets from others when a value is moved, the same on all ranks."""
+        if value.make is not None:
+            return 0
+        pairs = [_alike(h, w) or ((), (uncut(size_of(w)),)) for h, w in zip(value.dims, dims, strict=True)]
+        found, grid = 0, self.grid
+        for rank in grid.ranks[:: -(-grid.size // 16)]:
+            index = grid.index(rank)
+            assert index is not None
+            block = common = 1
+            for held, wanted in pairs:
+                for i, dim in enumerate(wanted):
+                    start, stop = range_at(dim, grid, index)
+                    low, high = range_at(held[i], grid, index) if held else (stop, start)
+                    block *= max(stop - start, 0)
+                    common *= max(min(stop, high) - max(start, low), 0)
+            found = max(found, block - common)
+        return found * value.dtype.itemsize
 
     def add_up(self, value: Value, dims: Dims) -> Value:
         """The value in a layout, of parts: points that several ranks hold in theirs are added up."""
@@ -344,19 +370,23 @@ class Compiler:
         )
         return made
 
-    def sum_over(self, value: Value, axes: Iterable[int]) -> Value:
-        """The sum over axes along which the ranks hold parts, which looks like a copy along them."""
+    def sum_over(self, value: Value, axes: Iterable[int], dims: Dims | None = None) -> Value:
+        """The sum over axes along which the ranks hold parts: a copy along them, or in a layout that they cut."""
         axes = [a for a in axes if self.grid.shape[a] > 1]
+        dims = value.dims if dims is None else tuple(map(merged, dims))
         if not axes:
-            return value
+            return self.move(value, dims)
+        pairs = [_alike(h, w) for h, w in zip(value.dims, dims, strict=True)]
+        if None in pairs:
+            return self.move(self.sum_over(value, axes), dims)
         self._materialise(value)
         keys = tuple(a for a, n in enumerate(self.grid.shape) if n > 1 and a not in axes)
-        R = Layout(self.grid, tuple(dim for factors in value.dims for dim in factors), keys)
-        made = self.new(value.dims, value.dtype, value.grad)
-        shape = local_shape(tuple((d,) for d in R.dims), self.grid, self.index)
-        local = self.local(value.dims)
-        given, back = ("", "") if shape == local else (f".reshape({shape})", f".reshape({local})")
-        self.emit(f"{made.name} = {self.operator(R, R, value, 'all_reduce')}({value.name}{given}){back}", [value.name])
+        X, Y = (Layout(self.grid, tuple(dim for pair in pairs for dim in pair[side]), keys) for side in (0, 1))  # type: ignore[index]
+        made, kind = self.new(dims, value.dtype, value.grad), "all_reduce" if X == Y else "reduce_scatter"
+        inside, outside = (local_shape(tuple((d,) for d in L.dims), self.grid, self.index) for L in (X, Y))
+        given = "" if inside == self.local(value.dims) else f".reshape({inside})"
+        back = "" if outside == self.local(dims) else f".reshape({self.local(dims)})"
+        self.emit(f"{made.name} = {self.operator(X, Y, value, kind)}({value.name}{given}){back}", [value.name])
         return made
 
     # Layouts
