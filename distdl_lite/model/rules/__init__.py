@@ -1,5 +1,6 @@
 """The rules of operations that graphs alone need; those of layers live with their families in `distdl_lite.nn`."""
 
+from distdl_lite.model.rules import attention as attention
 from distdl_lite.model.rules import contractions as contractions
 from distdl_lite.model.rules import creation as creation
 from distdl_lite.model.rules import dims as dims
