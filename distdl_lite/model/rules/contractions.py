@@ -19,16 +19,22 @@ Cuts = dict[str, Factors]  # of named dims
 def product(
     c: Compiler, op: Any, function: Callable[..., torch.Tensor], values: Sequence[Value], words: Sequence[str], out: str
 ) -> Value:
-    """The product of tensors with named dims, summed over those that are not in `out`.
+    """The product of tensors with named dims, summed over those that are not in `out`."""
+    values, dims, axes, result = arranged(c, op, values, words, out)
+    return c.sum_over(c.call(function, *values, dims=dims, dtype=op.dtype), axes, result)
+
+
+def arranged(
+    c: Compiler, op: Any, values: Sequence[Value], words: Sequence[str], out: str
+) -> tuple[list[Value], Dims, tuple[int, ...], Dims]:
+    """The factors of a product laid out for it, and how it lies, see `laid_out`.
 
     Dims keep their cuts, also those summed over: the ranks' products are then parts, which are added up. Where an axis cuts
     different dims of the factors, or it costs fewer bytes, a factor is moved.
     """
     cuts = cheapest(c, values, words, out, op.dtype)
-    dims, axes, result = laid_out(c, values, words, out, cuts)
     moved = [c.move(v, wanted(v, w, cuts)) for v, w in zip(values, words, strict=True)]
-    y = c.call(function, *moved, dims=dims, dtype=op.dtype)
-    return c.sum_over(y, axes, result)
+    return moved, *laid_out(c, values, words, out, cuts)
 
 
 def cheapest(c: Compiler, values: Sequence[Value], words: Sequence[str], out: str, dtype: torch.dtype) -> Cuts:
@@ -108,16 +114,21 @@ _ADDED: dict[str, tuple[str, str, str]] = {
 @rule(*_ADDED)
 def added(c: Compiler, op: Any, bias: Value, a: Value, b: Value, *, beta: Any = 1, alpha: Any = 1) -> Value:
     left, right, out = _ADDED[op.name]
+    (a, b), dims, axes, result = arranged(c, op, [a, b], [left, right], out)
+    if not axes:
+        return c.call(op.function, fit(c, bias, dims), a, b, dims=dims, dtype=op.dtype, beta=beta, alpha=alpha)
+    y = c.call(_multiplied, f"{left},{right}->{out}", a, b, alpha, dims=dims, dtype=op.dtype)
+    y = c.sum_over(y, axes, result)
+    return c.call(_plus, y, fit(c, bias, y.dims), beta, dims=y.dims, dtype=op.dtype)
 
-    def multiplied(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-        return torch.einsum("axy,ayz->xz", a, b) if op.name == "addbmm" else torch.matmul(a, b)
 
-    y = product(c, op, multiplied, [a, b], [left, right], out)
-    if beta == 0:  # which leaves out what is not finite
-        return c.call(torch.mul, y, alpha, dims=y.dims, dtype=op.dtype)
-    if beta != 1:
-        bias = c.call(torch.mul, bias, beta, dims=bias.dims, dtype=bias.dtype)
-    return c.call(torch.add, fit(c, bias, y.dims), y, dims=y.dims, dtype=op.dtype, alpha=alpha)
+def _multiplied(equation: str, a: torch.Tensor, b: torch.Tensor, alpha: Any) -> torch.Tensor:
+    return torch.einsum(equation, a, b) * alpha
+
+
+def _plus(y: torch.Tensor, bias: torch.Tensor, beta: Any) -> torch.Tensor:
+    """As in torch, a bias that is not finite counts for nothing where beta is zero."""
+    return y + beta * bias if beta else y + 0 * bias.reshape(-1)[:0].sum()
 
 
 @rule("matmul", "bmm", "mm", "mv", "dot", "vdot")
