@@ -371,7 +371,7 @@ class Compiler:
         return made
 
     def sum_over(self, value: Value, axes: Iterable[int], dims: Dims | None = None) -> Value:
-        """The sum over axes along which the ranks hold parts: a copy along them, or in a layout that they cut."""
+        """The sum over axes along which the ranks hold parts: a copy along them, or in a layout whose dims they cut too."""
         axes = [a for a in axes if self.grid.shape[a] > 1]
         dims = value.dims if dims is None else tuple(map(merged, dims))
         if not axes:
