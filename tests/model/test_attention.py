@@ -13,9 +13,11 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import distdl_lite as dl
+from distdl_lite.grid import Grid
+from distdl_lite.layout import Dim
 from distdl_lite.model.distributed import Distributed
 from distdl_lite.model.prove import Proof, prove
-from distdl_lite.model.ring import Ring
+from distdl_lite.model.ring import Ring, rotated
 from distdl_lite.model.rules import attention
 from distdl_lite.nn.compiler import Compiler
 from distdl_lite.nn.dropout import mask_of
@@ -218,6 +220,13 @@ def test_bytes() -> None:
     assert spmd(4, lambda world: body(world, False)) == [(3 * block, 6 * block)] * 4
     # Rank r's block is wanted by those behind it; the gradients of r blocks leave it.
     assert spmd(4, lambda world: body(world, True)) == [((3 - r) * block, (3 - r + r) * block) for r in range(4)]
+
+
+def test_rotated() -> None:
+    """Each rank holds what the next one held; the blocks do not overlap, so that what moves is copied and not added."""
+    dim = rotated(Dim(((0, 3), (3, 5), (5, 7)), (0,)), {0: 1}, Grid((3,), range(3)))
+    assert dim.ranges == ((3, 5), (5, 7), (0, 3))
+    assert not dim.overlaps
 
 
 class _Largest(TorchDispatchMode):
