@@ -94,6 +94,10 @@ class Operator:
         """Move `x` without autograd."""
         return self.finish(self.start(x))
 
+    def release(self) -> None:
+        """Give back buffers and requests, which the next call makes anew: where many operators take turns."""
+        self._channels.clear()
+
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """Move `x`; differentiable."""
         anchor = ANCHOR if self.graph and not x.requires_grad else None

@@ -62,7 +62,7 @@ class Ring:
                 Layout(c.grid, tuple(dim for factors in d for dim in factors), team)
                 for d in (dims, (*dims[:-2], tokens, dims[-1]))
             )
-            self.steps.append((c.operator_between(X, Y, self.kv, "ring"), tokens))
+            self.steps.append((c.between(X, Y, self.kv, "ring"), tokens))
 
     def run(self, mask: Value | None, seed: Any) -> list[Value]:
         """The sums of values, weighted, and of weights; and the maxima that they are scaled by, which have no gradient."""
@@ -103,6 +103,7 @@ class Ring:
             points = self._points(tokens).to(kv.device)
             if operator is not None:
                 block = operator.finish(pending).reshape(*kv.shape[:-2], len(points), kv.shape[-1])
+                operator.release()  # the buffers of all steps would be as large as all keys
             after = self.steps[number + 1][0] if number + 1 < len(self.steps) else None
             if after is not None:
                 pending = after.start(kv.detach().reshape(after.plan.shape_in))
@@ -196,6 +197,7 @@ def _land(sums: torch.Tensor, returning: list[tuple[Operator, Any]]) -> None:
     while returning:
         operator, pending = returning.pop()
         sums += operator.finish(pending).reshape(sums.shape)
+        operator.release()
 
 
 def finite(top: torch.Tensor) -> torch.Tensor:

@@ -142,6 +142,12 @@ def seeded(c: Compiler) -> tuple[Value, int]:
     return drawn[0], drawn[1] * _STEP
 
 
+def seed_of(c: Compiler) -> Value:
+    """The next seed of the program, for `mask_of`."""
+    seed, step = seeded(c)
+    return c.call(lambda seed: torch.tensor(_signed((int(seed) + step) % 2**64)), seed, dims=(), dtype=torch.int64)
+
+
 def dropped(c: Compiler, x: Value, p: float, leading: int | None = None, inplace: bool = False) -> Value:
     """The value, points of which are zeroed with probability p; so many leading dims have a mask of their own (None: all)."""
     if p == 0:

@@ -13,8 +13,11 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import distdl_lite as dl
+from distdl_lite.grid import Grid
+from distdl_lite.layout import Dim
 from distdl_lite.model.distributed import Distributed
 from distdl_lite.model.prove import Proof, prove
+from distdl_lite.model.ring import Ring, rotated
 from distdl_lite.model.rules import attention
 from distdl_lite.nn.compiler import Compiler
 from distdl_lite.nn.dropout import mask_of
@@ -219,6 +222,13 @@ def test_bytes() -> None:
     assert spmd(4, lambda world: body(world, True)) == [((3 - r) * block, (3 - r + r) * block) for r in range(4)]
 
 
+def test_rotated() -> None:
+    """Each rank holds what the next one held; the blocks do not overlap, so that what moves is copied and not added."""
+    dim = rotated(Dim(((0, 3), (3, 5), (5, 7)), (0,)), {0: 1}, Grid((3,), range(3)))
+    assert dim.ranges == ((3, 5), (5, 7), (0, 3))
+    assert not dim.overlaps
+
+
 class _Largest(TorchDispatchMode):
     """The most elements that an operation made."""
 
@@ -232,13 +242,17 @@ class _Largest(TorchDispatchMode):
 
 
 def test_memory() -> None:
-    """No rank holds all keys: here with fewer tokens than features, so that scores are small."""
+    """No rank holds all keys, nor buffers for them: here with fewer tokens than features, so that scores are small."""
 
     def body(world: dl.Partition) -> int:
         net, blocks = ring_of(world.grid((1, 1, 4, 1)), (1, 3, 16, 100))
         net(*blocks)
         with _Largest() as largest:
             net(*blocks).sum().backward()
+        (ring,) = (value for value in net.program.compiler.names.values() if isinstance(value, Ring))
+        operators = [operator for operator, _ in ring.steps if operator is not None]
+        assert len(operators) == 3
+        assert not any(operator._channels or operator.adjoint._channels for operator in operators)
         return largest.elements
 
     assert max(spmd(4, body)) <= 3 * 4 * 201
@@ -286,3 +300,24 @@ def test_checkpoint() -> None:
         assert all(torch.equal(t.grad, w) for t, w in zip(blocks, wanted, strict=True))
 
     spmd(3, body)
+
+
+@pytest.mark.mpi(min_size=4)
+def test_over_mpi() -> None:
+    P = dl.Partition.world().create_partition_inclusive(range(4)).create_cartesian_topology_partition((1, 1, 2, 2))
+    if not P.active:
+        return
+    for channels, heads in ((8, 4), (9, 3)):  # by heads, and blocks that pass by
+        torch.manual_seed(3)
+        model = Block(channels, heads).double()
+        x = torch.randn(2, channels, 5, 7, dtype=torch.float64)
+        whole = x.clone().requires_grad_()
+        wanted = model(whole)
+        wanted.square().sum().backward()
+        mine, net = P.block(x.shape), Distributed(model, P)
+        for _ in range(2):
+            block = x[mine].clone().requires_grad_()
+            y = net(block)
+            torch.testing.assert_close(y, wanted[mine], rtol=1e-10, atol=1e-10)
+            y.square().sum().backward()
+            torch.testing.assert_close(block.grad, whole.grad[mine], rtol=1e-10, atol=1e-10)

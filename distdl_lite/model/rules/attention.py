@@ -22,6 +22,7 @@ from distdl_lite.layout import Dim, ranges_of
 from distdl_lite.model.ring import Ring, finite
 from distdl_lite.nn.broadcasting import fit
 from distdl_lite.nn.compiler import Compiler, NoRule, Value, rule
+from distdl_lite.nn.dropout import seed_of
 
 FEW = 2**22  # bytes of keys and values that a rank may hold whole
 _UNEVEN = 1.25  # how much more than its share of the heads a rank may work on
@@ -51,9 +52,9 @@ def attention(
 ) -> Value:
     if not query.ndim == key.ndim == value.ndim > 1 or query.shape[:-2] != op.shape[:-2] or op.dtype.is_complex:
         raise NoRule
-    if (mask is not None and is_causal) or (dropout_p and not hasattr(c, "seed")) or dropout_p == 1:
+    if (mask is not None and is_causal) or dropout_p == 1:
         raise NoRule
-    seed = c.seed() if dropout_p else None  # type: ignore[attr-defined]
+    seed = seed_of(c) if dropout_p else None
     tokens = Tokens(c, query, key, value, query.shape[-3] // key.shape[-3] if enable_gqa and key.shape[-3] else 1)
     way = min(tokens.ways(op.dtype), key=lambda w: w.nbytes)
     query, key, value = moved(c, tokens.tensors, way.layouts, way.kind)
