@@ -535,10 +535,9 @@ def _summed(size: int, ranks: int) -> Traffic:
 def cut_text(dims: Dims, grid: Grid) -> str:
     """A global shape with its cuts.
 
-        >>> from distdl_lite.buckets import cut
-    from distdl_lite.factors import cut, uncut
-        >>> cut_text(((uncut(3),), (cut(37, (0,), Grid((2,), (0, 1))),)), Grid((2,), (0, 1)))
-        '(3, 37/2)'
+    >>> from distdl_lite.factors import cut, uncut
+    >>> cut_text(((uncut(3),), (cut(37, (0,), Grid((2,), (0, 1))),)), Grid((2,), (0, 1)))
+    '(3, 37/2)'
     """
     factors = [[(length_of(dim), math.prod(grid.shape[a] for a in dim.axes)) for dim in of_dim] for of_dim in dims]
     words = ["*".join(f"{n}/{parts}" if parts > 1 else str(n) for n, parts in of_dim) for of_dim in factors]
