@@ -151,16 +151,16 @@ def capture(
     from torch.export import export
 
     _check_hooks(model)
+    whole = whole or {}
     with FakeTensorMode(allow_non_fake_inputs=True):
         given = tuple(args), dict(kwargs)
         args, kwargs = pytree.tree_map_only(
             torch.Tensor, lambda t: torch.empty(t.shape, dtype=t.dtype, device=device), given
         )
-        if whole:
-            blocks = {n: p for n, p in model.named_parameters(remove_duplicate=False) if n in whole}
-            made = {n: torch.empty(whole[n], dtype=p.dtype, device=p.device) for n, p in blocks.items()}
-            parts = {id(p): torch.nn.Parameter(made[n], p.requires_grad) for n, p in blocks.items()}
-            model = copy.deepcopy(model, parts)
+        blocks = {n: p for n, p in model.named_parameters(remove_duplicate=False) if n in whole}
+        made = {n: torch.empty(whole[n], dtype=p.dtype, device=p.device) for n, p in blocks.items()}
+        parts = {id(p): torch.nn.Parameter(made[n], p.requires_grad) for n, p in blocks.items()}
+    model = copy.deepcopy(model, parts) if parts else model  # not there, where no real buffer can be copied
     # Tensors that are saved while it is recorded are not for a checkpoint around the call to count.
     unhooked = torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor)
     with warnings.catch_warnings(), _refusing_what_is_lost(), unhooked:

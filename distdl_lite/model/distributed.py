@@ -277,6 +277,7 @@ class Distributed(Module):
         if inputs:
             args = [example(x, self.model) for x in inputs]
             feeds, whole = cut_inputs(args, grid, self.in_axes), self._whole_shapes()
+            self.model.training = self.training
             captured = self._capture(self.model, args, {}, whole)
         else:
             captured, feeds = self._distdl_plan.captured, {}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from itertools import product
 from typing import Any
@@ -60,10 +59,10 @@ class Traffic:
     Attributes
     ----------
     messages, bytes : int
-        As `distdl_lite.testing.count` counts them: a collective is one message, with its bytes for each other rank.
+        As `distdl_lite.testing.count` counts them: a collective is one message.
     latencies, wire : int, float
-        Messages one after another, and bytes, on the links: of a collective in the usual algorithms (a tree of messages; in
-        rings, 2 (p - 1) / p of the bytes for an all-reduce and half of that for others).
+        For predicted times: messages one after another, and bytes on the links. A collective of p ranks takes log2 p messages
+        and (p - 1) / p of its bytes, an all-reduce twice that (Thakur, Rabenseifner and Gropp 2005).
     """
 
     messages: int = 0
@@ -309,16 +308,11 @@ def cut_inputs(args: Sequence[Any], grid: Grid, in_axes: Any) -> dict[int, tuple
 
 def captured_in_mode(module: torch.nn.Module, args: Sequence[Any], train: bool) -> Captured:
     """The operations of a model as it stands, or in evaluation."""
-    with _evaluating(module) if not train else torch.enable_grad():
-        return capture(module, args, {})
-
-
-@contextmanager
-def _evaluating(module: torch.nn.Module) -> Iterator[None]:
     modes = {inner: inner.training for inner in module.modules()}
-    module.eval()
     try:
-        yield
+        for inner in modes:
+            inner.training &= train
+        return capture(module, args, {})
     finally:
         for inner, mode in modes.items():
             inner.training = mode
@@ -541,10 +535,9 @@ def _summed(size: int, ranks: int) -> Traffic:
 def cut_text(dims: Dims, grid: Grid) -> str:
     """A global shape with its cuts.
 
-        >>> from distdl_lite.buckets import cut
-    from distdl_lite.factors import cut, uncut
-        >>> cut_text(((uncut(3),), (cut(37, (0,), Grid((2,), (0, 1))),)), Grid((2,), (0, 1)))
-        '(3, 37/2)'
+    >>> from distdl_lite.factors import cut, uncut
+    >>> cut_text(((uncut(3),), (cut(37, (0,), Grid((2,), (0, 1))),)), Grid((2,), (0, 1)))
+    '(3, 37/2)'
     """
     factors = [[(length_of(dim), math.prod(grid.shape[a] for a in dim.axes)) for dim in of_dim] for of_dim in dims]
     words = ["*".join(f"{n}/{parts}" if parts > 1 else str(n) for n, parts in of_dim) for of_dim in factors]

@@ -117,7 +117,7 @@ def _reason(made: Report, fitting: Sequence[Report]) -> str:
     most, differs = (max(parts, key=parts.__getitem__) for parts in (made.parts, apart))
     share = 100 * made.parts[most] / made.seconds if made.seconds else 0
     texts = [f"{number(made.seconds, 's')}, {share:.0f} % of it {most}, {number(made.peak, 'B')}"]
-    if apart[differs] > 0:
+    if apart[differs] > made.seconds / 100:
         than = "less {} than the next" if is_first else "more {} than the first"
         texts.append(f"{number(apart[differs], 's')} {than.format(differs)}")
     texts += [f"{len(made.gathered)} operations gathered"] if made.gathered else []
