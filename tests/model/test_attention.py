@@ -19,7 +19,6 @@ from distdl_lite.model.distributed import Distributed
 from distdl_lite.model.prove import Proof, prove
 from distdl_lite.model.ring import Ring, rotated
 from distdl_lite.model.rules import attention
-from distdl_lite.nn.compiler import Compiler
 from distdl_lite.nn.dropout import mask_of
 from distdl_lite.testing import count, spmd
 
@@ -172,7 +171,7 @@ def test_multihead_attention() -> None:
 )
 def test_dropout(kind: str, grid: tuple[int, ...], axes: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """The mask is the library's, by the global index of the scores, on any grid."""
-    monkeypatch.setattr(Compiler, "seed", lambda self: 77, raising=False)
+    monkeypatch.setattr(attention, "seed_of", lambda c: 77)
     forced(monkeypatch, kind)
     q, k = (torch.randn(2, 4, n, 3, dtype=torch.float64) for n in (7, 9))
     inputs = [t.clone().requires_grad_() for t in (q, k)]
