@@ -29,8 +29,16 @@ def test_cut_over_grids(part: int) -> None:
     assert refused <= EACH // 5 + 2, outcomes
 
 
-@pytest.mark.parametrize("text", ["torch.ones_like({0})", "{0}.new_full((2, 3), 2.0)", "torch.linspace(0, 1, 5, dtype={0}.dtype) + {0}",
-                                  "({0} > 0).to({0}.dtype)", "F.adaptive_avg_pool1d({0}, 1).flatten(1)"])  # fmt: skip
+PAST = (
+    "torch.ones_like({0})",
+    "{0}.new_full((2, 3), 2.0)",
+    "torch.linspace(0, 1, 5, dtype={0}.dtype) + {0}",
+    "({0} > 0).to({0}.dtype)",
+    "F.adaptive_avg_pool1d({0}, 1).flatten(1)",
+)
+
+
+@pytest.mark.parametrize("text", PAST)
 def test_past_faults(text: str) -> None:
     d = Draw(0)
     d.inputs = [d.randn(2, 4, 5)]
