@@ -105,7 +105,28 @@ def compiled(
     RuntimeError
         If an operation cannot be run, or without a rule under `strict`; the text names module and line.
     """
-    c = Compiler(grid, rank, transport, "distribute", device)
+    known = inputs, frozen, placed, replicas, grads, strict, out_axes
+    wishes: dict[str, Any] = {}
+    # Looked at first if weights may be cut, as what comes later may wish that products before it were cut otherwise.
+    for runs_on in ([None] * 4 if grid.dim > 1 and grid.shape[1] > 1 else []) + [transport]:
+        c = Compiler(grid, rank, runs_on, "distribute", device)
+        c.wishes.update(wishes)
+        program, wishes = _in_turn(c, captured, *known), c.wishes
+    return program
+
+
+def _in_turn(
+    c: Compiler,
+    captured: Captured,
+    inputs: Any,
+    frozen: Any,
+    placed: Any,
+    replicas: Any,
+    grads: bool,
+    strict: bool,
+    out_axes: Any,
+) -> Program:
+    """The program that rules make of one operation after the other."""
     c.copies_few = True
     program, known = Program(c), dict[Node, Any]()
     for feed in captured.feeds:
@@ -121,14 +142,14 @@ def compiled(
             )
             if feed.kind == "parameter":
                 dims, is_open = placed.get(feed.target, dims), feed.target not in placed
-                find = partial(replicas, feed.target) if transport else _no_replicas
+                find = partial(replicas, feed.target) if c.transport else _no_replicas
                 value = c.parameter(feed.node.name, dims, example.dtype, grad, find, is_open)
             else:
                 value = c.new(dims, example.dtype, grad, feed.node.name)
             known[feed.node] = value
             program.feeds.append((feed, value))
     for node in captured.nodes:
-        c.path = path_of(node)
+        c.path, c.now = path_of(node), node.name
         args, kwargs = (map_arg(a, known.__getitem__) for a in (node.args, node.kwargs))
         known[node] = _step(program, node, args, dict(kwargs), strict)
     c.path = "outputs"
@@ -139,8 +160,8 @@ def compiled(
             value = c.whole(value)
         elif isinstance(value, Value):
             axes = next(axes_of_outputs, None)
-            axes = default_axes(value.ndim, value.dtype, grid) if axes is None else axes
-            value = c.move(value, blocks(value.shape, axes, grid), "output")
+            axes = default_axes(value.ndim, value.dtype, c.grid) if axes is None else axes
+            value = c.move(value, blocks(value.shape, axes, c.grid), "output")
         program.outputs.append((buffer, value))
     return program
 

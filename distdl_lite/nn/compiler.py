@@ -74,6 +74,8 @@ class Value:
         From the shape of a block to it, for a constant that is made where it is needed.
     parameter : Parameter or None
         What it is, if it is one.
+    product : str
+        The operation, if it is the product of a weight that is cut along its outputs.
     """
 
     name: str
@@ -82,6 +84,7 @@ class Value:
     grad: bool = False
     make: Callable[[Shape], torch.Tensor] | None = None
     parameter: Parameter | None = None
+    product: str = ""
 
     @property
     def shape(self) -> Shape:
@@ -172,6 +175,8 @@ class Compiler:
         assert index is not None
         self.grid, self.rank, self.index, self.transport = grid, rank, index, transport
         self.label, self.device = label, device
+        self.now = ""  # the operation that is compiled
+        self.wishes: dict[str, tuple[tuple[int, ...], int]] = {}  # how outputs of products shall be cut, see `features`
         self.copies_few = False  # whether sums of fewer points than ranks are given to all of them
         self.path = ""  # of the module that is compiled
         self.lines: list[Line] = []
@@ -322,7 +327,7 @@ class Compiler:
     def placed_at(self, value: Value, dims: Dims, axes: Iterable[int]) -> Value:
         """A weight laid out so; one that nobody has used yet is cut that way for good, if these axes may cut weights."""
         held, dims = value.parameter, tuple(map(merged, dims))
-        if held is not None and held.is_open and all_axes(dims) <= set(axes):
+        if held is not None and held.is_open and all_axes(dims) <= set(axes) and all(len(f) == 1 for f in dims):
             held.is_open, value.dims = False, dims
         return self.move(value, dims)
 

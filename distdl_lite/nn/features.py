@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from distdl_lite.factors import Factors, cut, uncut
 from distdl_lite.nn.compiler import Compiler, Value
 
@@ -19,4 +21,23 @@ def cut_features(c: Compiler, x: Value, d: int, out: int) -> tuple[Value, Factor
     if axes and axes <= set(c.feature_axes) and out <= x.shape[d]:
         return x, x.dims[d], (uncut(out),), x.axes(d)
     x = c.wholly(x, [d], "features", spread=not axes & set(c.feature_axes))
-    return x, x.dims[d], (cut(out, c.free_features(x), c.grid),), ()
+    free = c.free_features(x)
+    lengths, at = c.wishes.get(c.now, ((out,), 0))
+    return x, x.dims[d], tuple(cut(n, free if i == at else (), c.grid) for i, n in enumerate(lengths)), ()
+
+
+def wish(c: Compiler, y: Value, lengths: Sequence[int], at: int | None = None) -> None:
+    """Remember that the features of a product will be viewed as dims of these lengths, or split, where its cuts do not fit that.
+
+    The program is then compiled once more, with the cut in dim `at`, or in the longest but the last that it cuts evenly. So of
+    queries, keys and values that come out of one product each rank has those of its heads.
+    """
+    if not y.product or not set(y.axes(y.ndim - 1)) <= set(c.feature_axes) or y.product in c.wishes:
+        return
+    parts = c.parts(c.feature_axes)
+    if at is None:
+        at = max(
+            range(len(lengths)),
+            key=lambda i: (lengths[i] >= parts, i < len(lengths) - 1, lengths[i] % parts == 0, lengths[i]),
+        )
+    c.wishes[y.product] = tuple(lengths), at

@@ -13,6 +13,7 @@ from distdl_lite.grid import balanced
 from distdl_lite.layout import Dim, Range, Shape, ranges_of
 from distdl_lite.model.rules.elementwise import common_dims
 from distdl_lite.nn.compiler import Compiler, NoRule, Value, rule
+from distdl_lite.nn.features import wish
 
 
 @rule("view", "_unsafe_view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze", "view_copy", "_reshape_alias")
@@ -30,6 +31,10 @@ def view_as(c: Compiler, x: Value, shape: Shape) -> Value:
     # A single point that only some ranks hold is in no other dim.
     x = c.move(x, tuple(tuple(uncut(1) if length_of(dim) == 1 else dim for dim in factors) for factors in x.dims), "view")
     dims = reshaped(x.dims, shape)
+    if dims is None and x.product:
+        inner = next((i for i in range(len(shape)) if math.prod(shape[i:]) == x.shape[-1]), None)
+        if inner is not None:
+            wish(c, x, shape[inner:])
     while dims is None:
         x = _loosened(c, x, shape)
         dims = reshaped(x.dims, shape)
@@ -166,6 +171,13 @@ def split_(c: Compiler, op: Any, x: Value, how: Any, d: int = 0) -> list[Value]:
         x = c.plain(x, [d])
         dims = [x.with_dims({d: uncut(n)}) for n in sizes]
         return c.calls(torch.split, x, sizes, d, dims=dims, dtypes=[x.dtype] * len(sizes))
+    if d == x.ndim - 1 and len(set(sizes)) == 1:
+        wish(c, x, [len(sizes), sizes[0]], 1)
+        lengths = [f.ranges[-1][1] for f in x.dims[d]]
+        if lengths[0] == len(sizes) and not x.dims[d][0].axes:  # as it was wished for
+            y = view_as(c, x, (*x.shape[:-1], len(sizes), sizes[0]))
+            dims = (*y.dims[:-2], y.dims[-1])
+            return c.calls(torch.unbind, y, -2, dims=[dims] * len(sizes), dtypes=[x.dtype] * len(sizes))
     starts = [sum(sizes[:i]) for i in range(len(sizes))]
     return [taken(c, x, d, start, 1, n) for start, n in zip(starts, sizes, strict=True)]
 

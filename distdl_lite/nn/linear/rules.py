@@ -21,6 +21,7 @@ def linear(c: Compiler, op: Any, x: Value, weight: Value, bias: Value | None = N
     dims = x.with_dims({-1: outs})
     y = c.call(F.linear, x, weight, None if summed else bias, dims=dims, dtype=op.dtype)
     if not summed:
+        y.product = c.now
         return y
     y = c.sum_over(y, summed)
     return y if bias is None else c.call(with_bias, y, bias, 0, dims=dims, dtype=op.dtype)
