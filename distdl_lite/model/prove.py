@@ -136,7 +136,7 @@ class Trial:
             elif name != "buffers" and values:
                 parts = [_held(net, n, v) for (n, _), v in zip(net.named_parameters(), values, strict=True)]
             scale = max(map(_largest, values), default=0.0)
-            scale = max(scale, 1e-5)  # of gradients that are zero there is only rounding
+            scale = max(scale, 1e-3)  # of gradients that are zero there is only rounding
             pairs = zip(parts, found[name], strict=True)
             differences[name] = max((_apart(v, f) / scale for v, f in pairs), key=_badness, default=0.0)
         worst = max(P.allgather_data(max(differences.values(), key=_badness, default=0.0)) or [], key=_badness)

@@ -77,7 +77,7 @@ CASES = {
     "torch_transformer": Case(transformers.EncoderLayer, ((2, 7, 8), (2, 5, 8)), ((1, 2, 1), (2, 2, 1))),
     "swin": Case(transformers.Swin, is_windowed=True),
     "swin_v2": Case(partial(transformers.Swin, 2), is_windowed=True),
-    "maxvit": Case(transformers.MaxViT, ((2, 3, 48, 32),), is_windowed=True),
+    "maxvit": Case(transformers.MaxViT, ((2, 3, 48, 32),)),  # whose attention over the grid may gather keys
     "pvt": Case(transformers.PVT, ((2, 3, 32, 24),)),
     "mlp_mixer": Case(transformers.MLPMixer, PATCHES),
     "fno": Case(others.FNO2d, ((2, 2, 30, 26),)),
