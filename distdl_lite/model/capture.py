@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -170,13 +171,17 @@ def capture(
         except Exception as error:
             raise RuntimeError(_why(model, error)) from error
         _detach_regions(program.graph_module)
-        program = program.run_decompositions(_composites())
+        program = program.run_decompositions(dict(_composites(frozenset(RULES))))  # a copy, which torch changes
     return _captured(program)
 
 
-def _composites() -> dict[Any, Callable[..., Any]]:
-    """torch's definitions of operations without a rule that consist of others, but for loops over time."""
-    known = {*RULES, "lstm", "gru", "rnn_tanh", "rnn_relu", "lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell"}
+@lru_cache(1)
+def _composites(ruled: frozenset[str]) -> dict[Any, Callable[..., Any]]:
+    """torch's definitions of operations without a rule that consist of others, but for loops over time.
+
+    Kept, as to look through all of torch's operations takes as long as to capture a small model.
+    """
+    known = {*ruled, "lstm", "gru", "rnn_tanh", "rnn_relu", "lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell"}
     return {
         overload: definition
         for overload, definition in torch.export.default_decompositions().items()
