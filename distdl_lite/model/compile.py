@@ -16,7 +16,7 @@ from torch.fx.node import map_arg
 from distdl_lite.factors import Dims, all_axes, blocks, uncut
 from distdl_lite.grid import Grid
 from distdl_lite.model.capture import Captured, Feed, Operation, name_of, path_of, place_of
-from distdl_lite.nn.compiler import RULES, Compiler, NoRule, Value, values_in
+from distdl_lite.nn.compiler import RULES, Compiler, NoRule, Rule, Value, values_in
 from distdl_lite.transport import Transport
 
 Axes = Sequence[int | None]  # the grid's axis that cuts each dim of a tensor
@@ -76,6 +76,8 @@ def compiled(
     grads: bool = True,
     strict: bool = False,
     out_axes: Sequence[Axes | None] | None = None,
+    cut: Mapping[str, Axes] | None = None,
+    rules: Mapping[str, Rule] | None = None,
     device: str = "cpu",
 ) -> Program:
     """The program of one rank of a grid.
@@ -96,6 +98,10 @@ def compiled(
         Whether an operation without a rule is refused.
     out_axes : sequence of axes, optional
         How each output is cut; None as `default_axes` says.
+    cut : mapping from a module's path to axes, optional
+        How the outputs of modules are cut.
+    rules : mapping from an operation's name to a rule, optional
+        In place of the registered ones.
     device : str
         The kind of device that it runs on.
 
@@ -104,7 +110,8 @@ def compiled(
     RuntimeError
         If an operation cannot be run, or without a rule under `strict`; the text names module and line.
     """
-    known = inputs, frozen, placed, replicas, grads, strict, out_axes
+    ends = _ends(captured, cut or {})
+    known = inputs, frozen, placed, replicas, grads, strict, out_axes, ends, {**RULES, **(rules or {})}
     wishes: dict[str, Any] = {}
     # Looked at first if weights may be cut, as what comes later may wish that products before it were cut otherwise.
     for runs_on in ([None] * 4 if grid.dim > 1 and grid.shape[1] > 1 else []) + [transport]:
@@ -124,6 +131,8 @@ def _in_turn(
     grads: bool,
     strict: bool,
     out_axes: Any,
+    ends: Mapping[Node, Axes],
+    rules: Mapping[str, Rule],
 ) -> Program:
     """The program that rules make of one operation after the other."""
     c.copies_few = True
@@ -150,7 +159,10 @@ def _in_turn(
     for node in captured.nodes:
         c.path, c.now = path_of(node), node.name
         args, kwargs = (map_arg(a, known.__getitem__) for a in (node.args, node.kwargs))
-        known[node] = _step(program, node, args, dict(kwargs), strict)
+        made = _step(program, node, args, dict(kwargs), strict, rules)
+        if node in ends:
+            made = c.move(made, blocks(made.shape, ends[node], c.grid), "cut")
+        known[node] = made
     c.path = "outputs"
     axes_of_outputs = iter(out_axes or ())
     for buffer, node in captured.outputs:
@@ -165,6 +177,16 @@ def _in_turn(
     return program
 
 
+def _ends(captured: Captured, cut: Mapping[str, Axes]) -> dict[Node, Axes]:
+    """The last operations of the modules whose outputs the user cuts."""
+    ends: dict[str, Node] = {}
+    for node in captured.nodes:
+        ends.update({path: node for path in cut if f"{path_of(node)}.".startswith(f"{path}.")})
+    if missing := sorted(cut.keys() - ends.keys()):
+        raise ValueError(f"cut: the model has no modules {missing}, or they do nothing")
+    return {node: cut[path] for path, node in ends.items()}
+
+
 def _no_replicas(dims: Dims) -> None:
     """In a program that is only looked at."""
 
@@ -173,7 +195,9 @@ def _is_output(captured: Captured, node: Node) -> bool:
     return any(out is node for _, out in captured.outputs)
 
 
-def _step(program: Program, node: Node, args: Any, kwargs: dict[str, Any], strict: bool) -> Any:
+def _step(
+    program: Program, node: Node, args: Any, kwargs: dict[str, Any], strict: bool, rules: Mapping[str, Rule]
+) -> Any:
     """The values that one operation makes."""
     c, name = program.compiler, name_of(node)
     if name == "getitem":
@@ -184,7 +208,7 @@ def _step(program: Program, node: Node, args: Any, kwargs: dict[str, Any], stric
         raise RuntimeError(f"{place_of(node)}: {name} is not supported")
     args = [list(a) if isinstance(a, (list, tuple)) else a for a in args]
     op = Operation.of(node)
-    rule = RULES.get(name) or (RULES["pointwise"] if torch.Tag.pointwise in node.target.tags else None)
+    rule = rules.get(name) or (rules["pointwise"] if torch.Tag.pointwise in node.target.tags else None)
     made: Any = None
     if rule is not None:
         with suppress(NoRule):

@@ -20,7 +20,7 @@ from distdl_lite.model.capture import Captured, as_module, capture
 from distdl_lite.model.compile import Axes, Program, compiled, default_axes
 from distdl_lite.model.report import TYPICAL, Machine, Report, cut_inputs, example, reported
 from distdl_lite.nn.blocks import anchored, connected_zeros
-from distdl_lite.nn.compiler import Value
+from distdl_lite.nn.compiler import Rule, Value
 from distdl_lite.nn.module import Call, Module
 from distdl_lite.nn.parameter import Place
 from distdl_lite.partition import Partition
@@ -38,6 +38,8 @@ def distribute(
     in_axes: Given = None,
     out_axes: Given = None,
     strict: bool = False,
+    cut: Mapping[str, Axes] | None = None,
+    rules: Mapping[str, Rule] | None = None,
 ) -> Distributed:
     """Run a model, written for one device, on tensors that are cut over a grid; its numbers stay the same.
 
@@ -53,6 +55,10 @@ def distribute(
         each dim, None for a whole one; None in place of a tensor's axes is the default.
     strict : bool
         Whether an operation that has no rule is refused. Else its inputs are gathered, which is exact, and reported.
+    cut : mapping, optional
+        From a module's path, such as "encoder.3", to the axes that shall cut the dims of its output.
+    rules : mapping, optional
+        From the name of an operation of torch to a rule, for this model alone; see the guide's page on rules.
 
     Returns
     -------
@@ -78,7 +84,7 @@ def distribute(
     The model is captured for each global structure of its inputs (shapes, dtypes, train or eval) once. Its Python code sees
     global shapes then, and what it computes from anything but tensors is fixed.
     """
-    return Distributed(model, P, in_axes, out_axes, strict)
+    return Distributed(model, P, in_axes, out_axes, strict, cut, rules)
 
 
 class Distributed(Module):
@@ -95,7 +101,14 @@ class Distributed(Module):
     _capture = staticmethod(capture)
 
     def __init__(
-        self, model: Any, P: Partition, in_axes: Given = None, out_axes: Given = None, strict: bool = False
+        self,
+        model: Any,
+        P: Partition,
+        in_axes: Given = None,
+        out_axes: Given = None,
+        strict: bool = False,
+        cut: Mapping[str, Axes] | None = None,
+        rules: Mapping[str, Rule] | None = None,
     ) -> None:
         super().__init__(P)
         model = as_module(model)
@@ -105,7 +118,14 @@ class Distributed(Module):
         self.__dict__.update(
             {k: vars(model)[k] for k in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")}
         )
-        self.P, self.in_axes, self.out_axes, self.strict = P, in_axes, out_axes, strict
+        self.P, self.in_axes, self.out_axes, self.strict, self.cut, self.rules = (
+            P,
+            in_axes,
+            out_axes,
+            strict,
+            cut,
+            rules,
+        )
         self.training = model.training
         self._distdl_label = f"distribute({type(model).__name__})"
         self._replicas: dict[str, Replicas] = {}
@@ -165,7 +185,8 @@ class Distributed(Module):
         return [*self.named_parameters(remove_duplicate=False), *self.named_buffers(remove_duplicate=False)]
 
     def _distdl_options(self) -> str:
-        return f"in_axes={self.in_axes}, out_axes={self.out_axes}, strict={self.strict}"
+        rules = sorted(self.rules or {})
+        return f"in_axes={self.in_axes}, out_axes={self.out_axes}, strict={self.strict}, cut={self.cut}, rules={rules}"
 
     def _distdl_same(self, input: tuple[Any, ...], kwargs: Mapping[str, Any] | None) -> dict[str, Any]:
         """Also what of the call is no tensor, and what of the modules inside its operations follow from."""
@@ -242,6 +263,8 @@ class Distributed(Module):
             grads=grads,
             strict=self.strict,
             out_axes=self.out_axes,
+            cut=self.cut,
+            rules=self.rules,
             device=device,
         )
         return captured, program

@@ -14,15 +14,25 @@ from distdl_lite.nn.compiler import Compiler, NoRule, Value, rule
 from distdl_lite.nn.shape.reductions import dims_over, reduced, total
 
 
+def _root(x: torch.Tensor) -> torch.Tensor:
+    """The square root, whose gradient at zero is zero, as that of torch's norms and deviations."""
+    is_zero = x == 0
+    return x.masked_fill(is_zero, 1).sqrt().masked_fill(is_zero, 0)
+
+
 @rule("var", "std", "var_mean", "std_mean")
-def var(c: Compiler, op: Any, x: Value, dim: Any = None, correction: Any = 1, keepdim: bool = False) -> Any:
+def var(c: Compiler, op: Any, *args: Any, **options: Any) -> Any:
+    # Of several overloads, with `unbiased` or `correction`, of which the first takes no dim.
+    given = {**dict(zip([a.name for a in op.function._schema.arguments], args, strict=False)), **options}
+    x, keepdim = given["self"], bool(given.get("keepdim"))
     if x.dtype.is_complex:
         raise NoRule
-    over, has_mean, is_root = dims_over(x, dim), "mean" in op.name, "std" in op.name
+    over, has_mean, is_root = dims_over(x, given.get("dim")), "mean" in op.name, "std" in op.name
+    correction = given.get("correction", int(given.get("unbiased", True)))
     correction = 1 if correction is None else correction
     count, dims = math.prod(x.shape[d] for d in over), reduced(x, over, keepdim)
     if not x.axes(*over):
-        return c.apply(op, x, over, dims=dims, correction=correction, keepdim=keepdim)
+        return c.apply(op, *args, dims=dims, **options)
     if x.dtype is not wide(x.dtype):
         raise NoRule
     mean = total(c, x, over, True, x.dtype)
@@ -30,7 +40,7 @@ def var(c: Compiler, op: Any, x: Value, dim: Any = None, correction: Any = 1, ke
     apart = c.call(lambda t, m: (t - m).square(), x, mean, dims=x.dims, dtype=x.dtype)
     y = total(c, apart, over, keepdim, x.dtype)
     y = c.call(torch.div, y, max(count - correction, 0), dims=y.dims, dtype=x.dtype)
-    y = c.call(torch.sqrt, y, dims=y.dims, dtype=x.dtype) if is_root else y
+    y = c.call(_root, y, dims=y.dims, dtype=x.dtype) if is_root else y
     if not has_mean:
         return y
     return [y, mean if keepdim else c.call(torch.reshape, mean, c.local(dims), dims=dims, dtype=x.dtype)]
@@ -47,7 +57,7 @@ def vector_norm(
         raise NoRule
     terms = c.call(torch.abs if ord == 1 else torch.square, x, dims=x.dims, dtype=x.dtype)
     y = total(c, terms, over, keepdim, op.dtype)
-    return y if ord == 1 else c.call(torch.sqrt, y, dims=y.dims, dtype=op.dtype)
+    return y if ord == 1 else c.call(_root, y, dims=y.dims, dtype=op.dtype)
 
 
 @rule("amax", "amin", "argmax", "argmin", "max", "min", "prod", "any", "all", "median", "aminmax", "mode",
