@@ -70,6 +70,26 @@ class Captured:
     outputs: list[tuple[str | None, Any]]
     spec: Any
 
+    def lines(self) -> Iterator[str]:
+        """A line for each thing in it, the same in each process that captures the same."""
+        for feed in self.feeds:
+            constant = isinstance(feed.target, torch.Tensor)
+            yield f"take {feed.node} {_sums(feed.target) if constant else feed.target} {_sizes(feed.node)}"
+        for node in self.nodes:
+            yield f"{node} = {node.target}{node.args} {node.kwargs or ''} {_sizes(node)} in module {path_of(node)}"
+        yield f"return {self.outputs} as {self.spec}"
+
+
+def _sizes(node: Node) -> Any:
+    """The shape and dtype of each tensor that a node makes."""
+    return pytree.tree_map_only(torch.Tensor, lambda t: (tuple(t.shape), t.dtype), node.meta.get("val"))
+
+
+def _sums(constant: torch.Tensor) -> list[Any]:
+    """Numbers that tell constants apart."""
+    flat = constant.detach().flatten().to(torch.complex128)
+    return [flat.sum().item(), (flat * torch.arange(len(flat), device=flat.device)).sum().item()]
+
 
 @dataclass(frozen=True)
 class Operation:
