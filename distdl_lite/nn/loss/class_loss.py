@@ -89,7 +89,7 @@ class ClassLoss:
         factors, at = [f for of_dim in x.dims for f in of_dim], sum(map(len, x.dims[:axis]))
         S = Layout(c.grid, tuple(uncut(1) if i == at else f for i, f in enumerate(factors)), c.free_axes(x.axes(axis)))
         add_up = c.names[c.operator(S, S, replace(x, grad=True), "all_reduce")]
-        along, held, classes = CutDim(at, c.team(x.axes(axis)), add_up), c.range(factors[at]), x.shape[axis]
+        along, held, classes = CutDim((at,), c.team(x.axes(axis)), add_up), c.range(factors[at]), x.shape[axis]
         shape, given = c.local(tuple((f,) for f in factors)), c.local((*x.dims[:axis], *x.dims[axis + 1 :]))
 
         def terms(x: torch.Tensor, target: torch.Tensor, weight: torch.Tensor | None) -> torch.Tensor:
