@@ -16,7 +16,8 @@ from torch.fx.node import map_arg
 from distdl_lite.factors import Dims, all_axes, blocks, uncut
 from distdl_lite.grid import Grid
 from distdl_lite.model.capture import Captured, Feed, Operation, name_of, path_of, place_of
-from distdl_lite.nn.compiler import RULES, Compiler, NoRule, Value, values_in
+from distdl_lite.nn.compiler import Compiler
+from distdl_lite.nn.value import RULES, NoRule, Value, values_in
 from distdl_lite.transport import Transport
 
 Axes = Sequence[int | None]  # the grid's axis that cuts each dim of a tensor

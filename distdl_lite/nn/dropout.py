@@ -12,10 +12,11 @@ from distdl_lite import layout as lay
 from distdl_lite.factors import Dims, length_of, uncut
 from distdl_lite.layout import Box, Shape
 from distdl_lite.nn.blocks import check_floating
-from distdl_lite.nn.compiler import Compiler, NoRule, Value, rule
+from distdl_lite.nn.compiler import Compiler
 from distdl_lite.nn.inputs import Inputs
 from distdl_lite.nn.options import numbers, spatial_axes
 from distdl_lite.nn.rule_layer import RuleLayer
+from distdl_lite.nn.value import NoRule, Value, rule
 from distdl_lite.partition import Partition
 from distdl_lite.transport import Team
 

@@ -12,10 +12,11 @@ from distdl_lite import layout as lay
 from distdl_lite.factors import Dims, blocks, uncut
 from distdl_lite.layout import Layout, Shape
 from distdl_lite.nn.blocks import anchored
-from distdl_lite.nn.compiler import Compiler, Value
+from distdl_lite.nn.compiler import Compiler
 from distdl_lite.nn.inputs import Inputs, agreed_inputs, weight_dtype
 from distdl_lite.nn.module import Call
 from distdl_lite.nn.parameter import Layer
+from distdl_lite.nn.value import Value
 from distdl_lite.partition import Partition
 from distdl_lite.reducer import replicated
 

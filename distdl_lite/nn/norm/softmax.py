@@ -11,11 +11,12 @@ import torch
 from distdl_lite.factors import Dims, uncut
 from distdl_lite.layout import Layout
 from distdl_lite.nn.blocks import check_floating, wide
-from distdl_lite.nn.compiler import Compiler, Movement, Value, rule
+from distdl_lite.nn.compiler import Compiler
 from distdl_lite.nn.inputs import Inputs
 from distdl_lite.nn.module import Module
 from distdl_lite.nn.options import integers, listed
 from distdl_lite.nn.rule_layer import RuleLayer, dims_of
+from distdl_lite.nn.value import Movement, Value, rule
 from distdl_lite.operator import Operator
 from distdl_lite.partition import Partition
 from distdl_lite.transport import Team

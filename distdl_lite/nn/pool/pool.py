@@ -16,10 +16,11 @@ import torch.nn.functional as F
 from distdl_lite import layout as lay
 from distdl_lite.layout import Range
 from distdl_lite.nn.blocks import Local, check_floating, torch_dtype, wide
-from distdl_lite.nn.compiler import Compiler, Value, rule
+from distdl_lite.nn.compiler import Compiler
 from distdl_lite.nn.inputs import Inputs
 from distdl_lite.nn.options import booleans, integers, listed, per_dim
 from distdl_lite.nn.pool.spatial import Spatial, SpatialLayer, View, pooled
+from distdl_lite.nn.value import Value, rule
 from distdl_lite.partition import Partition
 
 _MAX_POOLS = {1: F.max_pool1d, 2: F.max_pool2d, 3: F.max_pool3d}

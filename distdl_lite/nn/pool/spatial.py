@@ -12,10 +12,11 @@ from distdl_lite import layout as lay
 from distdl_lite.factors import cut, uncut
 from distdl_lite.layout import Dim, Range
 from distdl_lite.nn.blocks import Local, wide
-from distdl_lite.nn.compiler import Compiler, Value
+from distdl_lite.nn.compiler import Compiler
 from distdl_lite.nn.inputs import Inputs
 from distdl_lite.nn.options import spatial_axes
 from distdl_lite.nn.rule_layer import RuleLayer
+from distdl_lite.nn.value import Value
 from distdl_lite.partition import Partition
 
 

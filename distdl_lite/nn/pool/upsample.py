@@ -19,11 +19,12 @@ import torch.nn.functional as F
 
 from distdl_lite.layout import Range
 from distdl_lite.nn.blocks import Local, check_floating, torch_dtype, wide
-from distdl_lite.nn.compiler import Compiler, NoRule, Value, rule
+from distdl_lite.nn.compiler import Compiler
 from distdl_lite.nn.inputs import Inputs
 from distdl_lite.nn.options import listed, per_dim, plain
 from distdl_lite.nn.pool.adaptive_pool import Adaptive, averaged, is_mean
 from distdl_lite.nn.pool.spatial import Spatial, SpatialLayer, View, pooled, windows
+from distdl_lite.nn.value import NoRule, Value, rule
 from distdl_lite.partition import Partition
 
 _LINEAR = {1: "linear", 2: "bilinear", 3: "trilinear"}

@@ -12,10 +12,11 @@ import torch
 from distdl_lite.factors import Dims, axes_of, size_of, uncut
 from distdl_lite.layout import Shape
 from distdl_lite.nn.blocks import torch_dtype
-from distdl_lite.nn.compiler import Compiler, Value, rule
+from distdl_lite.nn.compiler import Compiler
 from distdl_lite.nn.inputs import Inputs
 from distdl_lite.nn.options import different_dims, integers, listed
 from distdl_lite.nn.rule_layer import RuleLayer
+from distdl_lite.nn.value import Value, rule
 from distdl_lite.partition import Partition
 
 _TRANSFORMS = {"fft": torch.fft.fftn, "ifft": torch.fft.ifftn, "rfft": torch.fft.rfftn, "irfft": torch.fft.irfftn}

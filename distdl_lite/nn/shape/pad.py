@@ -14,10 +14,11 @@ from distdl_lite import layout as lay
 from distdl_lite.factors import cut
 from distdl_lite.layout import Box, Dim, Range, Shape
 from distdl_lite.nn.blocks import Local, edge_pad, torch_dtype
-from distdl_lite.nn.compiler import Compiler, Value, rule
+from distdl_lite.nn.compiler import Compiler
 from distdl_lite.nn.inputs import Inputs
 from distdl_lite.nn.options import numbers, per_dim
 from distdl_lite.nn.rule_layer import RuleLayer
+from distdl_lite.nn.value import Value, rule
 from distdl_lite.partition import Partition
 
 _MODES = {"constant": "constant", "reflection": "reflect", "replication": "replicate"}  # by the operation's first word

@@ -10,10 +10,11 @@ import torch
 
 from distdl_lite.factors import Dims, uncut
 from distdl_lite.nn.blocks import wide
-from distdl_lite.nn.compiler import Compiler, Value, rule
+from distdl_lite.nn.compiler import Compiler
 from distdl_lite.nn.inputs import Inputs
 from distdl_lite.nn.options import booleans, different_dims
 from distdl_lite.nn.rule_layer import RuleLayer
+from distdl_lite.nn.value import Value, rule
 from distdl_lite.partition import Partition
 
 
