@@ -123,6 +123,31 @@ class Movement:
     operator: Operator | None = None
 
 
+@dataclass(frozen=True)
+class Operation:
+    """One operation of torch, as rules see it."""
+
+    name: str
+    function: Any
+    outputs: tuple[tuple[Shape, torch.dtype, tuple[int, ...]], ...]  # shape, dtype and strides
+    is_one: bool  # whether it returns one tensor
+
+    @property
+    def shape(self) -> Shape:
+        return self.outputs[0][0]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.outputs[0][1]
+
+    @staticmethod
+    def of(name: str, function: Any, made: Any) -> Operation:
+        """What a function does that has made this, a tensor or several."""
+        tensors = [t for t in (made if isinstance(made, (tuple, list)) else [made]) if isinstance(t, torch.Tensor)]
+        outputs = tuple((tuple(t.shape), t.dtype, t.stride()) for t in tensors)
+        return Operation(name, function, outputs, isinstance(made, torch.Tensor))
+
+
 def values_in(args: Iterable[Any]) -> Iterator[Value]:
     """The values among arguments and in lists of them."""
     for value in args:

@@ -218,7 +218,7 @@ class Norm(RuleLayer):
         self.place("bias", held if weight and bias else None, constant(0.0), dtype, device)
         return held
 
-    def result_dtype(self, inputs: Inputs) -> torch.dtype:
+    def result_dtype(self, inputs: Inputs, shape: Shape) -> torch.dtype:
         check_floating(self, inputs)
         held = weight_dtype(self) or weight_dtype(self, "running_mean")
         if held not in (None, inputs.dtype, wide(inputs.dtype)):

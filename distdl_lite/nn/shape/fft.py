@@ -179,7 +179,7 @@ class DistributedFFT(RuleLayer):
         if len(self.s) != len(self.dim):
             raise self._refuse(f"s={self.s} does not have a length for each of dim={self.dim}")
 
-    def result_dtype(self, inputs: Inputs) -> torch.dtype:
+    def result_dtype(self, inputs: Inputs, shape: Shape) -> torch.dtype:
         torch_dtype(self, inputs, 1, partial(_TRANSFORMS[self.function], s=(1,)))
         return inputs.dtype
 
