@@ -17,7 +17,7 @@ from torch.fx import GraphModule, Node
 from torch.utils import _pytree as pytree
 
 from distdl_lite.layout import Shape
-from distdl_lite.nn.compiler import RULES
+from distdl_lite.nn.value import RULES, Operation
 
 _OURS, _TORCHS = Path(__file__).parent.parent, Path(torch.__file__).parent
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -91,32 +91,12 @@ def _sums(constant: torch.Tensor) -> list[Any]:
     return [flat.sum().item(), (flat * torch.arange(len(flat), device=flat.device)).sum().item()]
 
 
-@dataclass(frozen=True)
-class Operation:
-    """One operation of the graph, as rules see it."""
-
-    name: str
-    function: Any
-    outputs: tuple[tuple[Shape, torch.dtype, tuple[int, ...]], ...]  # shape, dtype and strides
-    is_one: bool  # whether it returns one tensor
-
-    @property
-    def shape(self) -> Shape:
-        return self.outputs[0][0]
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.outputs[0][1]
-
-    @staticmethod
-    def of(node: Node) -> Operation:
-        """What a node does. Raises RuntimeError if it makes no tensors, or such as depend on data in their shape."""
-        made = node.meta["val"]
-        tensors = [t for t in (made if isinstance(made, (tuple, list)) else [made]) if isinstance(t, torch.Tensor)]
-        if not tensors or any(isinstance(n, torch.SymInt) for t in tensors for n in t.shape):
-            raise RuntimeError(f"{place_of(node)}: the result of {name_of(node)} depends on data; {_WAYS_OUT}")
-        outputs = tuple((tuple(t.shape), t.dtype, t.stride()) for t in tensors)
-        return Operation(name_of(node), node.target, outputs, isinstance(made, torch.Tensor))
+def operation_of(node: Node) -> Operation:
+    """What a node does. Raises RuntimeError if it makes no tensors, or such as depend on data in their shape."""
+    op = Operation.of(name_of(node), node.target, node.meta["val"])
+    if not op.outputs or any(isinstance(n, torch.SymInt) for shape, *_ in op.outputs for n in shape):
+        raise RuntimeError(f"{place_of(node)}: the result of {op.name} depends on data; {_WAYS_OUT}")
+    return op
 
 
 def name_of(node: Node) -> str:

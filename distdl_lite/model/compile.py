@@ -15,8 +15,9 @@ from torch.fx.node import map_arg
 
 from distdl_lite.factors import Dims, all_axes, blocks, uncut
 from distdl_lite.grid import Grid
-from distdl_lite.model.capture import Captured, Feed, Operation, name_of, path_of, place_of
-from distdl_lite.nn.compiler import RULES, Compiler, NoRule, Rule, Value, values_in
+from distdl_lite.model.capture import Captured, Feed, name_of, operation_of, path_of, place_of
+from distdl_lite.nn.compiler import Compiler
+from distdl_lite.nn.value import RULES, NoRule, Operation, Rule, Value, values_in
 from distdl_lite.transport import Transport
 
 Axes = Sequence[int | None]  # the grid's axis that cuts each dim of a tensor
@@ -207,7 +208,7 @@ def _step(
     if not isinstance(node.target, torch._ops.OpOverload):
         raise RuntimeError(f"{place_of(node)}: {name} is not supported")
     args = [list(a) if isinstance(a, (list, tuple)) else a for a in args]
-    op = Operation.of(node)
+    op = operation_of(node)
     rule = rules.get(name) or (rules["pointwise"] if torch.Tag.pointwise in node.target.tags else None)
     made: Any = None
     if rule is not None:

@@ -18,11 +18,10 @@ from hypothesis import strategies as st
 
 from distdl_lite.factors import blocks
 from distdl_lite.grid import Grid
-from distdl_lite.model.capture import capture
+from distdl_lite.model.capture import _Function, capture
 from distdl_lite.model.compile import compiled
-from distdl_lite.model.distributed import _Function
 from distdl_lite.model.prove import prove
-from distdl_lite.nn.compiler import NoRule
+from distdl_lite.nn.value import NoRule
 
 ATEN = torch.ops.aten
 EACH = 10

@@ -13,8 +13,9 @@ from distdl_lite.factors import Dims, Factors, all_axes, axes_of, boundaries, cu
 from distdl_lite.grid import balanced
 from distdl_lite.layout import Dim, Range, Shape, ranges_of
 from distdl_lite.nn.broadcasting import common_dims
-from distdl_lite.nn.compiler import Compiler, NoRule, Value, rule
+from distdl_lite.nn.compiler import Compiler
 from distdl_lite.nn.features import wish
+from distdl_lite.nn.value import NoRule, Value, rule
 
 
 @rule("view", "_unsafe_view", "reshape", "squeeze", "unsqueeze")

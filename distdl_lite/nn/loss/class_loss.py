@@ -12,10 +12,11 @@ import torch.nn.functional as F
 from distdl_lite.factors import all_axes, uncut
 from distdl_lite.layout import Layout, Range, Shape
 from distdl_lite.nn.blocks import wide
-from distdl_lite.nn.compiler import Compiler, Value, rule
+from distdl_lite.nn.compiler import Compiler
 from distdl_lite.nn.loss.loss import REDUCTIONS, Function, _DistributedLoss, counted, reduced_loss
 from distdl_lite.nn.norm.softmax import CutDim, log_softmax
 from distdl_lite.nn.options import integers, numbers
+from distdl_lite.nn.value import Value, rule
 from distdl_lite.partition import Partition
 
 

@@ -21,11 +21,12 @@ from distdl_lite.factors import Dims, all_axes, shape_of_dims, uncut
 from distdl_lite.layout import Layout, Shape
 from distdl_lite.nn.blocks import anchored, connected_zeros, wide
 from distdl_lite.nn.broadcasting import common_dims, fit
-from distdl_lite.nn.compiler import Compiler, Value, rule
+from distdl_lite.nn.compiler import Compiler
 from distdl_lite.nn.inputs import agreed_inputs
 from distdl_lite.nn.module import Call, Module
 from distdl_lite.nn.options import booleans, numbers
 from distdl_lite.nn.rule_layer import dims_of
+from distdl_lite.nn.value import Value, rule
 from distdl_lite.partition import Partition
 
 Function = Callable[..., torch.Tensor]

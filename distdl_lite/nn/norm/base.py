@@ -13,12 +13,13 @@ from distdl_lite.factors import Factors, shape_of_dims, uncut
 from distdl_lite.grid import balanced, ravel
 from distdl_lite.layout import Dim, Layout, Shape, ranges_of
 from distdl_lite.nn.blocks import check_floating, connected_zeros, wide
-from distdl_lite.nn.compiler import Compiler, Value
+from distdl_lite.nn.compiler import Compiler
 from distdl_lite.nn.draws import constant
 from distdl_lite.nn.inputs import Inputs, weight_dtype
 from distdl_lite.nn.norm.normalised import Normalise, Rows, statistics
 from distdl_lite.nn.options import numbers
 from distdl_lite.nn.rule_layer import RuleLayer
+from distdl_lite.nn.value import Value
 from distdl_lite.operator import Operator
 from distdl_lite.partition import Partition
 from distdl_lite.transport import Team
@@ -217,7 +218,7 @@ class Norm(RuleLayer):
         self.place("bias", held if weight and bias else None, constant(0.0), dtype, device)
         return held
 
-    def result_dtype(self, inputs: Inputs) -> torch.dtype:
+    def result_dtype(self, inputs: Inputs, shape: Shape) -> torch.dtype:
         check_floating(self, inputs)
         held = weight_dtype(self) or weight_dtype(self, "running_mean")
         if held not in (None, inputs.dtype, wide(inputs.dtype)):

@@ -7,9 +7,10 @@ from typing import Any
 
 import torch
 
-from distdl_lite.nn.compiler import Compiler, Value, rule
+from distdl_lite.nn.compiler import Compiler
 from distdl_lite.nn.norm.base import Kernel, Norm, by_kernel, normalised
 from distdl_lite.nn.options import integers
+from distdl_lite.nn.value import Value, rule
 from distdl_lite.partition import Partition
 
 

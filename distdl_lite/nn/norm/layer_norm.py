@@ -9,9 +9,10 @@ import torch
 
 from distdl_lite.layout import Shape
 from distdl_lite.nn.blocks import wide
-from distdl_lite.nn.compiler import Compiler, Value, rule
+from distdl_lite.nn.compiler import Compiler
 from distdl_lite.nn.norm.base import Kernel, Norm, normalised
 from distdl_lite.nn.options import integers, listed
+from distdl_lite.nn.value import Value, rule
 from distdl_lite.partition import Partition
 
 

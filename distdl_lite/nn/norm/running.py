@@ -11,11 +11,12 @@ import torch.nn.functional as F
 
 from distdl_lite.layout import Layout
 from distdl_lite.nn.blocks import anchored
-from distdl_lite.nn.compiler import Compiler, Value, rule
+from distdl_lite.nn.compiler import Compiler
 from distdl_lite.nn.draws import constant
 from distdl_lite.nn.inputs import weight_dtype
 from distdl_lite.nn.norm.base import Kernel, Norm, by_kernel, normalised
 from distdl_lite.nn.options import integers, numbers
+from distdl_lite.nn.value import Value, rule
 from distdl_lite.partition import Partition
 
 
