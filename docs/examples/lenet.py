@@ -21,6 +21,9 @@ import distdl_lite as dl
 
 GRIDS = {1: (1, 1, 1, 1), 2: (1, 2, 1, 1), 4: (1, 2, 2, 1)}  # by number of ranks: batch, channels, height, width
 IMAGES = (0, None, 2, 3)  # the axes that cut them: their one channel is whole on every rank
+CUT = {
+    "5": (0, 1, None, None)
+}  # the last pool's output: some channels, whole, so that linear layers are cut in features
 
 
 def lenet() -> nn.Sequential:
@@ -86,7 +89,8 @@ def run(world: dl.Partition, epochs: int, batch: int, seed: int) -> Result | Non
     torch.manual_seed(seed)
     twin, measure_twin = lenet(), nn.CrossEntropyLoss()
     torch.manual_seed(seed)  # both networks start with the same weights
-    net, measure = dl.distribute(lenet(), P, in_axes=[IMAGES]), dl.distribute(nn.CrossEntropyLoss(), P)
+    net = dl.distribute(lenet(), P, in_axes=[IMAGES], cut=CUT)
+    measure = dl.distribute(nn.CrossEntropyLoss(), P)
     optimizer, optimizer_twin = (torch.optim.Adam(model.parameters(), lr=2e-3) for model in (net, twin))
     losses: list[tuple[float, float]] = []
     for epoch in range(epochs):
