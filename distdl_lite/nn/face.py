@@ -11,7 +11,7 @@ import torch
 
 from distdl_lite.layout import Shape
 from distdl_lite.nn.compiler import Compiler
-from distdl_lite.nn.inputs import Inputs
+from distdl_lite.nn.inputs import Inputs, weight_dtype
 from distdl_lite.nn.options import plain, spatial_axes
 from distdl_lite.nn.rule_layer import RuleLayer
 from distdl_lite.nn.value import RULES, Operation, Value
@@ -101,7 +101,18 @@ class Face(RuleLayer):
         """What torch's layer does to such tensors. Raises its TypeErrors, and as ValueErrors what else it raises."""
         tensors = [torch.empty(shape, dtype=dtype, device=device) for shape, dtype in inputs]
         what = f"input of shape {', '.join(str(shape) for shape, _ in inputs)}"
-        return Operation.of(self.operation, self.serial, self._asked(self.as_serial(), tensors, what))
+        return Operation.of(
+            self.operation, self.serial, self._asked(self.as_serial(**self._held(device)), tensors, what)
+        )
+
+    def _held(self, device: str) -> dict[str, Any]:
+        """Parameters and buffers of torch's layer, without values."""
+        held = dict[str, torch.Tensor | None]()
+        for name in (*self._parameters, *self._buffers, *self._distdl_places):
+            dtype, place = weight_dtype(self, name), self._distdl_places.get(name)
+            shape = place.global_shape if place else () if dtype is None else getattr(self, name).shape
+            held[name] = None if dtype is None else torch.empty(shape, dtype=dtype, device=device)
+        return {"_parameters": {}, "_buffers": held}
 
     def _asked(self, serial: torch.nn.Module, tensors: Any, what: str, *of_types: type[Exception]) -> Any:
         """What torch's layer makes; errors `of_types` tell of the dtype, too."""
