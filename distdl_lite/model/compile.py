@@ -228,7 +228,11 @@ def _gathered(program: Program, node: Node, op: Operation, args: Any, kwargs: di
         raise RuntimeError(
             f"{place_of(node)}: the shape of what {op.name} makes depends on data, which is not supported"
         )
-    if torch.Tag.nondeterministic_seeded in node.target.tags:
+    given = dict(zip((a.name for a in node.target._schema.arguments), args, strict=False))
+    draws = bool(
+        given.get("dropout", 1) and given.get("train", True)
+    )  # a recurrent network does between its layers alone
+    if torch.Tag.nondeterministic_seeded in node.target.tags and draws:
         raise RuntimeError(f"{place_of(node)}: {op.name} draws random numbers, and has no rule")
     if any(all_axes(value.dims) for value in values_in((args, tuple(kwargs.values())))):
         if strict:
