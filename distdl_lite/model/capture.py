@@ -164,7 +164,7 @@ def capture(
     model = copy.deepcopy(model, parts) if parts else model  # not there, where no real buffer can be copied
     # Tensors that are saved while it is recorded are not for a checkpoint around the call to count.
     unhooked = torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor)
-    with warnings.catch_warnings(), _refusing_what_is_lost(), unhooked:
+    with warnings.catch_warnings(), _refusing_what_is_lost(), unhooked, _knowing_arange():
         warnings.simplefilter("ignore")
         try:
             program = export(model, args, kwargs, strict=False)
@@ -177,16 +177,15 @@ def capture(
 
 @lru_cache(1)
 def _composites(ruled: frozenset[str]) -> dict[Any, Callable[..., Any]]:
-    """torch's definitions of operations without a rule that consist of others, but for loops over time.
+    """torch's definitions of operations without a rule that consist of others.
 
     Kept, as to look through all of torch's operations takes as long as to capture a small model.
     """
-    known = {*ruled, "lstm", "gru", "rnn_tanh", "rnn_relu", "lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell"}
     return {
         overload: definition
         for overload, definition in torch.export.default_decompositions().items()
         if torch._C._dispatch_has_kernel_for_dispatch_key(overload.name(), "CompositeImplicitAutograd")
-        and overload.overloadpacket.__name__ not in known
+        and overload.overloadpacket.__name__ not in ruled
         and torch.Tag.pointwise not in overload.tags
     }
 
@@ -228,6 +227,30 @@ def _refusing_what_is_lost() -> Iterator[None]:
     finally:
         torch.autograd.Function.apply = own  # type: ignore[method-assign]
         torch.inference_mode.__enter__ = enter  # type: ignore[method-assign]
+
+
+@contextmanager
+def _knowing_arange() -> Iterator[None]:
+    """Let Python read the numbers of `torch.arange`, such as the dims of a loss's sums, which depend on no data."""
+    from torch._subclasses.fake_tensor import FakeTensor
+
+    arange, tolist = torch.arange, FakeTensor.tolist
+
+    def made(*args: Any, **kwargs: Any) -> torch.Tensor:
+        y = arange(*args, **kwargs)
+        if all(type(a) is int for a in args):
+            y._distdl_known = range(*args), y._version  # type: ignore[attr-defined]
+        return y
+
+    def read(tensor: Any) -> Any:
+        numbers, version = getattr(tensor, "_distdl_known", ((), None))
+        return list(numbers) if tensor._version == version else tolist(tensor)
+
+    torch.arange, FakeTensor.tolist = made, read  # type: ignore[assignment, method-assign]
+    try:
+        yield
+    finally:
+        torch.arange, FakeTensor.tolist = arange, tolist  # type: ignore[method-assign]
 
 
 def _is_users(file: str) -> bool:

@@ -165,7 +165,7 @@ def triangle(c: Compiler, op: Any, x: Value, diagonal: int = 0) -> Value:
     return c.call(op.function, x, diagonal + row - column, dims=x.dims, dtype=x.dtype)
 
 
-@rule("diagonal")
+@rule("diagonal", "diagonal_copy")
 def diagonal(c: Compiler, op: Any, x: Value, offset: int = 0, a: int = 0, b: int = 1) -> Value:
     a, b = a % x.ndim, b % x.ndim
     x = c.wholly(x, [a, b], "whole")
