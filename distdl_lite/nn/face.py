@@ -18,7 +18,7 @@ from distdl_lite.nn.value import RULES, Operation, Value
 from distdl_lite.partition import Partition
 
 Constructor = Callable[..., None]
-_REFUSALS = (TypeError, ValueError, RuntimeError, IndexError, AttributeError)
+_REFUSALS = (TypeError, ValueError, RuntimeError, IndexError, AttributeError, ArithmeticError)
 
 
 class Face(RuleLayer):
@@ -70,11 +70,13 @@ class Face(RuleLayer):
         if self.has_channels:
             spatial_axes(self, "P_x", P_x, int(digit) if digit.isdigit() else P_x.dim - 2)
         options = {name: plain(value) for name, value in options.items()}
+        device = {"device": "meta"} if "device" in inspect.signature(self.serial).parameters else {}
         try:
-            serial = self.serial(**options)
+            serial = self.serial(**{**options, **device})
         except _REFUSALS as error:
             given = ", ".join(f"{name}={value!r}" for name, value in options.items())
-            raise self._refuse(f"{given}: {error}", type(error)) from error
+            kind = TypeError if isinstance(error, TypeError) else ValueError
+            raise self._refuse(f"{given}: {error}", kind) from error
         self._take(serial, options)
 
     def _take(self, serial: torch.nn.Module, options: Mapping[str, Any]) -> None:
@@ -99,6 +101,8 @@ class Face(RuleLayer):
 
     def judged(self, *inputs: tuple[Shape, torch.dtype], device: str = "meta") -> Operation:
         """What torch's layer does to such tensors. Raises its TypeErrors, and as ValueErrors what else it raises."""
+        if any(0 in shape for shape, _ in inputs):  # of which some of torch's functions know nothing on the meta device
+            device = "cpu"
         tensors = [torch.empty(shape, dtype=dtype, device=device) for shape, dtype in inputs]
         what = f"input of shape {', '.join(str(shape) for shape, _ in inputs)}"
         return Operation.of(
@@ -120,7 +124,7 @@ class Face(RuleLayer):
             return serial.forward(*tensors)
         except _REFUSALS as error:
             kind = TypeError if isinstance(error, (TypeError, *of_types)) else ValueError
-            raise kind(f"{self.extra_repr()}, {what}: {error}") from error
+            raise kind(f"{error}; {what}, {self.extra_repr()}") from error
 
     def rule(self, c: Compiler, x: Value, **held: Value) -> Any:
         op = self.judged((x.shape, x.dtype))

@@ -13,9 +13,7 @@ from distdl_lite.layout import Layout
 from distdl_lite.nn.blocks import wide
 from distdl_lite.nn.compiler import Compiler
 from distdl_lite.nn.face import Face
-from distdl_lite.nn.module import Module
 from distdl_lite.nn.options import listed
-from distdl_lite.nn.rule_layer import dims_of
 from distdl_lite.nn.value import Movement, Value, rule
 from distdl_lite.operator import Operator
 from distdl_lite.transport import Team
@@ -61,12 +59,6 @@ def log_sum_exp(x: torch.Tensor, cut: CutDim) -> torch.Tensor:
     top = cut.top(x)
     top = torch.where(top.isinf(), 0, top)
     return cut.sum((x - top).exp()).log() + top
-
-
-def cut_dim(layer: Module, X: Layout, dim: int, graph: bool) -> CutDim | None:
-    """A dim of the blocks of `X`; None where it is whole."""
-    c = Compiler(X.grid, layer._distdl_transport.rank, layer._distdl_transport, layer._distdl_label)
-    return _cut_dim(c, c.new(dims_of(X), torch.float64, graph), [dim])
 
 
 def _cut_dim(c: Compiler, x: Value, dims: Sequence[int]) -> CutDim | None:
