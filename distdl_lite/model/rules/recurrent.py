@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from distdl_lite.factors import uncut
-from distdl_lite.nn.compiler import Compiler, NoRule, Value, rule
+from distdl_lite.nn.compiler import Compiler
+from distdl_lite.nn.value import NoRule, Value, rule
 
 
 @rule("lstm", "gru", "rnn_tanh", "rnn_relu")
