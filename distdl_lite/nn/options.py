@@ -6,7 +6,6 @@ import inspect
 import operator
 from collections.abc import Iterable, Sequence
 from functools import cache
-from numbers import Real
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -80,13 +79,6 @@ def _is_integer(value: Any) -> bool:
 def _check_least(layer: Module, name: str, value: Any, smallest: int, least: int | None) -> None:
     if least is not None and smallest < least:
         raise layer._refuse(f"{name}={value} must {'be positive' if least else 'not be negative'}")
-
-
-def numbers(layer: Module, **options: Any) -> None:
-    """Raise TypeError unless each option is a real number."""
-    for name, value in options.items():
-        if not isinstance(value, Real):
-            raise layer._refuse(f"{name}={value!r} is not a number", TypeError)
 
 
 def booleans(layer: Module, **options: Any) -> None:

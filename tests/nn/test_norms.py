@@ -194,7 +194,9 @@ def test_the_fused_function_is_the_composition(world: Partition) -> None:
         y = layer(x)
         names = layer._distdl_plan.compiler.names
         rows, kernel = names["Rows"], names["by_rows"].__self__
-        weight, bias = (None if t is None else kernel.per_channel(t, x) for t in (layer.weight, layer.bias))
+        weight, bias = (
+            None if t is None else kernel.per_channel(t, x) for t in (layer.weight, getattr(layer, "bias", None))
+        )
         pivot = torch.zeros(math.prod(rows.shape), dtype=torch.float64)
         plain = _composed(kernel.as_channels(x), weight, bias, pivot, kernel.eps, rows).view(x.shape)
         torch.testing.assert_close(y, plain, **TOLERANCE)

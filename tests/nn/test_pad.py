@@ -133,9 +133,9 @@ def test_refusals(world: dl.Partition) -> None:
         (padded("ZeroPad1d", P, (1, 2, 3), 1, 1, 7), "padding=(1, 2, 3)"),
         (padded("ReflectionPad3d", P, 1, 1, 1, 7), "input of shape (1, 1, 7)"),
         (padded("ZeroPad2d", line, 1, 7), "input of shape (7,)"),
-        (padded("ZeroPad1d", P, (-4, -4), 1, 1, 7), "padding=(-4, -4), P_x=(1, 1, 2), input of shape (1, 1, 7)"),
-        (padded("ReflectionPad1d", P, (7, 0), 1, 1, 7), "padding=(7, 0), P_x=(1, 1, 2), input of shape (1, 1, 7)"),
-        (padded("ReplicationPad1d", P, (1, 0), 1, 1, 0), "padding=(1, 0), P_x=(1, 1, 2), input of shape (1, 1, 0)"),
+        (padded("ZeroPad1d", P, (-4, -4), 1, 1, 7), "input of shape (1, 1, 7), padding=(-4, -4)"),
+        (padded("ReflectionPad1d", P, (7, 0), 1, 1, 7), "input of shape (1, 1, 7), padding=(7, 0)"),
+        (padded("ReplicationPad1d", P, (1, 0), 1, 1, 0), "input of shape (1, 1, 0), padding=(1, 0)"),
         (padded("CircularPad1d", P, (0, 8), 1, 1, 7), "wrapping around more than once"),
     ]
     for cut in (P, whole):

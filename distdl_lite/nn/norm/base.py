@@ -209,7 +209,7 @@ class Norm(Face):
         held = weight_dtype(self) or weight_dtype(self, "running_mean")
         if held not in (None, inputs.dtype, wide(inputs.dtype)):
             raise TypeError(f"the input has dtype {inputs.dtype}, weights and statistics {held}")
-        self.judged((shape, inputs.dtype))
+        self.judged((shape, held or inputs.dtype))  # torch's warns of two dtypes
         return inputs.dtype
 
     def weights(self, c: Compiler, weight: Value | None = None, bias: Value | None = None) -> list[Value | None]:

@@ -47,6 +47,8 @@ class _LastDimsNorm(Norm):
 
     _alone: Callable[..., torch.Tensor] = torch.layer_norm
 
+    least_dims = 0
+
     def weighted(self) -> Sequence[int]:
         return range(self.P_x.dim - len(self.normalized_shape), self.P_x.dim)
 

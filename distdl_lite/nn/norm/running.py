@@ -8,11 +8,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from distdl_lite.layout import Shape
 from distdl_lite.nn.blocks import anchored
 from distdl_lite.nn.compiler import Compiler
 from distdl_lite.nn.inputs import weight_dtype
 from distdl_lite.nn.norm.base import Kernel, Norm, by_kernel, normalised
-from distdl_lite.nn.value import Value, rule
+from distdl_lite.nn.value import Operation, Value, rule
 
 
 def by_channel(c: Compiler, x: Value, over_samples: bool, batch: bool, eps: float, *held: Any, **options: Any) -> Value:
@@ -97,11 +98,8 @@ class _BatchNorm(torch.nn.BatchNorm1d):
 class _InstanceNorm(torch.nn.InstanceNorm1d):
     """torch's, of any number of dims."""
 
-    def _check_input_dim(self, input: torch.Tensor) -> None:
-        pass
-
-    def _get_no_batch_dim(self) -> int:
-        return 0
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return self._apply_instance_norm(input)  # type: ignore[no-any-return]
 
 
 class DistributedBatchNorm(_RunningNorm, serial=_BatchNorm):
@@ -185,3 +183,7 @@ class DistributedInstanceNorm(_RunningNorm, serial=_InstanceNorm):
     """
 
     least_dims = 3
+
+    def judged(self, *inputs: tuple[Shape, torch.dtype], device: str = "meta") -> Operation:
+        ((samples, *sample), dtype), *_ = inputs  # of no samples torch's takes no weights
+        return super().judged(((max(samples, 1), *sample), dtype), device=device)
