@@ -17,7 +17,7 @@ from torch.fx import GraphModule, Node
 from torch.utils import _pytree as pytree
 
 from distdl_lite.layout import Shape
-from distdl_lite.nn.compiler import RULES
+from distdl_lite.nn.value import RULES, Operation
 
 _OURS, _TORCHS = Path(__file__).parent.parent, Path(torch.__file__).parent
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -70,33 +70,33 @@ class Captured:
     outputs: list[tuple[str | None, Any]]
     spec: Any
 
+    def lines(self) -> Iterator[str]:
+        """A line for each thing in it, the same in each process that captures the same."""
+        for feed in self.feeds:
+            constant = isinstance(feed.target, torch.Tensor)
+            yield f"take {feed.node} {_sums(feed.target) if constant else feed.target} {_sizes(feed.node)}"
+        for node in self.nodes:
+            yield f"{node} = {node.target}{node.args} {node.kwargs or ''} {_sizes(node)} in module {path_of(node)}"
+        yield f"return {self.outputs} as {self.spec}"
 
-@dataclass(frozen=True)
-class Operation:
-    """One operation of the graph, as rules see it."""
 
-    name: str
-    function: Any
-    outputs: tuple[tuple[Shape, torch.dtype, tuple[int, ...]], ...]  # shape, dtype and strides
-    is_one: bool  # whether it returns one tensor
+def _sizes(node: Node) -> Any:
+    """The shape and dtype of each tensor that a node makes."""
+    return pytree.tree_map_only(torch.Tensor, lambda t: (tuple(t.shape), t.dtype), node.meta.get("val"))
 
-    @property
-    def shape(self) -> Shape:
-        return self.outputs[0][0]
 
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.outputs[0][1]
+def _sums(constant: torch.Tensor) -> list[Any]:
+    """Numbers that tell constants apart."""
+    flat = constant.detach().flatten().to(torch.complex128)
+    return [flat.sum().item(), (flat * torch.arange(len(flat), device=flat.device)).sum().item()]
 
-    @staticmethod
-    def of(node: Node) -> Operation:
-        """What a node does. Raises RuntimeError if it makes no tensors, or such as depend on data in their shape."""
-        made = node.meta["val"]
-        tensors = [t for t in (made if isinstance(made, (tuple, list)) else [made]) if isinstance(t, torch.Tensor)]
-        if not tensors or any(isinstance(n, torch.SymInt) for t in tensors for n in t.shape):
-            raise RuntimeError(f"{place_of(node)}: the result of {name_of(node)} depends on data; {_WAYS_OUT}")
-        outputs = tuple((tuple(t.shape), t.dtype, t.stride()) for t in tensors)
-        return Operation(name_of(node), node.target, outputs, isinstance(made, torch.Tensor))
+
+def operation_of(node: Node) -> Operation:
+    """What a node does. Raises RuntimeError if it makes no tensors, or such as depend on data in their shape."""
+    op = Operation.of(name_of(node), node.target, node.meta["val"])
+    if not op.outputs or any(isinstance(n, torch.SymInt) for shape, *_ in op.outputs for n in shape):
+        raise RuntimeError(f"{place_of(node)}: the result of {op.name} depends on data; {_WAYS_OUT}")
+    return op
 
 
 def name_of(node: Node) -> str:
@@ -164,7 +164,7 @@ def capture(
     model = copy.deepcopy(model, parts) if parts else model  # not there, where no real buffer can be copied
     # Tensors that are saved while it is recorded are not for a checkpoint around the call to count.
     unhooked = torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor)
-    with warnings.catch_warnings(), _refusing_what_is_lost(), unhooked:
+    with warnings.catch_warnings(), _refusing_what_is_lost(), unhooked, _knowing_arange():
         warnings.simplefilter("ignore")
         try:
             program = export(model, args, kwargs, strict=False)
@@ -177,16 +177,15 @@ def capture(
 
 @lru_cache(1)
 def _composites(ruled: frozenset[str]) -> dict[Any, Callable[..., Any]]:
-    """torch's definitions of operations without a rule that consist of others, but for loops over time.
+    """torch's definitions of operations without a rule that consist of others.
 
     Kept, as to look through all of torch's operations takes as long as to capture a small model.
     """
-    known = {*ruled, "lstm", "gru", "rnn_tanh", "rnn_relu", "lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell"}
     return {
         overload: definition
         for overload, definition in torch.export.default_decompositions().items()
         if torch._C._dispatch_has_kernel_for_dispatch_key(overload.name(), "CompositeImplicitAutograd")
-        and overload.overloadpacket.__name__ not in known
+        and overload.overloadpacket.__name__ not in ruled
         and torch.Tag.pointwise not in overload.tags
     }
 
@@ -228,6 +227,30 @@ def _refusing_what_is_lost() -> Iterator[None]:
     finally:
         torch.autograd.Function.apply = own  # type: ignore[method-assign]
         torch.inference_mode.__enter__ = enter  # type: ignore[method-assign]
+
+
+@contextmanager
+def _knowing_arange() -> Iterator[None]:
+    """Let Python read the numbers of `torch.arange`, such as the dims of a loss's sums, which depend on no data."""
+    from torch._subclasses.fake_tensor import FakeTensor
+
+    arange, tolist = torch.arange, FakeTensor.tolist
+
+    def made(*args: Any, **kwargs: Any) -> torch.Tensor:
+        y = arange(*args, **kwargs)
+        if all(type(a) is int for a in args):
+            y._distdl_known = range(*args), y._version  # type: ignore[attr-defined]
+        return y
+
+    def read(tensor: Any) -> Any:
+        numbers, version = getattr(tensor, "_distdl_known", ((), None))
+        return list(numbers) if tensor._version == version else tolist(tensor)
+
+    torch.arange, FakeTensor.tolist = made, read  # type: ignore[assignment, method-assign]
+    try:
+        yield
+    finally:
+        torch.arange, FakeTensor.tolist = arange, tolist  # type: ignore[method-assign]
 
 
 def _is_users(file: str) -> bool:

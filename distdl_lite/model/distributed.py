@@ -5,13 +5,13 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from itertools import accumulate
+from itertools import accumulate, zip_longest
 from typing import Any
 
 import torch
 from torch.utils import _pytree as pytree
 
-from distdl_lite.agreement import TensorStructure, check_alike
+from distdl_lite.agreement import TensorStructure, check_alike, hashable, is_unanimous, refused_together, vote_of
 from distdl_lite.autograd import Node, copy_to_team
 from distdl_lite.factors import Dims, all_axes, shape_of_dims, uncut
 from distdl_lite.layout import Dim, Layout, ranges_of
@@ -20,9 +20,9 @@ from distdl_lite.model.capture import Captured, as_module, capture
 from distdl_lite.model.compile import Axes, Program, compiled, default_axes
 from distdl_lite.model.report import TYPICAL, Machine, Report, cut_inputs, example, reported
 from distdl_lite.nn.blocks import anchored, connected_zeros
-from distdl_lite.nn.compiler import Rule, Value
 from distdl_lite.nn.module import Call, Module
 from distdl_lite.nn.parameter import Place
+from distdl_lite.nn.value import Rule, Value
 from distdl_lite.partition import Partition
 from distdl_lite.private import any_autocast_is_enabled
 from distdl_lite.reducer import Replicas
@@ -188,6 +188,16 @@ class Distributed(Module):
         rules = sorted(self.rules or {})
         return f"in_axes={self.in_axes}, out_axes={self.out_axes}, strict={self.strict}, cut={self.cut}, rules={rules}"
 
+    def _distdl_same(self, input: tuple[Any, ...], kwargs: Mapping[str, Any] | None) -> dict[str, Any]:
+        """Also what of the call is no tensor, and what of the modules inside its operations follow from."""
+        *leaves, spec = input
+        return super()._distdl_same(input, kwargs) | {
+            "structure of the arguments": str(spec),
+            "arguments": [hashable(leaf) for leaf in leaves if not isinstance(leaf, torch.Tensor)],
+            "modules in another mode": [n for n, m in self.named_modules() if m.training != self.training],
+            "frozen parameters": [n for n, p in self.named_parameters() if not p.requires_grad],
+        }
+
     def _distdl_forward_pre_hook(self, input: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, Any]:
         leaves, spec = pytree.tree_flatten((tuple(input), dict(kwargs)))
         return super()._distdl_forward_pre_hook((*leaves, _Spec(spec)), {})
@@ -202,6 +212,23 @@ class Distributed(Module):
         )
 
     def _distdl_module_setup(self, input: tuple[Any, ...]) -> Call:
+        with refused_together(self.P, self._distdl_label):
+            captured, program = self._compiled(input)
+        self._check_same_graph(captured, program)
+        self._cut_parameters(program)
+        return _Running(self, program, captured)
+
+    def _check_same_graph(self, captured: Captured, program: Program) -> None:
+        """Raise ValueError on all ranks if the model does something else on one: their movements would not meet."""
+        team = self.P.team
+        lines = [*captured.lines(), *(f"a movement {m.kind} {m.X} {m.Y}" for m in program.compiler.movements)]
+        if not is_unanimous(team, vote_of("\n".join(lines))):
+            told = dict(zip(team, team.world.gather_objects(team, lines), strict=True))
+            for there in zip_longest(*told.values()):
+                check_alike("the model does", dict(zip(told, there, strict=True)), self._distdl_label)
+
+    def _compiled(self, input: tuple[Any, ...]) -> tuple[Captured, Program]:
+        """The graph and this rank's program for what the ranks passed."""
         structure, grid = self._distdl_structure, self.P.grid_of_ranks
         *leaves, spec = input
         assert structure.passed is not None
@@ -240,8 +267,7 @@ class Distributed(Module):
             rules=self.rules,
             device=device,
         )
-        self._cut_parameters(program)
-        return _Running(self, program, captured)
+        return captured, program
 
     def _dims_of(self, tensors: Mapping[int, TensorStructure], axes: Axes | None) -> Dims:
         """How an argument lies over the grid, from what its ranks passed."""
@@ -250,7 +276,8 @@ class Distributed(Module):
             check_alike(what, {rank: getattr(tensor, what) for rank, tensor in tensors.items()}, name)
         check_alike("number of dims", {rank: len(tensor.shape) for rank, tensor in tensors.items()}, name)
         first = tensors[grid.ranks[0]]
-        assert first.dtype is not None
+        if first.dtype is None:
+            raise TypeError(f"{name}: a dense tensor is needed, not {first.kind}")
         axes = default_axes(len(first.shape), first.dtype, grid) if axes is None else axes
         if len(axes) != len(first.shape):
             raise ValueError(f"{name}: in_axes {tuple(axes)} do not fit a tensor of {len(first.shape)} dims")
@@ -318,11 +345,15 @@ def _layout_of(P: Partition, dims: Dims) -> Layout:
     return Layout(P.grid_of_ranks, tuple(factor for (factor,) in dims))
 
 
-class _Spec:
-    """The structure of the arguments, compared by its text in votes."""
+class _Spec(str):
+    """The structure of the arguments, whose text is what ranks vote on."""
 
-    def __init__(self, spec: Any) -> None:
-        self.spec = spec
+    spec: Any
+
+    def __new__(cls, spec: Any) -> _Spec:
+        made = super().__new__(cls, spec)
+        made.spec = spec
+        return made
 
 
 class _Running:

@@ -9,20 +9,27 @@ from functools import cache
 from numbers import Real
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 if TYPE_CHECKING:
     from distdl_lite.nn.module import Module
     from distdl_lite.partition import Partition
 
 
 def plain(value: Any) -> Any:
-    """An option; a number or an array of NumPy as Python's own numbers."""
-    return value.tolist() if hasattr(value, "tolist") else value
+    """An option; numbers and arrays of NumPy, also in a sequence, as Python's own numbers and tuples of them."""
+    if type(value) in (list, tuple):
+        return type(value)(map(plain, value))
+    if isinstance(value, torch.Tensor) or not hasattr(value, "tolist"):
+        return value
+    made = value.tolist()
+    return tuple(made) if isinstance(made, list) else made
 
 
 def listed(value: Any, dims: int = 1) -> tuple[Any, ...]:
     """One option for each dim, from several, in a sequence or an array, or from one for all."""
     value = plain(value)
-    return tuple(map(plain, value)) if isinstance(value, Iterable) and not isinstance(value, str) else (value,) * dims
+    return tuple(value) if isinstance(value, Iterable) and not isinstance(value, str) else (value,) * dims
 
 
 def integers(layer: Module, least: int | None = None, **options: Any) -> None:
