@@ -281,7 +281,7 @@ def parts_of_call(
     if kwargs:
         parts.append(hashable(kwargs))
     for inner in module.modules() if module._modules else (module,):
-        parts.append(inner.training)
+        parts += (id(inner), inner.training)  # another one in its place may do something else
         parts += [inner.__dict__.get(option) for option in getattr(type(inner), "_distdl_free", ())]
         for p in inner._parameters.values():
             parts += (None,) if p is None else (p.shape, p.dtype, p.requires_grad)

@@ -17,6 +17,7 @@ from torch.fx import GraphModule, Node
 from torch.utils import _pytree as pytree
 
 from distdl_lite.layout import Shape
+from distdl_lite.nn.module import Module
 from distdl_lite.nn.value import RULES, Operation
 
 _OURS, _TORCHS = Path(__file__).parent.parent, Path(torch.__file__).parent
@@ -37,6 +38,10 @@ class _Function(torch.nn.Module):
 
 def as_module(model: Any) -> torch.nn.Module:
     """A module, or a function as one; TypeError for anything else."""
+    if isinstance(model, torch.jit.ScriptModule):
+        raise TypeError(
+            "distribute: a scripted or traced module holds no Python to capture; pass the module it was made of"
+        )
     if not callable(model):
         raise TypeError(f"distribute: a torch.nn.Module or a function is needed, not {type(model).__name__}")
     return model if isinstance(model, torch.nn.Module) else _Function(model)
@@ -151,7 +156,7 @@ def capture(
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.export import export
 
-    _check_hooks(model)
+    _check_modules(model)
     whole = whole or {}
     with FakeTensorMode(allow_non_fake_inputs=True):
         given = tuple(args), dict(kwargs)
@@ -190,8 +195,10 @@ def _composites(ruled: frozenset[str]) -> dict[Any, Callable[..., Any]]:
     }
 
 
-def _check_hooks(model: torch.nn.Module) -> None:
+def _check_modules(model: torch.nn.Module) -> None:
     for path, module in model.named_modules():
+        if isinstance(module, Module):  # it would communicate while it is recorded
+            raise RuntimeError(f"module {path}, {module._distdl_label}, is distributed already; {_WAYS_OUT}")
         for hooks in _HOOKS:
             if getattr(module, hooks):
                 raise RuntimeError(

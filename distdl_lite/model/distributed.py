@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
-from distdl_lite.agreement import TensorStructure, check_alike, hashable, is_unanimous, refused_together, vote_of
+from distdl_lite.agreement import TensorStructure, check_alike, is_unanimous, refused_together, vote_of
 from distdl_lite.autograd import Node, copy_to_team
 from distdl_lite.factors import Dims, all_axes, shape_of_dims, uncut
 from distdl_lite.layout import Dim, Layout, ranges_of
@@ -193,7 +193,7 @@ class Distributed(Module):
         *leaves, spec = input
         return super()._distdl_same(input, kwargs) | {
             "structure of the arguments": str(spec),
-            "arguments": [hashable(leaf) for leaf in leaves if not isinstance(leaf, torch.Tensor)],
+            "arguments": [_word(leaf) for leaf in leaves if not isinstance(leaf, torch.Tensor)],
             "modules in another mode": [n for n, m in self.named_modules() if m.training != self.training],
             "frozen parameters": [n for n, p in self.named_parameters() if not p.requires_grad],
         }
@@ -345,6 +345,11 @@ def _layout_of(P: Partition, dims: Dims) -> Layout:
     return Layout(P.grid_of_ranks, tuple(factor for (factor,) in dims))
 
 
+def _word(leaf: Any) -> str:
+    """A plain argument's value, and the type of any other, whose text may hold an address."""
+    return repr(leaf) if type(leaf) in (bool, int, float, complex, str, type(None)) else type(leaf).__name__
+
+
 class _Spec(str):
     """The structure of the arguments, whose text is what ranks vote on."""
 
@@ -363,6 +368,9 @@ class _Running:
         self.program, self.captured, self.device = program, captured, program.compiler.device
         c = program.compiler
         self.run = c.compiled(*program.arguments)
+        self.modules = [
+            *net.model.modules()
+        ]  # kept, as ranks vote on the numbers of modules, which would be given again
         # Where each input of the program is found: in a module's parameters or buffers, among the constants or the arguments.
         self.sources: list[tuple[Any, Any]] = []
         self.shared: dict[int, Team] = {}  # the ranks that hold copies of an argument, by its place
