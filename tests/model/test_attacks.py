@@ -111,7 +111,7 @@ def test_wrong_models(world: dl.Partition) -> None:
         dl.distribute(torch.jit.trace(nn.ReLU(), x), P)
     model = nn.Conv2d(2, 2, 3, padding=1)
     for inner in (dl.distribute(model, P), dl.nn.DistributedConv2d(P, 2, 2, 1)):
-        with pytest.raises(RuntimeError, match="module 0, .*, is distributed already"):
+        with pytest.raises(RuntimeError, match=r"module 0, .*, is distributed already"):
             dl.distribute(nn.Sequential(inner), P)(mine)
     net = dl.distribute(model, P)
     torch.testing.assert_close(net(mine), model(x)[P.block(x.shape)])
