@@ -167,10 +167,10 @@ def capture(
         warnings.simplefilter("ignore")
         try:
             program = export(model, args, kwargs, strict=False)
+            _detach_regions(program.graph_module)
+            program = program.run_decompositions(_composites())
         except Exception as error:
             raise RuntimeError(_why(model, error)) from error
-        _detach_regions(program.graph_module)
-        program = program.run_decompositions(_composites())
     return _captured(program)
 
 
@@ -180,7 +180,7 @@ def _composites() -> dict[Any, Callable[..., Any]]:
         overload: definition
         for overload, definition in torch.export.default_decompositions().items()
         if torch._C._dispatch_has_kernel_for_dispatch_key(overload.name(), "CompositeImplicitAutograd")
-        and overload.overloadpacket.__name__ not in RULES
+        and overload.overloadpacket.__name__ not in {*RULES, "item"}  # which the error names
         and torch.Tag.pointwise not in overload.tags
     }
 
@@ -233,7 +233,12 @@ def _knowing_arange() -> Iterator[None]:
 
     def made(*args: Any, **kwargs: Any) -> torch.Tensor:
         y = arange(*args, **kwargs)
-        if all(type(a) is int for a in args):
+        if (
+            args
+            and all(type(a) is int for a in args)
+            and y.dtype is torch.int64
+            and not {"end", "step"} & kwargs.keys()
+        ):
             y._distdl_known = range(*args), y._version  # type: ignore[attr-defined]
         return y
 
