@@ -809,6 +809,20 @@ def test_recurrences() -> None:
     assert not prove(_Function(torch.nn.GRUCell(4, 6)), (2, 2), (5, 4)).program.gathered
 
 
+def test_cuts_without_common_factors() -> None:
+    """Tokens cut in one go are added to rows and columns that are cut: they are gathered along the last axis alone."""
+
+    def function(x: torch.Tensor) -> torch.Tensor:
+        tokens = x.flatten(2).transpose(1, 2)
+        heads = tokens.reshape(*tokens.shape[:2], 4, 2).transpose(1, 2)
+        attended = (heads @ heads.transpose(2, 3)).softmax(-1) @ heads
+        return tokens + attended.transpose(1, 2).reshape(tokens.shape).cumsum(-1)
+
+    program = prove(_Function(function), (1, 1, 2, 2), (2, 8, 6, 6), out_axes=[(0, 2, None)], steps=0).program
+    ends = [dims for m in program.compiler.movements if m.kind == "gather" and (dims := m.Y.dims)]
+    assert all(any(dim.axes for dim in dims) for dims in ends)
+
+
 def test_constants_are_made_late() -> None:
     """Zeros through views, slices, expands and casts are made in the layout in which they are used."""
 
