@@ -201,7 +201,18 @@ def capture(
 
 def _composites() -> dict[Any, Callable[..., Any]]:
     """torch's definitions of operations without a rule that consist of others, but for loops over time."""
-    known = {*RULES, "lstm", "gru", "rnn_tanh", "rnn_relu", "lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell"}
+    known = {
+        *RULES,
+        "item",
+        "lstm",
+        "gru",
+        "rnn_tanh",
+        "rnn_relu",
+        "lstm_cell",
+        "gru_cell",
+        "rnn_tanh_cell",
+        "rnn_relu_cell",
+    }
     return {
         overload: definition
         for overload, definition in torch.export.default_decompositions().items()
