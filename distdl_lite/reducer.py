@@ -83,6 +83,7 @@ class _Replicated(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, None, None, None]:
         _ = ctx.saved_tensors
+        gradient = gradient.to_dense() if gradient.is_sparse else gradient  # of an embedding
         return ctx.reducer.reduce(ctx.parameter, gradient, ctx.replicas), None, None, None
 
 

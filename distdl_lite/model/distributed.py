@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 
 from distdl_lite.agreement import TensorStructure, check_alike, is_unanimous, refused_together, vote_of
 from distdl_lite.autograd import Node, copy_to_team
-from distdl_lite.factors import Dims, all_axes, shape_of_dims, uncut
+from distdl_lite.factors import Dims, all_axes, local_shape, shape_of_dims, uncut
 from distdl_lite.layout import Dim, Layout, ranges_of
 from distdl_lite.model import rules as rules  # registers those that graphs alone need
 from distdl_lite.model.capture import Captured, as_module, capture
@@ -176,6 +176,22 @@ class Distributed(Module):
                 # Not of `self`, where a module that is called as an attribute of it is, such as `model`, would be hidden.
                 holder = self.model.get_submodule(path) if path else self
                 holder.__dict__.setdefault("_distdl_places", {})[name] = place
+
+    def _distdl_check_weights(self) -> None:
+        """Raise if a cut weight is not this rank's block any more; forget how a whole one lay that has another shape now."""
+        grid = self.P.grid_of_ranks
+        index = grid.index(self._distdl_transport.rank)
+        assert index is not None
+        for name, parameter in self.named_parameters(remove_duplicate=False):
+            dims = self._placed.get(name, ())
+            wanted, shape = local_shape(dims, grid, index), tuple(parameter.shape)
+            if name in self._placed and wanted != shape:
+                if all_axes(dims):
+                    raise ValueError(
+                        f"{name} has the shape {shape}, not {wanted} of this rank's block of {shape_of_dims(dims)}; "
+                        "dl.load_serial_state_dict cuts whole weights"
+                    )
+                del self._placed[name]
 
     def _whole_shapes(self) -> dict[str, tuple[int, ...]]:
         """The global shapes of the parameters that are cut."""

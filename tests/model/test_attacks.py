@@ -101,6 +101,20 @@ def test_replaced_modules(world: dl.Partition) -> None:
         net.inner = new
         torch.testing.assert_close(net(mine), model(x)[P.block(x.shape)])
         del new
+    net = dl.distribute(nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 2)), world.grid((1, 2)))
+    assert net(torch.ones(3, 2)).shape == (3, 1)
+    net.get_submodule("1").weight = nn.Parameter(torch.zeros(2, 8))
+    with pytest.raises(ValueError, match=r"1.weight has the shape \(2, 8\), .*load_serial_state_dict"):
+        net(torch.ones(3, 2))
+    head = dl.distribute(nn.Sequential(nn.Flatten(), nn.Linear(48, 2)), P)
+    for classes in (2, 3):
+        setattr(head, "1", nn.Linear(48, classes))
+        torch.testing.assert_close(head(mine), head.model(x))
+    rows = nn.Embedding(5, 2, sparse=True)
+    index = torch.arange(4)
+    table = dl.distribute(rows, world.grid((2,)))
+    table(index.chunk(2)[world.rank]).sum().backward()
+    assert rows.weight.grad.tolist() == [[1.0, 1.0]] * 4 + [[0.0, 0.0]]  # dense, as it is a sum
 
 
 @on_ranks(2)
