@@ -181,29 +181,12 @@ def capture(
     return _captured(program)
 
 
-<<<<<<< HEAD
 @lru_cache(1)
 def _composites(ruled: frozenset[str]) -> dict[Any, Callable[..., Any]]:
     """torch's definitions of operations without a rule that consist of others.
 
     Kept, as to look through all of torch's operations takes as long as to capture a small model.
     """
-=======
-def _composites() -> dict[Any, Callable[..., Any]]:
-    """torch's definitions of operations without a rule that consist of others, but for loops over time."""
-    known = {
-        *RULES,
-        "item",
-        "lstm",
-        "gru",
-        "rnn_tanh",
-        "rnn_relu",
-        "lstm_cell",
-        "gru_cell",
-        "rnn_tanh_cell",
-        "rnn_relu_cell",
-    }
->>>>>>> 41c2819d61b86bd39a71b286b57f05ef8734989d
     return {
         overload: definition
         for overload, definition in torch.export.default_decompositions().items()
