@@ -15,8 +15,8 @@ from distdl_lite.factors import Dims, length_of, merged, range_at, uncut
 from distdl_lite.grid import Grid
 from distdl_lite.layout import Dim, Shape, ranges_of
 from distdl_lite.model import rules as rules  # registers them
-from distdl_lite.model.capture import Operation
-from distdl_lite.nn.compiler import RULES, Compiler, Value, values_in
+from distdl_lite.nn.compiler import Compiler
+from distdl_lite.nn.value import RULES, Operation, Value, values_in
 from distdl_lite.plan import plan
 from distdl_lite.testing import simulate
 

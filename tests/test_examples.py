@@ -54,11 +54,14 @@ def test_denoise_takes_only_sizes_that_can_be_halved(capsys: pytest.CaptureFixtu
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 def test_lenet_learns_as_the_serial_network(ranks: int) -> None:
     lenet = example("lenet")
-    losses, (accuracy, serial_accuracy) = spmd(ranks, lambda world: lenet.run(world, epochs=2, batch=128, seed=1))[0]
-    ours, serial = torch.tensor(losses).T
+    result, *others = spmd(ranks, lambda world: lenet.run(world, epochs=2, batch=128, seed=1))
+    assert others == [None] * (ranks - 1)
+    ours, serial = torch.tensor(result.losses).T
     torch.testing.assert_close(ours, serial, rtol=1e-3, atol=0)
     assert ours[-1] < 0.5 * ours[0]
-    assert accuracy == pytest.approx(serial_accuracy, abs=0.01)
+    assert result.accuracies[0] == pytest.approx(result.accuracies[1], abs=0.01)
+    cut = {name for name, (mine, whole) in result.held.items() if mine != whole}
+    assert cut >= ({"0.weight", "3.weight", "7.weight", "9.weight"} if ranks > 1 else set())
 
 
 SAME = ("now", "deferred", "root", "ddp")  # as one process, for any number of rows

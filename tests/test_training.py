@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 import io
 import math
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
@@ -12,16 +12,14 @@ from typing import Any
 
 import pytest
 import torch
-from blocks import held
-from networks import TASKS, DistributedSpectralConv, SpectralConv, Tensors, serial
-from ranks import on_ranks
+from networks import TASKS, Grid, SpectralConv, Tensors
 from torch import nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 import distdl_lite as dl
-from distdl_lite.testing import assert_equals_serial, spmd
+from distdl_lite.model.capture import capture
+from distdl_lite.testing import spmd
 
-Grid = tuple[int, int]
 Batches = Sequence[Sequence[Tensors]]  # per step, its micro-batches
 STATES = {torch.optim.SGD: ("momentum_buffer",), torch.optim.AdamW: ("exp_avg", "exp_avg_sq")}  # as weights are
 
@@ -51,9 +49,10 @@ RECIPES = {
 class Training:
     """A network on its way."""
 
-    net: nn.Module
+    task: str
     recipe: Recipe
-    make: Any
+    P: dl.CartesianPartition | None
+    net: nn.Module
     measure: nn.Module
     losses: list[float] = field(default_factory=list)
     norms: list[float] = field(default_factory=list)
@@ -69,7 +68,7 @@ class Training:
             self.optimizer.zero_grad()
             self.losses.append(0.0)
             for batch in micro_batches:
-                *inputs, target = self.make.cut(*batch)
+                *inputs, target = TASKS[self.task].blocks(batch, self.P)
                 loss = self.measure(self.net(*inputs), target) / len(micro_batches)
                 loss.backward()
                 self.losses[-1] += loss.item()
@@ -81,7 +80,7 @@ class Training:
         return self
 
     def clip(self) -> torch.Tensor:
-        if isinstance(self.measure, dl.nn.Module):
+        if self.P is not None:
             return dl.clip_grad_norm_(self.net, self.recipe.max_norm)
         return nn.utils.clip_grad_norm_(self.net.parameters(), self.recipe.max_norm)
 
@@ -90,10 +89,29 @@ class Training:
         return self.optimizer.param_groups[0]["lr"]
 
 
-def started(task: str, recipe: str, make: Any) -> Training:
+def started(task: str, recipe: str, P: dl.CartesianPartition | None, dtype: torch.dtype) -> Training:
     """A new network, from the seed that all have in common."""
     torch.manual_seed(1)
-    return Training(TASKS[task].net(make), RECIPES[recipe], make, getattr(make, TASKS[task].loss)())
+    return Training(task, RECIPES[recipe], P, *TASKS[task].made(P, dtype))
+
+
+@pytest.fixture(autouse=True)
+def _captured_once(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Threads and tests share what is captured of a task: the same for all grids."""
+    task = getattr(request.node, "callspec", None) and request.node.callspec.params.get("task")
+    if task and not request.node.get_closest_marker("mpi"):
+        captured = partial(_captured, task)
+        monkeypatch.setattr(dl.model.distributed.Distributed, "_capture", staticmethod(captured))
+
+
+_CAPTURED: dict[Any, Any] = {}
+
+
+def _captured(task: str, model: nn.Module, args: Any, kwargs: Any, whole: Any, device: str) -> Any:
+    key = task, type(model), str((args, kwargs, model.training))
+    if key not in _CAPTURED:
+        _CAPTURED[key] = capture(model, args, kwargs, whole, device)
+    return _CAPTURED[key]
 
 
 @lru_cache
@@ -108,7 +126,7 @@ def batches_of(task: str, recipe: str, dtype: torch.dtype, steps: int) -> Batche
 @lru_cache
 def serial_training(task: str, recipe: str, dtype: torch.dtype, steps: int) -> Training:
     """Trained in plain torch; not to be changed."""
-    return started(task, recipe, serial(dtype)).run(batches_of(task, recipe, dtype, steps))
+    return started(task, recipe, None, dtype).run(batches_of(task, recipe, dtype, steps))
 
 
 def assert_same(ours: Training, wanted: Training, rank: int) -> None:
@@ -117,9 +135,9 @@ def assert_same(ours: Training, wanted: Training, rank: int) -> None:
     for name, theirs in wanted.net.state_dict(keep_vars=True).items():
         left.remove(name)
         prefix, _, own_name = name.rpartition(".")
-        part_of = partial(held, layers[prefix], own_name, rank=rank)
-        if part_of(theirs) is None:
-            continue
+        place = vars(layers[prefix]).get("_distdl_places", {}).get(own_name)
+        box = place and place.layout.box(rank)
+        part_of = operator.itemgetter(... if place is None else tuple(slice(*r) for r in box))
         mine = getattr(layers[prefix], own_name)
         states, serial_states = ours.optimizer.state.get(mine, {}), wanted.optimizer.state.get(theirs, {})
         assert states.keys() == serial_states.keys(), name
@@ -138,8 +156,10 @@ def assert_close(name: str, mine: torch.Tensor, part: torch.Tensor, whole: torch
 
 def check(world: dl.Partition, task: str, recipe: str, grid: Grid, dtype: torch.dtype, steps: int) -> None:
     """In float64 everything, in float32 the loss of each step, equals the serial training's."""
-    wanted = serial_training(task, recipe, dtype, steps)
-    ours = started(task, recipe, TASKS[task].cut(world, grid, dtype)).run(batches_of(task, recipe, dtype, steps))
+    wanted, P = serial_training(task, recipe, dtype, steps), TASKS[task].partition(world, grid)
+    ours = started(task, recipe, P, dtype).run(batches_of(task, recipe, dtype, steps))
+    pairs = zip(ours.net.parameters(), wanted.net.parameters(), strict=True)
+    assert any(mine.shape != theirs.shape for mine, theirs in pairs) == (P.shape[1] > 1)
     tolerance = {torch.float64: 1e-6, torch.float32: 1e-3}[dtype]
     for mine, theirs in ((ours.losses, wanted.losses), (ours.norms, wanted.norms), ([ours.rate], [wanted.rate])):
         assert mine == pytest.approx(theirs, rel=tolerance, abs=0)
@@ -174,7 +194,9 @@ def test_everything_in_float64(task: str, grid: Grid, recipe: str) -> None:
     ("task", "grid", "recipe"),
     [
         ("unet", (1, 2), "AdamW"),
+        ("by hand", (1, 2), "AdamW"),
         ("resnet", (1, 2), "SGD"),
+        ("channels", (2, 2), "SGD"),
         ("fno", (2, 2), "AdamW"),
         ("heads", (2, 2), "SGD"),
         ("positions", (4, 1), "AdamW"),
@@ -194,16 +216,10 @@ def test_under_mpi(task: str, grid: Grid, recipe: str) -> None:
         check(world, task, recipe, grid, torch.float64, steps=6)
 
 
-@on_ranks(4, mpi=True)
-def test_spectral_weights_where_the_batch_is_cut(world: dl.Partition) -> None:
-    """Complex weights on two ranks each, in blocks of two and one of three rows."""
-    dtype = torch.complex128
-    serial_layer = SpectralConv(2, (3, 2), (7, 6), dtype)
-    x = torch.randn(3, 2, 7, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    for grid in ((2, 1, 2, 1), (2, 1, 1, 2), (4, 1, 1, 1)):
-        P = world.grid(grid)
-        layer = DistributedSpectralConv(P, 2, (3, 2), (7, 6), dtype)
-        assert_equals_serial(layer, serial_layer, x, P, rtol=1e-12, atol=1e-12)
+@pytest.mark.parametrize("grid", [(2, 1, 2, 1), (2, 1, 1, 2), (4, 1, 1, 1)], ids=str)
+def test_spectral_weights_where_the_batch_is_cut(grid: Sequence[int]) -> None:
+    """Complex weights, and blocks of two and of one sample."""
+    dl.prove(SpectralConv(2, (3, 2)), grid, (3, 2, 7, 6), tolerance=1e-12)
 
 
 # ---- what a training loop does besides -------------------------------------------------------------------------------
@@ -213,7 +229,9 @@ def test_spectral_weights_where_the_batch_is_cut(world: dl.Partition) -> None:
     ("task", "grid", "recipe"),
     [
         ("unet", (2, 2), "SGD and more"),
+        ("by hand", (2, 2), "SGD and more"),
         ("resnet", (1, 2), "AdamW and more"),
+        ("channels", (2, 2), "AdamW and more"),
         ("fno", (4, 1), "AdamW and more"),
         ("heads", (2, 2), "SGD and more"),
         ("positions", (4, 1), "AdamW and more"),
@@ -232,56 +250,45 @@ def test_schedule_decay_clipping_and_accumulation(task: str, grid: Grid, recipe:
 
 
 def saved(training: Training) -> bytes:
-    """A checkpoint of whole tensors on rank 0; those of the optimizer are gathered in the place of the weights."""
-    states = [training.optimizer.state[parameter] for parameter in training.net.parameters()]
-    kept: dict[str, Any] = {"weights": dl.serial_state_dict(training.net)}
-    for key in STATES[type(training.optimizer)]:
-        holder = copy.deepcopy(training.net)
-        for parameter, state in zip(holder.parameters(), states, strict=True):
-            parameter.data = state.get(key, parameter.data)
-        kept[key] = dl.serial_state_dict(holder)
-    kept["step"] = next(({"step": state["step"]} for state in states if "step" in state), {})
-    kept["groups"] = training.optimizer.state_dict()["param_groups"]
-    kept["schedule"] = training.schedule.state_dict() if training.schedule else {}
+    """A checkpoint of rank 0, which the serial network and its optimizer can read."""
+    kept: dict[str, Any] = {
+        "weights": dl.serial_state_dict(training.net),
+        "optimizer": dl.serial_optimizer_state_dict(training.net, training.optimizer),
+        "schedule": training.schedule.state_dict() if training.schedule else {},
+    }
     torch.save(kept, file := io.BytesIO())
     return file.getvalue()
 
 
-def resumed(checkpoint: bytes, world: dl.Partition, *start: Any) -> Training:
-    """A training that goes on from what rank 0 reads."""
+def resumed(checkpoint: bytes, world: dl.Partition, batch: Tensors, *start: Any) -> Training:
+    """A training that goes on from what rank 0 reads; a first call decides how the weights are cut."""
     kept = torch.load(io.BytesIO(checkpoint), weights_only=False) if world.rank == 0 else {}
-    small = world.broadcast_data({key: kept.get(key) for key in ("step", "groups", "schedule")})
     training = started(*start)
-    dl.load_serial_state_dict(training.net, kept.get("weights"))
-    states = training.optimizer.state_dict()
-    states["param_groups"] = small["groups"]
-    for key in STATES[type(training.optimizer)]:
-        holder = copy.deepcopy(training.net)
-        dl.load_serial_state_dict(holder, kept.get(key))
-        for number, parameter in enumerate(holder.parameters()):
-            states["state"].setdefault(number, copy.deepcopy(small["step"]))[key] = parameter.data
-    training.optimizer.load_state_dict(states)
+    if training.P is None:
+        training.net.load_state_dict(kept["weights"])
+        training.optimizer.load_state_dict(kept["optimizer"])
+    else:
+        training.net(*TASKS[training.task].blocks(batch, training.P)[:-1])
+        dl.load_serial_state_dict(training.net, kept.get("weights"))
+        dl.load_serial_optimizer_state_dict(training.net, training.optimizer, kept.get("optimizer"))
     if training.schedule:
-        training.schedule.load_state_dict(small["schedule"])
+        training.schedule.load_state_dict(world.broadcast_data(kept.get("schedule")))
     return training
 
 
 def first_part(world: dl.Partition, task: str, recipe: str, grid: Grid, batches: Batches) -> bytes:
-    return saved(started(task, recipe, TASKS[task].cut(world, grid, torch.float64)).run(batches))
+    return saved(started(task, recipe, TASKS[task].partition(world, grid), torch.float64).run(batches))
 
 
 def second_part(
     world: dl.Partition, task: str, recipe: str, grid: Grid, batches: Batches, checkpoint: bytes, wanted: Training
 ) -> None:
     """Go on to where uninterrupted serial training came; in plain torch too."""
-    makes = [TASKS[task].cut(world, grid, torch.float64)]
-    makes += [serial(torch.float64)] if world.size == 1 else []
-    for make in makes:
-        ours = resumed(checkpoint, world, task, recipe, make).run(batches)
+    for P in [TASKS[task].partition(world, grid), *([None] if world.size == 1 else [])]:
+        ours = resumed(checkpoint, world, batches[0][0], task, recipe, P, torch.float64).run(batches)
         assert ours.losses == pytest.approx(wanted.losses[-len(batches) :], rel=1e-6, abs=0)
         assert ours.rate == wanted.rate
-        if make is makes[0]:
-            assert_same(ours, wanted, world.rank)
+        assert_same(ours, wanted, world.rank)
 
 
 RESUMED = [
@@ -290,6 +297,8 @@ RESUMED = [
     ("heads", (4, 1), (2, 2), "AdamW and more"),
     ("positions", (4, 1), (1, 2), "AdamW"),
     ("resnet", (1, 2), (2, 2), "AdamW and more"),
+    ("by hand", (2, 2), (4, 1), "AdamW and more"),
+    ("channels", (1, 2), (2, 2), "SGD and more"),
 ]
 
 

@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,8 @@ from torch.fx import GraphModule, Node
 from torch.utils import _pytree as pytree
 
 from distdl_lite.layout import Shape
-from distdl_lite.nn.compiler import RULES
 from distdl_lite.nn.module import Module
+from distdl_lite.nn.value import RULES, Operation
 
 _OURS, _TORCHS = Path(__file__).parent.parent, Path(torch.__file__).parent
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -95,32 +96,12 @@ def _sums(constant: torch.Tensor) -> list[Any]:
     return [flat.sum().item(), (flat * torch.arange(len(flat), device=flat.device)).sum().item()]
 
 
-@dataclass(frozen=True)
-class Operation:
-    """One operation of the graph, as rules see it."""
-
-    name: str
-    function: Any
-    outputs: tuple[tuple[Shape, torch.dtype, tuple[int, ...]], ...]  # shape, dtype and strides
-    is_one: bool  # whether it returns one tensor
-
-    @property
-    def shape(self) -> Shape:
-        return self.outputs[0][0]
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.outputs[0][1]
-
-    @staticmethod
-    def of(node: Node) -> Operation:
-        """What a node does. Raises RuntimeError if it makes no tensors, or such as depend on data in their shape."""
-        made = node.meta["val"]
-        tensors = [t for t in (made if isinstance(made, (tuple, list)) else [made]) if isinstance(t, torch.Tensor)]
-        if not tensors or any(isinstance(n, torch.SymInt) for t in tensors for n in t.shape):
-            raise RuntimeError(f"{place_of(node)}: the result of {name_of(node)} depends on data; {_WAYS_OUT}")
-        outputs = tuple((tuple(t.shape), t.dtype, t.stride()) for t in tensors)
-        return Operation(name_of(node), node.target, outputs, isinstance(made, torch.Tensor))
+def operation_of(node: Node) -> Operation:
+    """What a node does. Raises RuntimeError if it makes no tensors, or such as depend on data in their shape."""
+    op = Operation.of(name_of(node), node.target, node.meta["val"])
+    if not op.outputs or any(isinstance(n, torch.SymInt) for shape, *_ in op.outputs for n in shape):
+        raise RuntimeError(f"{place_of(node)}: the result of {op.name} depends on data; {_WAYS_OUT}")
+    return op
 
 
 def name_of(node: Node) -> str:
@@ -188,36 +169,28 @@ def capture(
     model = copy.deepcopy(model, parts) if parts else model  # not there, where no real buffer can be copied
     # Tensors that are saved while it is recorded are not for a checkpoint around the call to count.
     unhooked = torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor)
-    with warnings.catch_warnings(), _refusing_what_is_lost(), unhooked:
+    with warnings.catch_warnings(), _refusing_what_is_lost(), unhooked, _knowing_arange():
         warnings.simplefilter("ignore")
         try:
             program = export(model, args, kwargs, strict=False)
         except Exception as error:
             raise RuntimeError(_why(model, error)) from error
         _detach_regions(program.graph_module)
-        program = program.run_decompositions(_composites())
+        program = program.run_decompositions(dict(_composites(frozenset(RULES))))  # a copy, which torch changes
     return _captured(program)
 
 
-def _composites() -> dict[Any, Callable[..., Any]]:
-    """torch's definitions of operations without a rule that consist of others, but for loops over time."""
-    known = {
-        *RULES,
-        "item",
-        "lstm",
-        "gru",
-        "rnn_tanh",
-        "rnn_relu",
-        "lstm_cell",
-        "gru_cell",
-        "rnn_tanh_cell",
-        "rnn_relu_cell",
-    }
+@lru_cache(1)
+def _composites(ruled: frozenset[str]) -> dict[Any, Callable[..., Any]]:
+    """torch's definitions of operations without a rule that consist of others.
+
+    Kept, as to look through all of torch's operations takes as long as to capture a small model.
+    """
     return {
         overload: definition
         for overload, definition in torch.export.default_decompositions().items()
         if torch._C._dispatch_has_kernel_for_dispatch_key(overload.name(), "CompositeImplicitAutograd")
-        and overload.overloadpacket.__name__ not in known
+        and overload.overloadpacket.__name__ not in ruled
         and torch.Tag.pointwise not in overload.tags
     }
 
@@ -261,6 +234,30 @@ def _refusing_what_is_lost() -> Iterator[None]:
     finally:
         torch.autograd.Function.apply = own  # type: ignore[method-assign]
         torch.inference_mode.__enter__ = enter  # type: ignore[method-assign]
+
+
+@contextmanager
+def _knowing_arange() -> Iterator[None]:
+    """Let Python read the numbers of `torch.arange`, such as the dims of a loss's sums, which depend on no data."""
+    from torch._subclasses.fake_tensor import FakeTensor
+
+    arange, tolist = torch.arange, FakeTensor.tolist
+
+    def made(*args: Any, **kwargs: Any) -> torch.Tensor:
+        y = arange(*args, **kwargs)
+        if all(type(a) is int for a in args):
+            y._distdl_known = range(*args), y._version  # type: ignore[attr-defined]
+        return y
+
+    def read(tensor: Any) -> Any:
+        numbers, version = getattr(tensor, "_distdl_known", ((), None))
+        return list(numbers) if tensor._version == version else tolist(tensor)
+
+    torch.arange, FakeTensor.tolist = made, read  # type: ignore[assignment, method-assign]
+    try:
+        yield
+    finally:
+        torch.arange, FakeTensor.tolist = arange, tolist  # type: ignore[method-assign]
 
 
 def _is_users(file: str) -> bool:

@@ -15,8 +15,9 @@ from torch.fx.node import map_arg
 
 from distdl_lite.factors import Dims, all_axes, blocks, uncut
 from distdl_lite.grid import Grid
-from distdl_lite.model.capture import Captured, Feed, Operation, name_of, path_of, place_of
-from distdl_lite.nn.compiler import RULES, Compiler, NoRule, Rule, Value, values_in
+from distdl_lite.model.capture import Captured, Feed, name_of, operation_of, path_of, place_of
+from distdl_lite.nn.compiler import Compiler
+from distdl_lite.nn.value import RULES, NoRule, Operation, Rule, Value, values_in
 from distdl_lite.transport import Transport
 
 Axes = Sequence[int | None]  # the grid's axis that cuts each dim of a tensor
@@ -207,7 +208,7 @@ def _step(
     if not isinstance(node.target, torch._ops.OpOverload):
         raise RuntimeError(f"{place_of(node)}: {name} is not supported")
     args = [list(a) if isinstance(a, (list, tuple)) else a for a in args]
-    op = Operation.of(node)
+    op = operation_of(node)
     rule = rules.get(name) or (rules["pointwise"] if torch.Tag.pointwise in node.target.tags else None)
     made: Any = None
     if rule is not None:
@@ -227,7 +228,11 @@ def _gathered(program: Program, node: Node, op: Operation, args: Any, kwargs: di
         raise RuntimeError(
             f"{place_of(node)}: the shape of what {op.name} makes depends on data, which is not supported"
         )
-    if torch.Tag.nondeterministic_seeded in node.target.tags:
+    given = dict(zip((a.name for a in node.target._schema.arguments), args, strict=False))
+    draws = bool(
+        given.get("dropout", 1) and given.get("train", True)
+    )  # a recurrent network does between its layers alone
+    if torch.Tag.nondeterministic_seeded in node.target.tags and draws:
         raise RuntimeError(f"{place_of(node)}: {op.name} draws random numbers, and has no rule")
     if any(all_axes(value.dims) for value in values_in((args, tuple(kwargs.values())))):
         if strict:

@@ -20,9 +20,9 @@ from distdl_lite.model.capture import Captured, as_module, capture
 from distdl_lite.model.compile import Axes, Program, compiled, default_axes
 from distdl_lite.model.report import TYPICAL, Machine, Report, cut_inputs, example, reported
 from distdl_lite.nn.blocks import anchored, connected_zeros
-from distdl_lite.nn.compiler import Rule, Value
 from distdl_lite.nn.module import Call, Module
 from distdl_lite.nn.parameter import Place
+from distdl_lite.nn.value import Rule, Value
 from distdl_lite.partition import Partition
 from distdl_lite.private import any_autocast_is_enabled
 from distdl_lite.reducer import Replicas

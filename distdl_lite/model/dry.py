@@ -17,7 +17,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from distdl_lite.model.compile import Program
-from distdl_lite.nn.compiler import Line, Movement, Value, nothing
+from distdl_lite.nn.compiler import nothing
+from distdl_lite.nn.source import Line
+from distdl_lite.nn.value import Movement, Value
 from distdl_lite.plan import Plan
 from distdl_lite.transport import Team, Transport
 

@@ -18,7 +18,7 @@ from distdl_lite.factors import length_of
 from distdl_lite.model.capture import Captured, capture, name_of, path_of
 from distdl_lite.model.compile import Program, default_axes
 from distdl_lite.model.distributed import Distributed, Given
-from distdl_lite.nn.compiler import Value
+from distdl_lite.nn.value import Value
 from distdl_lite.partition import Partition
 
 Found = dict[str, list[torch.Tensor]]  # outputs, gradients, buffers and weights, under the names of `Proof.differences`

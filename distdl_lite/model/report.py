@@ -19,7 +19,7 @@ from distdl_lite.layout import Shape
 from distdl_lite.model.capture import Captured, as_module, capture
 from distdl_lite.model.compile import Axes, Program, compiled, default_axes
 from distdl_lite.model.dry import DryTransport, Runs, dry_run
-from distdl_lite.nn.compiler import Movement, Value
+from distdl_lite.nn.value import Movement, Value
 from distdl_lite.operator import wire_itemsize
 from distdl_lite.plan import Pattern, Plan, plan
 from distdl_lite.reducer import BUCKET_BYTES, EARLY_BYTES, Replicas

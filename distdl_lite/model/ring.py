@@ -14,8 +14,9 @@ from distdl_lite.factors import Factors, all_axes, length_of, range_at, uncut
 from distdl_lite.grid import Grid, indices, ravel
 from distdl_lite.layout import Dim, Layout
 from distdl_lite.nn.blocks import wide
-from distdl_lite.nn.compiler import Compiler, Value
+from distdl_lite.nn.compiler import Compiler
 from distdl_lite.nn.dropout import mask_of
+from distdl_lite.nn.value import Value
 from distdl_lite.operator import Operator
 
 _AT_ONCE = 2**24  # scores, of which backward holds a few tensors

@@ -62,12 +62,6 @@ def wide(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
 
 
-def check_floating(layer: Module, inputs: Inputs) -> None:
-    """Raise TypeError if the input is of integers, which have no averages."""
-    if not inputs.dtype.is_floating_point:
-        raise layer._refuse(f"the input has dtype {inputs.dtype}, a floating dtype is needed", TypeError)
-
-
 def torch_dtype(layer: Module, inputs: Inputs, dims: int, function: Callable[[torch.Tensor], Any]) -> torch.dtype:
     """The dtype of what a function of torch makes of a tensor of the input's; autocast may choose it.
 

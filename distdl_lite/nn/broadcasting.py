@@ -8,7 +8,8 @@ from typing import Any
 
 from distdl_lite.factors import Dims, all_axes, axes_of, size_of, uncut
 from distdl_lite.layout import Shape
-from distdl_lite.nn.compiler import Compiler, Value
+from distdl_lite.nn.compiler import Compiler
+from distdl_lite.nn.value import Value
 
 
 def common_dims(c: Compiler, values: Sequence[Value], shape: Shape) -> Dims:

@@ -6,11 +6,9 @@ the output's block. A layer is a program of one operation, a network one of many
 
 from __future__ import annotations
 
-import keyword
 import math
-import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -28,142 +26,21 @@ from distdl_lite.factors import (
     merged,
     range_at,
     refined,
-    shape_of_dims,
     size_of,
     uncut,
 )
 from distdl_lite.grid import Grid
 from distdl_lite.layout import Dim, Layout, Range, Shape
 from distdl_lite.nn.blocks import connected_zeros
+from distdl_lite.nn.source import Source
+from distdl_lite.nn.value import Movement, Parameter, Value, values_in
 from distdl_lite.operator import Operator
 from distdl_lite.plan import Plan, plan
-from distdl_lite.reducer import Replicas, replicated
+from distdl_lite.reducer import replicated
 from distdl_lite.transport import Team, Transport
 
-Rule = Callable[..., Any]
-RULES: dict[str, Rule] = {}  # by the name of torch's operation
 
-
-class NoRule(Exception):
-    """Raised by a rule that does not know the case, before it has moved or called anything."""
-
-
-def rule(*names: str) -> Callable[[Rule], Rule]:
-    """Register the rule of torch's operations of these names: a function of the compiler, the operation and its arguments."""
-
-    def register(function: Rule) -> Rule:
-        RULES.update(dict.fromkeys(names, function))
-        return function
-
-    return register
-
-
-@dataclass(eq=False)
-class Value:
-    """A tensor of the program, as far as all ranks know it.
-
-    Attributes
-    ----------
-    name : str
-        Of the variable that holds this rank's block.
-    dims : tuple of factors
-        How it lies over the grid; along axes that cut no dim the ranks hold copies, each of which has a part of the gradient.
-    dtype : torch.dtype
-    grad : bool
-        Whether autograd records it, on all ranks or on none.
-    make : callable or None
-        From the shape of a block to it, for a constant that is made where it is needed.
-    parameter : Parameter or None
-        What it is, if it is one.
-    product : str
-        The operation, if it is the product of a weight that is cut along its outputs.
-    """
-
-    name: str
-    dims: Dims
-    dtype: torch.dtype
-    grad: bool = False
-    make: Callable[[Shape], torch.Tensor] | None = None
-    parameter: Parameter | None = None
-    product: str = ""
-
-    @property
-    def shape(self) -> Shape:
-        return shape_of_dims(self.dims)
-
-    @property
-    def ndim(self) -> int:
-        return len(self.dims)
-
-    @property
-    def given(self) -> str:
-        """The variable that holds it where it is an input."""
-        return self.parameter.raw if self.parameter else self.name
-
-    def axes(self, *dims: int) -> tuple[int, ...]:
-        """The axes that cut some dims."""
-        return tuple(a for d in dims for a in axes_of(self.dims[d]))
-
-    def with_dims(self, changed: Mapping[int, Dim | tuple[Dim, ...]]) -> Dims:
-        """Its dims, some of them others."""
-        new = {d % self.ndim: (f,) if isinstance(f, Dim) else f for d, f in changed.items()}
-        return tuple(new.get(d, f) for d, f in enumerate(self.dims))
-
-    @property
-    def nbytes(self) -> int:
-        return math.prod(self.shape) * self.dtype.itemsize
-
-
-@dataclass
-class Parameter:
-    """A parameter as the program gets it, before its gradient is summed over its replicas.
-
-    Attributes
-    ----------
-    raw : str
-        Of the variable that holds it.
-    replicas : callable
-        From its dims to the ranks that hold the same block, None in a program that is only looked at.
-    is_open : bool
-        Whether it may still be cut; after its first use it lies as it does.
-    is_used : bool
-        Whether the program has the value of which the gradient is the sum over replicas.
-    """
-
-    raw: str
-    replicas: Callable[[Dims], Replicas | None]
-    is_open: bool
-    is_used: bool = False
-
-
-@dataclass(frozen=True)
-class Movement:
-    """One movement of a program: where in the model, of what kind, between which layouts."""
-
-    path: str
-    kind: str
-    X: Layout
-    Y: Layout
-    dtype: torch.dtype
-    grad: bool
-    operator: Operator | None = None
-
-
-@dataclass
-class Line:
-    """A line of the program and the variables that it reads."""
-
-    text: str
-    reads: tuple[str, ...]
-    path: str
-
-    @property
-    def writes(self) -> list[str]:
-        """The variables that it sets."""
-        return self.text.partition(" = ")[0].rstrip(", ").split(", ")
-
-
-class Compiler:
+class Compiler(Source):
     """A program of one rank in the making.
 
     Parameters
@@ -183,6 +60,7 @@ class Compiler:
     def __init__(
         self, grid: Grid, rank: int, transport: Transport | None = None, label: str = "", device: str = "cpu"
     ) -> None:
+        super().__init__()
         index = grid.index(rank)
         assert index is not None
         self.grid, self.rank, self.index, self.transport = grid, rank, index, transport
@@ -190,15 +68,11 @@ class Compiler:
         self.now = ""  # the operation that is compiled
         self.wishes: dict[str, tuple[tuple[int, ...], int]] = {}  # how outputs of products shall be cut, see `features`
         self.copies_few = False  # whether sums of fewer points than ranks are given to all of them
-        self.path = ""  # of the module that is compiled
-        self.lines: list[Line] = []
-        self.names: dict[str, Any] = {}
         self.movements: list[Movement] = []
         self.values: dict[str, Value] = {}  # by the names of variables
         self._plans: dict[tuple[Layout, Layout], Plan] = {}
         self.shared: dict[str, Any] = {}  # what operations of one program share, by a word of their family's
         self._moved: dict[tuple[Value, Dims], Value] = {}
-        self._numbers: dict[str, int] = {}
 
     # Names
 
@@ -207,37 +81,6 @@ class Compiler:
         value = Value(self._unique(name), tuple(map(merged, dims)), dtype, grad)
         self.values[value.name] = value
         return value
-
-    def constant(self, value: Any, name: str = "") -> str:
-        """The name of an object in the program."""
-        packet = getattr(value, "overloadpacket", value)  # of an operation of torch
-        name = self._unique(name or getattr(packet, "__name__", "") or type(value).__name__)
-        self.names[name] = value
-        return name
-
-    def _unique(self, name: str) -> str:
-        name = re.sub(r"\W+", "_", name).strip("_") or "k"
-        name = f"{name}_" if keyword.iskeyword(name) or name[0].isdigit() else name
-        self._numbers[name] = number = self._numbers.get(name, 0) + 1
-        return name if number == 1 and name != "v" else f"{name}{'' if name == 'v' else '_'}{number}"
-
-    def _word(self, value: Any, reads: list[str]) -> str:
-        """An argument in the text of the program."""
-        if isinstance(value, Value):
-            reads.append(value.name)
-            return value.name
-        if isinstance(value, (list, tuple)):
-            words = [self._word(v, reads) for v in value]
-            return f"[{', '.join(words)}]" if isinstance(value, list) else f"({''.join(f'{w}, ' for w in words)})"
-        if value is None or type(value) in (bool, int, str) or (type(value) is float and math.isfinite(value)):
-            return repr(value)
-        if isinstance(value, torch.dtype):
-            self.names["torch"] = torch
-            return str(value)
-        return self.constant(value)
-
-    def emit(self, text: str, reads: Iterable[str] = ()) -> None:
-        self.lines.append(Line(text, tuple(reads), self.path))
 
     def local(self, dims: Dims) -> Shape:
         """The shape of this rank's block."""
@@ -558,45 +401,6 @@ class Compiler:
         chosen = range(value.ndim) if dims is None else dims
         many = [d for d in chosen if len(value.dims[d]) > 1]
         return self.wholly(value, many) if many else value
-
-    # The program
-
-    def steps(self, outputs: Sequence[Value]) -> Iterator[tuple[Line, list[str]]]:
-        """The lines in turn, and the variables that are used up after each."""
-        for value in outputs:
-            self._materialise(value)
-        last = {name: number for number, line in enumerate(self.lines) for name in line.reads}
-        kept = {v.name for v in outputs}
-        for number, line in enumerate(self.lines):
-            used = {name for name in (*line.reads, *line.writes) if last.get(name, number) == number}
-            yield line, sorted(used - kept)
-
-    def source(self, inputs: Sequence[Value], outputs: Sequence[Value]) -> str:
-        """The program as Python; a variable goes as soon as it is used up."""
-        path, text = "", [f"def forward({', '.join(v.given for v in inputs)}):"]
-        for line, dead in self.steps(outputs):
-            if line.path != path:
-                path = line.path
-                text.append(f"    # {path}")
-            text.append(f"    {line.text}")
-            if dead:
-                text.append(f"    del {', '.join(dead)}")
-        return "\n".join([*text, f"    return ({''.join(f'{v.name}, ' for v in outputs)})"])
-
-    def compiled(self, inputs: Sequence[Value], outputs: Sequence[Value]) -> Callable[..., tuple[torch.Tensor, ...]]:
-        """The program as a function of this rank's blocks."""
-        source, names = self.source(inputs, outputs), dict(self.names)  # in this order: it names what it makes late
-        exec(compile(source, "<distdl_lite program>", "exec"), names)
-        return names["forward"]  # type: ignore[no-any-return]
-
-
-def values_in(args: Iterable[Any]) -> Iterator[Value]:
-    """The values among arguments and in lists of them."""
-    for value in args:
-        if isinstance(value, Value):
-            yield value
-        elif isinstance(value, (list, tuple)):
-            yield from values_in(value)
 
 
 def nothing(values: Sequence[torch.Tensor], shape: Shape, dtype: torch.dtype, grad: bool, linear: bool) -> torch.Tensor:

@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
 
 import torch
 
 from distdl_lite import layout as lay
 from distdl_lite.factors import Dims, length_of, uncut
 from distdl_lite.layout import Box, Shape
-from distdl_lite.nn.blocks import check_floating
-from distdl_lite.nn.compiler import Compiler, NoRule, Value, rule
-from distdl_lite.nn.inputs import Inputs
-from distdl_lite.nn.options import numbers, spatial_axes
-from distdl_lite.nn.rule_layer import RuleLayer
-from distdl_lite.partition import Partition
+from distdl_lite.nn.compiler import Compiler
+from distdl_lite.nn.face import Face
+from distdl_lite.nn.value import NoRule, Value, rule
 from distdl_lite.transport import Team
 
 _HASHED_AT_ONCE = 2**16  # elements: the two int64 tensors of a hash then stay in the cache
@@ -206,7 +203,7 @@ def random(c: Compiler, op: Any, x: Any, *args: Any, **options: Any) -> Value:
     return _of_points(c, dims, op.dtype, normal if "randn" in op.name else uniform)
 
 
-class DistributedDropout(RuleLayer):
+class DistributedDropout(Face, serial=torch.nn.Dropout):
     """Dropout over the tensor that the blocks over `P_x` form: the same mask on any partition, though not torch's.
 
     In training each point is zeroed with probability p and the others are multiplied by ``1 / (1 - p)``; in eval the input is
@@ -216,15 +213,13 @@ class DistributedDropout(RuleLayer):
     ----------
     P_x : Partition
         One axis per dim of the input.
-    p : float
-        Of [0, 1]; it is met exactly.
-    inplace : bool
-        Whether the input is overwritten.
+    p, inplace
+        As in torch.nn.Dropout; p is met exactly.
 
     Raises
     ------
     ValueError
-        In the constructor if p is not in [0, 1]; at build if the blocks form no tensor product. On all ranks alike.
+        If p is not in [0, 1]; at build if the blocks form no tensor product. On all ranks alike.
     TypeError
         At build, if points of integers are to be dropped.
 
@@ -238,38 +233,25 @@ class DistributedDropout(RuleLayer):
 
     _distdl_free = frozenset({"p", "inplace"})
     keeps_blocks = True
-    _masked: int | None = None  # leading dims that have a mask of their own: all
-
-    def __init__(self, P_x: Partition, p: float = 0.5, inplace: bool = False) -> None:
-        super().__init__(P_x)
-        self.P_x, self.p, self.inplace = P_x, p, inplace
-        self._check_p()
-
-    def _check_p(self) -> None:
-        numbers(self, p=self.p)
-        if not 0.0 <= self.p <= 1.0:
-            raise self._refuse(f"p={self.p} is not in [0, 1]")
+    for_one_point: ClassVar[Mapping[str, Any]] = {"training": False}  # where nothing is drawn
 
     @property
     def overwrites(self) -> bool:
         return self.inplace
 
-    def result_dtype(self, inputs: Inputs) -> torch.dtype:
-        self._check_p()  # which may have changed
-        if self.training and 0 < self.p < 1 and not inputs.dtype.is_complex:
-            check_floating(self, inputs)
-        return inputs.dtype
+    @property
+    def needs_floating(self) -> bool:
+        """Whether some points are dropped."""
+        return self.training and 0 < self.p < 1
 
-    def rule(self, c: Compiler, x: Value) -> Value:
-        return dropped(c, x, self.p, self._masked, self.inplace) if self.training else x
+    def rule(self, c: Compiler, x: Value, **held: Value) -> Value:
+        # A mask of all points, or of channels.
+        return dropped(c, x, self.p, 2 if self.has_channels else None, self.inplace) if self.training else x
 
     def _distdl_outside(self, x: torch.Tensor) -> torch.Tensor:
         if self.training and 0 < self.p < 1:
             torch.randint(2**63 - 1, (1,))  # as the others' seed
         return x
-
-    def extra_repr(self) -> str:
-        return f"p={self.p}, inplace={self.inplace}, P_x={self.P_x.shape}"
 
 
 class _ChannelDropout(DistributedDropout):
@@ -279,21 +261,13 @@ class _ChannelDropout(DistributedDropout):
     constructor says if `P_x` has another number of axes.
     """
 
-    _masked = 2
-    _dims: int
-
-    def __init__(self, P_x: Partition, p: float = 0.5, inplace: bool = False) -> None:
-        super().__init__(P_x, p, inplace)
-        spatial_axes(self, "P_x", P_x, self._dims)
+    has_channels = True
 
 
-class DistributedDropout1d(_ChannelDropout):
-    _dims = 1
+class DistributedDropout1d(_ChannelDropout, serial=torch.nn.Dropout1d): ...
 
 
-class DistributedDropout2d(_ChannelDropout):
-    _dims = 2
+class DistributedDropout2d(_ChannelDropout, serial=torch.nn.Dropout2d): ...
 
 
-class DistributedDropout3d(_ChannelDropout):
-    _dims = 3
+class DistributedDropout3d(_ChannelDropout, serial=torch.nn.Dropout3d): ...

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from distdl_lite.factors import Factors, cut, uncut
-from distdl_lite.nn.compiler import Compiler, Value
+from distdl_lite.nn.compiler import Compiler
+from distdl_lite.nn.value import Value
 
 
 def cut_features(c: Compiler, x: Value, d: int, out: int) -> tuple[Value, Factors, Factors, tuple[int, ...]]:

@@ -6,8 +6,9 @@ import inspect
 import operator
 from collections.abc import Iterable, Sequence
 from functools import cache
-from numbers import Real
 from typing import TYPE_CHECKING, Any
+
+import torch
 
 if TYPE_CHECKING:
     from distdl_lite.nn.module import Module
@@ -15,14 +16,19 @@ if TYPE_CHECKING:
 
 
 def plain(value: Any) -> Any:
-    """An option; a number or an array of NumPy as Python's own numbers."""
-    return value.tolist() if hasattr(value, "tolist") else value
+    """An option; numbers and arrays of NumPy, also in a sequence, as Python's own numbers and tuples of them."""
+    if type(value) in (list, tuple):
+        return type(value)(map(plain, value))
+    if isinstance(value, torch.Tensor) or not hasattr(value, "tolist"):
+        return value
+    made = value.tolist()
+    return tuple(made) if isinstance(made, list) else made
 
 
 def listed(value: Any, dims: int = 1) -> tuple[Any, ...]:
     """One option for each dim, from several, in a sequence or an array, or from one for all."""
     value = plain(value)
-    return tuple(map(plain, value)) if isinstance(value, Iterable) and not isinstance(value, str) else (value,) * dims
+    return tuple(value) if isinstance(value, Iterable) and not isinstance(value, str) else (value,) * dims
 
 
 def integers(layer: Module, least: int | None = None, **options: Any) -> None:
@@ -73,13 +79,6 @@ def _is_integer(value: Any) -> bool:
 def _check_least(layer: Module, name: str, value: Any, smallest: int, least: int | None) -> None:
     if least is not None and smallest < least:
         raise layer._refuse(f"{name}={value} must {'be positive' if least else 'not be negative'}")
-
-
-def numbers(layer: Module, **options: Any) -> None:
-    """Raise TypeError unless each option is a real number."""
-    for name, value in options.items():
-        if not isinstance(value, Real):
-            raise layer._refuse(f"{name}={value!r} is not a number", TypeError)
 
 
 def booleans(layer: Module, **options: Any) -> None:

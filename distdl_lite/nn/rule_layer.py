@@ -12,10 +12,11 @@ from distdl_lite import layout as lay
 from distdl_lite.factors import Dims, blocks, uncut
 from distdl_lite.layout import Layout, Shape
 from distdl_lite.nn.blocks import anchored
-from distdl_lite.nn.compiler import Compiler, Value
+from distdl_lite.nn.compiler import Compiler
 from distdl_lite.nn.inputs import Inputs, agreed_inputs, weight_dtype
 from distdl_lite.nn.module import Call
 from distdl_lite.nn.parameter import Layer
+from distdl_lite.nn.value import Value
 from distdl_lite.partition import Partition
 from distdl_lite.reducer import replicated
 
@@ -57,8 +58,8 @@ class RuleLayer(Layer):
         """The output, or several, of an input that lies over the grid of `P_x`, and of the layer's tensors, by name."""
         raise NotImplementedError
 
-    def result_dtype(self, inputs: Inputs) -> torch.dtype:
-        """The dtype of torch's result, as which the input is taken. Raises TypeError if torch's layer does not take it."""
+    def result_dtype(self, inputs: Inputs, shape: Shape) -> torch.dtype:
+        """The dtype of torch's result, as which an input of this global shape is taken; TypeError if torch's takes no such."""
         return inputs.dtype
 
     def blocks(self, shapes: Mapping[int, Shape]) -> Layout:
@@ -75,7 +76,8 @@ class RuleLayer(Layer):
 
     def _distdl_module_setup(self, input: tuple[Any, ...]) -> Call:
         inputs, grid, transport = agreed_inputs(self, self.P_x), self.P_x.grid_of_ranks, self._distdl_transport
-        X, dtype = self.blocks(inputs.shapes), self.result_dtype(inputs)
+        X = self.blocks(inputs.shapes)
+        dtype = self.result_dtype(inputs, lay.global_shape_of(X))
         c = Compiler(grid, transport.rank, transport, self._distdl_label, inputs.device)
         x, held = c.new(dims_of(X), dtype, inputs.requires_grad, "x"), dict[str, Value]()
         trains = any(p.requires_grad for p in self.parameters())

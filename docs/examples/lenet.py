@@ -1,74 +1,46 @@
-"""LeNet-5 on scikit-learn's digits: convolutions cut in space, linear layers cut in features.
+"""LeNet-5 on scikit-learn's digits: channels, features and rows of the pictures are cut.
 
     mpirun -n 4 python docs/examples/lenet.py
 
-Runs on 1, 2 or 4 ranks. Rank 0 holds the images and labels and trains the serial network beside the distributed one, on
-the same batches: both loss curves are printed, and are equal up to rounding. The images, 8 x 8, are enlarged to LeNet's
-32 x 32; a fifth of them is kept for the test. Tanh and average pools are those of LeCun et al., 1998, and smooth: with ReLU and
-max pools the curves would part after two epochs, as training amplifies rounding at kinks.
+Runs on 1, 2 or 4 ranks. Rank 0 trains the same network on one device beside the distributed one, on the same batches: both
+loss curves are printed, and are equal up to rounding. At the end it prints which part of each weight it holds. The images,
+8 x 8, are enlarged to LeNet's 32 x 32; a fifth of them is kept for the test. Tanh and average pools are those of LeCun et
+al., 1998, and smooth: with ReLU and max pools the curves would part after two epochs, as training amplifies rounding at kinks.
 """
 
 from __future__ import annotations
 
 import argparse
+from typing import NamedTuple
 
 import sklearn.datasets
 import torch
 from torch import nn
 
 import distdl_lite as dl
-import distdl_lite.nn as dnn
 
-GRIDS = {1: (1, 1), 2: (1, 2), 4: (2, 2)}  # by number of ranks
+GRIDS = {1: (1, 1, 1, 1), 2: (1, 2, 1, 1), 4: (1, 2, 2, 1)}  # by number of ranks: batch, channels, height, width
+IMAGES = (0, None, 2, 3)  # the axes that cut them: their one channel is whole on every rank
+CUT = {
+    "5": (0, 1, None, None)
+}  # the last pool's output: some channels, whole, so that linear layers are cut in features
 
-# ---- the two networks, line by line ----------------------------------------------------------------------------------
 
-
-def serial_lenet() -> nn.Sequential:
-    """LeNet-5 for images of shape (N, 1, 32, 32); the identities stand where the distributed one moves data."""
+def lenet() -> nn.Sequential:
+    """LeNet-5 for images of shape (N, 1, 32, 32); it knows nothing of ranks."""
     return nn.Sequential(
-        nn.Identity(),
         nn.Conv2d(1, 6, 5),
         nn.Tanh(),
         nn.AvgPool2d(2),
         nn.Conv2d(6, 16, 5),
         nn.Tanh(),
         nn.AvgPool2d(2),
-        nn.Identity(),
         nn.Flatten(),
         nn.Linear(400, 120),
         nn.Tanh(),
         nn.Linear(120, 84),
         nn.Tanh(),
         nn.Linear(84, 10),
-        nn.Identity(),
-    )
-
-
-def distributed_lenet(world: dl.Partition) -> nn.Sequential:
-    """The same network, for images on rank 0, which gets the output too; other ranks pass and get empty tensors."""
-    a, b = GRIDS[world.size]
-    P_root, P_output = world.grid((1, 1, 1, 1)), world.grid((1, 1))
-    P_space = world.grid((1, 1, a, b))  # blocks of each image
-    P_channels = world.grid((1, b, 1, 1))  # whole images of some channels, so that flattening is local
-    P_a, P_b = world.grid((1, a)), world.grid((1, b))  # blocks of features
-    P_ab, P_ba = world.grid((a, b)), world.grid((b, a))  # weights: output features x input features
-    return nn.Sequential(
-        dnn.Repartition(P_root, P_space),
-        dnn.DistributedConv2d(P_space, 1, 6, 5),
-        nn.Tanh(),
-        dnn.DistributedAvgPool2d(P_space, 2),
-        dnn.DistributedConv2d(P_space, 6, 16, 5),
-        nn.Tanh(),
-        dnn.DistributedAvgPool2d(P_space, 2),
-        dnn.Repartition(P_space, P_channels),
-        nn.Flatten(),
-        dnn.DistributedLinear(P_b, P_a, P_ab, 400, 120),
-        nn.Tanh(),
-        dnn.DistributedLinear(P_a, P_b, P_ba, 120, 84),
-        nn.Tanh(),
-        dnn.DistributedLinear(P_b, P_a, P_ab, 84, 10),
-        dnn.Repartition(P_a, P_output),
     )
 
 
@@ -97,38 +69,45 @@ def step(
     return loss.item()
 
 
-def on_root(world: dl.Partition, x: torch.Tensor) -> torch.Tensor:
-    """The data on rank 0, elsewhere none."""
-    return x if world.rank == 0 else dl.zero_volume_tensor(len(x), dtype=x.dtype)
-
-
 def accuracy(output: torch.Tensor, labels: torch.Tensor) -> float:
     return (output.argmax(dim=1) == labels).float().mean().item()
 
 
-def run(world: dl.Partition, epochs: int, batch: int, seed: int) -> tuple[list[tuple[float, float]], list[float]]:
-    """Train both networks; on rank 0 returns the losses of each step and the accuracies, distributed before serial."""
+class Result(NamedTuple):
+    """What a run found on rank 0."""
+
+    losses: list[tuple[float, float]]  # of each step, distributed and serial
+    accuracies: tuple[float, float]
+    held: dict[str, tuple[torch.Size, torch.Size]]  # for each weight, what this rank has of what there is
+
+
+def run(world: dl.Partition, epochs: int, batch: int, seed: int) -> Result | None:
+    """Train both networks; returns what rank 0 found."""
+    P, is_root = world.grid(GRIDS[world.size]), world.rank == 0
     generator = torch.Generator().manual_seed(seed)
     (images, labels), (test_images, test_labels) = digits(generator)
     torch.manual_seed(seed)
-    net, measure = distributed_lenet(world), dnn.DistributedCrossEntropyLoss(world.grid((1, 1)))
+    twin, measure_twin = lenet(), nn.CrossEntropyLoss()
     torch.manual_seed(seed)  # both networks start with the same weights
-    twin, measure_twin = serial_lenet(), nn.CrossEntropyLoss()
+    net = dl.distribute(lenet(), P, in_axes=[IMAGES], cut=CUT)
+    measure = dl.distribute(nn.CrossEntropyLoss(), P)
     optimizer, optimizer_twin = (torch.optim.Adam(model.parameters(), lr=2e-3) for model in (net, twin))
     losses: list[tuple[float, float]] = []
     for epoch in range(epochs):
         for chosen in torch.randperm(len(images), generator=generator).split(batch):
             x, y = images[chosen], labels[chosen]
-            loss = step(net, measure, optimizer, on_root(world, x), on_root(world, y))
-            if world.rank == 0:
+            loss = step(net, measure, optimizer, x[P.block(x.shape, IMAGES)], y)  # no axis cuts the batch
+            if is_root:
                 losses.append((loss, step(twin, measure_twin, optimizer_twin, x, y)))
-        if world.rank == 0:
+        if is_root:
             print_epoch(epoch, losses)
     with torch.no_grad():
-        output = net(on_root(world, test_images))
-        if world.rank != 0:
-            return [], []
-        return losses, [accuracy(output, test_labels), accuracy(twin(test_images), test_labels)]
+        output = net(test_images[P.block(test_images.shape, IMAGES)])
+        if not is_root:
+            return None
+        accuracies = accuracy(output, test_labels), accuracy(twin(test_images), test_labels)
+    pairs = zip(net.named_parameters(), twin.parameters(), strict=True)
+    return Result(losses, accuracies, {name: (mine.shape, whole.shape) for (name, mine), whole in pairs})
 
 
 def print_epoch(epoch: int, losses: list[tuple[float, float]]) -> None:
@@ -148,9 +127,11 @@ def main() -> None:
     world = dl.Partition.world()
     if world.size not in GRIDS:
         parser.error(f"runs on {', '.join(map(str, GRIDS))} ranks, not {world.size}")
-    _, accuracies = run(world, options.epochs, options.batch, options.seed)
-    if world.rank == 0:
-        print(f"test accuracy: {accuracies[0]:.2%}, serial {accuracies[1]:.2%}")
+    result = run(world, options.epochs, options.batch, options.seed)
+    if result is not None:
+        print("test accuracy: {:.2%}, serial {:.2%}".format(*result.accuracies))
+        for name, (mine, whole) in result.held.items():
+            print(f"rank 0 holds {tuple(mine)} of {name} {tuple(whole)}")
 
 
 if __name__ == "__main__":

@@ -112,7 +112,7 @@ def test_graphs(world: dl.Partition) -> None:
 @on_ranks(4)
 def test_autocast(world: dl.Partition) -> None:
     """Under autocast the dtypes are the serial model's, and the numbers to the rounding of bfloat16."""
-    P, model, net, x, mine = pair(world, norm=True, dtype=torch.float32)
+    _, model, net, x, mine = pair(world, norm=True, dtype=torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
         y, wanted = net(mine), model(x)
     assert y.dtype is wanted.dtype is torch.bfloat16

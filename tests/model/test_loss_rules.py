@@ -94,3 +94,16 @@ def test_class_losses() -> None:
     rows, classes = (6, 8), torch.randint(8, (6,))
     for grid in ((2, 2), (1, 4)):
         dl.prove(torch.nn.CrossEntropyLoss(), grid, rows, classes, tolerance=1e-12)
+
+
+def test_dims_that_python_reads() -> None:
+    """Of numbers that torch has made, but of no data."""
+
+    def dice(x: torch.Tensor, t: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        over = torch.arange(2, x.dim()).tolist()
+        return (2 * (x * t).sum(over) / (x.square().sum([0, *over]) + t.square().sum(over))).mean()
+
+    for grid in GRIDS:
+        proved(grid, SHAPE, SHAPE, dice)
+    with pytest.raises(RuntimeError, match="data-dependent"):
+        proved(GRIDS[0], SHAPE, SHAPE, lambda x, t, w: x.sum(torch.arange(2, x.dim()).add_(0).tolist()))

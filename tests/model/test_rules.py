@@ -18,11 +18,10 @@ from hypothesis import strategies as st
 
 from distdl_lite.factors import blocks
 from distdl_lite.grid import Grid
-from distdl_lite.model.capture import capture
+from distdl_lite.model.capture import _Function, capture
 from distdl_lite.model.compile import compiled
-from distdl_lite.model.distributed import _Function
 from distdl_lite.model.prove import prove
-from distdl_lite.nn.compiler import NoRule
+from distdl_lite.nn.value import NoRule
 
 ATEN = torch.ops.aten
 EACH = 10
@@ -345,7 +344,13 @@ def diagonals(rng: Random) -> Drawn:
     of = shape(rng, 2)
     a, b = rng.sample(range(len(of)), 2)
     if rng.random() < 0.5:
-        return ATEN.diagonal.default, tensor(rng, of), rng.randint(-3, 3), a, b - len(of)
+        return (
+            rng.choice([ATEN.diagonal, ATEN.diagonal_copy]).default,
+            tensor(rng, of),
+            rng.randint(-3, 3),
+            a,
+            b - len(of),
+        )
     return ATEN.diag_embed.default, tensor(rng, of[1:]), rng.randint(-3, 3), a, b - len(of)
 
 
@@ -776,6 +781,32 @@ def test_refusal(function: Any, text: str) -> None:
     captured = capture(_Function(function), (torch.empty(shape, device="meta"),), {})
     with pytest.raises(RuntimeError, match=text):
         compiled(captured, grid, 0, None, [(blocks(shape, range(4), grid), True)], frozenset(), strict=True)
+
+
+class Recurrent(torch.nn.Module):
+    """A recurrence over time."""
+
+    def __init__(self, kind: Callable[..., torch.nn.Module], **options: Any) -> None:
+        super().__init__()
+        self.layer = kind(4, 6, **options)
+
+    def forward(self, x: torch.Tensor, *states: torch.Tensor) -> Any:
+        return self.layer(x, *states)[0]
+
+
+def test_recurrences() -> None:
+    """Over whole times, for the samples of each rank; cells are taken apart."""
+    for kind in (torch.nn.LSTM, torch.nn.GRU, torch.nn.RNN):
+        for grid, options in (
+            ((2, 2, 1), {"batch_first": True, "bidirectional": True}),
+            ((1, 2, 2), {"num_layers": 2}),
+            ((3, 1, 1), {"bias": False}),
+        ):
+            assert not prove(Recurrent(kind, **options), grid, (5, 2, 4), steps=0).program.gathered
+    assert not prove(Recurrent(torch.nn.GRU), (2, 2, 1), (5, 2, 4), (1, 2, 6)).program.gathered
+    with pytest.raises(RuntimeError, match=r"module layer, .*lstm draws random numbers"):
+        prove(Recurrent(torch.nn.LSTM, num_layers=2, dropout=0.5), (2, 1, 1), (5, 2, 4))
+    assert not prove(_Function(torch.nn.GRUCell(4, 6)), (2, 2), (5, 4)).program.gathered
 
 
 def test_constants_are_made_late() -> None:

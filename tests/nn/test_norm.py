@@ -271,10 +271,10 @@ def test_tracking_is_switched(world: Partition) -> None:
 @on_ranks(4)
 def test_refusals(world: Partition) -> None:
     P = world.grid((2, 2, 1), (0, 1, 2, 3))
-    with pytest.raises(ValueError, match="two or more"):
+    with pytest.raises(ValueError, match="too few axes"):
         DistributedBatchNorm(world.grid((4,)), 3)
     layer = DistributedBatchNorm(P, 3)
-    with pytest.raises(ValueError, match=r"the input of shape \(4, 4, 4\) has \(4,\) where weights have \(3,\)"):
+    with pytest.raises(ValueError, match="running_mean should contain 4 elements not 3"):
         layer(torch.rand(2, 2, 4))
     with pytest.raises(TypeError, match=r"the input has dtype torch\.float64, weights and statistics torch\.float32"):
         layer(torch.rand(2, 2 - P.index[1], 4).double())

@@ -194,7 +194,9 @@ def test_the_fused_function_is_the_composition(world: Partition) -> None:
         y = layer(x)
         names = layer._distdl_plan.compiler.names
         rows, kernel = names["Rows"], names["by_rows"].__self__
-        weight, bias = (None if t is None else kernel.per_channel(t, x) for t in (layer.weight, layer.bias))
+        weight, bias = (
+            None if t is None else kernel.per_channel(t, x) for t in (layer.weight, getattr(layer, "bias", None))
+        )
         pivot = torch.zeros(math.prod(rows.shape), dtype=torch.float64)
         plain = _composed(kernel.as_channels(x), weight, bias, pivot, kernel.eps, rows).view(x.shape)
         torch.testing.assert_close(y, plain, **TOLERANCE)
@@ -372,16 +374,15 @@ def test_constructors_refuse(world: Partition) -> None:
     attempts: tuple[tuple[Callable[[], Any], str], ...] = (
         (
             lambda: dnn.DistributedLayerNorm(P, (2, 3, 4)),
-            "DistributedLayerNorm: normalized_shape=(2, 3, 4) does not fit P_x of shape (2, 2), which has an axis per dim",
+            "DistributedLayerNorm: P_x of shape (2, 2) has too few axes for normalized_shape=(2, 3, 4)",
         ),
-        (lambda: dnn.DistributedRMSNorm(P, ()), "DistributedRMSNorm: normalized_shape=() does not fit"),
         (lambda: dnn.DistributedGroupNorm(P, 4, 6), "num_channels (6) must be divisible by num_groups (4)"),
-        (lambda: dnn.DistributedGroupNorm(P, 0, 6), "DistributedGroupNorm: num_groups=0 must be positive"),
+        (lambda: dnn.DistributedGroupNorm(P, 0, 6), "DistributedGroupNorm: num_groups=0"),
         (
             lambda: dnn.DistributedGroupNorm(world.grid((4,)), 1, 6),
-            "has 1 axes, a tensor (N, C, *space) has two or more",
+            "too few axes",
         ),
-        (lambda: dnn.DistributedInstanceNorm(P, 6), "has 2 axes, a tensor (N, C, *space) has three or more"),
+        (lambda: dnn.DistributedInstanceNorm(P, 6), "too few axes"),
     )
     for attempt, text in attempts:
         assert_refused(world, P, attempt, text)
@@ -392,11 +393,16 @@ def test_inputs_refused(world: Partition) -> None:
     P, lead = world.grid((2, 2, 1)), world.rank // 2
     one = "Expected more than 1 value per channel when training, got input size [1, 6, 1]"
     attempts = (
-        (dnn.DistributedLayerNorm(P, (2, 4)), (1, 2, 4), "(2, 4, 4) does not end in normalized_shape=(2, 4)"),
-        (dnn.DistributedRMSNorm(P, 5), (1, 2, 4), "(2, 4, 4) does not end in normalized_shape=(5,)"),
-        (dnn.DistributedGroupNorm(P, 2, 6), (1, 2, 4), "the input of shape (2, 4, 4) has 4 channels, num_channels=6"),
+        (
+            dnn.DistributedLayerNorm(P, (2, 4)),
+            (1, 2, 4),
+            "Given normalized_shape=[2, 4], expected input",
+        ),
+        (dnn.DistributedRMSNorm(P, 5), (1, 2, 4), "(2, 4, 4), normalized_shape=(5,)"),
+        (dnn.DistributedRMSNorm(P, ()), (1, 2, 4), "(2, 4, 4), normalized_shape=()"),
+        (dnn.DistributedGroupNorm(P, 2, 6), (1, 2, 4), "(2, 4, 4), num_groups=2, num_channels=6"),
         (dnn.DistributedGroupNorm(P, 6, 6), (1 - lead, 3, 1), one),
-        (dnn.DistributedInstanceNorm(P, 6, affine=True), (1, 2, 4), "(2, 4, 4) has (4,) where weights have (6,)"),
+        (dnn.DistributedInstanceNorm(P, 6, affine=True), (1, 2, 4), "(2, 4, 4), num_features=6"),
         (
             dnn.DistributedInstanceNorm(P, 6),
             (1, 3, 1),

@@ -123,17 +123,19 @@ def test_refusals(world: dl.Partition) -> None:
     P = world.create_partition_inclusive([0, 2]).grid((1, 1, 2))
     whole = world.create_partition_inclusive([0, 2]).grid((2, 1, 1))
 
+    line = world.create_partition_inclusive([0, 2]).grid((2,))
+
     def padded(name: str, P: dl.CartesianPartition, padding: Any, *shape: int) -> Any:
         x = integers(*shape)
         return lambda: twin(name, P, padding)[0](x[P.block(shape)] if P.active else dl.zero_volume_tensor())
 
     attempts: list[tuple[Any, str]] = [
-        (lambda: dnn.DistributedZeroPad1d(P, (1, 2, 3)), "padding=(1, 2, 3) is neither an integer nor 2 of them"),
-        (lambda: dnn.DistributedReflectionPad3d(P, 1), "has 3 axes"),
-        (lambda: dnn.DistributedZeroPad2d(world.create_partition_inclusive([0, 2]).grid((2,)), 1), "has 1 axes"),
-        (padded("ZeroPad1d", P, (-4, -4), 1, 1, 7), "padding=(-4, -4) of a tensor of shape (1, 1, 7)"),
-        (padded("ReflectionPad1d", P, (7, 0), 1, 1, 7), "padding=(7, 0) of a tensor of shape (1, 1, 7)"),
-        (padded("ReplicationPad1d", P, (1, 0), 1, 1, 0), "padding=(1, 0) of a tensor of shape (1, 1, 0)"),
+        (padded("ZeroPad1d", P, (1, 2, 3), 1, 1, 7), "padding=(1, 2, 3)"),
+        (padded("ReflectionPad3d", P, 1, 1, 1, 7), "input of shape (1, 1, 7)"),
+        (padded("ZeroPad2d", line, 1, 7), "input of shape (7,)"),
+        (padded("ZeroPad1d", P, (-4, -4), 1, 1, 7), "input of shape (1, 1, 7), padding=(-4, -4)"),
+        (padded("ReflectionPad1d", P, (7, 0), 1, 1, 7), "input of shape (1, 1, 7), padding=(7, 0)"),
+        (padded("ReplicationPad1d", P, (1, 0), 1, 1, 0), "input of shape (1, 1, 0), padding=(1, 0)"),
         (padded("CircularPad1d", P, (0, 8), 1, 1, 7), "wrapping around more than once"),
     ]
     for cut in (P, whole):

@@ -143,24 +143,29 @@ def test_refusals(world: dl.Partition) -> None:
     def with_input(make: Any, x: torch.Tensor) -> Any:
         return lambda: make()(x[P.block(x.shape)] if P.active else dl.zero_volume_tensor())
 
+    x = integers(1, 1, 7)
     attempts: list[tuple[Any, str]] = [
-        (lambda: adaptive_pool.DistributedAdaptiveAvgPool1d(P, 0), "output_size=0"),
+        (with_input(lambda: adaptive_pool.DistributedAdaptiveAvgPool1d(P, 0), x), "output_size=(0,)"),
         (lambda: pool.DistributedMaxPool2d(P, 2), "has 3 axes"),
-        (lambda: pool.DistributedMaxPool1d(P, 2, padding=2), "padding=(2,)"),
-        (lambda: pool.DistributedMaxPool1d(P, 2, stride=0), "stride=0 must be positive"),
-        (lambda: pool.DistributedMaxPool1d(P, (2, 2)), "kernel_size=(2, 2) is neither an integer nor 1 of them"),
-        (lambda: pool.DistributedAvgPool1d(P, 2, divisor_override=2), "divisor_override=2"),
-        (lambda: pool.DistributedAvgPool2d(square, 2, divisor_override=0), "divisor_override=0"),
-        (with_input(lambda: pool.DistributedMaxPool1d(P, 9), integers(1, 1, 7)), "too short"),
+        (with_input(lambda: adaptive_pool.DistributedAdaptiveAvgPool1d(P, -1), x), "output_size=-1"),
+        (with_input(lambda: pool.DistributedMaxPool1d(P, 2, padding=2), x), "padding=2"),
+        (with_input(lambda: pool.DistributedMaxPool1d(P, 2, stride=0), x), "stride=0"),
+        (with_input(lambda: pool.DistributedMaxPool1d(P, (2, 2)), x), "kernel_size=(2, 2)"),
+        (with_input(lambda: pool.DistributedMaxPool1d(P, 9), integers(1, 1, 7)), "kernel_size=9"),
         (with_input(lambda: pool.DistributedMaxPool1d(P, 2, padding=1, dilation=2), integers(1, 1, 1)), "but padding"),
-        (with_input(lambda: pool.DistributedMaxPool1d(P, 1), integers(1, 1, 0)), "no points"),
+        (with_input(lambda: pool.DistributedMaxPool1d(P, 1), integers(1, 1, 0)), "(1, 1, 0)"),
     ]
     for attempt, text in attempts:
         assert_refused(world, P, attempt, text)
+    override: Any = {"divisor_override": 2}
+    assert_refused(world, P, lambda: pool.DistributedAvgPool1d(P, 2, **override), "divisor_override=2", TypeError)
+    flat = torch.ones((1, 1, 7, 4) if square.active else (0,))
+    divided = lambda: pool.DistributedAvgPool2d(square, 2, divisor_override=0)(flat)  # noqa: E731
+    assert_refused(world, square, divided, "divisor_override=0")
     cube = world.create_partition_inclusive([0, 2]).grid((2, 1, 1, 1, 1))
     short = torch.zeros((1, 1, 2, 4, 4) if cube.active else (0,))  # which padding would make long enough
     layer = pool.DistributedAvgPool3d(cube, 3, padding=1)
-    assert_refused(world, cube, lambda: layer(short), "dim 2 of length 2 is shorter than kernel_size=3")
+    assert_refused(world, cube, lambda: layer(short), "smaller than kernel size")
     cube = world.create_partition_inclusive([0, 2]).grid((1, 1, 2, 1, 1))
     half = torch.ones(1, 1, 1, 2, 2).bfloat16()  # rank 2 has no outputs, and would call nothing of torch that refuses
     block = half[cube.block(half.shape)] if cube.active else dl.zero_volume_tensor()

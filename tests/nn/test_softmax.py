@@ -91,8 +91,10 @@ def test_life(world: Partition) -> None:
 @on_ranks(4)
 def test_refusals(world: Partition) -> None:
     P = world.grid((2, 2))
-    with pytest.raises(ValueError, match=r"dim=2 is no axis of P_x of shape \(2, 2\)"):
-        dnn.DistributedSoftmax(P, 2)
+    with pytest.raises(ValueError, match=r"out of range .*dim=2"):
+        dnn.DistributedSoftmax(P, 2)(torch.rand(2, 2))
+    with pytest.raises(ValueError, match="dim=None"):
+        dnn.DistributedSoftmax(P)
     layer = dnn.DistributedSoftmax(P, 1)
     ragged = torch.rand(2 + (world.rank == 3), 2)
     assert_refused(world, P, lambda: layer(ragged), "the blocks form no tensor product")

@@ -6,5 +6,6 @@ from distdl_lite.model.rules import creation as creation
 from distdl_lite.model.rules import dims as dims
 from distdl_lite.model.rules import elementwise as elementwise
 from distdl_lite.model.rules import indexing as indexing
+from distdl_lite.model.rules import recurrent as recurrent
 from distdl_lite.model.rules import reductions as reductions
 from distdl_lite.model.rules import windows as windows

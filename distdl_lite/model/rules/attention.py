@@ -21,8 +21,9 @@ from distdl_lite.grid import balanced
 from distdl_lite.layout import Dim, ranges_of
 from distdl_lite.model.ring import Ring, finite
 from distdl_lite.nn.broadcasting import fit
-from distdl_lite.nn.compiler import Compiler, NoRule, Value, rule
+from distdl_lite.nn.compiler import Compiler
 from distdl_lite.nn.dropout import seed_of
+from distdl_lite.nn.value import NoRule, Value, rule
 
 FEW = 2**22  # bytes of keys and values that a rank may hold whole
 _UNEVEN = 1.25  # how much more than its share of the heads a rank may work on

@@ -11,7 +11,8 @@ import torch
 
 from distdl_lite.factors import Dims, Factors, all_axes, axes_of, cut, uncut
 from distdl_lite.nn.broadcasting import fit
-from distdl_lite.nn.compiler import Compiler, NoRule, Value, rule
+from distdl_lite.nn.compiler import Compiler
+from distdl_lite.nn.value import NoRule, Value, rule
 
 Cuts = dict[str, Factors]  # of named dims
 

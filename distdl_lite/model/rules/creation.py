@@ -9,7 +9,8 @@ import torch
 
 from distdl_lite.factors import Dims, size_of, uncut
 from distdl_lite.model.rules.elementwise import broadcast
-from distdl_lite.nn.compiler import Compiler, Value, rule
+from distdl_lite.nn.compiler import Compiler
+from distdl_lite.nn.value import Value, rule
 
 
 @rule("zeros", "new_zeros", "zeros_like", "empty", "new_empty", "empty_like", "ones", "new_ones", "ones_like", "full", "new_full",

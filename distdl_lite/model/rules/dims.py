@@ -13,8 +13,9 @@ from distdl_lite.factors import Dims, Factors, all_axes, axes_of, boundaries, cu
 from distdl_lite.grid import balanced
 from distdl_lite.layout import Dim, Range, Shape, ranges_of
 from distdl_lite.nn.broadcasting import common_dims
-from distdl_lite.nn.compiler import Compiler, NoRule, Value, rule
+from distdl_lite.nn.compiler import Compiler
 from distdl_lite.nn.features import wish
+from distdl_lite.nn.value import NoRule, Value, rule
 
 
 @rule("view", "_unsafe_view", "reshape", "squeeze", "unsqueeze")
@@ -164,7 +165,7 @@ def triangle(c: Compiler, op: Any, x: Value, diagonal: int = 0) -> Value:
     return c.call(op.function, x, diagonal + row - column, dims=x.dims, dtype=x.dtype)
 
 
-@rule("diagonal")
+@rule("diagonal", "diagonal_copy")
 def diagonal(c: Compiler, op: Any, x: Value, offset: int = 0, a: int = 0, b: int = 1) -> Value:
     a, b = a % x.ndim, b % x.ndim
     x = c.wholly(x, [a, b], "whole")

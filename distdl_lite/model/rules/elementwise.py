@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from distdl_lite.factors import Dims, uncut
 from distdl_lite.layout import Shape
 from distdl_lite.nn.broadcasting import common_dims, fit
-from distdl_lite.nn.compiler import Compiler, NoRule, Value, rule, values_in
+from distdl_lite.nn.compiler import Compiler
+from distdl_lite.nn.value import NoRule, Value, rule, values_in
 
 
 def fitted(c: Compiler, args: Any, dims: Dims) -> Any:

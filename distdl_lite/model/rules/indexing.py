@@ -13,7 +13,8 @@ from distdl_lite.factors import Dims, Factors, all_axes, axes_of, cut, size_of, 
 from distdl_lite.model.rules.dims import taken, view_as
 from distdl_lite.model.rules.elementwise import pointwise
 from distdl_lite.nn.broadcasting import common_dims, fit
-from distdl_lite.nn.compiler import Compiler, NoRule, Value, rule
+from distdl_lite.nn.compiler import Compiler
+from distdl_lite.nn.value import NoRule, Value, rule
 
 
 def without(factors: Factors, axes: set[int]) -> Factors:

@@ -10,8 +10,9 @@ import torch
 from distdl_lite.factors import uncut
 from distdl_lite.model.rules.elementwise import pointwise
 from distdl_lite.nn.blocks import wide
-from distdl_lite.nn.compiler import Compiler, NoRule, Value, rule
+from distdl_lite.nn.compiler import Compiler
 from distdl_lite.nn.shape.reductions import dims_over, reduced, total
+from distdl_lite.nn.value import NoRule, Value, rule
 
 
 def _root(x: torch.Tensor) -> torch.Tensor:

@@ -14,7 +14,8 @@ from distdl_lite.factors import cut, uncut
 from distdl_lite.layout import Shape, bounded, read_by_kernel, read_by_transposed_kernel
 from distdl_lite.model.rules.dims import view_as
 from distdl_lite.nn.blocks import connected_zeros
-from distdl_lite.nn.compiler import Compiler, NoRule, Value, rule
+from distdl_lite.nn.compiler import Compiler
+from distdl_lite.nn.value import NoRule, Value, rule
 
 
 @rule("unfold")

@@ -11,10 +11,11 @@ import torch
 from distdl_lite.factors import Dims, Factors, cut, is_inside, uncut
 from distdl_lite.grid import balanced
 from distdl_lite.layout import Dim, ranges_of
-from distdl_lite.nn.compiler import Compiler, Value, rule
+from distdl_lite.nn.compiler import Compiler
 from distdl_lite.nn.conv import overlap
 from distdl_lite.nn.conv.geometry import ConvGeometry, Geometry, TransposedGeometry
 from distdl_lite.nn.features import cut_features
+from distdl_lite.nn.value import Value, rule
 from distdl_lite.nn.work_grid import with_bias
 from distdl_lite.reducer import reducer_of
 

@@ -7,9 +7,10 @@ from typing import Any
 import torch.nn.functional as F
 
 from distdl_lite.factors import cut, uncut
-from distdl_lite.nn.compiler import Compiler, NoRule, Value, rule
+from distdl_lite.nn.compiler import Compiler
 from distdl_lite.nn.features import cut_features
 from distdl_lite.nn.linear.embedding import rows_of
+from distdl_lite.nn.value import NoRule, Value, rule
 from distdl_lite.nn.work_grid import with_bias
 
 

@@ -12,11 +12,10 @@ import torch.nn.functional as F
 from distdl_lite.factors import all_axes, uncut
 from distdl_lite.layout import Layout, Range, Shape
 from distdl_lite.nn.blocks import wide
-from distdl_lite.nn.compiler import Compiler, Value, rule
+from distdl_lite.nn.compiler import Compiler
 from distdl_lite.nn.loss.loss import REDUCTIONS, Function, _DistributedLoss, counted, reduced_loss
 from distdl_lite.nn.norm.softmax import CutDim, log_softmax
-from distdl_lite.nn.options import integers, numbers
-from distdl_lite.partition import Partition
+from distdl_lite.nn.value import Value, rule
 
 
 @rule("nll_loss_nd", "nll_loss", "nll_loss2d", "cross_entropy_loss")
@@ -89,7 +88,7 @@ class ClassLoss:
         factors, at = [f for of_dim in x.dims for f in of_dim], sum(map(len, x.dims[:axis]))
         S = Layout(c.grid, tuple(uncut(1) if i == at else f for i, f in enumerate(factors)), c.free_axes(x.axes(axis)))
         add_up = c.names[c.operator(S, S, replace(x, grad=True), "all_reduce")]
-        along, held, classes = CutDim(at, c.team(x.axes(axis)), add_up), c.range(factors[at]), x.shape[axis]
+        along, held, classes = CutDim((at,), c.team(x.axes(axis)), add_up), c.range(factors[at]), x.shape[axis]
         shape, given = c.local(tuple((f,) for f in factors)), c.local((*x.dims[:axis], *x.dims[axis + 1 :]))
 
         def terms(x: torch.Tensor, target: torch.Tensor, weight: torch.Tensor | None) -> torch.Tensor:
@@ -122,7 +121,7 @@ class ClassLoss:
         return terms
 
 
-class DistributedNLLLoss(_DistributedLoss):
+class DistributedNLLLoss(_DistributedLoss, serial=torch.nn.NLLLoss):
     """torch's NLLLoss over the tensor that the blocks over `P_x` form, any axis of which may be cut.
 
     Input of log-probabilities ``(C,)`` or ``(N, C, *space)``, target of class indices without the class dim, in blocks
@@ -151,36 +150,22 @@ class DistributedNLLLoss(_DistributedLoss):
     "none" and cut classes the terms are summed in one all-reduce among the ranks that hold classes of the same points.
     """
 
-    function = staticmethod(F.nll_loss)
     has_logits = False
     label_smoothing = 0.0
 
-    def __init__(
-        self,
-        P_x: Partition,
-        *,
-        weight: torch.Tensor | None = None,
-        ignore_index: int = -100,
-        reduction: str = "mean",
-        **options: Any,
-    ) -> None:
-        integers(self, ignore_index=ignore_index)
-        super().__init__(P_x, reduction, weight=weight, ignore_index=ignore_index, **options)
-        self._axis = 0 if P_x.dim == 1 else 1
-
     def _target_dims(self, input: Shape, target: Shape, dtype: torch.dtype) -> Sequence[int]:
-        return [d for d in range(len(input)) if d != self._axis]
+        axis = min(len(input) - 1, 1)
+        return [d for d in range(len(input)) if d != axis]
 
-    def _check_weight(self, name: str, weight: torch.Tensor, shape: Shape) -> None:
-        if weight.shape != (shape[self._axis],):
-            raise self._refuse(f"{name} of shape {tuple(weight.shape)} does not fit {shape[self._axis]} classes")
-
-    def _rule(self, c: Compiler, x: Value, t: Value, options: Mapping[str, Any], dtype: torch.dtype) -> Value:
+    def _rule(self, c: Compiler, x: Value, t: Value, held: Mapping[str, Value], dtype: torch.dtype) -> Value:
+        weight, classes = held.get("weight"), x.shape[min(x.ndim - 1, 1)]
+        if weight is not None and weight.shape != (classes,):  # torch takes a column, too
+            raise ValueError(f"weight of shape {weight.shape} does not fit {classes} classes")
         kind = ClassLoss(self.has_logits, self.ignore_index, self.label_smoothing)
-        return kind.of(c, x, t, options["weight"], self.reduction, dtype, is_shown=True)
+        return kind.of(c, x, t, weight, self.reduction, dtype, is_shown=True)
 
 
-class DistributedCrossEntropyLoss(DistributedNLLLoss):
+class DistributedCrossEntropyLoss(DistributedNLLLoss, serial=torch.nn.CrossEntropyLoss):
     """torch's CrossEntropyLoss over the tensor that the blocks over `P_x` form, any axis of which may be cut.
 
     Input of logits ``(C,)`` or ``(N, C, *space)``; the target holds class indices and has no class dim, or probabilities
@@ -196,31 +181,11 @@ class DistributedCrossEntropyLoss(DistributedNLLLoss):
     Raises
     ------
     ValueError, IndexError
-        As in `DistributedNLLLoss`; also in the constructor if `label_smoothing` is not in [0, 1].
+        As in `DistributedNLLLoss`.
     """
 
-    function = staticmethod(F.cross_entropy)
     has_logits = True
 
-    def __init__(
-        self,
-        P_x: Partition,
-        *,
-        weight: torch.Tensor | None = None,
-        ignore_index: int = -100,
-        reduction: str = "mean",
-        label_smoothing: float = 0.0,
-    ) -> None:
-        numbers(self, label_smoothing=label_smoothing)
-        if not 0.0 <= label_smoothing <= 1.0:
-            raise self._refuse(f"label_smoothing={label_smoothing} is not in [0, 1]")
-        super().__init__(
-            P_x, weight=weight, ignore_index=ignore_index, reduction=reduction, label_smoothing=label_smoothing
-        )
-
     def _target_dims(self, input: Shape, target: Shape, dtype: torch.dtype) -> Sequence[int]:
-        if len(target) != len(input) or not dtype.is_floating_point:
-            return super()._target_dims(input, target, dtype)
-        if self.ignore_index >= 0:
-            raise self._refuse(f"ignore_index={self.ignore_index} with a target of probabilities")
-        return range(len(input))
+        has_classes = len(target) == len(input) and dtype.is_floating_point
+        return range(len(input)) if has_classes else super()._target_dims(input, target, dtype)

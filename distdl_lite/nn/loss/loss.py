@@ -6,13 +6,13 @@ in one all-reduce.
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
 from distdl_lite import layout as lay
 from distdl_lite.agreement import raise_together
@@ -21,12 +21,12 @@ from distdl_lite.factors import Dims, all_axes, shape_of_dims, uncut
 from distdl_lite.layout import Layout, Shape
 from distdl_lite.nn.blocks import anchored, connected_zeros, wide
 from distdl_lite.nn.broadcasting import common_dims, fit
-from distdl_lite.nn.compiler import Compiler, Value, rule
+from distdl_lite.nn.compiler import Compiler
+from distdl_lite.nn.face import Face
 from distdl_lite.nn.inputs import agreed_inputs
-from distdl_lite.nn.module import Call, Module
-from distdl_lite.nn.options import booleans, numbers
+from distdl_lite.nn.module import Call
 from distdl_lite.nn.rule_layer import dims_of
-from distdl_lite.partition import Partition
+from distdl_lite.nn.value import Value, rule
 
 Function = Callable[..., torch.Tensor]
 REDUCTIONS = ("none", "mean", "sum")  # by torch's numbers
@@ -126,17 +126,16 @@ def _added_up(
     return find
 
 
-class _DistributedLoss(Module):
+class _DistributedLoss(Face):
     """A loss over the tensors that the blocks over `P_x` form, equal to torch's for every option.
 
     Parameters
     ----------
     P_x : Partition
         One axis per dim of the input, which is cut in blocks of any sizes; the target in the same blocks.
-    reduction : {"mean", "sum", "none"}
-        Means divide by global counts. "none" returns the block of terms and communicates nothing.
-    **options
-        torch's of the same name. Those that are tensors are whole and the same on all ranks.
+    reduction, **options
+        As in torch's loss, by name. Means divide by global counts; "none" returns the block of terms and communicates nothing.
+        Options that are tensors are whole and the same on all ranks.
 
     Returns
     -------
@@ -147,37 +146,28 @@ class _DistributedLoss(Module):
     Raises
     ------
     ValueError
-        In the constructor for an option torch refuses; at build if the blocks of input and target do not match. On all
-        ranks alike, as is what torch raises for the values of a block, except with reduction "none".
+        At build if torch refuses the options, with its words, or the blocks of input and target do not match. On all ranks
+        alike, as is what torch raises for the values of a block, except with reduction "none".
     """
 
     _distdl_free = frozenset(
         {"reduction", "ignore_index", "label_smoothing", "beta", "delta", "log_target", "log_input", "full", "eps"}
     )
-    function: Callable[..., torch.Tensor]
-    reductions: tuple[str, ...] = ("mean", "sum", "none")
 
-    def __init__(self, P_x: Partition, reduction: str, **options: Any) -> None:
-        super().__init__(P_x)
-        self.P_x, self.reduction = P_x, reduction
-        self._check_reduction()
-        self._options = tuple(options)
-        for name, value in options.items():
-            if isinstance(value, torch.Tensor) or name in ("weight", "pos_weight"):
-                if not isinstance(value, torch.Tensor | None):
-                    raise self._refuse(f"{name}={value!r} is not a tensor", TypeError)
-                if value is not None and value.requires_grad:
-                    raise self._refuse(f"{name} must not require grad")
-                self.register_buffer(name, value)
-            else:
-                setattr(self, name, value)
+    @classmethod
+    def _arguments(cls) -> list[inspect.Parameter]:
+        given = [p for p in super()._arguments() if p.name not in ("size_average", "reduce")]
+        return [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in given]
 
-    def _check_reduction(self) -> None:
-        if self.reduction not in self.reductions:
-            raise self._refuse(f"reduction {self.reduction!r} is none of {', '.join(self.reductions)}")
+    def _take(self, serial: torch.nn.Module, options: Mapping[str, Any]) -> None:
+        super()._take(serial, options)
+        for name, weight in serial.named_buffers():
+            if weight.requires_grad:
+                raise self._refuse(f"{name} must not require grad")
+        for name, buffer in serial._buffers.items():
+            self.register_buffer(name, buffer)
 
     def _distdl_module_setup(self, input: tuple[Any, ...]) -> Call:
-        self._check_reduction()  # which may have changed
         grid, rank = self.P_x.grid_of_ranks, self._distdl_transport.rank
         inputs, targets = agreed_inputs(self, self.P_x), agreed_inputs(self, self.P_x, position=1)
         shape, target = inputs.shapes[rank], targets.shapes[rank]
@@ -188,43 +178,40 @@ class _DistributedLoss(Module):
                 f"be {tuple(shape[d] for d in wanted)}"
             )
         X = lay.blocks(grid, lay.cuts_from_shapes(grid, inputs.shapes))
-        options = {name: getattr(self, name) for name in self._options}
-        weights = {name: option for name, option in options.items() if isinstance(option, torch.Tensor)}
-        for name, weight in weights.items():
-            self._check_weight(name, weight, lay.global_shape_of(X))
+        shape = lay.global_shape_of(X)
+        self.judged((shape, inputs.dtype), (tuple(shape[d] for d in wanted), targets.dtype))
         c = Compiler(grid, rank, self._distdl_transport, self._distdl_label, inputs.device)
         dims, graph = dims_of(X), inputs.requires_grad or targets.requires_grad
         x, t = c.new(dims, inputs.dtype, graph, "x"), c.new(tuple(dims[d] for d in wanted), targets.dtype, graph, "t")
-        held = {name: c.new(tuple((uncut(n),) for n in w.shape), w.dtype, False, name) for name, w in weights.items()}
-        y = self._rule(c, x, t, {**options, **held}, self._dtype(input, weights))
-        run = c.compiled([x, t, *held.values()], [y])
+        weights = {name: weight for name, weight in self._buffers.items() if weight is not None}
+        held = [c.new(tuple((uncut(n),) for n in w.shape), w.dtype, False, name) for name, w in weights.items()]
+        points = [tensor.new_zeros((1,) * tensor.dim()) for tensor in input]
+        ones = [weight.new_ones(1) for weight in weights.values()]
+        dtype = self._function(*weights)(*points, *ones, reduction="none").dtype  # which autocast may choose
+        run = c.compiled([x, t, *held], [self._rule(c, x, t, dict(zip(weights, held, strict=True)), dtype)])
 
         def call(layer: _DistributedLoss, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-            return run(anchored(x, graph), t, *(getattr(layer, name) for name in held))[0]
+            return run(anchored(x, graph), t, *(getattr(layer, name) for name in weights))[0]
 
         return call
 
-    def _dtype(self, input: tuple[torch.Tensor, ...], weights: Mapping[str, torch.Tensor]) -> torch.dtype:
-        """That of torch's loss."""
-        one = {name: weight.new_ones(1) for name, weight in weights.items()}
-        x, t = (tensor.new_zeros((1,) * tensor.dim()) for tensor in input)
-        return type(self).function(x, t, reduction="none", **one).dtype
+    def _function(self, *names: str) -> Function:
+        """torch's loss of input, target and its tensors of these names."""
+        serials = {reduction: self.as_serial(reduction=reduction) for reduction in ("none", self.reduction)}
 
-    def _rule(self, c: Compiler, x: Value, t: Value, options: Mapping[str, Any], dtype: torch.dtype) -> Value:
         def function(x: torch.Tensor, t: torch.Tensor, *given: Any, reduction: str) -> torch.Tensor:
-            return type(self).function(x, t, reduction=reduction, **dict(zip(options, given, strict=True)))
+            serial = serials[reduction]
+            serial._buffers = {**self._buffers, **dict(zip(names, given, strict=True))}
+            return serial.forward(x, t)  # type: ignore[no-any-return]
 
-        return pointwise_loss(c, function, [x, t, *options.values()], self.reduction, dtype, is_shown=True)
+        return function
+
+    def _rule(self, c: Compiler, x: Value, t: Value, held: Mapping[str, Value], dtype: torch.dtype) -> Value:
+        return pointwise_loss(c, self._function(*held), [x, t, *held.values()], self.reduction, dtype, is_shown=True)
 
     def _target_dims(self, input: Shape, target: Shape, dtype: torch.dtype) -> Sequence[int]:
         """The dims of the input that a target block of this shape and dtype must have."""
         return range(len(input))
-
-    def _check_weight(self, name: str, weight: torch.Tensor, shape: Shape) -> None:
-        """Raise ValueError unless a weight broadcasts to an input of this global shape."""
-        pairs = zip(reversed(weight.shape), reversed(shape), strict=False)
-        if weight.dim() > len(shape) or any(n not in (1, m) for n, m in pairs):
-            raise self._refuse(f"{name} of shape {tuple(weight.shape)} does not broadcast to an input of shape {shape}")
 
     def forward(self, input: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         """The loss of the input's blocks, given the target's."""
@@ -236,87 +223,26 @@ class _DistributedLoss(Module):
         zero = connected_zeros((), input, linear=True)
         return zero if zero.requires_grad else zero.requires_grad_(torch.is_grad_enabled())
 
-    def extra_repr(self) -> str:
-        options = [f"{name}={getattr(self, name)}" for name in self._options if name not in self._buffers]
-        return ", ".join([f"P_x={self.P_x.shape}", f"reduction={self.reduction!r}", *options])
+
+class DistributedMSELoss(_DistributedLoss, serial=torch.nn.MSELoss): ...
 
 
-class DistributedMSELoss(_DistributedLoss):
-    function = F.mse_loss
-
-    def __init__(self, P_x: Partition, *, reduction: str = "mean") -> None:
-        super().__init__(P_x, reduction)
+class DistributedL1Loss(_DistributedLoss, serial=torch.nn.L1Loss): ...
 
 
-class DistributedL1Loss(_DistributedLoss):
-    function = F.l1_loss
-
-    def __init__(self, P_x: Partition, *, reduction: str = "mean") -> None:
-        super().__init__(P_x, reduction)
+class DistributedSmoothL1Loss(_DistributedLoss, serial=torch.nn.SmoothL1Loss): ...
 
 
-class DistributedSmoothL1Loss(_DistributedLoss):
-    function = F.smooth_l1_loss
-
-    def __init__(self, P_x: Partition, *, reduction: str = "mean", beta: float = 1.0) -> None:
-        numbers(self, beta=beta)
-        if not beta >= 0:
-            raise self._refuse(f"beta={beta} must not be negative")
-        super().__init__(P_x, reduction, beta=beta)
+class DistributedHuberLoss(_DistributedLoss, serial=torch.nn.HuberLoss): ...
 
 
-class DistributedHuberLoss(_DistributedLoss):
-    function = F.huber_loss
-
-    def __init__(self, P_x: Partition, *, reduction: str = "mean", delta: float = 1.0) -> None:
-        numbers(self, delta=delta)
-        if not delta > 0:
-            raise self._refuse(f"delta={delta} must be positive")
-        super().__init__(P_x, reduction, delta=delta)
+class DistributedBCELoss(_DistributedLoss, serial=torch.nn.BCELoss): ...
 
 
-class DistributedBCELoss(_DistributedLoss):
-    function = F.binary_cross_entropy
-
-    def __init__(self, P_x: Partition, *, weight: torch.Tensor | None = None, reduction: str = "mean") -> None:
-        super().__init__(P_x, reduction, weight=weight)
+class DistributedBCEWithLogitsLoss(_DistributedLoss, serial=torch.nn.BCEWithLogitsLoss): ...
 
 
-class DistributedBCEWithLogitsLoss(_DistributedLoss):
-    function = F.binary_cross_entropy_with_logits
-
-    def __init__(
-        self,
-        P_x: Partition,
-        *,
-        weight: torch.Tensor | None = None,
-        reduction: str = "mean",
-        pos_weight: torch.Tensor | None = None,
-    ) -> None:
-        super().__init__(P_x, reduction, weight=weight, pos_weight=pos_weight)
+class DistributedKLDivLoss(_DistributedLoss, serial=torch.nn.KLDivLoss): ...
 
 
-class DistributedKLDivLoss(_DistributedLoss):
-    function = F.kl_div
-    reductions = ("mean", "batchmean", "sum", "none")
-
-    def __init__(self, P_x: Partition, *, reduction: str = "mean", log_target: bool = False) -> None:
-        booleans(self, log_target=log_target)
-        super().__init__(P_x, reduction, log_target=log_target)
-
-
-class DistributedPoissonNLLLoss(_DistributedLoss):
-    function = F.poisson_nll_loss
-
-    def __init__(
-        self,
-        P_x: Partition,
-        *,
-        log_input: bool = True,
-        full: bool = False,
-        eps: float = 1e-8,
-        reduction: str = "mean",
-    ) -> None:
-        booleans(self, log_input=log_input, full=full)
-        numbers(self, eps=eps)
-        super().__init__(P_x, reduction, log_input=log_input, full=full, eps=eps)
+class DistributedPoissonNLLLoss(_DistributedLoss, serial=torch.nn.PoissonNLLLoss): ...

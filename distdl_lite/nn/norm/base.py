@@ -3,24 +3,23 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from distdl_lite.factors import Factors, shape_of_dims, uncut
+from distdl_lite.factors import Factors, uncut
 from distdl_lite.grid import balanced, ravel
 from distdl_lite.layout import Dim, Layout, Shape, ranges_of
-from distdl_lite.nn.blocks import check_floating, connected_zeros, wide
-from distdl_lite.nn.compiler import Compiler, Value
+from distdl_lite.nn.blocks import connected_zeros, wide
+from distdl_lite.nn.compiler import Compiler
 from distdl_lite.nn.draws import constant
+from distdl_lite.nn.face import Face
 from distdl_lite.nn.inputs import Inputs, weight_dtype
 from distdl_lite.nn.norm.normalised import Normalise, Rows, statistics
-from distdl_lite.nn.options import numbers
-from distdl_lite.nn.rule_layer import RuleLayer
+from distdl_lite.nn.value import Value
 from distdl_lite.operator import Operator
-from distdl_lite.partition import Partition
 from distdl_lite.transport import Team
 
 
@@ -107,9 +106,6 @@ def normalised(
     the statistics' if there is a `team` of these, else by what `used` makes of them.
     """
     dims = tuple(x.dims[d] for d in kernel.weighted)
-    shapes = {v.shape for v in (weight, bias, *running) if v is not None} - {shape_of_dims(dims)}
-    if shapes:
-        raise ValueError(f"the input of shape {x.shape} has {shape_of_dims(dims)} where weights have {shapes.pop()}")
     held = [v if v is None else c.move(v, dims) for v in running]
     tracks, shared = factor is not None and held[0] is not None, _shared(c, kernel, x)
     # Running statistics that are not of this rank's values alone, or not held as these are, are not left to torch.
@@ -183,45 +179,37 @@ def _track(c: Compiler, count: int, latest: Sequence[Value], held: Any, running:
         c.call(torch.Tensor.copy_, place, c.move(new, place.dims), dims=place.dims, dtype=place.dtype)
 
 
-class Norm(RuleLayer):
-    """Base of normalisations; a subclass places its parameters with `place_affine`.
-
-    Parameters
-    ----------
-    P_x : Partition
-        Of the input and the output, one axis per dim.
-    """
+class Norm(Face):
+    """Base of normalisations; weights and statistics are in balanced blocks along the axes of the dims that they are for."""
 
     _distdl_free = frozenset({"eps"})
     keeps_blocks = True
-    least_dims = 0
+    least_dims = 2
 
-    def __init__(self, P_x: Partition, eps: float) -> None:
-        super().__init__(P_x)
-        if P_x.dim < self.least_dims:
-            least = f"a tensor (N, C, *space) has {('two', 'three')[self.least_dims - 2]} or more"
-            raise self._refuse(f"P_x of shape {P_x.shape} has {P_x.dim} axes, {least}")
-        numbers(self, eps=eps)
-        if eps < 0:
-            raise self._refuse(f"eps={eps} must not be negative")
-        self.P_x, self.eps = P_x, eps
+    def weighted(self) -> Sequence[int]:
+        """The dims that weights are for."""
+        return (1,)
 
-    def place_affine(
-        self, shape: Shape, axes: Sequence[int], weight: bool, bias: bool, dtype: Any, device: Any
-    ) -> Layout:
-        """Place weight and bias in balanced blocks along the axes that cut the input's dims they are for."""
-        grid = self.P_x.grid_of_ranks
-        dims = (Dim(ranges_of(balanced(n, grid.shape[a])), (a,)) for n, a in zip(shape, axes, strict=True))
-        held = Layout(grid, tuple(dims))
-        self.place("weight", held if weight else None, constant(1.0), dtype, device)
-        self.place("bias", held if weight and bias else None, constant(0.0), dtype, device)
-        return held
+    def _take(self, serial: torch.nn.Module, options: Mapping[str, Any]) -> None:
+        super()._take(serial, options)
+        grid, axes = self.P_x.grid_of_ranks, self.weighted()
+        if grid.dim < self.least_dims or min(axes, default=0) < 0:
+            raise self._refuse(f"P_x of shape {grid.shape} has too few axes for {self.extra_repr()}")
+        for name, tensor in (*serial._parameters.items(), *serial._buffers.items()):
+            sizes = () if tensor is None else zip(tensor.shape, axes, strict=False)  # those of a number are none
+            layout = Layout(grid, tuple(Dim(ranges_of(balanced(n, grid.shape[a])), (a,)) for n, a in sizes))
+            start = constant(float(name in ("weight", "running_var")))
+            held = None if tensor is None else layout
+            dtype = None if tensor is None else tensor.dtype
+            self.place(name, held, start, dtype, options.get("device"), buffer=name in serial._buffers)
 
-    def result_dtype(self, inputs: Inputs) -> torch.dtype:
-        check_floating(self, inputs)
+    def result_dtype(self, inputs: Inputs, shape: Shape) -> torch.dtype:
+        if not inputs.dtype.is_floating_point:
+            raise TypeError(f"the input has dtype {inputs.dtype}, a floating dtype is needed")
         held = weight_dtype(self) or weight_dtype(self, "running_mean")
         if held not in (None, inputs.dtype, wide(inputs.dtype)):
-            raise self._refuse(f"the input has dtype {inputs.dtype}, weights and statistics {held}", TypeError)
+            raise TypeError(f"the input has dtype {inputs.dtype}, weights and statistics {held}")
+        self.judged((shape, held or inputs.dtype))  # torch's warns of two dtypes
         return inputs.dtype
 
     def weights(self, c: Compiler, weight: Value | None = None, bias: Value | None = None) -> list[Value | None]:

@@ -2,26 +2,18 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
 
-from distdl_lite.nn.compiler import Compiler, Value, rule
+from distdl_lite.nn.compiler import Compiler
 from distdl_lite.nn.norm.base import Kernel, Norm, by_kernel, normalised
-from distdl_lite.nn.options import integers
-from distdl_lite.partition import Partition
+from distdl_lite.nn.value import Value, rule
 
 
-def grouped(c: Compiler, x: Value, num_groups: int, num_channels: int, eps: float, *affine: Value | None) -> Value:
+def grouped(c: Compiler, x: Value, num_groups: int, eps: float, *affine: Value | None) -> Value:
     """The rule of group norms; channels may be cut inside a group."""
-    batch, channels, *space = x.shape
-    if channels != num_channels:
-        raise ValueError(f"the input of shape {x.shape} has {channels} channels, num_channels={num_channels}")
-    size = [batch * channels // num_groups, num_groups, *space]
-    if size[0] * math.prod(space) == 1:
-        raise ValueError(f"Expected more than 1 value per channel when training, got input size {size}")
-    per_group = max(channels // num_groups, 1)
+    per_group = max(x.shape[1] // num_groups, 1)
 
     def alone(x: torch.Tensor, factor: float, weight: Any, bias: Any, *running: None) -> torch.Tensor:
         if torch.is_grad_enabled() and not x.requires_grad:
@@ -36,7 +28,7 @@ def grouped(c: Compiler, x: Value, num_groups: int, num_channels: int, eps: floa
 def group_norm(
     c: Compiler, op: Any, x: Value, num_groups: int, weight: Any = None, bias: Any = None, eps: float = 1e-5, *_: Any
 ) -> Value:
-    return grouped(c, x, num_groups, x.shape[1], eps, weight, bias)
+    return grouped(c, x, num_groups, eps, weight, bias)
 
 
 @rule("native_group_norm")
@@ -44,7 +36,7 @@ def native_group_norm(c: Compiler, op: Any, x: Value, weight: Any, bias: Any, *s
     return [group_norm(c, op, x, sizes[3], weight, bias, sizes[4]), None, None]
 
 
-class DistributedGroupNorm(Norm):
+class DistributedGroupNorm(Norm, serial=torch.nn.GroupNorm):
     """Group normalisation over the tensor that the blocks over `P_x` form, equal to torch's.
 
     As `DistributedBatchNorm`, but for these points. The channels may be cut inside a group.
@@ -65,30 +57,5 @@ class DistributedGroupNorm(Norm):
     summed by the reducer when backward ends.
     """
 
-    least_dims = 2
-
-    def __init__(
-        self,
-        P_x: Partition,
-        num_groups: int,
-        num_channels: int,
-        eps: float = 1e-5,
-        affine: bool = True,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-        *,
-        bias: bool = True,
-    ) -> None:
-        super().__init__(P_x, eps)
-        integers(self, 1, num_groups=num_groups)
-        integers(self, 0, num_channels=num_channels)
-        if num_channels % num_groups:
-            raise self._refuse(f"num_channels ({num_channels}) must be divisible by num_groups ({num_groups})")
-        self.num_groups, self.num_channels, self.affine = num_groups, num_channels, affine
-        self.place_affine((num_channels,), (1,), affine, bias, dtype, device)
-
     def rule(self, c: Compiler, x: Value, **held: Value) -> Value:
-        return grouped(c, x, self.num_groups, self.num_channels, self.eps, *self.weights(c, **held))
-
-    def extra_repr(self) -> str:
-        return f"{self.num_groups}, {self.num_channels}, eps={self.eps}, affine={self.affine}, P_x={self.P_x.shape}"
+        return grouped(c, x, self.num_groups, self.eps, *self.weights(c, **held))

@@ -9,18 +9,15 @@ import torch
 
 from distdl_lite.layout import Shape
 from distdl_lite.nn.blocks import wide
-from distdl_lite.nn.compiler import Compiler, Value, rule
+from distdl_lite.nn.compiler import Compiler
 from distdl_lite.nn.norm.base import Kernel, Norm, normalised
-from distdl_lite.nn.options import integers, listed
-from distdl_lite.partition import Partition
+from distdl_lite.nn.value import Value, rule
 
 
 def over_last(
     c: Compiler, alone: Callable[..., torch.Tensor], x: Value, shape: Shape, eps: float | None, *affine: Value | None
 ) -> Value:
     """The rule of norms over the last dims, for which weights are, too; `alone` is torch's."""
-    if x.shape[-len(shape) :] != shape:
-        raise ValueError(f"the input of shape {x.shape} does not end in normalized_shape={shape}")
     over, is_centred = tuple(range(x.ndim - len(shape), x.ndim)), alone is torch.layer_norm
 
     def of_block(x: torch.Tensor, factor: float, weight: Any, bias: Any, *running: None) -> torch.Tensor:
@@ -50,36 +47,16 @@ class _LastDimsNorm(Norm):
 
     _alone: Callable[..., torch.Tensor] = torch.layer_norm
 
-    def __init__(
-        self,
-        P_x: Partition,
-        normalized_shape: int | Sequence[int],
-        eps: float = 1e-5,
-        elementwise_affine: bool = True,
-        bias: bool = True,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__(P_x, eps)
-        sizes = listed(normalized_shape)
-        for n in sizes:
-            integers(self, 0, normalized_shape=n)
-        self.normalized_shape, self.elementwise_affine = sizes, elementwise_affine
-        lead = P_x.dim - len(sizes)
-        if lead < 0 or not self.normalized_shape:
-            raise self._refuse(
-                f"normalized_shape={self.normalized_shape} does not fit P_x of shape {P_x.shape}, which has an axis per dim"
-            )
-        self.place_affine(self.normalized_shape, range(lead, P_x.dim), elementwise_affine, bias, dtype, device)
+    least_dims = 0
+
+    def weighted(self) -> Sequence[int]:
+        return range(self.P_x.dim - len(self.normalized_shape), self.P_x.dim)
 
     def rule(self, c: Compiler, x: Value, **held: Value) -> Value:
         return over_last(c, self._alone, x, self.normalized_shape, self.eps, *self.weights(c, **held))
 
-    def extra_repr(self) -> str:
-        return f"{self.normalized_shape}, eps={self.eps}, elementwise_affine={self.elementwise_affine}, P_x={self.P_x.shape}"
 
-
-class DistributedLayerNorm(_LastDimsNorm):
+class DistributedLayerNorm(_LastDimsNorm, serial=torch.nn.LayerNorm):
     """Layer normalisation over the tensor that the blocks over `P_x` form, equal to torch's.
 
     Input and output ``(*lead, *normalized_shape)``, any dims of which may be cut in blocks of any sizes. Ranks outside `P_x`
@@ -108,7 +85,7 @@ class DistributedLayerNorm(_LastDimsNorm):
     """
 
 
-class DistributedRMSNorm(_LastDimsNorm):
+class DistributedRMSNorm(_LastDimsNorm, serial=torch.nn.RMSNorm):
     """Division by the root mean square over the last dims of the tensor that the blocks over `P_x` form, as torch's.
 
     As `DistributedLayerNorm`, with one number per row in each all-reduce, whatever the dtype.
@@ -127,15 +104,3 @@ class DistributedRMSNorm(_LastDimsNorm):
     """
 
     _alone = torch.rms_norm
-
-    def __init__(
-        self,
-        P_x: Partition,
-        normalized_shape: int | Sequence[int],
-        eps: float | None = None,
-        elementwise_affine: bool = True,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__(P_x, normalized_shape, 0.0 if eps is None else eps, elementwise_affine, False, device, dtype)
-        self.eps = eps

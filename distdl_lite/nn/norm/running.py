@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import math
 from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-from distdl_lite.layout import Layout
+from distdl_lite.layout import Shape
 from distdl_lite.nn.blocks import anchored
-from distdl_lite.nn.compiler import Compiler, Value, rule
-from distdl_lite.nn.draws import constant
+from distdl_lite.nn.compiler import Compiler
 from distdl_lite.nn.inputs import weight_dtype
 from distdl_lite.nn.norm.base import Kernel, Norm, by_kernel, normalised
-from distdl_lite.nn.options import integers, numbers
-from distdl_lite.partition import Partition
+from distdl_lite.nn.value import Operation, Value, rule
 
 
 def by_channel(c: Compiler, x: Value, over_samples: bool, batch: bool, eps: float, *held: Any, **options: Any) -> Value:
@@ -24,9 +21,6 @@ def by_channel(c: Compiler, x: Value, over_samples: bool, batch: bool, eps: floa
     if over_samples and batch and eps == 0:
         raise ValueError("eps=0 is refused in training, as by torch")
     over = (0,) * over_samples + tuple(range(2, x.ndim))
-    if batch and math.prod(x.shape[d] for d in over) == 1:
-        what = "value per channel" if over_samples else "spatial element"
-        raise ValueError(f"Expected more than 1 {what} when training, got input size {torch.Size(x.shape)}")
 
     def alone(x: torch.Tensor, factor: float, weight: Any, bias: Any, *running: Any) -> torch.Tensor:
         if over_samples:
@@ -66,30 +60,9 @@ class _RunningNorm(Norm):
         False  # whether a row is a channel of all samples; weights' gradients are summed with its statistics' then
     )
 
-    def __init__(
-        self,
-        P_x: Partition,
-        num_features: int,
-        eps: float = 1e-5,
-        momentum: float | None = 0.1,
-        affine: bool = True,
-        track_running_stats: bool = True,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-        *,
-        bias: bool = True,
-    ) -> None:
-        super().__init__(P_x, eps)
-        integers(self, 0, num_features=num_features)
-        numbers(self, momentum=0.0 if momentum is None else momentum)
-        self.num_features, self.momentum = num_features, momentum
-        self.affine, self.track_running_stats = affine, track_running_stats
-        held = self.place_affine((num_features,), (1,), affine, bias, dtype, device)
-        channels = held if track_running_stats else None
-        self.place("running_mean", channels, constant(0.0), dtype, device, buffer=True)
-        self.place("running_var", channels, constant(1.0), dtype, device, buffer=True)
-        number = Layout(P_x.grid_of_ranks, ()) if track_running_stats else None
-        self.place("num_batches_tracked", number, constant(0), torch.long, device, buffer=True)
+    def _held(self, device: str) -> dict[str, Any]:
+        held = super()._held(device)
+        return held if self.momentum is not None else {**held, "momentum": 0.1}  # the number of batches has no value
 
     @torch.no_grad()
     def reset_running_stats(self) -> None:
@@ -114,14 +87,22 @@ class _RunningNorm(Norm):
         sums = {"used": partial(self.used, c), "team": team if self.over_samples and team.size > 1 else None}
         return by_channel(c, x, self.over_samples, batch, self.eps, weight, bias, running, factor, **sums)
 
-    def extra_repr(self) -> str:
-        return (
-            f"{self.num_features}, eps={self.eps}, momentum={self.momentum}, affine={self.affine}, "
-            f"track_running_stats={self.track_running_stats}, P_x={self.P_x.shape}"
-        )
+
+class _BatchNorm(torch.nn.BatchNorm1d):
+    """torch's, of any number of dims."""
+
+    def _check_input_dim(self, input: torch.Tensor) -> None:
+        pass
 
 
-class DistributedBatchNorm(_RunningNorm):
+class _InstanceNorm(torch.nn.InstanceNorm1d):
+    """torch's, of any number of dims."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return self._apply_instance_norm(input)  # type: ignore[no-any-return]
+
+
+class DistributedBatchNorm(_RunningNorm, serial=_BatchNorm):
     """Batch normalisation over the tensor that the blocks over `P_x` form, equal to torch's for every option.
 
     Input and output ``(N, C, *space)`` with any number of spatial dims, in blocks of any sizes. Ranks outside `P_x` pass and
@@ -155,7 +136,6 @@ class DistributedBatchNorm(_RunningNorm):
 
     _distdl_free = frozenset({"eps", "momentum", "track_running_stats"})
     over_samples = True
-    least_dims = 2
 
     @property
     def gamma(self) -> torch.nn.Parameter | None:
@@ -182,7 +162,7 @@ class DistributedBatchNorm(_RunningNorm):
         return (anchored(input[0], self._distdl_structure.requires_grad),)
 
 
-class DistributedInstanceNorm(_RunningNorm):
+class DistributedInstanceNorm(_RunningNorm, serial=_InstanceNorm):
     """Instance normalisation over the tensor that the blocks over `P_x` form, equal to torch's for every option.
 
     As `DistributedBatchNorm`, but for these points. Each channel of each sample is normalised over its space, so `P_x` and the
@@ -204,17 +184,6 @@ class DistributedInstanceNorm(_RunningNorm):
 
     least_dims = 3
 
-    def __init__(
-        self,
-        P_x: Partition,
-        num_features: int,
-        eps: float = 1e-5,
-        momentum: float | None = 0.1,
-        affine: bool = False,
-        track_running_stats: bool = False,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-        *,
-        bias: bool = True,
-    ) -> None:
-        super().__init__(P_x, num_features, eps, momentum, affine, track_running_stats, device, dtype, bias=bias)
+    def judged(self, *inputs: tuple[Shape, torch.dtype], device: str = "meta") -> Operation:
+        ((samples, *sample), dtype), *_ = inputs  # of no samples torch's takes no weights
+        return super().judged(((max(samples, 1), *sample), dtype), device=device)

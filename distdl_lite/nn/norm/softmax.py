@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,14 +10,12 @@ import torch
 
 from distdl_lite.factors import Dims, uncut
 from distdl_lite.layout import Layout
-from distdl_lite.nn.blocks import check_floating, wide
-from distdl_lite.nn.compiler import Compiler, Movement, Value, rule
-from distdl_lite.nn.inputs import Inputs
-from distdl_lite.nn.module import Module
-from distdl_lite.nn.options import integers, listed
-from distdl_lite.nn.rule_layer import RuleLayer, dims_of
+from distdl_lite.nn.blocks import wide
+from distdl_lite.nn.compiler import Compiler
+from distdl_lite.nn.face import Face
+from distdl_lite.nn.options import listed
+from distdl_lite.nn.value import Movement, Value, rule
 from distdl_lite.operator import Operator
-from distdl_lite.partition import Partition
 from distdl_lite.transport import Team
 
 Function = Callable[..., torch.Tensor]
@@ -63,12 +61,6 @@ def log_sum_exp(x: torch.Tensor, cut: CutDim) -> torch.Tensor:
     return cut.sum((x - top).exp()).log() + top
 
 
-def cut_dim(layer: Module, X: Layout, dim: int, graph: bool) -> CutDim | None:
-    """A dim of the blocks of `X`; None where it is whole."""
-    c = Compiler(X.grid, layer._distdl_transport.rank, layer._distdl_transport, layer._distdl_label)
-    return _cut_dim(c, c.new(dims_of(X), torch.float64, graph), [dim])
-
-
 def _cut_dim(c: Compiler, x: Value, dims: Sequence[int]) -> CutDim | None:
     axes = [a for a in x.axes(*dims) if c.grid.shape[a] > 1]
     if not axes:
@@ -112,7 +104,7 @@ def _log_sum_exp(x: torch.Tensor, dims: Any) -> torch.Tensor:
     return torch.logsumexp(x, dims, keepdim=True)
 
 
-class DistributedSoftmax(RuleLayer):
+class DistributedSoftmax(Face, serial=torch.nn.Softmax):
     """torch's softmax and log-softmax over the tensor that the blocks over `P_x` form.
 
     Input of any floating dtype in blocks of any sizes; the output has the same blocks. Ranks outside `P_x` pass and get
@@ -128,7 +120,8 @@ class DistributedSoftmax(RuleLayer):
     Raises
     ------
     ValueError
-        In the constructor if `P_x` has no such axis; at build if the blocks form no tensor product. On all ranks alike.
+        In the constructor without `dim`; at build if there is no such dim, or the blocks form no tensor product. On all
+        ranks alike.
     TypeError
         At build if the dtype is not a floating one.
 
@@ -139,26 +132,15 @@ class DistributedSoftmax(RuleLayer):
     is communicated.
     """
 
-    keeps_blocks = True
-    _functions: tuple[Function, Function] = torch.softmax, softmax
+    keeps_blocks = needs_floating = True
+    operation = "softmax"
+    options = ("dim",)
 
-    def __init__(self, P_x: Partition, dim: int) -> None:
-        super().__init__(P_x)
-        integers(self, dim=dim)
-        if not -P_x.dim <= dim < P_x.dim:
-            raise self._refuse(f"dim={dim} is no axis of P_x of shape {P_x.shape}")
-        self.P_x, self.dim = P_x, dim
-
-    def result_dtype(self, inputs: Inputs) -> torch.dtype:
-        check_floating(self, inputs)
-        return inputs.dtype
-
-    def rule(self, c: Compiler, x: Value) -> Value:
-        return along(c, *self._functions, x, self.dim, x.dims)
-
-    def extra_repr(self) -> str:
-        return f"dim={self.dim}, P_x={self.P_x.shape}"
+    def _take(self, serial: torch.nn.Module, options: Mapping[str, Any]) -> None:
+        super()._take(serial, options)
+        if self.dim is None:
+            raise self._refuse("dim=None: torch's choice of a dim is not offered")
 
 
-class DistributedLogSoftmax(DistributedSoftmax):
-    _functions = torch.log_softmax, log_softmax
+class DistributedLogSoftmax(DistributedSoftmax, serial=torch.nn.LogSoftmax):
+    operation = "log_softmax"

@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 
 from distdl_lite.layout import Range
-from distdl_lite.nn.blocks import Local, check_floating, torch_dtype, wide
-from distdl_lite.nn.compiler import Compiler, Value, rule
+from distdl_lite.nn.blocks import Local, wide
+from distdl_lite.nn.compiler import Compiler
 from distdl_lite.nn.inputs import Inputs
-from distdl_lite.nn.options import integers, listed
-from distdl_lite.nn.pool.spatial import Spatial, SpatialLayer, View, pooled, windows
-from distdl_lite.partition import Partition
+from distdl_lite.nn.pool.spatial import Spatial, SpatialFace, View, options_of, pooled, windows
+from distdl_lite.nn.value import Value, rule
 
 _MAX_POOLS = {1: F.adaptive_max_pool1d, 2: F.adaptive_max_pool2d, 3: F.adaptive_max_pool3d}
 _AVG_POOLS = {1: F.adaptive_avg_pool1d, 2: F.adaptive_avg_pool2d, 3: F.adaptive_avg_pool3d}
@@ -113,6 +112,8 @@ class AdaptiveMaxPool(Spatial):
 
     def geometry(self, d: int, length: int, inputs: Inputs) -> Adaptive:
         size = self.output_size[d]
+        if size == 0:
+            raise ValueError(f"output_size={self.output_size} leaves nothing")
         return Adaptive(length, length if size is None else size)
 
     def is_linear(self, views: Sequence[View]) -> bool:
@@ -142,80 +143,14 @@ class AdaptiveAvgPool(AdaptiveMaxPool):
 
 @rule("adaptive_max_pool1d", "adaptive_max_pool2d", "adaptive_max_pool3d")
 def adaptive_max_pool(c: Compiler, op: Any, x: Value, output_size: Sequence[int]) -> Any:
-    return pooled(c, AdaptiveMaxPool(x.ndim - 2, tuple(output_size), not op.is_one), x)
+    return pooled(c, AdaptiveMaxPool(x.ndim - 2, *options_of(x.ndim - 2, output_size), not op.is_one), x)
 
 
 @rule(
     "adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d", "_adaptive_avg_pool2d", "_adaptive_avg_pool3d"
 )
 def adaptive_avg_pool(c: Compiler, op: Any, x: Value, output_size: Sequence[int]) -> Any:
-    return pooled(c, AdaptiveAvgPool(x.ndim - 2, tuple(output_size)), x)
-
-
-class _DistributedAdaptivePool(SpatialLayer):
-    """A pool to a given number of outputs over the tensor that the blocks over `P_x` form, equal to torch's.
-
-    Input, output and ranks are as for `DistributedMaxPool2d`.
-
-    Parameters
-    ----------
-    P_x : Partition
-        ``[P_b, P_c, *P_space]``.
-    output_size : int, None or sequence of them
-        The global number of outputs per dim; None keeps the input's.
-    return_indices : bool
-        Of a max pool: whether the blocks of maxima and of their places are returned, as there.
-
-    Raises
-    ------
-    ValueError
-        In the constructor if the partition does not fit the dims or the size is not positive. On all ranks alike.
-    TypeError
-        At build, if integers are to be averaged.
-
-    Notes
-    -----
-    For averages each rank adds up what it holds of every window that meets its block, and the owner of an output adds these
-    shares: a global average moves one number per channel, not the tensor.
-    """
-
-    dims: int
-
-    def __init__(self, P_x: Partition, output_size: int | Sequence[int | None] | None) -> None:
-        super().__init__(P_x, type(self).dims)
-        sizes = listed(output_size, self.dims)
-        if len(sizes) != self.dims:
-            raise self._refuse(f"output_size={output_size!r} does not have {self.dims} numbers")
-        for size in sizes:
-            if size is not None:
-                integers(self, 1, output_size=size)
-        self.output_size = sizes
-
-    def extra_repr(self) -> str:
-        places = ", return_indices=True" if self.return_indices else ""
-        return f"output_size={self.output_size}, P_x={self.P_x.shape}{places}"
-
-
-class _DistributedAdaptiveMaxPool(_DistributedAdaptivePool):
-    def __init__(
-        self, P_x: Partition, output_size: int | Sequence[int | None] | None, return_indices: bool = False
-    ) -> None:
-        super().__init__(P_x, output_size)
-        self.return_indices = return_indices
-        self.kernel = AdaptiveMaxPool(self.dims, self.output_size, return_indices)
-
-    def result_dtype(self, inputs: Inputs) -> torch.dtype:
-        return torch_dtype(self, inputs, self.dims + 2, lambda x: _MAX_POOLS[self.dims](x, 1, self.return_indices))
-
-
-class _DistributedAdaptiveAvgPool(_DistributedAdaptivePool):
-    def __init__(self, P_x: Partition, output_size: int | Sequence[int | None] | None) -> None:
-        super().__init__(P_x, output_size)
-        self.kernel = AdaptiveAvgPool(self.dims, self.output_size)
-
-    def result_dtype(self, inputs: Inputs) -> torch.dtype:
-        check_floating(self, inputs)
-        return torch_dtype(self, inputs, self.dims + 2, lambda x: _AVG_POOLS[self.dims](x, 1))
+    return pooled(c, AdaptiveAvgPool(x.ndim - 2, *options_of(x.ndim - 2, output_size)), x)
 
 
 def is_mean(views: Sequence[View]) -> bool:
@@ -227,25 +162,48 @@ def _sizes(views: Sequence[View]) -> tuple[int, ...]:
     return tuple(view.geometry.outputs for view in views)
 
 
-class DistributedAdaptiveMaxPool1d(_DistributedAdaptiveMaxPool):
-    dims = 1
+class _DistributedAdaptivePool(SpatialFace):
+    """A pool to a given number of outputs over the tensor that the blocks over `P_x` form, equal to torch's.
+
+    Input, output, ranks, the places of maxima, and errors are as for `DistributedMaxPool2d`. Integers are not averaged: a
+    TypeError at build.
+
+    Parameters
+    ----------
+    P_x : Partition
+        ``[P_b, P_c, *P_space]``.
+    output_size, return_indices
+        As in torch's layer: the global number of outputs per dim, of which None keeps the input's.
+
+    Notes
+    -----
+    For averages each rank adds up what it holds of every window that meets its block, and the owner of an output adds these
+    shares: a global average moves one number per channel, not the tensor.
+    """
+
+    operation = "adaptive_max_pool2d"
+    options = ("output_size",)
+    for_one_point: ClassVar[Mapping[str, Any]] = {"output_size": 2}
 
 
-class DistributedAdaptiveMaxPool2d(_DistributedAdaptiveMaxPool):
-    dims = 2
+class _DistributedAdaptiveAvgPool(_DistributedAdaptivePool):
+    operation = "adaptive_avg_pool2d"
+    needs_floating = True
 
 
-class DistributedAdaptiveMaxPool3d(_DistributedAdaptiveMaxPool):
-    dims = 3
+class DistributedAdaptiveMaxPool1d(_DistributedAdaptivePool, serial=torch.nn.AdaptiveMaxPool1d): ...
 
 
-class DistributedAdaptiveAvgPool1d(_DistributedAdaptiveAvgPool):
-    dims = 1
+class DistributedAdaptiveMaxPool2d(_DistributedAdaptivePool, serial=torch.nn.AdaptiveMaxPool2d): ...
 
 
-class DistributedAdaptiveAvgPool2d(_DistributedAdaptiveAvgPool):
-    dims = 2
+class DistributedAdaptiveMaxPool3d(_DistributedAdaptivePool, serial=torch.nn.AdaptiveMaxPool3d): ...
 
 
-class DistributedAdaptiveAvgPool3d(_DistributedAdaptiveAvgPool):
-    dims = 3
+class DistributedAdaptiveAvgPool1d(_DistributedAdaptiveAvgPool, serial=torch.nn.AdaptiveAvgPool1d): ...
+
+
+class DistributedAdaptiveAvgPool2d(_DistributedAdaptiveAvgPool, serial=torch.nn.AdaptiveAvgPool2d): ...
+
+
+class DistributedAdaptiveAvgPool3d(_DistributedAdaptiveAvgPool, serial=torch.nn.AdaptiveAvgPool3d): ...

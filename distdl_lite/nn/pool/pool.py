@@ -5,22 +5,21 @@ A rank fetches what the windows of its outputs read and pads at the global edge 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial, reduce
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 
 from distdl_lite import layout as lay
 from distdl_lite.layout import Range
-from distdl_lite.nn.blocks import Local, check_floating, torch_dtype, wide
-from distdl_lite.nn.compiler import Compiler, Value, rule
+from distdl_lite.nn.blocks import Local, wide
+from distdl_lite.nn.compiler import Compiler
 from distdl_lite.nn.inputs import Inputs
-from distdl_lite.nn.options import booleans, integers, listed, per_dim
-from distdl_lite.nn.pool.spatial import Spatial, SpatialLayer, View, pooled
-from distdl_lite.partition import Partition
+from distdl_lite.nn.pool.spatial import Spatial, SpatialFace, View, options_of, pooled
+from distdl_lite.nn.value import Value, rule
 
 _MAX_POOLS = {1: F.max_pool1d, 2: F.max_pool2d, 3: F.max_pool3d}
 _AVG_POOLS: dict[int, Any] = {1: F.avg_pool1d, 2: F.avg_pool2d, 3: F.avg_pool3d}
@@ -57,33 +56,7 @@ class SlidingKernel(Spatial):
         outputs = (-(-room // s) if self.ceil_mode else room // s) + 1
         if self.ceil_mode and (outputs - 1) * s >= length + p:  # a window starts inside, or in the padding on the left
             outputs -= 1
-        if outputs < 1:
-            raise ValueError(f"dim {d + 2} of length {length} is too short for kernel_size={k} with padding={p}")
         return _Sliding(outputs, k, s, p, dilation)
-
-
-class _Pool(SpatialLayer):
-    """Base of pools with a sliding kernel."""
-
-    dims: int
-
-    def __init__(self, P_x: Partition, kernel_size: Any, stride: Any, padding: Any, dilation: Any, ceil_mode: bool):
-        super().__init__(P_x, type(self).dims)
-        self.kernel_size = per_dim(self, self.dims, "kernel_size", kernel_size)
-        self.stride = self.kernel_size if stride is None else per_dim(self, self.dims, "stride", stride)
-        self.padding = per_dim(self, self.dims, "padding", padding, least=0)
-        self.dilation = per_dim(self, self.dims, "dilation", dilation)
-        booleans(self, ceil_mode=ceil_mode)
-        self.ceil_mode = ceil_mode
-        if any(p > k // 2 for p, k in zip(self.padding, self.kernel_size, strict=True)):
-            raise self._refuse(f"padding={self.padding} is more than half of kernel_size={self.kernel_size}")
-        self._sliding = self.dims, self.kernel_size, self.stride, self.padding, self.dilation, self.ceil_mode
-
-    def extra_repr(self) -> str:
-        parts = [f"kernel_size={self.kernel_size}", f"stride={self.stride}", f"padding={self.padding}"]
-        parts += [f"dilation={self.dilation}"] if max(self.dilation) > 1 else []
-        parts += [f"ceil_mode={self.ceil_mode}", f"P_x={self.P_x.shape}"]
-        return ", ".join([*parts, *(["return_indices=True"] if self.return_indices else [])])
 
 
 def _padding(views: Sequence[View], left: bool) -> tuple[tuple[int, ...], tuple[int, ...] | None]:
@@ -149,11 +122,6 @@ class MaxPool(SlidingKernel):
         return pool_of_part
 
 
-def options_of(dims: int, *options: Any) -> tuple[tuple[int, ...], ...]:
-    """torch's options of an operation, one for each spatial dim from one for all."""
-    return tuple(tuple(listed(o, dims)) * (dims if len(listed(o, dims)) == 1 else 1) for o in options)
-
-
 @rule("max_pool1d", "max_pool2d", "max_pool3d", "max_pool2d_with_indices", "max_pool3d_with_indices")
 def max_pool(
     c: Compiler,
@@ -169,51 +137,35 @@ def max_pool(
     return pooled(c, MaxPool(x.ndim - 2, *options, ceil_mode, not op.is_one), x)
 
 
-class _DistributedMaxPool(_Pool):
+class _DistributedMaxPool(SpatialFace):
     """A max pool over the tensor that the blocks over `P_x` form, equal to torch's.
 
     Input ``(N, C, *space)`` in blocks of any sizes, cut along any dims; output in balanced blocks over `P_x`, whose ranks
-    call it together. Ranks outside return what they pass. Gradients go to torch's choice among equal maxima.
+    call it together. Ranks outside return what they pass. Gradients go to torch's choice among equal maxima. With
+    `return_indices` the blocks of maxima and of their places are returned, as a pair; a place is torch's, the flat index
+    into the spatial dims of the global tensor.
 
     Parameters
     ----------
     P_x : Partition
         ``[P_b, P_c, *P_space]``.
-    kernel_size, stride, padding, dilation, ceil_mode
-        As in torch.nn.MaxPool1d/2d/3d.
-    return_indices : bool
-        Whether the blocks of maxima and of their places are returned, as a pair. A place is torch's: the flat index into the
-        spatial dims of the global tensor.
+    kernel_size, stride, padding, dilation, return_indices, ceil_mode
+        As in torch's layer.
 
     Raises
     ------
-    ValueError
-        In the constructor if the partition does not fit the dims, or an option is one torch refuses; at build if the
-        input does not fit. On all ranks alike.
+    ValueError, TypeError
+        In the constructor if the partition does not fit the dims; at build if torch refuses the options or the input, with
+        its words, or a window holds nothing but padding. On all ranks alike.
 
     Notes
     -----
     Output range [a, b) of a dim reads the inputs ``[s a - p, s (b - 1) - p + d (k - 1) + 1)`` inside the tensor.
     """
 
-    def __init__(
-        self,
-        P_x: Partition,
-        kernel_size: int | Sequence[int],
-        stride: int | Sequence[int] | None = None,
-        padding: int | Sequence[int] = 0,
-        dilation: int | Sequence[int] = 1,
-        return_indices: bool = False,
-        ceil_mode: bool = False,
-    ) -> None:
-        super().__init__(P_x, kernel_size, stride, padding, dilation, ceil_mode)
-        self.return_indices = return_indices
-        self.kernel = MaxPool(*self._sliding, return_indices)
-
-    def result_dtype(self, inputs: Inputs) -> torch.dtype:
-        return torch_dtype(
-            self, inputs, self.dims + 2, lambda x: _MAX_POOLS[self.dims](x, 1, return_indices=self.return_indices)
-        )
+    operation = "max_pool2d"
+    options = "kernel_size", "stride", "padding", "dilation", "ceil_mode"
+    for_one_point: ClassVar[Mapping[str, Any]] = {"kernel_size": 1, "stride": 1, "padding": 0, "dilation": 1}
 
 
 def _global_places(places: torch.Tensor, held: Sequence[int], views: Sequence[View]) -> torch.Tensor:
@@ -225,16 +177,13 @@ def _global_places(places: torch.Tensor, held: Sequence[int], views: Sequence[Vi
     return found
 
 
-class DistributedMaxPool1d(_DistributedMaxPool):
-    dims = 1
+class DistributedMaxPool1d(_DistributedMaxPool, serial=torch.nn.MaxPool1d): ...
 
 
-class DistributedMaxPool2d(_DistributedMaxPool):
-    dims = 2
+class DistributedMaxPool2d(_DistributedMaxPool, serial=torch.nn.MaxPool2d): ...
 
 
-class DistributedMaxPool3d(_DistributedMaxPool):
-    dims = 3
+class DistributedMaxPool3d(_DistributedMaxPool, serial=torch.nn.MaxPool3d): ...
 
 
 @dataclass(frozen=True)
@@ -243,11 +192,6 @@ class AvgPool(SlidingKernel):
 
     count_include_pad: bool = True
     divisor_override: int | None = None
-
-    def geometry(self, d: int, length: int, inputs: Inputs) -> _Sliding:
-        if self.dims == 3 and length < self.kernel_size[d]:
-            raise ValueError(f"dim {d + 2} of length {length} is shorter than kernel_size={self.kernel_size[d]}")
-        return super().geometry(d, length, inputs)
 
     def local(self, views: Sequence[View]) -> Local:
         if all(view.is_whole for view in views):
@@ -306,7 +250,7 @@ def avg_pool(
     return pooled(c, AvgPool(x.ndim - 2, *options, ceil_mode, count_include_pad, divisor_override), x)
 
 
-class _DistributedAvgPool(_Pool):
+class _DistributedAvgPool(SpatialFace):
     """An average pool over the tensor that the blocks over `P_x` form, equal to torch's.
 
     As `DistributedMaxPool2d` but for the options, and the dtype of the input, which must be a floating one.
@@ -316,52 +260,28 @@ class _DistributedAvgPool(_Pool):
     P_x : Partition
         ``[P_b, P_c, *P_space]``.
     kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override
-        As in torch.nn.AvgPool1d/2d/3d; the first has no divisor_override.
+        As in torch's layer; that of one dim has no divisor_override.
 
     Raises
     ------
     ValueError
         As there.
     TypeError
-        At build, if the input is of an integer dtype, or of half precision in three dims on a CPU.
+        Also at build, if the input is of an integer dtype, or of half precision in three dims on a CPU.
     """
 
-    def __init__(
-        self,
-        P_x: Partition,
-        kernel_size: int | Sequence[int],
-        stride: int | Sequence[int] | None = None,
-        padding: int | Sequence[int] = 0,
-        ceil_mode: bool = False,
-        count_include_pad: bool = True,
-        divisor_override: int | None = None,
-    ) -> None:
-        super().__init__(P_x, kernel_size, stride, padding, 1, ceil_mode)
-        booleans(self, count_include_pad=count_include_pad)
-        if divisor_override is not None:
-            integers(self, divisor_override=divisor_override)
-        if divisor_override is not None and (self.dims == 1 or divisor_override == 0):
-            raise self._refuse(f"divisor_override={divisor_override} is refused, as by torch")
-        self.count_include_pad, self.divisor_override = count_include_pad, divisor_override
-        self.kernel = AvgPool(*self._sliding, count_include_pad, divisor_override)
-
-    def extra_repr(self) -> str:
-        parts = [] if self.count_include_pad else ["count_include_pad=False"]
-        parts += [] if self.divisor_override is None else [f"divisor_override={self.divisor_override}"]
-        return ", ".join([super().extra_repr(), *parts])
-
-    def result_dtype(self, inputs: Inputs) -> torch.dtype:
-        check_floating(self, inputs)
-        return torch_dtype(self, inputs, self.dims + 2, lambda x: _AVG_POOLS[self.dims](x, 1))
+    operation = "avg_pool2d"
+    options: tuple[str, ...] = "kernel_size", "stride", "padding", "ceil_mode", "count_include_pad", "divisor_override"
+    for_one_point: ClassVar[Mapping[str, Any]] = {"kernel_size": 1, "stride": 1, "padding": 0}
+    needs_floating = True
 
 
-class DistributedAvgPool1d(_DistributedAvgPool):
-    dims = 1
+class DistributedAvgPool1d(_DistributedAvgPool, serial=torch.nn.AvgPool1d):
+    options = _DistributedAvgPool.options[:-1]
+    for_one_point: ClassVar[Mapping[str, Any]] = {"kernel_size": (1,), "stride": (1,), "padding": (0,)}
 
 
-class DistributedAvgPool2d(_DistributedAvgPool):
-    dims = 2
+class DistributedAvgPool2d(_DistributedAvgPool, serial=torch.nn.AvgPool2d): ...
 
 
-class DistributedAvgPool3d(_DistributedAvgPool):
-    dims = 3
+class DistributedAvgPool3d(_DistributedAvgPool, serial=torch.nn.AvgPool3d): ...

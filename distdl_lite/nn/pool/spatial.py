@@ -12,11 +12,11 @@ from distdl_lite import layout as lay
 from distdl_lite.factors import cut, uncut
 from distdl_lite.layout import Dim, Range
 from distdl_lite.nn.blocks import Local, wide
-from distdl_lite.nn.compiler import Compiler, Value
+from distdl_lite.nn.compiler import Compiler
+from distdl_lite.nn.face import Face
 from distdl_lite.nn.inputs import Inputs
-from distdl_lite.nn.options import spatial_axes
-from distdl_lite.nn.rule_layer import RuleLayer
-from distdl_lite.partition import Partition
+from distdl_lite.nn.options import listed
+from distdl_lite.nn.value import Value
 
 
 @dataclass(frozen=True)
@@ -77,8 +77,6 @@ def pooled(c: Compiler, kernel: Spatial, x: Value) -> Any:
     """
     space = range(2, x.ndim)
     x = c.spread_home(c.plain(x, space), space)
-    if 0 in x.shape[2:]:
-        raise ValueError(f"the input of shape {x.shape} has no points")
     inputs = Inputs({}, x.dtype, c.device, x.grad)
     geometries = [kernel.geometry(d - 2, x.shape[d], inputs) for d in space]
     outputs = {d: _outputs(c, kernel, x.axes(d), g.outputs) for d, g in zip(space, geometries, strict=True)}
@@ -106,6 +104,11 @@ def pooled(c: Compiler, kernel: Spatial, x: Value) -> Any:
     return c.cast(c.add_up(found[0], y), x.dtype)
 
 
+def options_of(dims: int, *options: Any) -> tuple[tuple[int, ...], ...]:
+    """torch's options of an operation, one for each spatial dim from one for all."""
+    return tuple(tuple(listed(o, dims)) * (dims if len(listed(o, dims)) == 1 else 1) for o in options)
+
+
 def _outputs(c: Compiler, kernel: Spatial, axes: tuple[int, ...], count: int) -> Dim:
     """How a dim of outputs is cut. Few that are sums are copied in a network, where all ranks will go on with them."""
     return uncut(count) if kernel.shares and c.copies_few and count < c.parts(axes) else cut(count, axes, c.grid)
@@ -120,28 +123,14 @@ def _not_called(z: torch.Tensor) -> torch.Tensor:
     raise AssertionError("an empty block is not computed")
 
 
-class SpatialLayer(RuleLayer):
-    """Base of layers without weights that treat each channel alone: pools and interpolation.
+class SpatialFace(Face):
+    """Base of layers without weights that treat each channel of ``(N, C, *space)`` alone: pools and interpolation."""
 
-    Parameters
-    ----------
-    P_x : Partition
-        Of the input and the output: ``[P_b, P_c, *P_space]``.
-    """
-
-    kernel: Spatial
+    has_channels = True
     return_indices = False
 
-    def __init__(self, P_x: Partition, dims: int) -> None:
-        super().__init__(P_x)
-        self.P_x, self.dims = P_x, dims
-        spatial_axes(self, "P_x", P_x, dims)
-
-    def rule(self, c: Compiler, x: Value) -> Any:
-        return pooled(c, self.kernel, x)
-
     def _distdl_outside(self, x: torch.Tensor) -> Any:
-        return with_places(x) if self.return_indices else x
+        return (x, torch.empty_like(x, dtype=torch.long)) if self.return_indices else x
 
 
 def _reads(outputs: Dim, geometry: Any, length: int) -> Dim:
@@ -155,8 +144,3 @@ def _reads(outputs: Dim, geometry: Any, length: int) -> Dim:
 def windows(z: torch.Tensor, dim: int, index: torch.Tensor) -> torch.Tensor:
     """The points that each output of a dim reads: of shape ``(..., outputs, taps, ...)`` for an index (outputs, taps)."""
     return z.index_select(dim, index.reshape(-1).to(z.device)).unflatten(dim, index.shape)
-
-
-def with_places(y: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """Maxima and their places, of which there are none where nothing was pooled."""
-    return (y, torch.empty_like(y, dtype=torch.long)) if isinstance(y, torch.Tensor) else y

@@ -7,26 +7,22 @@ near each output, for every c; that gives torch's own indices and weights for th
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, reduce
-from numbers import Real
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 
 from distdl_lite.layout import Range
-from distdl_lite.nn.blocks import Local, check_floating, torch_dtype, wide
-from distdl_lite.nn.compiler import Compiler, NoRule, Value, rule
+from distdl_lite.nn.blocks import Local, wide
+from distdl_lite.nn.compiler import Compiler
 from distdl_lite.nn.inputs import Inputs
-from distdl_lite.nn.options import listed, per_dim, plain
 from distdl_lite.nn.pool.adaptive_pool import Adaptive, averaged, is_mean
-from distdl_lite.nn.pool.spatial import Spatial, SpatialLayer, View, pooled, windows
-from distdl_lite.partition import Partition
+from distdl_lite.nn.pool.spatial import Spatial, SpatialFace, View, options_of, pooled, windows
+from distdl_lite.nn.value import NoRule, Value, rule
 
-_LINEAR = {1: "linear", 2: "bilinear", 3: "trilinear"}
 _TAPS = {"nearest": 1, "nearest-exact": 1, "bicubic": 4}  # else 2
 
 
@@ -76,8 +72,6 @@ class Interpolation(Spatial):
     def geometry(self, d: int, length: int, inputs: Inputs) -> Adaptive | _Interpolated:
         size, factor = self.sizes and self.sizes[d], self.factors and self.factors[d]
         outputs = int(length * factor) if size is None else size
-        if outputs < 1:
-            raise ValueError(f"dim {d + 2} of length {length} with scale_factor={factor} has no output")
         if self.recompute:
             factor = None
         times = outputs / length
@@ -186,7 +180,7 @@ def upsample(c: Compiler, op: Any, x: Value, sizes: Any, *options: Any) -> Any:
     return pooled(c, Interpolation(x.ndim - 2, mode, *given, *align), x)
 
 
-class DistributedUpsample(SpatialLayer):
+class DistributedUpsample(SpatialFace, serial=torch.nn.Upsample):
     """Interpolation of the tensor that the blocks over `P_x` form, equal to torch's.
 
     Input ``(N, C, *space)`` of a floating dtype in blocks of any sizes, cut along any dims; output in balanced blocks over
@@ -202,11 +196,8 @@ class DistributedUpsample(SpatialLayer):
 
     Raises
     ------
-    ValueError
-        In the constructor if the partition does not fit the mode, or an option is one torch refuses; at build if there is
-        no output. On all ranks alike.
-    TypeError
-        At build, if the input is of an integer dtype.
+    ValueError, TypeError
+        At build, if torch refuses the options or the input, with its words, or the input is of integers. On all ranks alike.
 
     Notes
     -----
@@ -214,59 +205,13 @@ class DistributedUpsample(SpatialLayer):
     torch's rule.
     """
 
-    def __init__(
-        self,
-        P_x: Partition,
-        size: int | Sequence[int] | None = None,
-        scale_factor: float | Sequence[float] | None = None,
-        mode: str = "nearest",
-        align_corners: bool | None = None,
-        recompute_scale_factor: bool | None = None,
-    ) -> None:
-        super().__init__(P_x, P_x.dim - 2)
-        self.size, self.scale_factor = plain(size), plain(scale_factor)
-        self.mode, self.align_corners = mode, align_corners
-        self.recompute_scale_factor = recompute_scale_factor
-        self._check_mode()
-        self._sizes = None if size is None else per_dim(self, self.dims, "size", size)
-        self._factors = listed(scale_factor, self.dims)
-        if scale_factor is not None:
-            self._check_factors()
-        given = (self._sizes, None) if scale_factor is None else (None, self._factors)
-        self.kernel = Interpolation(self.dims, mode, *given, align_corners, recompute_scale_factor)
+    for_one_point: ClassVar[Mapping[str, Any]] = {"size": 1, "scale_factor": None, "recompute_scale_factor": None}
+    needs_floating = True
 
-    def _check_mode(self) -> None:
-        modes = {"nearest", "nearest-exact", "area", _LINEAR.get(self.dims), "bicubic" if self.dims == 2 else None}
-        if self.mode not in modes:
-            known = ", ".join(sorted(mode for mode in modes if mode))
-            raise self._refuse(f"mode {self.mode!r} is none of {known}, those for {self.dims} spatial dims")
-        if self.dims not in _LINEAR:
-            raise self._refuse(f"P_x of shape {self.P_x.shape} does not have 1, 2 or 3 spatial axes")
-        if self.align_corners is not None and self.mode in ("nearest", "nearest-exact", "area"):
-            raise self._refuse(f"align_corners={self.align_corners} has no meaning for mode {self.mode!r}")
-        if (self.size is None) == (self.scale_factor is None):
-            raise self._refuse(f"one of size={self.size} and scale_factor={self.scale_factor} must be given")
-        if self.recompute_scale_factor and self.size is not None:
-            raise self._refuse(f"recompute_scale_factor has no meaning for size={self.size}")
-
-    def _check_factors(self) -> None:
-        rule = f"scale_factor={self.scale_factor!r} is not {self.dims} positive finite numbers, nor one for all"
-        if any(isinstance(factor, bool) or not isinstance(factor, Real) for factor in self._factors):
-            raise self._refuse(rule, TypeError)
-        if len(self._factors) != self.dims or not all(0 < factor < math.inf for factor in self._factors):
-            raise self._refuse(rule)
-
-    def result_dtype(self, inputs: Inputs) -> torch.dtype:
-        check_floating(self, inputs)
-        size = (1,) * self.dims
-        return torch_dtype(self, inputs, self.dims + 2, lambda x: F.interpolate(x, size, None, self.mode))
-
-    def extra_repr(self) -> str:
-        given = f"size={self.size}" if self.scale_factor is None else f"scale_factor={self.scale_factor}"
-        given += f", mode={self.mode!r}"
-        for name in ("align_corners", "recompute_scale_factor"):
-            given += "" if getattr(self, name) is None else f", {name}={getattr(self, name)}"
-        return f"{given}, P_x={self.P_x.shape}"
+    def rule(self, c: Compiler, x: Value, **held: Value) -> Any:
+        given = (v if v is None else options_of(x.ndim - 2, v)[0] for v in (self.size, self.scale_factor))
+        options = self.align_corners, self.recompute_scale_factor
+        return pooled(c, Interpolation(x.ndim - 2, self.mode, *given, *options), x)
 
 
 def _weighted(z: torch.Tensor, dim: int, index: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

@@ -12,10 +12,11 @@ import torch
 from distdl_lite.factors import Dims, axes_of, size_of, uncut
 from distdl_lite.layout import Shape
 from distdl_lite.nn.blocks import torch_dtype
-from distdl_lite.nn.compiler import Compiler, Value, rule
+from distdl_lite.nn.compiler import Compiler
 from distdl_lite.nn.inputs import Inputs
 from distdl_lite.nn.options import different_dims, integers, listed
 from distdl_lite.nn.rule_layer import RuleLayer
+from distdl_lite.nn.value import Value, rule
 from distdl_lite.partition import Partition
 
 _TRANSFORMS = {"fft": torch.fft.fftn, "ifft": torch.fft.ifftn, "rfft": torch.fft.rfftn, "irfft": torch.fft.irfftn}
@@ -178,7 +179,7 @@ class DistributedFFT(RuleLayer):
         if len(self.s) != len(self.dim):
             raise self._refuse(f"s={self.s} does not have a length for each of dim={self.dim}")
 
-    def result_dtype(self, inputs: Inputs) -> torch.dtype:
+    def result_dtype(self, inputs: Inputs, shape: Shape) -> torch.dtype:
         torch_dtype(self, inputs, 1, partial(_TRANSFORMS[self.function], s=(1,)))
         return inputs.dtype
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -13,12 +12,10 @@ import torch.nn.functional as F
 from distdl_lite import layout as lay
 from distdl_lite.factors import cut
 from distdl_lite.layout import Box, Dim, Range, Shape
-from distdl_lite.nn.blocks import Local, edge_pad, torch_dtype
-from distdl_lite.nn.compiler import Compiler, Value, rule
-from distdl_lite.nn.inputs import Inputs
-from distdl_lite.nn.options import numbers, per_dim
-from distdl_lite.nn.rule_layer import RuleLayer
-from distdl_lite.partition import Partition
+from distdl_lite.nn.blocks import Local, edge_pad
+from distdl_lite.nn.compiler import Compiler
+from distdl_lite.nn.face import Face
+from distdl_lite.nn.value import Operation, Value, rule
 
 _MODES = {"constant": "constant", "reflection": "reflect", "replication": "replicate"}  # by the operation's first word
 _BOUNDARIES = {"constant": "zeros"}  # the others are of the same name
@@ -100,7 +97,7 @@ def _edge(wanted: Box, held: Box, shape: Shape, sides: Sides, mode: str, value: 
     return fill if outside else None
 
 
-class _DistributedPad(RuleLayer):
+class _DistributedPad(Face):
     """The tensor that the blocks over `P_x` form, padded at its own edges, equal to torch's.
 
     Input in blocks of any sizes and of any dtype that torch pads, cut along any dims; output in balanced blocks of the
@@ -111,17 +108,15 @@ class _DistributedPad(RuleLayer):
     P_x : Partition
         One axis per tensor dim. The last 1, 2 or 3 dims are padded; before them stand channels and, maybe, the batch, and
         any number of dims for a constant.
-    padding : int or sequence of int
-        In points, ``(left, right)`` of the last dim first, as in torch; a negative number crops.
-    value : float
-        Of a constant pad.
+    padding, value
+        As in torch's layer: points, ``(left, right)`` of the last dim first, of which negative ones are cropped; the value of
+        a constant pad.
 
     Raises
     ------
-    ValueError
-        In the constructor if partition or padding do not fit the dims; at build if torch refuses the padding for the shape
-        of the global tensor, or a circular one reads more points than cropping has left (torch returns unset memory). On all
-        ranks alike.
+    ValueError, TypeError
+        At build if torch refuses the padding for the shape of the global tensor, or a circular one reads more points than
+        cropping has left (torch returns unset memory). On all ranks alike.
 
     Notes
     -----
@@ -129,113 +124,79 @@ class _DistributedPad(RuleLayer):
     padded dims are not cut and the others are cut in balanced blocks.
     """
 
-    dims: int
     mode = "constant"
-    value: float = 0.0
+    value = 0.0
 
-    def __init__(self, P_x: Partition, padding: int | Sequence[int]) -> None:
-        super().__init__(P_x)
-        self.P_x = P_x
-        self.padding = per_dim(self, 2 * self.dims, "padding", padding, least=None)
-        leading = P_x.dim - self.dims
-        if leading < 0 or (self.mode != "constant" and leading not in (1, 2)):
-            raise self._refuse(
-                f"P_x of shape {P_x.shape} has {P_x.dim} axes, which does not fit {self.dims} padded dims"
-            )
+    @property
+    def for_one_point(self) -> Mapping[str, Any]:  # type: ignore[override]
+        """Attributes with which torch's layer takes a tensor of one point."""
+        return {"padding": (0,) * len(self.padding)}
 
-    def result_dtype(self, inputs: Inputs) -> torch.dtype:
-        if self.mode == "constant":
-            return inputs.dtype
-        return torch_dtype(self, inputs, self.P_x.dim, partial(F.pad, pad=(0,) * len(self.padding), mode=self.mode))
-
-    def rule(self, c: Compiler, x: Value) -> Value:
-        sides = zip(x.shape[::-1], self.padding[::2], self.padding[1::2], strict=False)
+    def judged(self, *inputs: tuple[Shape, torch.dtype], device: str = "meta") -> Operation:
+        sides = zip(inputs[0][0][::-1], self.padding[::2], self.padding[1::2], strict=False)
         # torch 2.14 refuses to make nothing by reflection on the meta device alone.
-        device = "cpu" if any(n + left + right == 0 for n, left, right in sides) else "meta"
-        try:
-            F.pad(torch.empty(x.shape, dtype=x.dtype, device=device), self.padding, self.mode, self.value)
-        except (RuntimeError, IndexError, ValueError) as error:
-            raise ValueError(f"padding={self.padding} of a tensor of shape {x.shape}: {error}") from error
-        return padded(c, x, self.padding, self.mode, self.value)
+        return super().judged(*inputs, device="cpu" if any(map(_is_nothing, sides)) else device)
 
-    def extra_repr(self) -> str:
-        return f"padding={self.padding}, P_x={self.P_x.shape}"
+    def rule(self, c: Compiler, x: Value, **held: Value) -> Value:
+        return padded(c, x, self.padding, self.mode, self.value or 0)
 
 
-class _DistributedConstantPad(_DistributedPad):
-    def __init__(self, P_x: Partition, padding: int | Sequence[int], value: float) -> None:
-        super().__init__(P_x, padding)
-        numbers(self, value=value)
-        self.value = value
-
-    def extra_repr(self) -> str:
-        return f"padding={self.padding}, value={self.value}, P_x={self.P_x.shape}"
+def _is_nothing(sides: Sequence[Any]) -> bool:
+    return all(isinstance(n, int) for n in sides) and sum(sides) == 0
 
 
-class DistributedZeroPad1d(_DistributedPad):
-    dims = 1
-
-
-class DistributedZeroPad2d(_DistributedPad):
-    dims = 2
-
-
-class DistributedZeroPad3d(_DistributedPad):
-    dims = 3
-
-
-class DistributedConstantPad1d(_DistributedConstantPad):
-    dims = 1
-
-
-class DistributedConstantPad2d(_DistributedConstantPad):
-    dims = 2
-
-
-class DistributedConstantPad3d(_DistributedConstantPad):
-    dims = 3
-
-
-class DistributedReflectionPad1d(_DistributedPad):
-    dims = 1
+class _DistributedReflectionPad(_DistributedPad):
     mode = "reflect"
 
 
-class DistributedReflectionPad2d(_DistributedPad):
-    dims = 2
-    mode = "reflect"
-
-
-class DistributedReflectionPad3d(_DistributedPad):
-    dims = 3
-    mode = "reflect"
-
-
-class DistributedReplicationPad1d(_DistributedPad):
-    dims = 1
+class _DistributedReplicationPad(_DistributedPad):
     mode = "replicate"
 
 
-class DistributedReplicationPad2d(_DistributedPad):
-    dims = 2
-    mode = "replicate"
-
-
-class DistributedReplicationPad3d(_DistributedPad):
-    dims = 3
-    mode = "replicate"
-
-
-class DistributedCircularPad1d(_DistributedPad):
-    dims = 1
+class _DistributedCircularPad(_DistributedPad):
     mode = "circular"
 
 
-class DistributedCircularPad2d(_DistributedPad):
-    dims = 2
-    mode = "circular"
+class DistributedZeroPad1d(_DistributedPad, serial=torch.nn.ZeroPad1d): ...
 
 
-class DistributedCircularPad3d(_DistributedPad):
-    dims = 3
-    mode = "circular"
+class DistributedZeroPad2d(_DistributedPad, serial=torch.nn.ZeroPad2d): ...
+
+
+class DistributedZeroPad3d(_DistributedPad, serial=torch.nn.ZeroPad3d): ...
+
+
+class DistributedConstantPad1d(_DistributedPad, serial=torch.nn.ConstantPad1d): ...
+
+
+class DistributedConstantPad2d(_DistributedPad, serial=torch.nn.ConstantPad2d): ...
+
+
+class DistributedConstantPad3d(_DistributedPad, serial=torch.nn.ConstantPad3d): ...
+
+
+class DistributedReflectionPad1d(_DistributedReflectionPad, serial=torch.nn.ReflectionPad1d): ...
+
+
+class DistributedReflectionPad2d(_DistributedReflectionPad, serial=torch.nn.ReflectionPad2d): ...
+
+
+class DistributedReflectionPad3d(_DistributedReflectionPad, serial=torch.nn.ReflectionPad3d): ...
+
+
+class DistributedReplicationPad1d(_DistributedReplicationPad, serial=torch.nn.ReplicationPad1d): ...
+
+
+class DistributedReplicationPad2d(_DistributedReplicationPad, serial=torch.nn.ReplicationPad2d): ...
+
+
+class DistributedReplicationPad3d(_DistributedReplicationPad, serial=torch.nn.ReplicationPad3d): ...
+
+
+class DistributedCircularPad1d(_DistributedCircularPad, serial=torch.nn.CircularPad1d): ...
+
+
+class DistributedCircularPad2d(_DistributedCircularPad, serial=torch.nn.CircularPad2d): ...
+
+
+class DistributedCircularPad3d(_DistributedCircularPad, serial=torch.nn.CircularPad3d): ...

@@ -9,11 +9,13 @@ from typing import Any
 import torch
 
 from distdl_lite.factors import Dims, uncut
+from distdl_lite.layout import Shape
 from distdl_lite.nn.blocks import wide
-from distdl_lite.nn.compiler import Compiler, Value, rule
+from distdl_lite.nn.compiler import Compiler
 from distdl_lite.nn.inputs import Inputs
 from distdl_lite.nn.options import booleans, different_dims
 from distdl_lite.nn.rule_layer import RuleLayer
+from distdl_lite.nn.value import Value, rule
 from distdl_lite.partition import Partition
 
 
@@ -109,7 +111,7 @@ class DistributedMean(RuleLayer):
         if dim is not None:
             different_dims(self, P_x.dim, dim)
 
-    def result_dtype(self, inputs: Inputs) -> torch.dtype:
+    def result_dtype(self, inputs: Inputs, shape: Shape) -> torch.dtype:
         if not (inputs.dtype.is_floating_point or inputs.dtype.is_complex):
             raise self._refuse(f"the input has dtype {inputs.dtype}, which has no means", TypeError)
         return inputs.dtype
