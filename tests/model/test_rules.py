@@ -743,7 +743,7 @@ def test_function(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for shape in [(1, 1, 2, 2), (2, 1, 3, 1), (1, 2, 2, 1)]:
         grid = Grid(shape, tuple(range(math.prod(shape))))
         given = [(blocks(x.shape, range(4), grid), True)]
-        programs = [compiled(captured, grid, rank, None, given, frozenset(), strict=True) for rank in grid.ranks]
+        programs = [compiled(captured, grid, rank, None, given, strict=True) for rank in grid.ranks]
         for program in programs:
             c = program.compiler
             for feed, value in program.feeds:
@@ -780,7 +780,7 @@ def test_refusal(function: Any, text: str) -> None:
     shape = (2, 4, 6, 6)
     captured = capture(_Function(function), (torch.empty(shape, device="meta"),), {})
     with pytest.raises(RuntimeError, match=text):
-        compiled(captured, grid, 0, None, [(blocks(shape, range(4), grid), True)], frozenset(), strict=True)
+        compiled(captured, grid, 0, None, [(blocks(shape, range(4), grid), True)], strict=True)
 
 
 class Recurrent(torch.nn.Module):
@@ -832,7 +832,7 @@ def test_constants_are_made_late() -> None:
 
     grid = Grid((1, 1, 2, 2), tuple(range(4)))
     captured = capture(_Function(function), (torch.empty((4, 2, 12, 6), device="meta"),), {})
-    program = compiled(captured, grid, 0, None, [(blocks((4, 2, 12, 6), range(4), grid), False)], frozenset())
+    program = compiled(captured, grid, 0, None, [(blocks((4, 2, 12, 6), range(4), grid), False)])
     lines = program.compiler.source(*program.arguments).splitlines()
     (made,) = (line for line in lines if "make" in line)
     assert made.endswith("((4, 1, 6, 3))")
