@@ -176,7 +176,9 @@ def capture(
         except Exception as error:
             raise RuntimeError(_why(model, error)) from error
         _detach_regions(program.graph_module)
-        program = program.run_decompositions(dict(_composites(frozenset(RULES))))  # a copy, which torch changes
+        program = program.run_decompositions(
+            dict(_composites(frozenset({*RULES, "item"})))
+        )  # a copy, which torch changes
     return _captured(program)
 
 
