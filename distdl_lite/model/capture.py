@@ -168,9 +168,7 @@ def capture(
         made = {n: torch.empty(whole[n], dtype=p.dtype, device=p.device) for n, p in blocks.items()}
         parts = {id(p): torch.nn.Parameter(made[n], p.requires_grad) for n, p in blocks.items()}
     model = copy.deepcopy(model, parts) if parts else model  # not there, where no real buffer can be copied
-    # Tensors that are saved while it is recorded are not for a checkpoint around the call to count.
-    unhooked = torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor)
-    with warnings.catch_warnings(), _refusing_what_is_lost(), unhooked, _knowing_arange():
+    with warnings.catch_warnings(), _refusing_what_is_lost(), _uncounted(), _knowing_arange():
         warnings.simplefilter("ignore")
         try:
             program = export(model, args, kwargs, strict=False)
@@ -178,6 +176,12 @@ def capture(
             program = program.run_decompositions(dict(_composites(frozenset(RULES))))  # a copy, which torch changes
         except Exception as error:
             raise RuntimeError(_why(model, error)) from error
+<<<<<<< HEAD
+=======
+        _detach_regions(program.graph_module)
+        known = frozenset({*RULES, "item"})
+        program = program.run_decompositions(dict(_composites(known)))  # a copy, which torch changes
+>>>>>>> 450ef2b054535f75d08ea528db326ca575c1e64b
     return _captured(program)
 
 
@@ -264,6 +268,22 @@ def _knowing_arange() -> Iterator[None]:
         yield
     finally:
         torch.arange, FakeTensor.tolist = arange, tolist  # type: ignore[method-assign]
+
+
+@contextmanager
+def _uncounted() -> Iterator[None]:
+    """Tensors that are saved while a model is recorded are not for a checkpoint around the call to count."""
+    saved: list[torch.Tensor] = []
+
+    def number(tensor: torch.Tensor) -> int:
+        saved.append(tensor)
+        return len(saved) - 1
+
+    try:
+        with torch.autograd.graph.saved_tensors_hooks(number, saved.__getitem__):
+            yield
+    finally:
+        saved.clear()  # a node that saved its own output would hold itself for ever
 
 
 def _is_users(file: str) -> bool:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+<<<<<<< HEAD
 import warnings
+=======
+import gc
+>>>>>>> 450ef2b054535f75d08ea528db326ca575c1e64b
 from collections.abc import Callable
 from typing import Any
 
@@ -10,8 +14,10 @@ import pytest
 import torch
 from ranks import on_ranks
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import distdl_lite as dl
+from distdl_lite.model.capture import capture
 
 
 class Scaled(nn.Module):
@@ -134,3 +140,16 @@ def test_wrong_models(world: dl.Partition) -> None:
     net = dl.distribute(model, P)
     torch.testing.assert_close(net(mine), model(x)[P.block(x.shape)])
     net(mine).sum().backward()
+
+
+def test_records_are_freed() -> None:
+    """What capturing makes goes with the record."""
+
+    def alive() -> int:
+        gc.collect()
+        return sum(type(o) is FakeTensorMode for o in gc.get_objects())
+
+    model, before = nn.Sequential(nn.Conv2d(2, 2, 1), nn.Tanh()), alive()
+    for size in (4, 5):
+        capture(model, (torch.empty(1, 2, size, 4, device="meta"),), {})
+    assert alive() == before
