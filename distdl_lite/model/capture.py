@@ -176,12 +176,6 @@ def capture(
             program = program.run_decompositions(dict(_composites(frozenset(RULES))))  # a copy, which torch changes
         except Exception as error:
             raise RuntimeError(_why(model, error)) from error
-<<<<<<< HEAD
-=======
-        _detach_regions(program.graph_module)
-        known = frozenset({*RULES, "item"})
-        program = program.run_decompositions(dict(_composites(known)))  # a copy, which torch changes
->>>>>>> 450ef2b054535f75d08ea528db326ca575c1e64b
     return _captured(program)
 
 

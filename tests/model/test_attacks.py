@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-<<<<<<< HEAD
-import warnings
-=======
 import gc
->>>>>>> 450ef2b054535f75d08ea528db326ca575c1e64b
+import warnings
 from collections.abc import Callable
 from typing import Any
 
