@@ -224,10 +224,6 @@ def _step(
 def _gathered(program: Program, node: Node, op: Operation, args: Any, kwargs: dict[str, Any], strict: bool) -> Any:
     """An operation without a rule: its inputs are made whole, if they are not, and every rank runs all of it."""
     c = program.compiler
-    if any(not isinstance(n, int) for shape, *_ in op.outputs for n in shape):
-        raise RuntimeError(
-            f"{place_of(node)}: the shape of what {op.name} makes depends on data, which is not supported"
-        )
     given = dict(zip((a.name for a in node.target._schema.arguments), args, strict=False))
     draws = bool(
         given.get("dropout", 1) and given.get("train", True)

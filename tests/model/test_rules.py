@@ -769,8 +769,8 @@ def test_gradients_over_ranks(name: str) -> None:
     ("function", "text"),
     [
         (lambda x: x.as_strided((4, 4), (1, 2)), "as_strided reads memory"),
-        (lambda x: x[x > 0], "the shape of what index makes depends on data"),
-        (lambda x: x.nonzero(), "the shape of what nonzero makes depends on data"),
+        (lambda x: x[x > 0], "the result of index depends on data"),
+        (lambda x: x.nonzero(), "the result of nonzero depends on data"),
         (lambda x: x.float().view(torch.int32), "view has no rule for this case"),
         (lambda x: x.masked_scatter(x > 0, x), "masked_scatter has no rule for this case"),
     ],
