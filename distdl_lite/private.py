@@ -31,6 +31,11 @@ def at_end_of_backward(callback: Callable[[], None]) -> None:
     torch.autograd.Variable._execution_engine.queue_callback(callback)  # type: ignore[attr-defined]
 
 
+def is_composite(operation: Any) -> bool:
+    """Whether torch defines an operation by others."""
+    return torch._C._dispatch_has_kernel_for_dispatch_key(operation.name(), "CompositeImplicitAutograd")  # type: ignore[attr-defined, no-any-return]
+
+
 def holders(tensor: torch.Tensor) -> int:
     """How many tensors share the memory, one more or less; see tests/parallel/test_buckets.py."""
     return torch._C._storage_Use_Count(tensor.untyped_storage()._cdata)  # type: ignore[attr-defined]

@@ -19,6 +19,7 @@ from torch.utils import _pytree as pytree
 from distdl_lite.layout import Shape
 from distdl_lite.nn.module import Module
 from distdl_lite.nn.value import RULES, Operation
+from distdl_lite.private import is_composite
 
 _OURS, _TORCHS = Path(__file__).parent.parent, Path(torch.__file__).parent
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -171,11 +172,10 @@ def capture(
         warnings.simplefilter("ignore")
         try:
             program = export(model, args, kwargs, strict=False)
+            _detach_regions(program.graph_module)
+            program = program.run_decompositions(dict(_composites(frozenset(RULES))))  # a copy, which torch changes
         except Exception as error:
             raise RuntimeError(_why(model, error)) from error
-        _detach_regions(program.graph_module)
-        known = frozenset({*RULES, "item"})
-        program = program.run_decompositions(dict(_composites(known)))  # a copy, which torch changes
     return _captured(program)
 
 
@@ -188,8 +188,8 @@ def _composites(ruled: frozenset[str]) -> dict[Any, Callable[..., Any]]:
     return {
         overload: definition
         for overload, definition in torch.export.default_decompositions().items()
-        if torch._C._dispatch_has_kernel_for_dispatch_key(overload.name(), "CompositeImplicitAutograd")
-        and overload.overloadpacket.__name__ not in ruled
+        if is_composite(overload)
+        and overload.overloadpacket.__name__ not in {*ruled, "item"}  # which the error names
         and torch.Tag.pointwise not in overload.tags
     }
 
@@ -244,7 +244,12 @@ def _knowing_arange() -> Iterator[None]:
 
     def made(*args: Any, **kwargs: Any) -> torch.Tensor:
         y = arange(*args, **kwargs)
-        if all(type(a) is int for a in args):
+        if (
+            args
+            and all(type(a) is int for a in args)
+            and y.dtype is torch.int64
+            and not {"end", "step"} & kwargs.keys()
+        ):
             y._distdl_known = range(*args), y._version  # type: ignore[attr-defined]
         return y
 

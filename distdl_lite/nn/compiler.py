@@ -221,9 +221,11 @@ class Compiler(Source):
             return self.made_later(value.make, dims, value.dtype)
         pairs = [_alike(h, w) for h, w in zip(value.dims, dims, strict=True)]
         if None in pairs:  # the cuts of some dims have no factors in common
-            whole = tuple(h if p else (uncut(size_of(h)),) for h, p in zip(value.dims, pairs, strict=True))
-            whole = dims if whole == value.dims else whole
-            return self.move(self.move(value, whole, why), dims, why)
+            between = tuple(
+                h if p else _between(h, w, self.grid) for h, w, p in zip(value.dims, dims, pairs, strict=True)
+            )
+            between = dims if between == value.dims else between
+            return self.move(self.move(value, between, why), dims, why)
         held, wanted = (tuple(dim for pair in pairs for dim in pair[side]) for side in (0, 1))  # type: ignore[index]
         if held == wanted:
             return self.renamed(value, dims)
@@ -418,6 +420,17 @@ def _alike(held: tuple[Dim, ...], wanted: tuple[Dim, ...]) -> tuple[tuple[Dim, .
     lengths = common_lengths([length_of(d) for d in held], [length_of(d) for d in wanted])
     both = lengths and (refined(held, lengths), refined(wanted, lengths))
     return both if both and None not in both else None  # type: ignore[return-value]
+
+
+def _between(held: tuple[Dim, ...], wanted: tuple[Dim, ...], grid: Grid) -> tuple[Dim, ...]:
+    """One dim on the way between cuts without common factors: along the first axes of one of them, whole if need be."""
+    n = size_of(held)
+    for axes in (axes_of(held), axes_of(wanted)):
+        for k in range(len(axes) - 1, 0, -1):
+            dim = (cut(n, axes[:k], grid),)
+            if _alike(held, dim) and _alike(dim, wanted):
+                return dim
+    return (uncut(n),)
 
 
 def _kind(held: Sequence[Dim], wanted: Sequence[Dim]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -124,8 +125,11 @@ def test_replaced_modules(world: dl.Partition) -> None:
 def test_wrong_models(world: dl.Partition) -> None:
     """What holds no Python, or what is distributed already, is refused by name, and the next call is right."""
     P, x, mine = grid(world)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's, that tracing is of the past
+        traced = torch.jit.trace(nn.ReLU(), x)
     with pytest.raises(TypeError, match="scripted or traced"):
-        dl.distribute(torch.jit.trace(nn.ReLU(), x), P)
+        dl.distribute(traced, P)
     model = nn.Conv2d(2, 2, 3, padding=1)
     for inner in (dl.distribute(model, P), dl.nn.DistributedConv2d(P, 2, 2, 1)):
         with pytest.raises(RuntimeError, match=r"module 0, .*, is distributed already"):

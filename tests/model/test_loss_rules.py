@@ -104,6 +104,6 @@ def test_dims_that_python_reads() -> None:
         return (2 * (x * t).sum(over) / (x.square().sum([0, *over]) + t.square().sum(over))).mean()
 
     for grid in GRIDS:
-        proved(grid, SHAPE, SHAPE, dice)
+        proved(grid, SHAPE, SHAPE, dice, lambda x, t, w: x * torch.arange(start=1, end=7))
     with pytest.raises(RuntimeError, match="data-dependent"):
         proved(GRIDS[0], SHAPE, SHAPE, lambda x, t, w: x.sum(torch.arange(2, x.dim()).add_(0).tolist()))

@@ -743,7 +743,7 @@ def test_function(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for shape in [(1, 1, 2, 2), (2, 1, 3, 1), (1, 2, 2, 1)]:
         grid = Grid(shape, tuple(range(math.prod(shape))))
         given = [(blocks(x.shape, range(4), grid), True)]
-        programs = [compiled(captured, grid, rank, None, given, frozenset(), strict=True) for rank in grid.ranks]
+        programs = [compiled(captured, grid, rank, None, given, strict=True) for rank in grid.ranks]
         for program in programs:
             c = program.compiler
             for feed, value in program.feeds:
@@ -780,7 +780,7 @@ def test_refusal(function: Any, text: str) -> None:
     shape = (2, 4, 6, 6)
     captured = capture(_Function(function), (torch.empty(shape, device="meta"),), {})
     with pytest.raises(RuntimeError, match=text):
-        compiled(captured, grid, 0, None, [(blocks(shape, range(4), grid), True)], frozenset(), strict=True)
+        compiled(captured, grid, 0, None, [(blocks(shape, range(4), grid), True)], strict=True)
 
 
 class Recurrent(torch.nn.Module):
@@ -809,6 +809,20 @@ def test_recurrences() -> None:
     assert not prove(_Function(torch.nn.GRUCell(4, 6)), (2, 2), (5, 4)).program.gathered
 
 
+def test_cuts_without_common_factors() -> None:
+    """Tokens cut in one go are added to rows and columns that are cut: they are gathered along the last axis alone."""
+
+    def function(x: torch.Tensor) -> torch.Tensor:
+        tokens = x.flatten(2).transpose(1, 2)
+        heads = tokens.reshape(*tokens.shape[:2], 4, 2).transpose(1, 2)
+        attended = (heads @ heads.transpose(2, 3)).softmax(-1) @ heads
+        return tokens + attended.transpose(1, 2).reshape(tokens.shape).cumsum(-1)
+
+    program = prove(_Function(function), (1, 1, 2, 2), (2, 8, 6, 6), out_axes=[(0, 2, None)], steps=0).program
+    ends = [dims for m in program.compiler.movements if m.kind == "gather" and (dims := m.Y.dims)]
+    assert all(any(dim.axes for dim in dims) for dims in ends)
+
+
 def test_constants_are_made_late() -> None:
     """Zeros through views, slices, expands and casts are made in the layout in which they are used."""
 
@@ -818,7 +832,7 @@ def test_constants_are_made_late() -> None:
 
     grid = Grid((1, 1, 2, 2), tuple(range(4)))
     captured = capture(_Function(function), (torch.empty((4, 2, 12, 6), device="meta"),), {})
-    program = compiled(captured, grid, 0, None, [(blocks((4, 2, 12, 6), range(4), grid), False)], frozenset())
+    program = compiled(captured, grid, 0, None, [(blocks((4, 2, 12, 6), range(4), grid), False)])
     lines = program.compiler.source(*program.arguments).splitlines()
     (made,) = (line for line in lines if "make" in line)
     assert made.endswith("((4, 1, 6, 3))")

@@ -167,6 +167,10 @@ class _DistributedLoss(Face):
         for name, buffer in serial._buffers.items():
             self.register_buffer(name, buffer)
 
+    def _held(self, device: str) -> dict[str, Any]:
+        # torch's takes for a mean what it takes for a sum, but that of a divergence warns.
+        return {**super()._held(device), "reduction": "sum" if self.reduction == "mean" else self.reduction}
+
     def _distdl_module_setup(self, input: tuple[Any, ...]) -> Call:
         grid, rank = self.P_x.grid_of_ranks, self._distdl_transport.rank
         inputs, targets = agreed_inputs(self, self.P_x), agreed_inputs(self, self.P_x, position=1)

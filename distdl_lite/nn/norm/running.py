@@ -99,6 +99,8 @@ class _InstanceNorm(torch.nn.InstanceNorm1d):
     """torch's, of any number of dims."""
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
+        if self.affine and input.shape[1] != self.num_features:  # else any number goes
+            raise ValueError(f"expected num_features={self.num_features} channels, got {input.shape[1]}")
         return self._apply_instance_norm(input)  # type: ignore[no-any-return]
 
 
