@@ -36,6 +36,17 @@ def default_axes(dims: int, dtype: torch.dtype, grid: Grid) -> Axes:
     return (0, *[None] * (dims - 1)) if dims else ()
 
 
+def fitting_axes(axes: Axes | None, dims: int, dtype: torch.dtype, grid: Grid) -> Axes:
+    """The axes of a tensor, or those of `default_axes` for None. Raises ValueError if they do not fit it."""
+    if axes is None:
+        return default_axes(dims, dtype, grid)
+    cutting = [a for a in axes if a is not None] if isinstance(axes, (tuple, list)) and len(axes) == dims else [-1]
+    if not set(cutting) <= set(range(grid.dim)) or len(set(cutting)) < len(cutting):
+        shape = f"a tensor of {dims} dims over a grid of shape {grid.shape}"
+        raise ValueError(f"the axes {axes!r} do not fit {shape}: an axis or None for each dim, no axis twice")
+    return axes
+
+
 @dataclass
 class Program:
     """What one rank does for one structure.
@@ -172,7 +183,7 @@ def _in_turn(
             value = c.whole(value)
         elif isinstance(value, Value):
             axes = next(axes_of_outputs, None)
-            axes = default_axes(value.ndim, value.dtype, c.grid) if axes is None else axes
+            axes = fitting_axes(axes, value.ndim, value.dtype, c.grid)
             value = c.move(value, blocks(value.shape, axes, c.grid), "output")
         program.outputs.append((buffer, value))
     return program

@@ -17,7 +17,7 @@ from distdl_lite.factors import Dims, all_axes, local_shape, shape_of_dims, uncu
 from distdl_lite.layout import Dim, Layout, ranges_of
 from distdl_lite.model import rules as rules  # registers those that graphs alone need
 from distdl_lite.model.capture import Captured, as_module, capture
-from distdl_lite.model.compile import Axes, Program, compiled, default_axes
+from distdl_lite.model.compile import Axes, Program, compiled, fitting_axes
 from distdl_lite.model.report import TYPICAL, Machine, Report, cut_inputs, example, reported
 from distdl_lite.nn.blocks import anchored, connected_zeros
 from distdl_lite.nn.module import Call, Module
@@ -111,9 +111,10 @@ class Distributed(Module):
         rules: Mapping[str, Rule] | None = None,
     ) -> None:
         super().__init__(P)
-        model = as_module(model)
-        if P.dim > 1 and P.shape[1] > 1:
-            model = copy.deepcopy(model)  # some weights become blocks, which those of the caller's model do not
+        with refused_together(P, "distribute"):
+            model = _checked(model, in_axes, out_axes)
+            if P.dim > 1 and P.shape[1] > 1:
+                model = copy.deepcopy(model)  # some weights become blocks, which those of the caller's model do not
         self.__dict__["model"] = model
         self.__dict__.update(
             {k: vars(model)[k] for k in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")}
@@ -136,9 +137,8 @@ class Distributed(Module):
     def _start_alike(self) -> None:
         """Give all ranks the first one's weights and buffers, and number the sums of their gradients."""
         team = self.P.team
-        names = {name: (tuple(t.shape), t.dtype) for name, t in self._named()}
-        told = dict(zip(team, team.world.gather_objects(team, (type(self.model).__name__, names)), strict=True))
-        check_alike("model", told, self._distdl_label)
+        tensors = (f"{name} {tuple(t.shape)} {t.dtype}" for name, t in self._named())
+        self._check_lines("the model is", [f"a {type(self.model).__name__}", *tensors])
         with torch.no_grad():
             for tensor in {id(tensor): tensor for _, tensor in self._named()}.values() if team.size > 1 else ():
                 values = tensor.detach().contiguous()
@@ -236,12 +236,16 @@ class Distributed(Module):
 
     def _check_same_graph(self, captured: Captured, program: Program) -> None:
         """Raise ValueError on all ranks if the model does something else on one: their movements would not meet."""
+        movements = (f"a movement {m.kind} {m.X} {m.Y}" for m in program.compiler.movements)
+        self._check_lines("the model does", [*captured.lines(), *movements])
+
+    def _check_lines(self, what: str, lines: list[str]) -> None:
+        """Raise ValueError on all ranks, with the first line that differs, unless all have the same."""
         team = self.P.team
-        lines = [*captured.lines(), *(f"a movement {m.kind} {m.X} {m.Y}" for m in program.compiler.movements)]
         if not is_unanimous(team, vote_of("\n".join(lines))):
             told = dict(zip(team, team.world.gather_objects(team, lines), strict=True))
             for there in zip_longest(*told.values()):
-                check_alike("the model does", dict(zip(told, there, strict=True)), self._distdl_label)
+                check_alike(what, dict(zip(told, there, strict=True)), "distribute")
 
     def _compiled(self, input: tuple[Any, ...]) -> tuple[Captured, Program]:
         """The graph and this rank's program for what the ranks passed."""
@@ -294,9 +298,7 @@ class Distributed(Module):
         first = tensors[grid.ranks[0]]
         if first.dtype is None:
             raise TypeError(f"{name}: a dense tensor is needed, not {first.kind}")
-        axes = default_axes(len(first.shape), first.dtype, grid) if axes is None else axes
-        if len(axes) != len(first.shape):
-            raise ValueError(f"{name}: in_axes {tuple(axes)} do not fit a tensor of {len(first.shape)} dims")
+        axes = fitting_axes(axes, len(first.shape), first.dtype, grid)
         lengths = [[0] if a is None else [0] * grid.shape[a] for a in axes]
         for d, axis in enumerate(axes):
             for i in range(1 if axis is None else grid.shape[axis]):
@@ -359,6 +361,20 @@ class Distributed(Module):
 
 def _layout_of(P: Partition, dims: Dims) -> Layout:
     return Layout(P.grid_of_ranks, tuple(factor for (factor,) in dims))
+
+
+def _checked(model: Any, *given: Any) -> torch.nn.Module:
+    """The model as a module, if its weights can be shared, and what says how tensors are cut is of the right type."""
+    for axes in given:
+        if not isinstance(axes, (tuple, list, type(None))):
+            raise TypeError(f"in_axes and out_axes have axes, or None, for each tensor; not {axes!r}")
+    module = as_module(model)
+    for name, tensor in (*module.named_parameters(), *module.named_buffers()):
+        if tensor.is_meta or torch.nn.parameter.is_lazy(tensor):
+            raise ValueError(
+                f"{name} has no values yet: it is {'lazy' if not tensor.is_meta else 'on the meta device'}"
+            )
+    return module
 
 
 def _word(leaf: Any) -> str:

@@ -140,7 +140,7 @@ def _forward(program: Program, blocks: dict[str, Any], outputs: Sequence[Value],
 def _stand_in(program: Program, line: Line, names: dict[str, Any]) -> None:
     c = program.compiler
     for value in (c.values[name] for name in line.writes):
-        names[value.name] = nothing([names[n] for n in line.reads], c.local(value.dims), value.dtype, False, False)
+        names[value.name] = nothing([names[n] for n in line.reads], c.local(value.dims), value.dtype, False, True)
 
 
 class Meter(TorchDispatchMode):

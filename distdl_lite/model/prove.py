@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 
 from distdl_lite.factors import length_of
 from distdl_lite.model.capture import Captured, capture, name_of, path_of
-from distdl_lite.model.compile import Program, default_axes
+from distdl_lite.model.compile import Program, fitting_axes
 from distdl_lite.model.distributed import Distributed, Given
 from distdl_lite.nn.value import Value
 from distdl_lite.partition import Partition
@@ -229,7 +229,7 @@ def _blocks(values: Sequence[Any], P: Partition, given: Given) -> list[Any]:
 def _block(x: torch.Tensor, P: Partition, given: Given, number: int) -> torch.Tensor:
     """This rank's block of the tensor of a number among the arguments' or the outputs'."""
     axes = given[number] if given is not None and number < len(given) else None
-    axes = default_axes(x.dim(), x.dtype, P.grid_of_ranks) if axes is None else axes
+    axes = fitting_axes(axes, x.dim(), x.dtype, P.grid_of_ranks)
     return x[P.block(x.shape, axes)].clone()  # type: ignore[attr-defined]
 
 

@@ -17,7 +17,7 @@ from distdl_lite.factors import Dims, all_axes, blocks, length_of, local_shape
 from distdl_lite.grid import Grid, unravel
 from distdl_lite.layout import Shape
 from distdl_lite.model.capture import Captured, as_module, capture
-from distdl_lite.model.compile import Axes, Program, compiled, default_axes
+from distdl_lite.model.compile import Axes, Program, compiled, fitting_axes
 from distdl_lite.model.dry import DryTransport, Runs, dry_run
 from distdl_lite.nn.value import Movement, Value
 from distdl_lite.operator import wire_itemsize
@@ -297,11 +297,7 @@ def cut_inputs(args: Sequence[Any], grid: Grid, in_axes: Any) -> dict[int, tuple
     feeds, given = {}, iter(in_axes or ())
     for number, leaf in enumerate(pytree.tree_leaves((tuple(args), {}))):
         if isinstance(leaf, torch.Tensor):
-            axes = next(given, None)
-            axes = default_axes(leaf.dim(), leaf.dtype, grid) if axes is None else axes
-            if len(axes) != leaf.dim() or any(a is not None and not 0 <= a < grid.dim for a in axes):
-                shapes = f"a tensor of shape {tuple(leaf.shape)} over a grid of shape {grid.shape}"
-                raise ValueError(f"the axes {tuple(axes)} do not fit {shapes}")
+            axes = fitting_axes(next(given, None), leaf.dim(), leaf.dtype, grid)
             feeds[number] = blocks(tuple(leaf.shape), axes, grid), leaf.requires_grad
     return feeds
 

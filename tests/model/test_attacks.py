@@ -134,6 +134,21 @@ def test_wrong_models(world: dl.Partition) -> None:
     for inner in (dl.distribute(model, P), dl.nn.DistributedConv2d(P, 2, 2, 1)):
         with pytest.raises(RuntimeError, match=r"module 0, .*, is distributed already"):
             dl.distribute(nn.Sequential(inner), P)(mine)
+    for wrong, text in (
+        (None, "a function is needed, not NoneType"),
+        (nn.ReLU(), "the model is a ReLU, others"),
+        (nn.Conv2d(2, 3, 3), r"the model is weight \(3, 2, 3, 3\)"),
+        (nn.Conv2d(2, 2, 3, device="meta"), "weight has no values yet: it is on the meta device"),
+        (nn.LazyConv2d(2, 3), "weight has no values yet: it is lazy"),
+    ):
+        with pytest.raises((TypeError, ValueError), match=f"distribute: .*{text}"):
+            dl.distribute(wrong if world.rank else model, P)
+    for axes in ((0, 1), (0, 1, 2, 2), (0, 1, 2, 4), (0, 1, 2, -1), (0, 1, 2, 0.5), 3):
+        for which in ("in_axes", "out_axes"):
+            with pytest.raises(ValueError, match=r"the axes .* do not fit a tensor of 4 dims"):
+                dl.distribute(model, P, **{which: [axes]})(mine)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="in_axes and out_axes have axes"):
+        dl.distribute(model, P, in_axes="0123")  # type: ignore[arg-type]
     net = dl.distribute(model, P)
     torch.testing.assert_close(net(mine), model(x)[P.block(x.shape)])
     net(mine).sum().backward()

@@ -119,7 +119,8 @@ def _added_up(
         except Exception as raised:
             error, mine = raised, torch.zeros(shape, dtype=dtype, device=c.device)
         sums = add(torch.cat([mine.reshape(-1), mine.new_full((1,), error is not None)]))
-        if sums[-1].item():
+        is_dry = hasattr(sums, "fake_mode")  # a tensor without numbers, of a run that only counts
+        if not is_dry and sums[-1].item():
             raise_together(team, error, label)
         return sums[:-1].view(shape)
 
