@@ -209,10 +209,10 @@ def test_losses_in_float32(task: str, grid: Grid, recipe: str) -> None:
 
 @pytest.mark.mpi(min_size=4)
 @pytest.mark.parametrize("task", TASKS)
-def test_under_mpi(task: str, grid: Grid = (2, 2), recipe: str = "AdamW") -> None:
+def test_under_mpi(task: str) -> None:
     world = dl.Partition.world().create_partition_inclusive(range(4))
     if world.active:
-        check(world, task, recipe, grid, torch.float64, steps=6)
+        check(world, task, "AdamW", (2, 2), torch.float64, steps=6)
 
 
 @pytest.mark.parametrize("grid", [(2, 1, 2, 1), (2, 1, 1, 2), (4, 1, 1, 1)], ids=str)
