@@ -33,6 +33,11 @@ def cut(length: int, axes: Sequence[int], grid: Grid) -> Dim:
     return Dim(ranges_of(balanced(length, math.prod(grid.shape[a] for a in axes))), axes)
 
 
+def feature_axes(grid: Grid) -> tuple[int, ...]:
+    """The axes of a grid that may cut channels of weights: the second one, of channels."""
+    return (1,) if grid.dim > 1 and grid.shape[1] > 1 else ()
+
+
 def blocks(shape: Shape, axes: Sequence[int | None], grid: Grid) -> Dims:
     """The dims of a tensor in balanced blocks, each along an axis of the grid or whole."""
     return tuple((uncut(n) if a is None else cut(n, (a,), grid),) for n, a in zip(shape, axes, strict=True))

@@ -13,7 +13,7 @@ import torch
 from torch.fx import Node
 from torch.fx.node import map_arg
 
-from distdl_lite.factors import Dims, all_axes, blocks, uncut
+from distdl_lite.factors import Dims, all_axes, blocks, feature_axes, uncut
 from distdl_lite.grid import Grid
 from distdl_lite.model.capture import Captured, Feed, name_of, operation_of, path_of, place_of
 from distdl_lite.nn.compiler import Compiler
@@ -126,11 +126,16 @@ def compiled(
     known = inputs, frozen, placed, replicas, grads, strict, out_axes, ends, {**RULES, **(rules or {})}
     wishes: dict[str, Any] = {}
     # Looked at first if weights may be cut, as what comes later may wish that products before it were cut otherwise.
-    for runs_on in ([None] * 4 if grid.dim > 1 and grid.shape[1] > 1 else []) + [transport]:
-        c = Compiler(grid, rank, runs_on, "distribute", device)
+    for _ in range(4 if feature_axes(grid) else 0):
+        c = Compiler(grid, rank, None, "distribute", device)
         c.wishes.update(wishes)
-        program, wishes = _in_turn(c, captured, *known), c.wishes
-    return program
+        _in_turn(c, captured, *known)
+        if c.wishes == wishes:
+            break
+        wishes = c.wishes
+    c = Compiler(grid, rank, transport, "distribute", device)
+    c.wishes.update(wishes)
+    return _in_turn(c, captured, *known)
 
 
 def _in_turn(
@@ -236,9 +241,8 @@ def _gathered(program: Program, node: Node, op: Operation, args: Any, kwargs: di
     """An operation without a rule: its inputs are made whole, if they are not, and every rank runs all of it."""
     c = program.compiler
     given = dict(zip((a.name for a in node.target._schema.arguments), args, strict=False))
-    draws = bool(
-        given.get("dropout", 1) and given.get("train", True)
-    )  # a recurrent network does between its layers alone
+    # A recurrent network draws between its layers alone.
+    draws = bool(given.get("dropout", 1) and given.get("train", True))
     if torch.Tag.nondeterministic_seeded in node.target.tags and draws:
         raise RuntimeError(f"{place_of(node)}: {op.name} draws random numbers, and has no rule")
     if any(all_axes(value.dims) for value in values_in((args, tuple(kwargs.values())))):

@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 
 from distdl_lite.agreement import TensorStructure, check_alike, is_unanimous, refused_together, vote_of
 from distdl_lite.autograd import Node, copy_to_team
-from distdl_lite.factors import Dims, all_axes, local_shape, shape_of_dims, uncut
+from distdl_lite.factors import Dims, all_axes, feature_axes, local_shape, shape_of_dims, uncut
 from distdl_lite.layout import Dim, Layout, ranges_of
 from distdl_lite.model import rules as rules  # registers those that graphs alone need
 from distdl_lite.model.capture import Captured, as_module, capture
@@ -113,20 +113,14 @@ class Distributed(Module):
         super().__init__(P)
         with refused_together(P, "distribute"):
             model = _checked(model, in_axes, out_axes)
-            if P.dim > 1 and P.shape[1] > 1:
+            if feature_axes(P.grid_of_ranks):
                 model = copy.deepcopy(model)  # some weights become blocks, which those of the caller's model do not
         self.__dict__["model"] = model
         self.__dict__.update(
             {k: vars(model)[k] for k in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")}
         )
-        self.P, self.in_axes, self.out_axes, self.strict, self.cut, self.rules = (
-            P,
-            in_axes,
-            out_axes,
-            strict,
-            cut,
-            rules,
-        )
+        self.P, self.in_axes, self.out_axes, self.strict = P, in_axes, out_axes, strict
+        self.cut, self.rules = cut, rules
         self.training = model.training
         self._distdl_label = f"distribute({type(model).__name__})"
         self._replicas: dict[str, Replicas] = {}
@@ -371,9 +365,8 @@ def _checked(model: Any, *given: Any) -> torch.nn.Module:
     module = as_module(model)
     for name, tensor in (*module.named_parameters(), *module.named_buffers()):
         if tensor.is_meta or torch.nn.parameter.is_lazy(tensor):
-            raise ValueError(
-                f"{name} has no values yet: it is {'lazy' if not tensor.is_meta else 'on the meta device'}"
-            )
+            why = "on the meta device" if tensor.is_meta else "lazy"
+            raise ValueError(f"{name} has no values yet: it is {why}")
     return module
 
 
@@ -400,26 +393,23 @@ class _Running:
         self.program, self.captured, self.device = program, captured, program.compiler.device
         c = program.compiler
         self.run = c.compiled(*program.arguments)
-        self.modules = [
-            *net.model.modules()
-        ]  # kept, as ranks vote on the numbers of modules, which would be given again
+        # Kept, as ranks vote on the numbers of modules, which would be given again.
+        self.modules = [*net.model.modules()]
         # Where each input of the program is found: in a module's parameters or buffers, among the constants or the arguments.
         self.sources: list[tuple[Any, Any]] = []
-        self.shared: dict[int, Team] = {}  # the ranks that hold copies of an argument, by its place
+        self.anchors: list[tuple[int, Team | None]] = []  # places of arguments, with the ranks that hold copies
         for place, (feed, value) in enumerate(program.feeds):
             if feed.kind in ("parameter", "buffer"):
                 self.sources.append(_found(net, feed.kind, feed.target))
             elif feed.kind == "user_input":
                 self.sources.append((None, feed.target))
-                free = c.free_axes(all_axes(value.dims))
-                if value.grad and free:
-                    fixed = {a: i for a, i in enumerate(c.index) if a not in free}
-                    self.shared[place] = net._distdl_transport.team(c.grid.members(fixed))
+                if value.grad:
+                    free = c.free_axes(all_axes(value.dims))
+                    self.anchors.append((place, c.team(free) if free else None))
             else:
                 self.sources.append(((feed.target,), 0))
-        self.results: list[
-            tuple[Any, Any, bool | None]
-        ] = []  # where an output goes, the constant it is, whether it counts
+        # Where an output goes, the constant it is, whether it counts.
+        self.results: list[tuple[Any, Any, bool | None]] = []
         for buffer, value in program.outputs:
             free = isinstance(value, Value) and value.grad and c.free_axes(all_axes(value.dims))
             counts = all(c.index[a] == 0 for a in free) if free else None
@@ -429,10 +419,9 @@ class _Running:
     def taken(self, leaves: Sequence[Any]) -> list[Any]:
         """The inputs of the program: weights, buffers, and this rank's blocks of the arguments."""
         taken = [leaves[key] if holder is None else holder[key] for holder, key in self.sources]
-        for place, (feed, value) in enumerate(self.program.feeds):
-            if feed.kind == "user_input" and value.grad:
-                x = anchored(taken[place], True)
-                taken[place] = copy_to_team(x, self.shared[place]) if place in self.shared else x
+        for place, team in self.anchors:
+            x = anchored(taken[place], True)
+            taken[place] = x if team is None else copy_to_team(x, team)
         return taken
 
     def __call__(self, net: Distributed, *leaves: Any) -> Any:

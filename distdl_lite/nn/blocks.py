@@ -27,13 +27,6 @@ def operator_between(X: Layout, Y: Layout, layer: Module, graph: bool) -> Operat
     return Operator(built, transport, type(layer).__name__, graph)
 
 
-def own_box(layer: Module, X: Layout) -> Box:
-    """This rank's box of a layout that has one for it."""
-    box = X.box(layer._distdl_transport.rank)
-    assert box is not None
-    return box
-
-
 def anchored(x: torch.Tensor, graph: bool) -> torch.Tensor:
     """The tensor with a graph node if `graph`, which says that some rank's requires grad: all then enter backward."""
     needs_node = graph and not x.requires_grad and torch.is_grad_enabled()

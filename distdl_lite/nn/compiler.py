@@ -20,6 +20,7 @@ from distdl_lite.factors import (
     axes_of,
     common_lengths,
     cut,
+    feature_axes,
     is_inside,
     length_of,
     local_shape,
@@ -327,8 +328,8 @@ class Compiler(Source):
 
     @property
     def feature_axes(self) -> tuple[int, ...]:
-        """The axes that may cut channels of weights: the second one, of channels."""
-        return (1,) if self.grid.dim > 1 and self.grid.shape[1] > 1 else ()
+        """The axes that may cut channels of weights."""
+        return feature_axes(self.grid)
 
     def free_features(self, value: Value) -> tuple[int, ...]:
         """Those of them along which the ranks hold copies of a value."""

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from distdl_lite.factors import Factors, cut, uncut
 from distdl_lite.nn.compiler import Compiler
 from distdl_lite.nn.value import Value
+from distdl_lite.nn.work_grid import with_bias
 
 
 def cut_features(c: Compiler, x: Value, d: int, out: int) -> tuple[Value, Factors, Factors, tuple[int, ...]]:
@@ -25,6 +26,17 @@ def cut_features(c: Compiler, x: Value, d: int, out: int) -> tuple[Value, Factor
     free = c.free_features(x)
     lengths, at = c.wishes.get(c.now, ((out,), 0))
     return x, x.dims[d], tuple(cut(n, free if i == at else (), c.grid) for i, n in enumerate(lengths)), ()
+
+
+def finished(c: Compiler, y: Value, summed: Sequence[int], bias: Value | None, dims: int) -> Value:
+    """The ranks' products, added up where the weight is cut along its inputs, then the bias: it counts once.
+
+    Behind the features stand `dims` spatial dims. Products that are not added up have their bias already.
+    """
+    if not summed:
+        return y
+    y = c.sum_over(y, summed)
+    return y if bias is None else c.call(with_bias, y, bias, dims, dims=y.dims, dtype=y.dtype)
 
 
 def wish(c: Compiler, y: Value, lengths: Sequence[int], at: int | None = None) -> None:

@@ -31,6 +31,11 @@ def listed(value: Any, dims: int = 1) -> tuple[Any, ...]:
     return tuple(value) if isinstance(value, Iterable) and not isinstance(value, str) else (value,) * dims
 
 
+def options_of(dims: int, *options: Any) -> tuple[tuple[Any, ...], ...]:
+    """torch's options of an operation, one for each spatial dim from one for all, in a sequence of one or alone."""
+    return tuple(found * (dims if len(found) == 1 else 1) for found in map(listed, options))
+
+
 def integers(layer: Module, least: int | None = None, **options: Any) -> None:
     """Raise TypeError unless each option is an integer, ValueError unless it is at least `least`, 0 or 1."""
     for name, value in options.items():

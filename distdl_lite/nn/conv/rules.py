@@ -6,24 +6,16 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-import torch
-
 from distdl_lite.factors import Dims, Factors, cut, is_inside, uncut
 from distdl_lite.grid import balanced
 from distdl_lite.layout import Dim, ranges_of
 from distdl_lite.nn.compiler import Compiler
 from distdl_lite.nn.conv import overlap
 from distdl_lite.nn.conv.geometry import ConvGeometry, Geometry, TransposedGeometry
-from distdl_lite.nn.features import cut_features
+from distdl_lite.nn.features import cut_features, finished
+from distdl_lite.nn.options import options_of
 from distdl_lite.nn.value import Value, rule
-from distdl_lite.nn.work_grid import with_bias
 from distdl_lite.reducer import reducer_of
-
-
-def options_of(dims: int, *options: Any) -> tuple[tuple[int, ...], ...]:
-    """torch's options of an operation, one for each spatial dim from one for all."""
-    listed = [tuple(o) if isinstance(o, (list, tuple)) else (o,) for o in options]
-    return tuple(o * (dims if len(o) == 1 else 1) for o in listed)
 
 
 @rule("conv1d", "conv2d", "conv3d")
@@ -88,31 +80,23 @@ def convolved(c: Compiler, op: Any, geometry: Geometry, x: Value, weight: Value,
     moved = [d for d in range(2, x.ndim) if d not in same]
     x, ins, outs, summed = _channels(c, op.shape[1], geometry.groups, c.spread_home(c.plain(x, moved), moved))
     outputs = geometry.outputs(x.shape[2:])
-    even, y, z = c.even(x.dims), {0: None, 1: outs}, {0: None, 1: ins}  # type: ignore[var-annotated]
-    y[0] = z[0] = even[0]
-    whole = []
+    batch = c.even(x.dims)[0]
+    y_dims, z_dims, whole = (batch, outs), (batch, ins), list[bool]()
     for d in range(2, x.ndim):
         made = cut(outputs[d - 2], x.axes(d), c.grid)
         whole.append(d in same or geometry.stays_whole(d - 2, len(made.ranges)))
-        y[d] = x.dims[d] if d in same else (made,)
-        z[d] = (
-            x.dims[d]
-            if d in same
-            else (uncut(x.shape[d]),)
-            if whole[-1]
-            else (geometry.reads(d - 2, x.shape[d], made),)
-        )
-    y_dims, z_dims = (tuple(found[d] for d in range(x.ndim)) for found in (y, z))
-    is_transposed = isinstance(geometry, TransposedGeometry)
-    grouped = geometry.groups > 1
-    weight_dims = (
-        (ins, (uncut(weight.shape[1]),) if grouped else outs)
-        if is_transposed
-        else (outs, (uncut(weight.shape[1]),) if grouped else ins)
-    )
-    weight = c.placed_at(weight, (*weight_dims, *((uncut(n),) for n in weight.shape[2:])), c.feature_axes)
+        if d in same:
+            computed = read = x.dims[d]
+        else:
+            computed = (made,)
+            read = (uncut(x.shape[d]) if whole[-1] else geometry.reads(d - 2, x.shape[d], made),)
+        y_dims, z_dims = (*y_dims, computed), (*z_dims, read)
+    first, second = (ins, outs) if isinstance(geometry, TransposedGeometry) else (outs, ins)
+    if geometry.groups > 1:
+        second = (uncut(weight.shape[1]),)
+    weight = c.placed_at(weight, (first, second, *((uncut(n),) for n in weight.shape[2:])), c.feature_axes)
     bias = bias and c.placed_at(bias, (outs,), c.feature_axes)
-    local_groups = 1 if not grouped else geometry.groups * c.local((outs,))[0] // op.shape[1]
+    local_groups = 1 if geometry.groups == 1 else geometry.groups * c.local((outs,))[0] // op.shape[1]
     box, held = (_box(c, dims) for dims in (y_dims, z_dims))
     product = replace(geometry, groups=local_groups).product(box, held, x.shape, whole, op.dtype)
     added = None if summed else bias
@@ -120,15 +104,7 @@ def convolved(c: Compiler, op: Any, geometry: Geometry, x: Value, weight: Value,
     if value is None:
         moved_x = c.move(x, z_dims, "halo")
         value = c.call(product, moved_x, weight, added, dims=y_dims, dtype=op.dtype)
-    if summed:
-        value = c.sum_over(value, summed)
-        if bias is not None:
-            value = c.call(_biased, value, bias, len(geometry.size), dims=value.dims, dtype=op.dtype)
-    return value
-
-
-def _biased(y: torch.Tensor, bias: torch.Tensor, dims: int) -> torch.Tensor:
-    return with_bias(y, bias, dims)
+    return finished(c, value, summed, bias, geometry.dims)
 
 
 def _box(c: Compiler, dims: Dims) -> Any:
@@ -193,7 +169,4 @@ def _fused(
     raw = [v.parameter.raw for v in (weight, bias) if v is not None and v.parameter is not None]
     words = ", ".join([x.name, *raw, *(["None"] if bias is None else [])])
     c.emit(f"{value.name} = {c.constant(made.of, op.name)}({words})", [x.name, *raw])
-    for v in (weight, bias):
-        if v is not None and v.parameter is not None:
-            v.parameter.is_open = False
     return value

@@ -8,10 +8,9 @@ import torch.nn.functional as F
 
 from distdl_lite.factors import cut, uncut
 from distdl_lite.nn.compiler import Compiler
-from distdl_lite.nn.features import cut_features
+from distdl_lite.nn.features import cut_features, finished
 from distdl_lite.nn.linear.embedding import rows_of
 from distdl_lite.nn.value import NoRule, Value, rule
-from distdl_lite.nn.work_grid import with_bias
 
 
 @rule("linear")
@@ -19,13 +18,10 @@ def linear(c: Compiler, op: Any, x: Value, weight: Value, bias: Value | None = N
     x, ins, outs, summed = cut_features(c, x, x.ndim - 1, op.shape[-1])
     weight = c.placed_at(weight, (outs, ins), c.feature_axes)
     bias = bias and c.placed_at(bias, (outs,), c.feature_axes)
-    dims = x.with_dims({-1: outs})
-    y = c.call(F.linear, x, weight, None if summed else bias, dims=dims, dtype=op.dtype)
+    y = c.call(F.linear, x, weight, None if summed else bias, dims=x.with_dims({-1: outs}), dtype=op.dtype)
     if not summed:
         y.product = c.now
-        return y
-    y = c.sum_over(y, summed)
-    return y if bias is None else c.call(with_bias, y, bias, 0, dims=dims, dtype=op.dtype)
+    return finished(c, y, summed, bias, 0)
 
 
 @rule("embedding")

@@ -18,7 +18,8 @@ from distdl_lite.layout import Range
 from distdl_lite.nn.blocks import Local, wide
 from distdl_lite.nn.compiler import Compiler
 from distdl_lite.nn.inputs import Inputs
-from distdl_lite.nn.pool.spatial import Spatial, SpatialFace, View, options_of, pooled
+from distdl_lite.nn.options import options_of
+from distdl_lite.nn.pool.spatial import Spatial, SpatialFace, View, pooled
 from distdl_lite.nn.value import Value, rule
 
 _MAX_POOLS = {1: F.max_pool1d, 2: F.max_pool2d, 3: F.max_pool3d}

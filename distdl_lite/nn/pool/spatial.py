@@ -15,7 +15,6 @@ from distdl_lite.nn.blocks import Local, wide
 from distdl_lite.nn.compiler import Compiler
 from distdl_lite.nn.face import Face
 from distdl_lite.nn.inputs import Inputs
-from distdl_lite.nn.options import listed
 from distdl_lite.nn.value import Value
 
 
@@ -102,11 +101,6 @@ def pooled(c: Compiler, kernel: Spatial, x: Value) -> Any:
     if count == 2:
         return found
     return c.cast(c.add_up(found[0], y), x.dtype)
-
-
-def options_of(dims: int, *options: Any) -> tuple[tuple[int, ...], ...]:
-    """torch's options of an operation, one for each spatial dim from one for all."""
-    return tuple(tuple(listed(o, dims)) * (dims if len(listed(o, dims)) == 1 else 1) for o in options)
 
 
 def _outputs(c: Compiler, kernel: Spatial, axes: tuple[int, ...], count: int) -> Dim:

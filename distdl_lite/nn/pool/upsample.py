@@ -19,8 +19,9 @@ from distdl_lite.layout import Range
 from distdl_lite.nn.blocks import Local, wide
 from distdl_lite.nn.compiler import Compiler
 from distdl_lite.nn.inputs import Inputs
+from distdl_lite.nn.options import options_of
 from distdl_lite.nn.pool.adaptive_pool import Adaptive, averaged, is_mean
-from distdl_lite.nn.pool.spatial import Spatial, SpatialFace, View, options_of, pooled, windows
+from distdl_lite.nn.pool.spatial import Spatial, SpatialFace, View, pooled, windows
 from distdl_lite.nn.value import NoRule, Value, rule
 
 _TAPS = {"nearest": 1, "nearest-exact": 1, "bicubic": 4}  # else 2
