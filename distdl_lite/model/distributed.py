@@ -272,16 +272,17 @@ class Distributed(Module):
             self._distdl_transport,
             dims,
             frozen=frozen,
-            placed=self._placed,
             replicas=self._replicas_of,
             grads=grads,
-            strict=self.strict,
-            out_axes=self.out_axes,
-            cut=self.cut,
-            rules=self.rules,
             device=device,
+            **self._options(),
         )
         return captured, program
+
+    def _options(self) -> dict[str, Any]:
+        """Those of `compiled` that run and report share."""
+        asked = {"strict": self.strict, "out_axes": self.out_axes, "cut": self.cut, "rules": self.rules}
+        return {"placed": self._placed, **asked}
 
     def _dims_of(self, tensors: Mapping[int, TensorStructure], axes: Axes | None) -> Dims:
         """How an argument lies over the grid, from what its ranks passed."""
@@ -346,8 +347,7 @@ class Distributed(Module):
             for feed, value in self.program.feeds:
                 feeds |= {feed.target: (value.dims, value.grad)} if feed.kind == "user_input" else {}
             grads = any(value.grad for _, value in self.program.feeds)
-        options = {"grads": grads, "strict": self.strict, "out_axes": self.out_axes, "placed": self._placed}
-        return reported(captured, self.model, grid, feeds, machine, **options)
+        return reported(captured, self.model, grid, feeds, machine, grads=grads, **self._options())
 
     def extra_repr(self) -> str:
         return f"P={self.P.shape}"

@@ -16,6 +16,7 @@ import distdl_lite as dl
 from distdl_lite.model.capture import capture
 from distdl_lite.model.compile import default_axes
 from distdl_lite.model.dry import DryTransport, Meter
+from distdl_lite.nn.value import NoRule
 from distdl_lite.testing import count, spmd
 
 
@@ -280,3 +281,22 @@ def test_a_network_reports_shapes_it_was_not_called_with() -> None:
 
     wanted = {shape: dl.report(UNet(4), (1, 2, 1, 1), shape).to_dict() for shape in [(2, 3, 8, 8), (1, 3, 16, 12)]}
     assert spmd(2, body) == [[True, True]] * 2
+
+
+def test_what_the_user_cuts_and_rules_is_reported() -> None:
+    def declined(*given: Any) -> Any:
+        raise NoRule
+
+    def body(world: dl.Partition) -> None:
+        x = torch.ones(1, 2, 6, 6)[(P := world.grid((1, 1, 2, 1))).block((1, 2, 6, 6))]
+        model = nn.Sequential(nn.Conv2d(2, 2, 1), nn.Tanh())
+        for options, is_gathered in (({"cut": {"0": (0, 1, None, 2)}}, False), ({"rules": {"tanh": declined}}, True)):
+            net = dl.distribute(model, P, **options)
+            with count() as forward:
+                net(x)
+            for found in (net.report(), net.report((1, 2, 6, 6))):
+                assert (found.forward.messages, found.forward.bytes) == (forward.messages, forward.bytes)
+                assert forward.bytes > 0
+                assert bool(found.gathered) == is_gathered
+
+    spmd(2, body)
