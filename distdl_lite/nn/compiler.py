@@ -16,6 +16,7 @@ import torch
 from distdl_lite.autograd import reduce_from_team
 from distdl_lite.factors import (
     Dims,
+    Factors,
     all_axes,
     axes_of,
     common_lengths,
@@ -80,6 +81,7 @@ class Compiler(Source):
     def new(self, dims: Dims, dtype: torch.dtype, grad: bool, name: str = "v") -> Value:
         """A value under a name of its own."""
         value = Value(self._unique(name), tuple(map(merged, dims)), dtype, grad)
+        assert len(all_axes(value.dims)) == len(value.axes(*range(value.ndim))), "an axis cuts twice: points are missing"
         self.values[value.name] = value
         return value
 
@@ -222,11 +224,12 @@ class Compiler(Source):
             return self.made_later(value.make, dims, value.dtype)
         pairs = [_alike(h, w) for h, w in zip(value.dims, dims, strict=True)]
         if None in pairs:  # the cuts of some dims have no factors in common
-            between = tuple(
-                h if p else _between(h, w, self.grid) for h, w, p in zip(value.dims, dims, pairs, strict=True)
-            )
-            between = dims if between == value.dims else between
-            return self.move(self.move(value, between, why), dims, why)
+            between = list(value.dims)
+            for d, pair in enumerate(pairs):
+                if pair is None:
+                    others = all_axes((*between[:d], *between[d + 1 :]))
+                    between[d] = _between(between[d], dims[d], others, self.grid)
+            return self.move(self.move(value, tuple(between), why), dims, why)
         held, wanted = (tuple(dim for pair in pairs for dim in pair[side]) for side in (0, 1))  # type: ignore[index]
         if held == wanted:
             return self.renamed(value, dims)
@@ -414,7 +417,7 @@ def nothing(values: Sequence[torch.Tensor], shape: Shape, dtype: torch.dtype, gr
     return torch.zeros(shape, dtype=dtype, device=values[0].device if values else None)
 
 
-def _alike(held: tuple[Dim, ...], wanted: tuple[Dim, ...]) -> tuple[tuple[Dim, ...], tuple[Dim, ...]] | None:
+def _alike(held: Factors, wanted: Factors) -> tuple[Factors, Factors] | None:
     """The factors of one dim before and after a movement, of the same lengths; None where there are none."""
     if len(held) == len(wanted) == 1 or tuple(map(length_of, held)) == tuple(map(length_of, wanted)):
         return held, wanted
@@ -423,13 +426,16 @@ def _alike(held: tuple[Dim, ...], wanted: tuple[Dim, ...]) -> tuple[tuple[Dim, .
     return both if both and None not in both else None  # type: ignore[return-value]
 
 
-def _between(held: tuple[Dim, ...], wanted: tuple[Dim, ...], grid: Grid) -> tuple[Dim, ...]:
-    """One dim on the way between cuts without common factors: along the first axes of one of them, whole if need be."""
+def _between(held: Factors, wanted: Factors, others: Iterable[int], grid: Grid) -> Factors:
+    """One dim on the way between cuts without common factors: along the first axes of one of them, whole if need be.
+
+    Not along axes that cut the tensor's other dims.
+    """
     n = size_of(held)
     for axes in (axes_of(held), axes_of(wanted)):
         for k in range(len(axes) - 1, 0, -1):
             dim = (cut(n, axes[:k], grid),)
-            if _alike(held, dim) and _alike(dim, wanted):
+            if not set(others) & set(axes[:k]) and _alike(held, dim) and _alike(dim, wanted):
                 return dim
     return (uncut(n),)
 

@@ -270,7 +270,7 @@ def split_(c: Compiler, op: Any, x: Value, how: Any, d: int = 0) -> list[Value]:
 
 @rule("cat")
 def cat(c: Compiler, op: Any, values: Sequence[Value], d: int = 0) -> Value:
-    values = [c.cast(v, op.dtype) for v in values if v.shape != (0,) or v.shape == op.shape]
+    values = [c.cast(v, op.dtype) for v in values if v.shape != (0,) or len(op.shape) == 1]
     d %= values[0].ndim
     largest = max(values, key=lambda v: (bool(all_axes(v.dims)), math.prod(v.shape)))
     base = largest.dims
