@@ -81,7 +81,9 @@ class Compiler(Source):
     def new(self, dims: Dims, dtype: torch.dtype, grad: bool, name: str = "v") -> Value:
         """A value under a name of its own."""
         value = Value(self._unique(name), tuple(map(merged, dims)), dtype, grad)
-        assert len(all_axes(value.dims)) == len(value.axes(*range(value.ndim))), "an axis cuts twice: points are missing"
+        assert len(all_axes(value.dims)) == len(value.axes(*range(value.ndim))), (
+            "an axis cuts twice: points are missing"
+        )
         self.values[value.name] = value
         return value
 
