@@ -122,76 +122,57 @@ def compiled(
     RuntimeError
         If an operation cannot be run, or without a rule under `strict`; the text names module and line.
     """
-    ends = _ends(captured, cut or {})
-    known = inputs, frozen, placed, replicas, grads, strict, out_axes, ends, {**RULES, **(rules or {})}
+    ends, by_name = _ends(captured, cut or {}), {**RULES, **(rules or {})}
+
+    def value_of(c: Compiler, feed: Feed) -> Any:
+        """What an input of the graph is in the program; None if nobody uses it."""
+        example, kind, name = feed.node.meta.get("val"), feed.kind, feed.target
+        if not isinstance(example, torch.Tensor):
+            return example
+        dims: Dims = tuple((uncut(n),) for n in example.shape)
+        if kind == "user_input":
+            dims, grad = inputs[name]  # type: ignore[misc]
+            return c.new(dims, example.dtype, grads and grad, feed.node.name)
+        if not feed.node.users and not any(node is feed.node for _, node in captured.outputs):
+            return None
+        if kind != "parameter":
+            return c.new(dims, example.dtype, False, feed.node.name)
+        grad = grads and name not in frozen and (example.is_floating_point() or example.is_complex())
+        find = partial(replicas, name) if c.transport else _no_replicas
+        return c.parameter(feed.node.name, placed.get(name, dims), example.dtype, grad, find, name not in placed)
+
+    def in_turn(transport: Transport | None, wishes: Mapping[str, Any]) -> Program:
+        """The program that rules make of one operation after the other."""
+        c = Compiler(grid, rank, transport, "distribute", device)
+        c.copies_few = True
+        c.wishes.update(wishes)
+        program, known = Program(c), {feed.node: value_of(c, feed) for feed in captured.feeds}
+        program.feeds += [(feed, v) for feed in captured.feeds if isinstance(v := known[feed.node], Value)]
+        for node in captured.nodes:
+            c.path, c.now = path_of(node), node.name
+            args, kwargs = (map_arg(a, known.__getitem__) for a in (node.args, node.kwargs))
+            made = _step(program, node, args, dict(kwargs), strict, by_name)
+            known[node] = c.move(made, blocks(made.shape, ends[node], grid), "cut") if node in ends else made
+        c.path = "outputs"
+        axes_of_outputs = iter(out_axes or ())
+        for buffer, node in captured.outputs:
+            value = known[node] if isinstance(node, Node) else node
+            if isinstance(value, Value) and buffer is not None:
+                value = c.whole(value)
+            elif isinstance(value, Value):
+                axes = fitting_axes(next(axes_of_outputs, None), value.ndim, value.dtype, grid)
+                value = c.move(value, blocks(value.shape, axes, grid), "output")
+            program.outputs.append((buffer, value))
+        return program
+
     wishes: dict[str, Any] = {}
     # Looked at first if weights may be cut, as what comes later may wish that products before it were cut otherwise.
     for _ in range(4 if feature_axes(grid) else 0):
-        c = Compiler(grid, rank, None, "distribute", device)
-        c.wishes.update(wishes)
-        _in_turn(c, captured, *known)
-        if c.wishes == wishes:
+        wished = in_turn(None, wishes).compiler.wishes
+        if wished == wishes:
             break
-        wishes = c.wishes
-    c = Compiler(grid, rank, transport, "distribute", device)
-    c.wishes.update(wishes)
-    return _in_turn(c, captured, *known)
-
-
-def _in_turn(
-    c: Compiler,
-    captured: Captured,
-    inputs: Any,
-    frozen: Any,
-    placed: Any,
-    replicas: Any,
-    grads: bool,
-    strict: bool,
-    out_axes: Any,
-    ends: Mapping[Node, Axes],
-    rules: Mapping[str, Rule],
-) -> Program:
-    """The program that rules make of one operation after the other."""
-    c.copies_few = True
-    program, known = Program(c), dict[Node, Any]()
-    for feed in captured.feeds:
-        example = feed.node.meta.get("val")
-        if not isinstance(example, torch.Tensor):
-            known[feed.node] = example
-        elif feed.kind == "user_input" or feed.node.users or _is_output(captured, feed.node):
-            dims, grad = tuple((uncut(n),) for n in example.shape), feed.kind == "parameter"
-            if feed.kind == "user_input":
-                dims, grad = inputs[feed.target]  # type: ignore[misc]
-            grad = (
-                grads and grad and feed.target not in frozen and (example.is_floating_point() or example.is_complex())
-            )
-            if feed.kind == "parameter":
-                dims, is_open = placed.get(feed.target, dims), feed.target not in placed
-                find = partial(replicas, feed.target) if c.transport else _no_replicas
-                value = c.parameter(feed.node.name, dims, example.dtype, grad, find, is_open)
-            else:
-                value = c.new(dims, example.dtype, grad, feed.node.name)
-            known[feed.node] = value
-            program.feeds.append((feed, value))
-    for node in captured.nodes:
-        c.path, c.now = path_of(node), node.name
-        args, kwargs = (map_arg(a, known.__getitem__) for a in (node.args, node.kwargs))
-        made = _step(program, node, args, dict(kwargs), strict, rules)
-        if node in ends:
-            made = c.move(made, blocks(made.shape, ends[node], c.grid), "cut")
-        known[node] = made
-    c.path = "outputs"
-    axes_of_outputs = iter(out_axes or ())
-    for buffer, node in captured.outputs:
-        value = known[node] if isinstance(node, Node) else node
-        if isinstance(value, Value) and buffer is not None:
-            value = c.whole(value)
-        elif isinstance(value, Value):
-            axes = next(axes_of_outputs, None)
-            axes = fitting_axes(axes, value.ndim, value.dtype, c.grid)
-            value = c.move(value, blocks(value.shape, axes, c.grid), "output")
-        program.outputs.append((buffer, value))
-    return program
+        wishes = wished
+    return in_turn(transport, wishes)
 
 
 def _ends(captured: Captured, cut: Mapping[str, Axes]) -> dict[Node, Axes]:
@@ -206,10 +187,6 @@ def _ends(captured: Captured, cut: Mapping[str, Axes]) -> dict[Node, Axes]:
 
 def _no_replicas(dims: Dims) -> None:
     """In a program that is only looked at."""
-
-
-def _is_output(captured: Captured, node: Node) -> bool:
-    return any(out is node for _, out in captured.outputs)
 
 
 def _step(

@@ -235,22 +235,31 @@ class Compiler(Source):
         held, wanted = (tuple(dim for pair in pairs for dim in pair[side]) for side in (0, 1))  # type: ignore[index]
         if held == wanted:
             return self.renamed(value, dims)
+        if not all(map(is_inside, held, wanted)):
+            return self._moved_between(value, dims, *self.layouts(held, wanted), why or _kind(held, wanted))
+        pieces = [(self.range(h), self.range(w)) for h, w in zip(held, wanted, strict=True)]
+        if all(h == w for h, w in pieces):
+            return self.renamed(value, dims)
+        slices = ", ".join(":" if h == w else f"{w[0] - h[0]}:{max(w[1], w[0]) - h[0]}" for h, w in pieces)
+        return self._by_factors(value, dims, held, wanted, lambda block: f"{block}[{slices}]")
+
+    def _by_factors(
+        self, value: Value, dims: Dims, held: Factors, wanted: Factors, step: Callable[[str], str]
+    ) -> Value:
+        """What a step makes of the value's block, seen with a dim for each factor."""
         self._materialise(value)
         made = self.new(dims, value.dtype, value.grad)
         inside, outside = (local_shape(tuple((d,) for d in f), self.grid, self.index) for f in (held, wanted))
-        text = value.name if inside == self.local(value.dims) else f"{value.name}.reshape({inside})"
-        if all(map(is_inside, held, wanted)):
-            pieces = [(self.range(h), self.range(w)) for h, w in zip(held, wanted, strict=True)]
-            if all(h == w for h, w in pieces):
-                return self.renamed(value, dims)
-            slices = ", ".join(":" if h == w else f"{w[0] - h[0]}:{max(w[1], w[0]) - h[0]}" for h, w in pieces)
-            text = f"{text}[{slices}]"
-        else:
-            text = f"{self.operator(*self.layouts(held, wanted), value, why or _kind(held, wanted))}({text})"
-        if outside != self.local(dims):
-            text = f"{text}.reshape({self.local(dims)})"
-        self.emit(f"{made.name} = {text}", [value.name])
+        text = step(value.name if inside == self.local(value.dims) else f"{value.name}.reshape({inside})")
+        back = "" if outside == self.local(made.dims) else f".reshape({self.local(made.dims)})"
+        self.emit(f"{made.name} = {text}{back}", [value.name])
         return made
+
+    def _moved_between(self, value: Value, dims: Dims, X: Layout, Y: Layout, kind: str) -> Value:
+        """The value that the operator between two layouts of factors makes."""
+        return self._by_factors(
+            value, dims, X.dims, Y.dims, lambda block: f"{self.operator(X, Y, value, kind)}({block})"
+        )
 
     def layouts(self, held: tuple[Dim, ...], wanted: tuple[Dim, ...]) -> tuple[Layout, Layout]:
         """Source and target of a movement; ranks that differ along an axis whose cuts stay, or hold other copies, keep apart."""
@@ -297,12 +306,8 @@ class Compiler(Source):
         if value.dims == dims:
             return value
         held, wanted = (tuple(dim for factors in d for dim in factors) for d in (value.dims, dims))
-        made = self.new(dims, value.dtype, value.grad)
         kind = "all_reduce" if all_axes(dims) < all_axes(value.dims) else "sum"
-        self.emit(
-            f"{made.name} = {self.operator(*self.layouts(held, wanted), value, kind)}({value.name})", [value.name]
-        )
-        return made
+        return self._moved_between(value, dims, *self.layouts(held, wanted), kind)
 
     def sum_over(self, value: Value, axes: Iterable[int], dims: Dims | None = None, is_shown: bool = False) -> Value:
         """The sum over axes along which the ranks hold parts: a copy along them, or in a layout that they cut.
@@ -316,20 +321,14 @@ class Compiler(Source):
         pairs = [_alike(h, w) for h, w in zip(value.dims, dims, strict=True)]
         if None in pairs:
             return self.move(self.sum_over(value, axes), dims)
-        self._materialise(value)
         keys = tuple(a for a, n in enumerate(self.grid.shape) if n > 1 and a not in axes)
         X, Y = (Layout(self.grid, tuple(dim for pair in pairs for dim in pair[side]), keys) for side in (0, 1))  # type: ignore[index]
-        made, kind = self.new(dims, value.dtype, value.grad), "all_reduce" if X == Y else "reduce_scatter"
-        inside, outside = (local_shape(tuple((d,) for d in L.dims), self.grid, self.index) for L in (X, Y))
-        given = "" if inside == self.local(value.dims) else f".reshape({inside})"
-        back = "" if outside == self.local(dims) else f".reshape({self.local(dims)})"
-        if is_shown:
-            self.movements.append(Movement(self.path, kind, X, Y, value.dtype, False, None))
-            text = f"{self._shared(reduce_from_team)}({value.name}, {self.constant(self.team(axes), 'team')})"
-        else:
-            text = f"{self.operator(X, Y, value, kind)}({value.name}{given}){back}"
-        self.emit(f"{made.name} = {text}", [value.name])
-        return made
+        kind = "all_reduce" if X == Y else "reduce_scatter"
+        if not is_shown:
+            return self._moved_between(value, dims, X, Y, kind)
+        self.movements.append(Movement(self.path, kind, X, Y, value.dtype, False, None))
+        team, reduce = self.constant(self.team(axes), "team"), self._shared(reduce_from_team)
+        return self._by_factors(value, dims, X.dims, Y.dims, lambda block: f"{reduce}({block}, {team})")
 
     @property
     def feature_axes(self) -> tuple[int, ...]:
