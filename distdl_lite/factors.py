@@ -43,6 +43,11 @@ def blocks(shape: Shape, axes: Sequence[int | None], grid: Grid) -> Dims:
     return tuple((uncut(n) if a is None else cut(n, (a,), grid),) for n, a in zip(shape, axes, strict=True))
 
 
+def dims_of(boxes: Iterable[Dim]) -> Dims:
+    """The dims of a layout, each of one factor."""
+    return tuple((uncut(dim.stop) if len(dim.ranges) == 1 else dim,) for dim in boxes)
+
+
 def length_of(dim: Dim) -> int:
     """The global length of a factor."""
     return dim.stop

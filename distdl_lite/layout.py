@@ -293,13 +293,20 @@ class BlockShapes(Mapping[int, Shape]):
         return self.grid.size
 
 
-def cuts_from_shapes(grid: Grid, shapes: Mapping[int, Shape]) -> tuple[tuple[int, ...], ...]:
+def cuts_from_shapes(
+    grid: Grid, shapes: Mapping[int, Shape], axes: Sequence[int | None] | None = None
+) -> tuple[tuple[int, ...], ...]:
     """The cut points of the blocks whose local shapes are given by rank.
+
+    Parameters
+    ----------
+    axes : sequence, optional
+        The axis of the grid that cuts each dim, None for a whole one; by default one to one.
 
     Raises
     ------
     ValueError
-        If a shape has another number of dims than the grid has axes, or the shapes are no tensor product, that is, two
+        If a shape has another number of dims than there are axes, or the shapes are no tensor product, that is, two
         ranks with the same index along an axis disagree about their length there. The text names the rank.
 
     Examples
@@ -307,27 +314,34 @@ def cuts_from_shapes(grid: Grid, shapes: Mapping[int, Shape]) -> tuple[tuple[int
     >>> cuts_from_shapes(Grid((2,), (0, 1)), {0: (4,), 1: (3,)})
     ((0, 4, 7),)
     """
-    if isinstance(shapes, BlockShapes) and shapes.grid == grid:
+    if isinstance(shapes, BlockShapes) and shapes.grid == grid and axes is None:
         return tuple(tuple(accumulate(length, initial=0)) for length in shapes.lengths)
-    lengths: list[list[int]] = [[-1] * n for n in grid.shape]
-    setters: list[list[int]] = [[-1] * n for n in grid.shape]
+    axes = range(grid.dim) if axes is None else axes
+    told: list[dict[int, tuple[int, int]]] = [{} for _ in axes]  # length by index, with the rank that has said it first
     for position, rank in enumerate(grid.ranks):
-        shape = shapes[rank]
-        if len(shape) != grid.dim:
+        shape, index = shapes[rank], unravel(position, grid.shape)
+        if len(shape) != len(axes):
             raise ValueError(
                 f"rank {rank}: a tensor of shape {tuple(shape)} has {len(shape)} dims, its partition of shape "
-                f"{grid.shape} has {grid.dim} axes"
+                f"{grid.shape} has {len(axes)} axes"
             )
-        for axis, i in enumerate(unravel(position, grid.shape)):
-            if lengths[axis][i] < 0:
-                lengths[axis][i], setters[axis][i] = shape[axis], rank
-            elif lengths[axis][i] != shape[axis]:
-                other = setters[axis][i]
+        for d, axis in enumerate(axes):
+            i = 0 if axis is None else index[axis]
+            length, other = told[d].setdefault(i, (shape[d], rank))
+            if length != shape[d]:
+                place = "hold all of it" if axis is None else f"stand at index {i} of axis {axis}"
                 raise ValueError(
                     f"the blocks form no tensor product: rank {rank} has shape {tuple(shape)}, rank {other} has "
-                    f"{tuple(shapes[other])}; both stand at index {i} of axis {axis}, so dim {axis} must agree"
+                    f"{tuple(shapes[other])}; both {place}, so dim {d} must agree"
                 )
-    return tuple(tuple(accumulate(length, initial=0)) for length in lengths)
+    return tuple(tuple(accumulate((of[i][0] for i in range(len(of))), initial=0)) for of in told)
+
+
+def blocks_from_shapes(grid: Grid, shapes: Mapping[int, Shape], axes: Sequence[int | None] | None = None) -> Layout:
+    """The layout of the blocks whose local shapes are given by rank, as `cuts_from_shapes` finds it."""
+    cuts = cuts_from_shapes(grid, shapes, axes)
+    axes = range(grid.dim) if axes is None else axes
+    return Layout(grid, tuple(Dim(ranges_of(c), () if a is None else (a,)) for c, a in zip(cuts, axes, strict=True)))
 
 
 def global_shape_of(layout: Layout) -> Shape:

@@ -5,21 +5,23 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from itertools import accumulate, zip_longest
+from itertools import zip_longest
 from typing import Any
 
 import torch
 from torch.utils import _pytree as pytree
 
-from distdl_lite.agreement import TensorStructure, check_alike, is_unanimous, refused_together, vote_of
+from distdl_lite import layout as lay
+from distdl_lite.agreement import check_alike, is_unanimous, refused_together, vote_of
 from distdl_lite.autograd import Node, copy_to_team
-from distdl_lite.factors import Dims, all_axes, feature_axes, local_shape, shape_of_dims, uncut
-from distdl_lite.layout import Dim, Layout, ranges_of
+from distdl_lite.factors import Dims, all_axes, dims_of, feature_axes, local_shape, shape_of_dims
+from distdl_lite.layout import Layout
 from distdl_lite.model import rules as rules  # registers those that graphs alone need
 from distdl_lite.model.capture import Captured, as_module, capture
 from distdl_lite.model.compile import Axes, Program, compiled, fitting_axes
 from distdl_lite.model.report import TYPICAL, Machine, Report, cut_inputs, example, reported
 from distdl_lite.nn.blocks import anchored, connected_zeros
+from distdl_lite.nn.inputs import agreed_inputs
 from distdl_lite.nn.module import Call, Module
 from distdl_lite.nn.parameter import Place
 from distdl_lite.nn.value import Rule, Value
@@ -243,23 +245,20 @@ class Distributed(Module):
 
     def _compiled(self, input: tuple[Any, ...]) -> tuple[Captured, Program]:
         """The graph and this rank's program for what the ranks passed."""
-        structure, grid = self._distdl_structure, self.P.grid_of_ranks
+        grid, axes, device = self.P.grid_of_ranks, iter(self.in_axes or ()), "cpu"
         *leaves, spec = input
-        assert structure.passed is not None
-        told, dims, given, number, device = structure.passed, list[Any](), list[Any](), 0, "cpu"
+        dims, given = list[Any](), list[Any]()
         for i, leaf in enumerate(leaves):
             if not isinstance(leaf, torch.Tensor):
                 dims.append(None)
                 given.append(leaf)
                 continue
-            tensors = {rank: told[rank][i] for rank in self.P.ranks}
-            lay = self._dims_of(tensors, self.in_axes[number] if self.in_axes and number < len(self.in_axes) else None)
-            number += 1
-            wanted = any(tensor.requires_grad for tensor in tensors.values())
-            dims.append((lay, wanted))
-            shape = tuple(max(stop for _, stop in factor.ranges) for (factor,) in lay)
-            given.append(torch.empty(shape, dtype=leaf.dtype, device="meta"))
-            device = leaf.device.type
+            inputs = agreed_inputs(self, self.P, i)
+            own = fitting_axes(next(axes, None), leaf.dim(), inputs.dtype, grid)
+            laid = dims_of(lay.blocks_from_shapes(grid, inputs.shapes, own).dims)
+            dims.append((laid, inputs.requires_grad))
+            given.append(torch.empty(shape_of_dims(laid), dtype=inputs.dtype, device="meta"))
+            device = inputs.device
         grads = torch.is_grad_enabled()
         args, kwargs = pytree.tree_unflatten(given, spec.spec)
         self.model.training = self.training
@@ -283,36 +282,6 @@ class Distributed(Module):
         """Those of `compiled` that run and report share."""
         asked = {"strict": self.strict, "out_axes": self.out_axes, "cut": self.cut, "rules": self.rules}
         return {"placed": self._placed, **asked}
-
-    def _dims_of(self, tensors: Mapping[int, TensorStructure], axes: Axes | None) -> Dims:
-        """How an argument lies over the grid, from what its ranks passed."""
-        grid, name = self.P.grid_of_ranks, self._distdl_label
-        for what in ("kind", "dtype", "device"):
-            check_alike(what, {rank: getattr(tensor, what) for rank, tensor in tensors.items()}, name)
-        check_alike("number of dims", {rank: len(tensor.shape) for rank, tensor in tensors.items()}, name)
-        first = tensors[grid.ranks[0]]
-        if first.dtype is None:
-            raise TypeError(f"{name}: a dense tensor is needed, not {first.kind}")
-        axes = fitting_axes(axes, len(first.shape), first.dtype, grid)
-        lengths = [[0] if a is None else [0] * grid.shape[a] for a in axes]
-        for d, axis in enumerate(axes):
-            for i in range(1 if axis is None else grid.shape[axis]):
-                rank = next(iter(grid.members(dict.fromkeys(range(grid.dim), 0) | ({} if axis is None else {axis: i}))))
-                lengths[d][i] = tensors[rank].shape[d]
-        for rank, tensor in tensors.items():
-            index = grid.index(rank)
-            assert index is not None
-            shape = tuple(n[0 if a is None else index[a]] for n, a in zip(lengths, axes, strict=True))
-            if tensor.shape != shape:
-                raise ValueError(
-                    f"{name}: the blocks form no tensor: rank {rank} at {index} passed {tensor.shape}, its neighbours' say "
-                    f"{shape}, where the axes {tuple(axes)} of the grid cut the dims"
-                )
-        made = []
-        for d, axis in enumerate(axes):
-            cuts = tuple(accumulate(lengths[d], initial=0))
-            made.append((uncut(cuts[1]) if len(cuts) == 2 else Dim(ranges_of(cuts), (axis,)),))  # type: ignore[arg-type]
-        return tuple(made)
 
     @property
     def program(self) -> Program:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from distdl_lite import layout as lay
-from distdl_lite.factors import Dims, blocks, uncut
+from distdl_lite.factors import blocks, dims_of
 from distdl_lite.layout import Layout, Shape
 from distdl_lite.nn.blocks import anchored
 from distdl_lite.nn.compiler import Compiler
@@ -19,11 +19,6 @@ from distdl_lite.nn.parameter import Layer
 from distdl_lite.nn.value import Value
 from distdl_lite.partition import Partition
 from distdl_lite.reducer import replicated
-
-
-def dims_of(X: Layout) -> Dims:
-    """The dims of a layout, each of one factor."""
-    return tuple((uncut(dim.ranges[0][1]) if len(dim.ranges) == 1 else dim,) for dim in X.dims)
 
 
 @dataclass(frozen=True)
@@ -64,8 +59,7 @@ class RuleLayer(Layer):
 
     def blocks(self, shapes: Mapping[int, Shape]) -> Layout:
         """How the input lies over the grid, from the ranks' local shapes."""
-        grid = self.P_x.grid_of_ranks
-        return lay.blocks(grid, lay.cuts_from_shapes(grid, shapes))
+        return lay.blocks_from_shapes(self.P_x.grid_of_ranks, shapes)
 
     def used(self, c: Compiler, name: str, held: Value | None) -> Value | None:
         """A parameter, whose gradient will be the sum over its copies."""
@@ -79,12 +73,12 @@ class RuleLayer(Layer):
         X = self.blocks(inputs.shapes)
         dtype = self.result_dtype(inputs, lay.global_shape_of(X))
         c = Compiler(grid, transport.rank, transport, self._distdl_label, inputs.device)
-        x, held = c.new(dims_of(X), dtype, inputs.requires_grad, "x"), dict[str, Value]()
+        x, held = c.new(dims_of(X.dims), dtype, inputs.requires_grad, "x"), dict[str, Value]()
         trains = any(p.requires_grad for p in self.parameters())
         for name, place in self._distdl_places.items():
             kind = weight_dtype(self, name)
             if kind is not None:
-                held[name] = c.new(dims_of(place.layout), kind, trains and name not in self._buffers, name)
+                held[name] = c.new(dims_of(place.layout.dims), kind, trains and name not in self._buffers, name)
         made = self.rule(c, x, **held)
         outputs = [made] if isinstance(made, Value) else list(made)
         if not self.keeps_blocks:

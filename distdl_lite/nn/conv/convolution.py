@@ -90,7 +90,7 @@ class Convolution(WorkGridLayer):
 
     def layouts(self, shapes: Mapping[int, Shape], *wanted: Any) -> tuple[Layout, Layout, Layout, Layout]:
         """X, Z, the work grid's partial outputs, and Y, for the output's lengths if they are wanted; pure."""
-        X = lay.blocks(self.P_x.grid_of_ranks, lay.cuts_from_shapes(self.P_x.grid_of_ranks, shapes))
+        X = lay.blocks_from_shapes(self.P_x.grid_of_ranks, shapes)
         batch, channels, *space = lay.global_shape_of(X)
         if channels != self.in_channels:
             found = f"the input has {channels} channels, in_channels={self.in_channels}"

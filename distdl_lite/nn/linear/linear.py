@@ -74,7 +74,7 @@ class DistributedLinear(WorkGridLayer):
         self.place("bias", own if bias else None, uniform(bias_bound(in_features)), dtype, device)
 
     def layouts(self, shapes: Mapping[int, Shape]) -> tuple[Layout, Layout, Layout, Layout]:
-        X = lay.blocks(self.P_x.grid_of_ranks, lay.cuts_from_shapes(self.P_x.grid_of_ranks, shapes))
+        X = lay.blocks_from_shapes(self.P_x.grid_of_ranks, shapes)
         *lead, features = lay.global_shape_of(X)
         if features != self.in_features:
             found = f"the input has {features} features, in_features={self.in_features}"

@@ -17,7 +17,7 @@ import torch
 from distdl_lite import layout as lay
 from distdl_lite.agreement import raise_together
 from distdl_lite.autograd import reduce_from_team
-from distdl_lite.factors import Dims, all_axes, shape_of_dims, uncut
+from distdl_lite.factors import Dims, all_axes, dims_of, shape_of_dims, uncut
 from distdl_lite.layout import Layout, Shape
 from distdl_lite.nn.blocks import anchored, connected_zeros, wide
 from distdl_lite.nn.broadcasting import common_dims, fit
@@ -25,7 +25,6 @@ from distdl_lite.nn.compiler import Compiler
 from distdl_lite.nn.face import Face
 from distdl_lite.nn.inputs import agreed_inputs
 from distdl_lite.nn.module import Call
-from distdl_lite.nn.rule_layer import dims_of
 from distdl_lite.nn.value import Value, rule
 
 Function = Callable[..., torch.Tensor]
@@ -182,11 +181,11 @@ class _DistributedLoss(Face):
                 f"rank {rank} passed a target of shape {tuple(target)}, with its input of shape {tuple(shape)} it must "
                 f"be {tuple(shape[d] for d in wanted)}"
             )
-        X = lay.blocks(grid, lay.cuts_from_shapes(grid, inputs.shapes))
+        X = lay.blocks_from_shapes(grid, inputs.shapes)
         shape = lay.global_shape_of(X)
         self.judged((shape, inputs.dtype), (tuple(shape[d] for d in wanted), targets.dtype))
         c = Compiler(grid, rank, self._distdl_transport, self._distdl_label, inputs.device)
-        dims, graph = dims_of(X), inputs.requires_grad or targets.requires_grad
+        dims, graph = dims_of(X.dims), inputs.requires_grad or targets.requires_grad
         x, t = c.new(dims, inputs.dtype, graph, "x"), c.new(tuple(dims[d] for d in wanted), targets.dtype, graph, "t")
         weights = {name: weight for name, weight in self._buffers.items() if weight is not None}
         held = [c.new(tuple((uncut(n),) for n in w.shape), w.dtype, False, name) for name, w in weights.items()]
