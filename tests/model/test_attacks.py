@@ -89,7 +89,7 @@ def test_structures_of_arguments(world: dl.Partition) -> None:
         torch.testing.assert_close(net(mine, b=mine), -mine)
         torch.testing.assert_close(net(mine, 1, 2), mine - 3)
         torch.testing.assert_close(net(mine, 2, 1), mine)
-    with pytest.raises(TypeError, match="passed a tensor of torch.sparse_coo, a tensor is needed"):
+    with pytest.raises(TypeError, match=r"passed a tensor of torch\.sparse_coo, a tensor is needed"):
         net(mine.to_sparse())
 
 
