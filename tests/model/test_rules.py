@@ -702,6 +702,16 @@ FUNCTIONS: dict[str, Callable[[torch.Tensor], Any]] = {
         x[[0]],
         torch.isin(x, torch.arange(2)),
     ),
+    "renormalised": lambda x: (torch.renorm(x, 2, 1, 3.0), torch.renorm(x, 1, -1, 9.0)),
+    "along_dims": lambda x: (
+        x.kthvalue(2)[0],
+        x.mode(1)[0],
+        x.sort()[0],
+        x.topk(2)[0],
+        x.cumsum(2),
+        x.aminmax()[0],
+        x.sum().max(),
+    ),
     "views": lambda x: (x.reshape(-1), x.flatten(1), x.reshape(x.shape[0], 2, -1, 2, x.shape[2], x.shape[3])),
     "chunks": lambda x: [*x.chunk(2, 1), *x.unbind(0), *x.split([1, 0, 7], 1)],
     "similarity": lambda x: (
