@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable
-from contextlib import nullcontext
-from functools import partial
 from typing import Any
 
 import torch
@@ -15,7 +12,6 @@ from distdl_lite.bench import gloo
 from distdl_lite.bench.table import BOTH, Call, Row, interleaved
 from distdl_lite.parallel.replicas.data_parallel import DataParallel
 from distdl_lite.partition import Partition
-from distdl_lite.testing import count
 from distdl_lite.transport.sums import ENGINES
 
 RANKS = 2, 3, 4
@@ -29,7 +25,7 @@ _LARGE = (724,) * 9  # 8 buckets of 2 MiB
 
 
 def rows(P: Partition, seconds: float) -> list[Row]:
-    """Whole steps beside DDP's, then what overlap hides, overhead, accumulation, unused parameters and uneven steps."""
+    """Whole steps beside DDP's, then what overlap hides, overhead, and steps with unused parameters."""
     reason = gloo.start(P)
     if reason:
         raise RuntimeError(f"torch's gloo cannot be had here: {reason}")
@@ -37,9 +33,7 @@ def rows(P: Partition, seconds: float) -> list[Row]:
         *_steps(P, 2 * seconds),
         *_overlap(P, 2 * seconds),
         *_overhead(P, seconds),
-        *_accumulation(P, seconds),
         *_unused(P, 2 * seconds),
-        *_uneven(P, seconds),
     ]
 
 
@@ -75,12 +69,6 @@ def _without_sums(model: Any, x: torch.Tensor) -> Call:
             step()
 
     return local
-
-
-def _messages(call: Call) -> int:
-    with count() as counted:
-        call()
-    return counted.messages
 
 
 def _steps(P: Partition, seconds: float) -> list[Row]:
@@ -160,26 +148,6 @@ def _overhead(P: Partition, seconds: float) -> list[Row]:
     ]
 
 
-def _accumulation(P: Partition, seconds: float) -> list[Row]:
-    sizes, batch = _MODELS["17 MB, 10 parameters"]
-    x = torch.rand(batch, sizes[0])
-    dp = DataParallel(_network(sizes), P)
-
-    def eight(syncs: bool) -> None:
-        for number in range(8):
-            with nullcontext() if syncs or number == 7 else dp.no_sync():
-                dp(x).square().mean().backward()
-
-    dp(x).square().mean().backward()
-    calls = [partial(eight, syncs) for syncs in (False, True)]
-    messages = [_messages(call) for call in calls]
-    few, many = interleaved(P.comm, calls, seconds)
-    return [
-        Row("8 backwards, 7 in no_sync; other is 8 sums", "17 MB", BOTH, few, many),
-        Row("their messages", "17 MB", BOTH, *messages, unit="", times=0.125),
-    ]
-
-
 class _Skips(torch.nn.Module):
     """A deep network that leaves out every tenth of its layers."""
 
@@ -201,33 +169,3 @@ def _unused(P: Partition, seconds: float) -> list[Row]:
     a, b = interleaved(P.comm, [_step(model, x) for model in models], seconds)
     what = "step, a tenth unused; other is DDP, find_unused_parameters"
     return [Row(what, "160 parameters", BOTH, a, b, times=0.9)]
-
-
-def _uneven(P: Partition, seconds: float) -> list[Row]:
-    """A loop of 10 steps inside `join`, beside one without and DDP's."""
-    from torch.distributed.algorithms.join import Join
-
-    sizes, batch = _MODELS["0.8 MB, 6 parameters"]
-    x = torch.rand(batch, sizes[0])
-    dp, ddp = DataParallel(_network(sizes), P), _ddp(_network(sizes))
-
-    def ten(step: Call, joined: Callable[[], Any]) -> None:
-        with joined():
-            for _ in range(10):
-                step()
-
-    step = _step(dp, x)
-    calls = [
-        partial(ten, step, dp.join),
-        partial(ten, step, nullcontext),
-        partial(ten, _step(ddp, x), lambda: Join([ddp])),
-    ]
-    calls[1]()
-    # At its end each rank takes part once more, and the parameters are sent around.
-    at_end = _messages(calls[0]) - _messages(calls[1])
-    a, b, c = interleaved(P.comm, calls, seconds)
-    return [
-        Row("10 steps in join; other is without", "0.8 MB", BOTH, a, b),
-        Row("10 steps in join; other is DDP's join", "0.8 MB", BOTH, a, c),
-        Row("messages of join for 10 steps, beside those at its end", "0.8 MB", BOTH, 0, at_end, unit=""),
-    ]

@@ -1,11 +1,10 @@
-"""How long plans on large grids take, and what set-up and unchanged forwards send."""
+"""How long plans, set-up and unchanged forwards take a rank of a large grid."""
 
 from __future__ import annotations
 
 import tracemalloc
 from functools import partial
 from time import perf_counter
-from unittest import mock
 
 import torch
 
@@ -21,7 +20,7 @@ RANKS = None  # any number
 
 
 def rows(P: Partition, seconds: float) -> list[Row]:
-    """Plans on 65,536 ranks, what an unchanged forward agrees on, and communicators left by 3,000 layers."""
+    """Plans on 65,536 ranks, then what a rank of as many does by itself."""
     n, cut = 256, lay.balanced_blocks
     grid, wide = Grid((n, n), range(n * n)), Grid((n // 2, 2 * n), range(n * n))
     back, shape = Grid((n, n), range(n * n)[::-1]), (40 * n, 40 * n + 7)
@@ -31,7 +30,7 @@ def rows(P: Partition, seconds: float) -> list[Row]:
         "plan: halo": lambda: plan(cut(grid, shape), lay.haloed(cut(grid, shape), [(1, 1)] * 2), n // 2),
     }
     rows = [row for what, build in cases.items() for row in _cost_of_plan(what, build)]
-    return [*rows, *_scaling_rows(P), *_setup_rows(P), _dropped_layers(P)]
+    return [*rows, *_scaling_rows(P)]
 
 
 def _scaling_rows(P: Partition) -> list[Row]:
@@ -80,37 +79,3 @@ def _cost_of_plan(what: str, build: Call) -> list[Row]:
         Row(what, "65536 ranks", "time", max(times), unit="s", most=0.1),
         Row(what, "65536 ranks", "memory", peak, unit="MB", most=10),
     ]
-
-
-def _setup_rows(P: Partition) -> list[Row]:
-    """Count what a forward sends besides its data: first, unchanged, and back to a structure seen before."""
-    layer = dnn.HaloExchange(P.grid((P.size, 1)), (1, 1))
-    small, large = torch.rand(4, 5), torch.rand(6, 5)
-    rows, size = [], f"{P.size} ranks"
-    for mode, x in (("first", small), ("unchanged", small), ("changed", large), ("seen before", small)):
-        transport, bars = P.world_transport, (1, 0) if mode in ("unchanged", "seen before") else (None, None)
-        with (
-            mock.patch.object(transport, "start_agreeing", wraps=transport.start_agreeing) as agreements,
-            mock.patch.object(transport, "gather_objects", wraps=transport.gather_objects) as gathers,
-        ):
-            layer(x)
-        for what, calls, most in zip(("agreements", "gathers"), (agreements, gathers), bars, strict=True):
-            rows.append(Row(f"set-up: {what}", size, mode, calls.call_count, unit="", most=most))
-    return rows
-
-
-def _dropped_layers(P: Partition, count: int = 3000) -> Row:
-    """Construct, call and drop layers over the same teams; the registry of communicators must not grow."""
-    rows, line = P.grid((P.size, 1)), P.grid((P.size,))
-    x, teams = torch.rand(2, 2), P.world_transport.local["teams"]
-
-    def some(number: int) -> None:
-        for _ in range(number):
-            dnn.HaloExchange(rows, (1, 0))(x)
-            dnn.AllSumReduce(line, axes_reduce=(0,))(x)
-
-    some(1)
-    before = len(teams)
-    some(count // 2)
-    growth = len(teams) - before
-    return Row(f"{count} layers dropped: communicators", f"{P.size} ranks", "growth", growth, unit="", most=0)

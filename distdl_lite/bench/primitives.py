@@ -15,12 +15,16 @@ from distdl_lite.partition import Partition
 
 RANKS = 2, 4, 8, 16  # that cut the tensors evenly
 _MODES = FORWARD, BOTH
-_SIZES: dict[str, tuple[tuple[int, ...], tuple[dict[str, float], ...]]] = {  # a rank's block, and the bar of each mode
-    "1 KiB": ((1, 1, 16, 16), ({"more": 35}, {"more": 80})),
-    "64 KiB": ((1, 4, 64, 64), ({"more": 35}, {"more": 80})),
-    "4096 KiB": ((1, 16, 256, 256), ({"times": 1.15}, {"times": 1.15})),
-}
-_SEVERAL, _INSIDE = 8, ({"more": 20}, {"more": 60})  # layers inside one module, and the bars of each
+_SMALL, _INSIDE = ({"more": 35}, {"more": 80}), ({"more": 20}, {"more": 60})  # bars of each mode
+_LARGE = ({"times": 1.15}, {"times": 1.15})
+_SEVERAL = 8  # layers inside one module
+# The size of a rank's block, the block, the number of layers, and their bars.
+_SIZES: list[tuple[str, tuple[int, ...], int, tuple[dict[str, float], ...]]] = [
+    ("1 KiB", (1, 1, 16, 16), 1, _SMALL),
+    ("64 KiB", (1, 4, 64, 64), 1, _SMALL),
+    ("4096 KiB", (1, 16, 256, 256), 1, _LARGE),
+    ("1 KiB", (1, 1, 16, 16), _SEVERAL, _INSIDE),
+]
 
 Layer = Callable[[torch.Tensor], torch.Tensor]
 Case = tuple[str, Callable[[], Layer], Callable[[], Layer], tuple[int, ...]]
@@ -62,30 +66,19 @@ def _sum_of(layers: Any, x: torch.Tensor) -> torch.Tensor:
 
 
 def rows(P: Partition, seconds: float) -> list[Row]:
-    """Every primitive at three sizes per rank beside the hand-written calls, then a large Repartition."""
+    """Every primitive beside the hand-written calls: at three sizes per rank, several in a module, a large Repartition."""
     rows = []
-    for size, (block, bars) in _SIZES.items():
+    for size, block, n, bars in _SIZES:
         for name, layer, by_hand, shape in _cases(P, block):
             calls = layer(), by_hand()
             _check_same(name, calls, shape)
+            if n > 1:  # where one agreement serves all
+                name = f"{name}, one of {n} in a module"
+                calls = _Several([layer() for _ in range(n)]), partial(_sum_of, [by_hand() for _ in range(n)])
             for mode, bar in zip(_MODES, bars, strict=True):
                 a, b = interleaved(P.comm, [calls_of(call, shape, mode) for call in calls], seconds)
-                rows.append(Row(name, size, mode, a, b, **bar))
-    return rows + _inside_a_module(P, seconds) + _large_repartition(P, seconds)
-
-
-def _inside_a_module(P: Partition, seconds: float) -> list[Row]:
-    """What each of several layers takes, where one agreement serves all."""
-    rows, size = [], "1 KiB"
-    for name, layer, by_hand, shape in _cases(P, _SIZES[size][0]):
-        ours, theirs = (
-            _Several([layer() for _ in range(_SEVERAL)]),
-            partial(_sum_of, [by_hand() for _ in range(_SEVERAL)]),
-        )
-        for mode, bar in zip(_MODES, _INSIDE, strict=True):
-            a, b = interleaved(P.comm, [calls_of(call, shape, mode) for call in (ours, theirs)], seconds)
-            rows.append(Row(f"{name}, one of {_SEVERAL} in a module", size, mode, a / _SEVERAL, b / _SEVERAL, **bar))
-    return rows
+                rows.append(Row(name, size, mode, a / n, b / n, **bar))
+    return rows + _large_repartition(P, seconds)
 
 
 def _check_same(name: str, calls: tuple[Layer, Layer], shape: tuple[int, ...]) -> None:

@@ -3,25 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
-
-import torch
 
 from distdl_lite.agreement import UNSET
 from distdl_lite.grid import Grid
+from distdl_lite.model.dry import DryTransport
 from distdl_lite.partition import Partition
-from distdl_lite.plan import Plan
-from distdl_lite.transport import Team, Transport
+from distdl_lite.transport import Team
 
 
-class StubTransport(Transport):
-    """Rank 0 of so many. Votes are unanimous, along each axis all ranks have a block of this one's length, and zeros arrive."""
-
-    proc_null = -2
+class StubTransport(DryTransport):
+    """Rank 0 of so many. Votes are unanimous, and along each axis all ranks have a block of this one's length."""
 
     def __init__(self, size: int) -> None:
-        self.rank, self.size = 0, size
-        self.local: dict[str, Any] = {"tallies": []}
+        super().__init__(0, size)
         self.received = 0  # numbers, by set-ups
 
     def start_agreeing(self, team: Team, value: int) -> None:
@@ -41,23 +35,6 @@ class StubTransport(Transport):
                 if found[place] == UNSET and found[place - 1] != UNSET:
                     found[place] = found[place - 1]
         return found
-
-    def all_reduce(self, team: Team, tensor: torch.Tensor, op: str = "sum") -> torch.Tensor:
-        return tensor
-
-    def bind(self, plan: Plan, dtype: torch.dtype, device: torch.device) -> _Channel:
-        return _Channel(plan, dtype, device)
-
-
-class _Channel:
-    def __init__(self, plan: Plan, dtype: torch.dtype, device: torch.device) -> None:
-        self.plan, self.options = plan, {"dtype": dtype, "device": device}
-
-    def start(self, x: torch.Tensor) -> None:
-        pass
-
-    def finish(self, pending: None, into: torch.Tensor | None = None) -> torch.Tensor:
-        return torch.zeros(self.plan.returned_shape, **self.options) if into is None else into  # type: ignore[call-overload]
 
 
 def world_of(size: int) -> Partition:

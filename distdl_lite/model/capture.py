@@ -23,6 +23,7 @@ from distdl_lite.private import is_composite
 
 _OURS, _TORCHS = Path(__file__).parent.parent, Path(torch.__file__).parent
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_REARRANGING = {"pixel_shuffle", "pixel_unshuffle", "channel_shuffle", "rot90"}  # which torch makes of views and flips
 _WAYS_OUT = "write this part without it, or cut the model by hand with distdl_lite.nn's layers"
 
 
@@ -188,7 +189,7 @@ def _composites(ruled: frozenset[str]) -> dict[Any, Callable[..., Any]]:
     return {
         overload: definition
         for overload, definition in torch.export.default_decompositions().items()
-        if is_composite(overload)
+        if (is_composite(overload) or overload.overloadpacket.__name__ in _REARRANGING)
         and overload.overloadpacket.__name__ not in {*ruled, "item"}  # which the error names
         and torch.Tag.pointwise not in overload.tags
     }

@@ -27,21 +27,13 @@ Runs = tuple[int, int]  # in forward and in backward
 
 
 class DryTransport(Transport):
-    """One rank of a world without the others.
-
-    Attributes
-    ----------
-    path : str or None
-        Of the module whose forward runs; None in backward.
-    sums : list of (path or None, int, int)
-        Those that are no operator's, with their bytes and ranks.
-    """
+    """One rank of a world without the others."""
 
     def __init__(self, rank: int, size: int) -> None:
         self.rank, self.size, self.proc_null = rank, size, -1
         self.local: dict[str, Any] = {"tallies": []}
-        self.path: str | None = None
-        self.sums: list[tuple[str | None, int, int]] = []
+        self.path: str | None = None  # of the module whose forward runs; None in backward
+        self.sums: list[tuple[str | None, int, int]] = []  # path, bytes and ranks of those that are no operator's
 
     def bind(self, plan: Plan, dtype: torch.dtype, device: torch.device) -> DryChannel:
         return DryChannel(plan, self)
@@ -68,30 +60,14 @@ class DryChannel:
 
 @dataclass(frozen=True)
 class DryRun:
-    """What was found.
+    """What was found, by the path of the module where it happens, None in backward."""
 
-    Attributes
-    ----------
-    runs : list of (Movement, (int, int), (int, int))
-        How often each movement, and how often its adjoint, ran in forward and in backward.
-    sums : list of (path or None, int, int)
-        As of `DryTransport`.
-    multiply_adds : dict
-        Of the forward by path of the module, and of the backward under None.
-    kept : dict
-        Bytes by path of the module that made them, which the forward leaves behind.
-    peak : int
-        The most bytes that blocks, activations and gradients took together, without weights.
-    reached : set
-        The numbers of the program's inputs that got a gradient.
-    """
-
-    runs: list[tuple[Movement, Runs, Runs]]
-    sums: list[tuple[str | None, int, int]]
+    runs: list[tuple[Movement, Runs, Runs]]  # how often each movement, and how often its adjoint, ran
+    sums: list[tuple[str | None, int, int]]  # as of `DryTransport`
     multiply_adds: Counter[str | None]
-    kept: Counter[str | None]
-    peak: int
-    reached: set[int]
+    kept: Counter[str | None]  # bytes that the forward leaves behind
+    peak: int  # the most bytes that blocks, activations and gradients took together, without weights
+    reached: set[int]  # the numbers of the program's inputs that got a gradient
 
 
 def dry_run(program: Program) -> DryRun:

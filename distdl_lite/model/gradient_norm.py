@@ -9,10 +9,8 @@ from weakref import WeakKeyDictionary
 
 import torch
 
-from distdl_lite.agreement import raise_together
 from distdl_lite.layout import Layout
-from distdl_lite.model.reparametrised import reparametrised_cut_weight
-from distdl_lite.model.weights import team_of
+from distdl_lite.model.weights import check_cut_weights, team_of
 from distdl_lite.nn.parameter import Place
 from distdl_lite.transport import Team
 
@@ -34,7 +32,7 @@ def _counted_once(module: torch.nn.Module, team: Team) -> Iterator[torch.Tensor]
     known = transport.local.setdefault("counted once", WeakKeyDictionary())
     places, counted = known.get(module, ([], set()))
     if transport.agree(team, int(places != mine)):  # a rank's module may have changed alone
-        raise_together(team, reparametrised_cut_weight(module))
+        check_cut_weights(module, team)
         told = transport.gather_objects(team, [(name, place and place.layout) for name, place in mine])
         first: dict[str, tuple[int, Layout | None]] = {}
         for rank, names in zip(team, told, strict=True):

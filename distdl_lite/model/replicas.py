@@ -8,9 +8,8 @@ from typing import Any
 
 import torch
 
-from distdl_lite.agreement import check_alike, raise_together
-from distdl_lite.model.reparametrised import reparametrised_cut_weight
-from distdl_lite.model.weights import entries_of, team_of
+from distdl_lite.agreement import check_alike
+from distdl_lite.model.weights import check_cut_weights, entries_of, team_of
 from distdl_lite.transport import Team
 
 
@@ -81,7 +80,7 @@ def _compared(
     team = team_of(module)
     if team.world.rank not in team:
         return [], ""
-    raise_together(team, reparametrised_cut_weight(module))
+    check_cut_weights(module, team)
     held = {name: (t, place.replicas.team if place else team) for name, t, place in entries_of(module)}
     # The first rank that holds the same, -1 if this rank's block is empty.
     mine = {name: (next(iter(ranks), -1), tell(tensor)) for name, (tensor, ranks) in held.items()}

@@ -185,16 +185,23 @@ class Report:
 
     def to_markdown(self) -> str:
         """The table and what follows it, in Markdown."""
-        head, *rest = _cells(self)
-        lines = [head, ["---"] * len(head), *rest]
-        table = "\n".join(f"| {' | '.join(cell.replace('|', '/') for cell in line)} |" for line in lines)
-        return "\n".join([table, "", *(f"* {line}" for line in _summary(self))])
+        return "\n".join([in_markdown(_cells(self)), "", *(f"* {line}" for line in _summary(self))])
 
     def __str__(self) -> str:
-        cells = _cells(self)
-        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-        table = ["  ".join(map(str.ljust, line, widths)).rstrip() for line in cells]
-        return "\n".join([*table, "", *_summary(self)])
+        return "\n".join([in_columns(_cells(self)), "", *_summary(self)])
+
+
+def in_markdown(lines: Sequence[Sequence[str]]) -> str:
+    """A table in Markdown, the head first."""
+    head, *rest = lines
+    cells = [head, ["---"] * len(head), *rest]
+    return "\n".join(f"| {' | '.join(cell.replace('|', '/') for cell in line)} |" for line in cells)
+
+
+def in_columns(lines: Sequence[Sequence[str]]) -> str:
+    """A table in aligned columns."""
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
 
 
 def _cells(made: Report) -> list[list[str]]:
@@ -276,11 +283,27 @@ def report(
     ValueError
         If the axes do not fit an input.
     """
-    module, args = as_module(model), [example(x, model) for x in inputs]
-    over = Grid(tuple(grid), range(math.prod(grid)))
-    feeds = cut_inputs(args, over, in_axes)
-    captured = captured_in_mode(module, args, train)
-    return reported(captured, module, over, feeds, machine, grads=train, strict=strict, out_axes=out_axes)
+    args = [example(x, model) for x in inputs]
+    (made,) = reports(model, args, [tuple(grid)], in_axes, train, machine, strict=strict, out_axes=out_axes)
+    return made
+
+
+def reports(
+    model: Any, args: Sequence[Any], grids: Sequence[Shape], in_axes: Any, train: bool, machine: Machine, **options: Any
+) -> list[Report]:
+    """The reports of a model, captured once as it stands or in evaluation, over several grids."""
+    module, over = as_module(model), [Grid(shape, range(math.prod(shape))) for shape in grids]
+    feeds = [cut_inputs(args, grid, in_axes) for grid in over]
+    modes = {inner: inner.training for inner in module.modules()}
+    try:
+        for inner in modes:
+            inner.training &= train
+        captured = capture(module, args, {})
+    finally:
+        for inner, mode in modes.items():
+            inner.training = mode
+    pairs = zip(over, feeds, strict=True)
+    return [reported(captured, module, grid, feed, machine, grads=train, **options) for grid, feed in pairs]
 
 
 def example(x: Any, model: Any) -> Any:
@@ -300,18 +323,6 @@ def cut_inputs(args: Sequence[Any], grid: Grid, in_axes: Any) -> dict[int, tuple
             axes = fitting_axes(next(given, None), leaf.dim(), leaf.dtype, grid)
             feeds[number] = blocks(tuple(leaf.shape), axes, grid), leaf.requires_grad
     return feeds
-
-
-def captured_in_mode(module: torch.nn.Module, args: Sequence[Any], train: bool) -> Captured:
-    """The operations of a model as it stands, or in evaluation."""
-    modes = {inner: inner.training for inner in module.modules()}
-    try:
-        for inner in modes:
-            inner.training &= train
-        return capture(module, args, {})
-    finally:
-        for inner, mode in modes.items():
-            inner.training = mode
 
 
 def reported(
@@ -378,6 +389,7 @@ class _Account:
         reached = {program.feeds[number][0].target for number in self.dry.reached}
         learned = dict.fromkeys(parameters[name] for name in used if name in reached)
         self.learned = [(dims[id(weight)], weight.dtype) for weight in learned]
+        self.planned: dict[Any, dict[Index, Both]] = {}  # what a run of each movement and of its adjoint sends
         self.sent: dict[str, dict[Index, Both]] = {}  # by path
         for path, traffic in self._all_sent():
             mine = self.sent.setdefault(path, dict.fromkeys(self.chosen, (Traffic(), Traffic())))
@@ -414,12 +426,8 @@ class _Account:
 
     def _all_sent(self) -> Iterator[tuple[str, Mapping[Index, Both]]]:
         """What each movement, and each sum outside the program, sends from the ranks looked at, forward and backward."""
-        known: dict[Any, Mapping[Index, Both]] = {}
         for movement, *runs in self.dry.runs:
-            key = movement.X, movement.Y, movement.dtype, *runs
-            if key not in known:
-                known[key] = self._of_movement(movement, *runs)
-            yield movement.path, known[key]
+            yield movement.path, self._of_movement(movement, *runs)
         for path, size, ranks in self.dry.sums:
             both = (Traffic(), _summed(size, ranks))[:: -1 if path is not None else 1]
             yield "gradients" if path is None else path, dict.fromkeys(self.chosen, both)
@@ -441,16 +449,15 @@ class _Account:
             used = set(range(self.grid.dim))
         elif not operator or operator.plan.pattern is not Pattern.ALL_REDUCE:
             used |= set(range(self.grid.dim)) - set(X.team_axes)
-        known: dict[Index, Both] = {}
+        known, found = self.planned.setdefault((X, Y, movement.dtype), {}), dict[Index, Both]()
         for index in self.chosen:
             short = tuple(i if a in used else 0 for a, i in enumerate(index))
             if short not in known:
                 mine = plan(X, Y, self.grid.rank(short))
-                there, back = _of_plan(mine, movement.dtype), _of_plan(mine.adjoint(), movement.dtype)
-                forward, backward = (there * n + back * m for n, m in zip(own, of_adjoint, strict=True))
-                known[short] = forward, backward
-            known[index] = known[short]
-        return known
+                known[short] = _of_plan(mine, movement.dtype), _of_plan(mine.adjoint(), movement.dtype)
+            there, back = known[short]
+            found[index] = there * own[0] + back * of_adjoint[0], there * own[1] + back * of_adjoint[1]
+        return found
 
     def _sums(self, index: Index) -> list[tuple[int, int]]:
         """The bytes and the ranks of each sum of weights' gradients that a rank takes part in, from the second step on."""

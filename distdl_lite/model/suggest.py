@@ -10,10 +10,8 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
-from distdl_lite.grid import Grid
 from distdl_lite.layout import Shape
-from distdl_lite.model.capture import as_module
-from distdl_lite.model.report import TYPICAL, Machine, Report, captured_in_mode, cut_inputs, example, number, reported
+from distdl_lite.model.report import TYPICAL, Machine, Report, example, in_columns, in_markdown, number, reports
 
 
 @dataclass(frozen=True)
@@ -34,13 +32,10 @@ class Suggestions(list[Suggestion]):
 
     def to_markdown(self) -> str:
         """The list in Markdown."""
-        return "\n".join(
-            ["| grid | reason |", "| --- | --- |", *(f"| {grid} | {why} |" for grid, why in self._lines())]
-        )
+        return in_markdown([("grid", "reason"), *self._lines()])
 
     def __str__(self) -> str:
-        width = max(len(grid) for grid, _ in self._lines())
-        return "\n".join(f"{grid:{width}}  {reason}" for grid, reason in self._lines())
+        return in_columns(self._lines())
 
 
 def suggest(
@@ -78,18 +73,14 @@ def suggest(
     RuntimeError, TypeError
         As of `report`.
     """
-    module, args = as_module(model), [example(x, model) for x in inputs]
+    args = [example(x, model) for x in inputs]
     first = next((x for x in pytree.tree_leaves(args) if isinstance(x, torch.Tensor)), None)
     if first is None:
         raise ValueError("suggest: a shape or a tensor is needed among the inputs")
     grids = [grid for grid in _grids(ranks, tuple(first.shape)) if channels or len(grid) < 2 or grid[1] == 1]
     if not grids:
         raise ValueError(f"suggest: {ranks} ranks have no grid for a tensor of shape {tuple(first.shape)}")
-    captured = captured_in_mode(module, args, train)
-    found, options = [], {"grads": train, "out_axes": out_axes}
-    for shape in grids:
-        grid = Grid(shape, range(ranks))
-        found.append(reported(captured, module, grid, cut_inputs(args, grid, in_axes), machine, **options))
+    found = reports(model, args, grids, in_axes, train, machine, out_axes=out_axes)
     fitting = sorted((r for r in found if r.peak <= memory), key=lambda r: r.seconds)
     others = sorted((r for r in found if r.peak > memory), key=lambda r: r.peak)
     made = [Suggestion(r.grid, r, True, _reason(r, fitting)) for r in fitting]

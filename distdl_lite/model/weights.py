@@ -10,7 +10,6 @@ import torch
 from distdl_lite.agreement import check_alike, raise_together
 from distdl_lite.grid import Grid
 from distdl_lite.layout import Layout, global_shape_of, whole
-from distdl_lite.model.reparametrised import reparametrised_cut_weight
 from distdl_lite.nn.module import Module
 from distdl_lite.nn.parameter import Place
 from distdl_lite.operator import Operator
@@ -41,6 +40,27 @@ def team_of(module: torch.nn.Module) -> Team:
         raise TypeError(f"the model is needed, a torch.nn.Module, not {type(module).__name__}")
     partitions = [P for inner in module.modules() if isinstance(inner, Module) for P in inner._distdl_partitions]
     return union_of_teams(*(partitions or [Partition()]))
+
+
+def check_cut_weights(module: torch.nn.Module, team: Team) -> None:
+    """Raise ValueError on all ranks if another tensor is in the place of a cut weight, as after a parametrization or pruning.
+
+    Of the tensors from which the weight is made now nobody knows how they are cut. Those of a weight that every rank holds
+    whole are whole too.
+    """
+    missing = (
+        f"{path}.{name}".lstrip(".") + f" of shape {place.global_shape}"
+        for path, inner in module.named_modules()
+        for name, place in getattr(inner, "_distdl_places", {}).items()
+        if name not in {*inner._parameters, *inner._buffers}
+        and any(len(set(dim.ranges)) > 1 for dim in place.layout.dims)
+    )
+    text = next(missing, "")
+    error = (
+        f"{text} is cut over ranks, and is no parameter any more: how what a parametrization or pruning has put in its "
+        "place is cut is not known"
+    )
+    raise_together(team, ValueError(error) if text else None)
 
 
 def load_serial_state_dict(module: torch.nn.Module, state: Mapping[str, torch.Tensor] | None, root: int = 0) -> None:
@@ -92,7 +112,7 @@ def callers(module: torch.nn.Module, root: int, of_all_lines: bool = True) -> tu
     team = world.team({*team, root, *(others if of_all_lines else ())})
     if world.rank not in team:
         return team, []
-    raise_together(team, reparametrised_cut_weight(module))
+    check_cut_weights(module, team)
     mine = root, [(name, place.layout if place else tuple(tensor.shape)) for name, tensor, place in entries]
     passed = dict(zip(team, world.gather_objects(team, mine), strict=True))
     team = world.team(rank for rank in team if passed[rank][0] == root)

@@ -311,27 +311,10 @@ def repeat(rng: Random) -> Drawn:
 
 
 @case
-def shuffles(rng: Random) -> Drawn:
-    r, n, k, h, w = (rng.randint(1, 3) for _ in range(5))
-    return rng.choice([
-        (ATEN.pixel_shuffle.default, tensor(rng, [n, k * r * r, h, w]), r),
-        (ATEN.pixel_unshuffle.default, tensor(rng, [n, k, h * r, w * r]), r),
-        (ATEN.pixel_unshuffle.default, tensor(rng, [k, h * r, w * r]), r),
-        (ATEN.channel_shuffle.default, tensor(rng, [n, k * r, h, w]), r),
-    ])  # fmt: skip
-
-
-@case
 def flip(rng: Random) -> Drawn:
     of = shape(rng, 1)
     chosen = rng.sample(range(len(of)), rng.randint(0, len(of)))
     return ATEN.flip.default, tensor(rng, of, any_dtype(rng)), [d - rng.choice([0, len(of)]) for d in chosen]
-
-
-@case
-def rot90(rng: Random) -> Drawn:
-    of = shape(rng, 2)
-    return ATEN.rot90.default, tensor(rng, of), rng.randint(-4, 5), rng.sample(range(len(of)), 2)
 
 
 @case
@@ -452,13 +435,6 @@ def roll(rng: Random) -> Drawn:
         [rng.randint(-9, 9) for _ in dims],
         [d - len(of) for d in dims],
     )
-
-
-@case
-def fftshift(rng: Random) -> Drawn:
-    of = shape(rng, 1)
-    overload = rng.choice([ATEN.fft_fftshift.default, ATEN.fft_ifftshift.default])
-    return overload, tensor(rng, of), rng.choice([None, [dim(rng, of)]])
 
 
 @case
@@ -710,6 +686,8 @@ FUNCTIONS: dict[str, Callable[[torch.Tensor], Any]] = {
     "shuffled": lambda x: F.channel_shuffle(F.pixel_shuffle(F.pixel_unshuffle(x, 2), 2), 2),
     "joined": lambda x: torch.hstack([x, x.flip(1)]).tensor_split(3, dim=2),
     "turned": lambda x: torch.fliplr(x).rot90(1, (2, 3)).moveaxis(1, -1).swapaxes(0, 1),
+    "turned_further": lambda x: (x.rot90(2, (2, 3)), x.rot90(-1, (1, 3)), x.rot90(4, (0, 2))),
+    "centred": lambda x: (torch.fft.fftshift(x), torch.fft.ifftshift(x, (2, 3)), torch.fft.fftshift(x, -1)),
     "differences": lambda x: torch.diff(x, dim=3) + torch.outer(x[0, 0, 0], x[0, 0, 1])[None, :1, None, 1:],
     "repeated": lambda x: (x.repeat_interleave(2, 3), x.tile(1, 2, 1, 1), x.broadcast_to(2, *x.shape)),
     "windows": lambda x: x.unfold(2, 4, 2).unfold(3, 3, 3).amax((-1, -2)),
@@ -723,6 +701,16 @@ FUNCTIONS: dict[str, Callable[[torch.Tensor], Any]] = {
         x[:, [2, 0]],
         x[[0]],
         torch.isin(x, torch.arange(2)),
+    ),
+    "renormalised": lambda x: (torch.renorm(x, 2, 1, 3.0), torch.renorm(x, 1, -1, 9.0)),
+    "along_dims": lambda x: (
+        x.kthvalue(2)[0],
+        x.mode(1)[0],
+        x.sort()[0],
+        x.topk(2)[0],
+        x.cumsum(2),
+        x.aminmax()[0],
+        x.sum().max(),
     ),
     "views": lambda x: (x.reshape(-1), x.flatten(1), x.reshape(x.shape[0], 2, -1, 2, x.shape[2], x.shape[3])),
     "chunks": lambda x: [*x.chunk(2, 1), *x.unbind(0), *x.split([1, 0, 7], 1)],
@@ -759,7 +747,9 @@ def test_function(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
                 compared(c.blocks[value.name].detach(), part, exact=False)
 
 
-@pytest.mark.parametrize("name", ["in_place", "joined", "turned", "windows", "window_attention", "shuffled"])
+@pytest.mark.parametrize(
+    "name", ["in_place", "joined", "turned", "turned_further", "centred", "windows", "window_attention", "shuffled"]
+)
 def test_gradients_over_ranks(name: str) -> None:
     """With operators that move between threads."""
     prove(_Function(FUNCTIONS[name]), (1, 1, 2, 2), (2, 8, 12, 6), steps=0)

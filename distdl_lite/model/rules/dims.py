@@ -103,29 +103,6 @@ def permuted(c: Compiler, x: Value, order: Sequence[int]) -> Value:
     return c.call(torch.Tensor.permute, x, list(order), dims=dims, dtype=x.dtype)
 
 
-@rule("pixel_shuffle")
-def pixel_shuffle(c: Compiler, op: Any, x: Value, r: int) -> Value:
-    *lead, channels, height, width = x.shape
-    n = len(lead)
-    x = view_as(c, x, (*lead, channels // r**2, r, r, height, width))
-    return view_as(c, permuted(c, x, [*range(n + 1), n + 3, n + 1, n + 4, n + 2]), op.shape)
-
-
-@rule("pixel_unshuffle")
-def pixel_unshuffle(c: Compiler, op: Any, x: Value, r: int) -> Value:
-    *lead, channels, height, width = x.shape
-    n = len(lead)
-    x = view_as(c, x, (*lead, channels, height // r, r, width // r, r))
-    return view_as(c, permuted(c, x, [*range(n + 1), n + 2, n + 4, n + 1, n + 3]), op.shape)
-
-
-@rule("channel_shuffle")
-def channel_shuffle(c: Compiler, op: Any, x: Value, groups: int) -> Value:
-    batch, channels, *space = x.shape
-    x = view_as(c, x, (batch, groups, channels // groups, *space))
-    return view_as(c, permuted(c, x, [0, 2, 1, *range(3, x.ndim)]), op.shape)
-
-
 @rule("repeat")
 def repeat(c: Compiler, op: Any, x: Value, times: Sequence[int]) -> Value:
     lead = len(op.shape) - x.ndim
@@ -145,17 +122,6 @@ def flip(c: Compiler, op: Any, x: Value, over: Sequence[int]) -> Value:
     }
     z = c.move(x, x.with_dims(turned), "shift")
     return c.call(torch.flip, z, over, dims=x.dims, dtype=x.dtype)
-
-
-@rule("rot90")
-def rot90(c: Compiler, op: Any, x: Value, k: int = 1, dims: Sequence[int] = (0, 1)) -> Value:
-    a, b = (d % x.ndim for d in dims)
-    over = [[], [b], [a, b], [a]][k % 4]
-    x = flip(c, op, x, over) if over else x
-    order = list(range(x.ndim))
-    if k % 2:
-        order[a], order[b] = b, a
-    return permuted(c, x, order)
 
 
 @rule("tril", "triu")
@@ -320,15 +286,6 @@ def rolled(c: Compiler, x: Value, shift: int, d: int) -> Value:
         return c.call(torch.roll, x, shift, d, dims=x.dims, dtype=x.dtype)
     wanted = Dim(tuple((a - shift, b - shift) for a, b in held.ranges), held.axes, n)
     return c.renamed(c.move(x, x.with_dims({d: wanted}), "shift"), x.dims)
-
-
-@rule("fft_fftshift", "fft_ifftshift")
-def fftshift(c: Compiler, op: Any, x: Value, dim: Any = None) -> Value:
-    over = range(x.ndim) if dim is None else [dim] if isinstance(dim, int) else dim
-    for d in over:
-        n = x.shape[d]
-        x = rolled(c, x, (n + 1) // 2 if "ifft" in op.name else n // 2, d % x.ndim)
-    return x
 
 
 # Into a tensor

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -67,11 +66,6 @@ def copy(c: Compiler, op: Any, x: Value, source: Value, non_blocking: bool = Fal
 @rule("expand")
 def expand(c: Compiler, op: Any, x: Value, *_: Any, **options: Any) -> Value:
     return broadcast(c, x, op.shape)
-
-
-@rule("broadcast_tensors")
-def broadcast_tensors(c: Compiler, op: Any, values: Sequence[Value]) -> list[Value]:
-    return [broadcast(c, x, op.shape) for x in values]
 
 
 def broadcast(c: Compiler, x: Value, shape: Shape) -> Value:

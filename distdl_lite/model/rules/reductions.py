@@ -21,10 +21,16 @@ def _root(x: torch.Tensor) -> torch.Tensor:
     return x.masked_fill(is_zero, 1).sqrt().masked_fill(is_zero, 0)
 
 
+def named(op: Any, args: Any, options: Any) -> dict[str, Any]:
+    """The arguments of an operation by torch's names, of which overloads have others, with their defaults."""
+    schema = op.function._schema.arguments
+    defaults = {a.name: a.default_value for a in schema if a.has_default_value()}
+    return defaults | dict(zip((a.name for a in schema), args, strict=False)) | options
+
+
 @rule("var", "std", "var_mean", "std_mean")
 def var(c: Compiler, op: Any, *args: Any, **options: Any) -> Any:
-    # Of several overloads, with `unbiased` or `correction`, of which the first takes no dim.
-    given = {**dict(zip([a.name for a in op.function._schema.arguments], args, strict=False)), **options}
+    given = named(op, args, options)
     x, keepdim = given["self"], bool(given.get("keepdim"))
     if x.dtype.is_complex:
         raise NoRule
@@ -61,29 +67,18 @@ def vector_norm(
     return y if ord == 1 else c.call(_root, y, dims=y.dims, dtype=op.dtype)
 
 
-@rule("amax", "amin", "argmax", "argmin", "max", "min", "prod", "any", "all", "median", "aminmax", "mode",
-      "kthvalue", "count_nonzero", "nansum", "nanmean")  # fmt: skip
-def along_dims(c: Compiler, op: Any, x: Value, *args: Any, **options: Any) -> Any:
-    """Operations that take a dim, or dims, and need them whole."""
-    if op.name in ("max", "min") and args and isinstance(args[0], Value):
-        return pointwise(c, op, x, *args)
-    at = 1 if op.name == "kthvalue" else 0
-    dim = options.get("dim", args[at] if len(args) > at else None)
-    keepdim = options.get("keepdim", args[at + 1] if len(args) > at + 1 else False)
-    over = dims_over(x, dim)
-    x = c.wholly(x, over, "whole")
-    dims = reduced(x, over, bool(keepdim))
-    return c.apply(op, x, *args, dims=dims, **options)
-
-
-@rule("cumsum", "cumprod", "logcumsumexp", "sort", "argsort", "topk", "cummax", "cummin", "glu", "renorm")
+@rule("amax", "amin", "argmax", "argmin", "max", "min", "prod", "any", "all", "median", "aminmax", "mode", "kthvalue",
+      "count_nonzero", "nansum", "nanmean", "cumsum", "cumprod", "logcumsumexp", "sort", "argsort", "topk", "cummax", "cummin",
+      "glu", "renorm")  # fmt: skip
 def along(c: Compiler, op: Any, x: Value, *args: Any, **options: Any) -> Any:
-    """Operations along one dim, which they need whole."""
-    at = {"topk": 1, "renorm": 1}.get(op.name, 0)
-    last = op.name in ("sort", "argsort", "topk", "glu")
-    dim = options.get("dim", args[at] if len(args) > at else -1 if last else None)
-    if not isinstance(dim, int) or isinstance(dim, bool):
-        raise NoRule
-    x = c.wholly(x, [dim], "whole")
-    dims = x.with_dims({dim: uncut(op.shape[dim])})
+    """Operations along a dim, or dims, which they need whole, and which go or get the length that the output has."""
+    given = named(op, (x, *args), options)
+    if isinstance(given.get("other"), Value):
+        return pointwise(c, op, x, *args)
+    over = dims_over(x, given.get("dim")) if x.ndim else []
+    if op.name == "renorm":  # the norms are over all dims but the one that is named
+        over = [d for d in range(x.ndim) if d not in over]
+    x = c.wholly(x, over, "whole")
+    keeps = len(op.shape) == x.ndim
+    dims = x.with_dims({d: uncut(op.shape[d]) for d in over}) if keeps else reduced(x, over, keepdim=False)
     return c.apply(op, x, *args, dims=dims, **options)
