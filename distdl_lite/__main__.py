@@ -207,7 +207,7 @@ def _made_by(text: str) -> Any:
     return model
 
 
-_BENCHMARKS = ("primitives", "conv", "layers", "unet", "memory", "plan", "data_parallel", "tagi")
+_BENCHMARKS = ("primitives", "conv", "layers", "unet", "memory", "plan", "data_parallel", "tagi", "machine")
 
 
 def bench(arguments: argparse.Namespace) -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 import threading
 from pathlib import Path
@@ -199,9 +200,14 @@ def test_info_without_an_mpi_library_says_so() -> None:
 
 
 @pytest.mark.jobs
-def test_info_prints_once_and_bench_refuses_a_number_of_ranks_that_does_not_fit() -> None:
-    code = "from distdl_lite.__main__ import main; main(['info']); main(['bench', 'primitives'])"
-    done = mpirun(3, "-c", code)
+def test_info_and_bench_print_once_and_bench_refuses_a_number_of_ranks_that_does_not_fit() -> None:
+    calls = "main(['info']); main(['bench', 'machine', '--seconds', '0']); main(['bench', 'primitives'])"
+    done = mpirun(3, "-c", f"from distdl_lite.__main__ import main; {calls}")
+    numbers = re.findall(
+        r"^(latency|bandwidth|rate|memory_bandwidth) +[a-z -]*([0-9.e+]+) (?:us|GB/s|G/s)", done.stdout, re.M
+    )
+    assert [name for name, _ in numbers] == ["latency", "bandwidth", "rate", "memory_bandwidth"]
+    assert all(float(value) > 0 for _, value in numbers)
     assert done.stdout.count("MPI library:") == 1
     assert "ranks:          3\n" in done.stdout
     assert done.returncode != 0

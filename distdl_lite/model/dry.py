@@ -65,6 +65,7 @@ class DryRun:
     runs: list[tuple[Movement, Runs, Runs]]  # how often each movement, and how often its adjoint, ran
     sums: list[tuple[str | None, int, int]]  # as of `DryTransport`
     multiply_adds: Counter[str | None]
+    touched: int  # bytes that operations read and write
     kept: Counter[str | None]  # bytes that the forward leaves behind
     peak: int  # the most bytes that blocks, activations and gradients took together, without weights
     reached: set[int]  # the numbers of the program's inputs that got a gradient
@@ -91,7 +92,7 @@ def dry_run(program: Program) -> DryRun:
                 torch.autograd.backward(roots, [torch.empty_like(y) for y in roots])
     reached = {number for number, block in enumerate(blocks) if block.grad is not None}
     runs = [(m, _runs(m.operator), _runs(m.operator and m.operator.adjoint)) for m in program.compiler.movements]
-    return DryRun(runs, transport.sums, meter.multiply_adds, kept, meter.peak, reached)
+    return DryRun(runs, transport.sums, meter.multiply_adds, meter.touched, kept, meter.peak, reached)
 
 
 def _runs(operator: Any) -> Runs:
@@ -120,7 +121,7 @@ def _stand_in(program: Program, line: Line, names: dict[str, Any]) -> None:
 
 
 class Meter(TorchDispatchMode):
-    """Counts the multiply-adds of what runs under it, and the bytes of what lives."""
+    """Counts the multiply-adds of products that run under it, the bytes that all operations touch, and those of what lives."""
 
     def __init__(self, transport: DryTransport) -> None:
         super().__init__()
@@ -128,25 +129,22 @@ class Meter(TorchDispatchMode):
 
         self.transport = transport
         self.multiply_adds: Counter[str | None] = Counter()
-        self.live = self.peak = 0
+        self.live = self.peak = self.touched = 0
         self._held: dict[int, tuple[str | None, int]] = {}
         self._flops: Any = flop_registry
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        made = func(*args, **(kwargs or {}))
-        self.multiply_adds[self.transport.path] += self._work(func, args, kwargs or {}, made)
-        for tensor in tree_iter(made):
-            if isinstance(tensor, torch.Tensor):
-                self.hold(tensor, self.transport.path)
-        return made
-
-    def _work(self, func: Any, args: Any, kwargs: Any, made: Any) -> int:
-        """The multiply-adds of an operation: of products as torch counts them, of others one a point."""
+        kwargs, path = kwargs or {}, self.transport.path
+        made = func(*args, **kwargs)
+        given, tensors = ([t for t in tree_iter(x) if isinstance(t, torch.Tensor)] for x in ((args, kwargs), made))
         flops = self._flops.get(func._overloadpacket)
         if flops is not None:
-            return int(flops(*args, **kwargs, out_val=made)) // 2
-        given = [t.numel() for t in tree_iter((args, kwargs)) if isinstance(t, torch.Tensor)]
-        return 0 if func.is_view or "empty" in str(func) else max(given, default=0)
+            self.multiply_adds[path] += int(flops(*args, **kwargs, out_val=made)) // 2
+        if tensors and not func.is_view and "empty" not in str(func):
+            self.touched += sum(t.nbytes for t in (*given, *tensors))
+        for tensor in tensors:
+            self.hold(tensor, path)
+        return made
 
     def hold(self, tensor: torch.Tensor, path: str | None, counts: bool = True) -> None:
         """Count the bytes of a tensor's memory until it is freed, those of a weight not."""

@@ -38,7 +38,9 @@ class Machine:
     bandwidth : float
         Bytes a second that a rank sends.
     rate : float
-        Multiply-adds a second of one rank.
+        Multiply-adds a second of one rank, in convolutions and other products.
+    memory_bandwidth : float
+        Bytes a second that a rank's operations read and write.
     optimizer : float
         Copies of the weights that the optimizer keeps; Adam two.
     """
@@ -46,6 +48,7 @@ class Machine:
     latency: float = 1e-5
     bandwidth: float = 1e10
     rate: float = 5e12
+    memory_bandwidth: float = 1e12
     optimizer: float = 2.0
 
 
@@ -99,7 +102,7 @@ class Row:
     forward, backward : Traffic
         The most that any rank sends.
     multiply_adds : int
-        Of the forward on the fullest rank; operations that are no products count one a point.
+        Of the products (convolutions, matrices) in the forward on the fullest rank.
     weights, kept : int
         Bytes of its own parameters and buffers, and of what it leaves behind for backward on the fullest rank.
     gathered : tuple of str
@@ -132,6 +135,8 @@ class Report:
         ranks within are looked at. Sums of weights' gradients are those from the second step on.
     multiply_adds, backward_multiply_adds : int
         On the fullest rank.
+    touched : int
+        Bytes that its operations read and write, in forward and backward.
     weights, gradients, optimizer, kept, peak : int
         Bytes a rank: of parameters and buffers, of gradients, of the optimizer, of what forward keeps for backward with the
         inputs, and the most of all together.
@@ -147,6 +152,7 @@ class Report:
     backward: Traffic
     multiply_adds: int
     backward_multiply_adds: int
+    touched: int
     weights: int
     gradients: int
     optimizer: int
@@ -170,6 +176,7 @@ class Report:
         moved = self.forward + self.backward
         return {
             "arithmetic": (self.multiply_adds + self.backward_multiply_adds) / self.machine.rate,
+            "memory": self.touched / self.machine.memory_bandwidth,
             "latency": moved.latencies * self.machine.latency,
             "bytes": moved.wire / self.machine.bandwidth,
         }
@@ -415,6 +422,7 @@ class _Account:
             backward=backward,
             multiply_adds=work.total() - work[None],
             backward_multiply_adds=work[None],
+            touched=dry.touched,
             weights=weights,
             gradients=gradients,
             optimizer=optimizer,
