@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from distdl_lite import nn as dnn
 from distdl_lite.bench.table import Call, Row, interleaved
+from distdl_lite.model.distributed import distribute
 from distdl_lite.partition import Partition
 
 RANKS = 2, 4
@@ -37,7 +37,7 @@ def while_others_sleep(comm: Any, call: Call) -> None:
 def step_of(P: Partition, size: tuple[int, int] = _SIZE) -> Call:
     """A training step on this rank's block of a picture."""
     torch.manual_seed(0)
-    net, loss = UNet(P), dnn.DistributedMSELoss(P)
+    net, loss = distribute(UNet(), P), distribute(nn.MSELoss(), P)
     optimizer = torch.optim.Adam(net.parameters(), lr=1e-3)
     shape = 1, 3, *size
     x = torch.rand(shape)[P.block(shape)]
@@ -53,13 +53,13 @@ def step_of(P: Partition, size: tuple[int, int] = _SIZE) -> Call:
 class UNet(nn.Module):
     """That of docs/examples/denoise.py."""
 
-    def __init__(self, P: Partition) -> None:
+    def __init__(self) -> None:
         super().__init__()
         widths = [_CHANNELS * 2**level for level in range(_LEVELS + 1)]
-        self.down = nn.ModuleList(_convolution(P, a, b) for a, b in zip([3, *widths], widths, strict=False))
-        self.up = nn.ModuleList(_convolution(P, 3 * a, a) for a in reversed(widths[:-1]))
-        self.pool, self.grow = dnn.DistributedAvgPool2d(P, 2), dnn.DistributedUpsample(P, scale_factor=2)
-        self.last = dnn.DistributedConv2d(P, _CHANNELS, 3, 3, padding=1)
+        self.down = nn.ModuleList(_convolution(a, b) for a, b in zip([3, *widths], widths, strict=False))
+        self.up = nn.ModuleList(_convolution(3 * a, a) for a in reversed(widths[:-1]))
+        self.pool, self.grow = nn.AvgPool2d(2), nn.Upsample(scale_factor=2)
+        self.last = nn.Conv2d(_CHANNELS, 3, 3, padding=1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y, skips = self.down[0](x), []
@@ -71,6 +71,6 @@ class UNet(nn.Module):
         return self.last(y)
 
 
-def _convolution(P: Partition, in_channels: int, out_channels: int) -> nn.Sequential:
-    conv = dnn.DistributedConv2d(P, in_channels, out_channels, 3, padding=1, bias=False)
-    return nn.Sequential(conv, dnn.DistributedBatchNorm(P, out_channels), nn.SiLU(inplace=True))
+def _convolution(in_channels: int, out_channels: int) -> nn.Sequential:
+    conv = nn.Conv2d(in_channels, out_channels, 3, padding=1, bias=False)
+    return nn.Sequential(conv, nn.BatchNorm2d(out_channels), nn.SiLU(inplace=True))
