@@ -28,7 +28,6 @@ from distdl_lite.transport.counts import counted, record
 from distdl_lite.transport.sums import Pending
 from distdl_lite.transport.waiting import frames_of_library
 
-_MASK = (1 << 64) - 1
 _Meeting = tuple[tuple[int, ...], str, int]  # the team, which of its lanes, and the number in it
 
 
@@ -36,47 +35,36 @@ class _Abandoned(BaseException):
     """Ends a rank that waits for one that has failed."""
 
 
-class _NumpyState:
+_numpy_states: dict[bytes, Any] = {}  # the latest, by the memory that it draws from
+
+
+def _numpy_state() -> tuple[bytes, Any]:
     """NumPy's global random state, which takes 100 us to get and set, and is mostly the same on all ranks."""
-
-    latest: _NumpyState | None = None
-
-    def __init__(self) -> None:
-        self.memory, self.state = self._memory(), numpy.random.get_state()
-
-    @staticmethod
-    def _memory() -> bytes:
-        """The memory that NumPy's generator draws from; empty, and so never the same, if the generator is not the usual one."""
-        generator = numpy.random.get_bit_generator()
-        if not isinstance(generator, numpy.random.MT19937):
-            return b""
-        return ctypes.string_at(generator.ctypes.state_address, 625 * 4)  # 624 words and a place among them
-
-    def is_like(self, memory: bytes) -> bool:
-        """Whether the state is that with this memory, which does not show a normal number left over from a pair."""
-        return bool(memory) and memory == self.memory and not self.state[3]
-
-    @staticmethod
-    def now() -> _NumpyState:
-        known = _NumpyState.latest
-        if known is None or not known.is_like(_NumpyState._memory()):
-            known = _NumpyState.latest = _NumpyState()
-        return known
-
-    def set(self) -> None:
-        current = _NumpyState.now()
-        if current is not self and not (current.is_like(self.memory) and not self.state[3]):
-            numpy.random.set_state(self.state)
-        _NumpyState.latest = self
+    generator = numpy.random.get_bit_generator()
+    if not isinstance(generator, numpy.random.MT19937):
+        return b"", numpy.random.get_state()
+    memory = ctypes.string_at(generator.ctypes.state_address, 625 * 4)  # 624 words and a place among them
+    if memory not in _numpy_states:
+        _numpy_states.clear()
+        state = numpy.random.get_state()
+        if state[3]:  # a normal number is left over from a pair, which the memory does not show
+            return b"", state
+        _numpy_states[memory] = state
+    return memory, _numpy_states[memory]
 
 
 def _random_states() -> tuple[Any, ...]:
-    return torch.get_rng_state(), _NumpyState.now(), random.getstate()
+    return torch.get_rng_state(), _numpy_state(), random.getstate()
 
 
 def _set_random_states(states: tuple[Any, ...]) -> None:
     torch.set_rng_state(states[0])
-    states[1].set()
+    memory, state = states[1]
+    if not memory or memory != _numpy_state()[0]:
+        numpy.random.set_state(state)
+    _numpy_states.clear()
+    if memory:
+        _numpy_states[memory] = state
     random.setstate(states[2])
 
 
@@ -194,7 +182,7 @@ class ThreadTransport(Transport):
         vote, team.vote = team.vote, None
         values = self._met_all(vote, "agreement")
         record(self.local, 0, 0, perf_counter() - began, 0, None)
-        return sum(values) & _MASK
+        return sum(values) % 2**64
 
     @counted()
     def gather_objects(self, team: Team, value: Any) -> list[Any]:
@@ -285,8 +273,6 @@ class _Later:
 
     def test(self) -> bool:
         return len(self._present) == self._size
-
-    is_done = test
 
     def wait(self, timeout: float | None = None) -> bool:
         if not self._is_home:
