@@ -21,7 +21,7 @@ from distdl_lite.parallel.replicas.bucket import Bucket
 from distdl_lite.parallel.replicas.deferral import Deferral
 from distdl_lite.parallel.replicas.hooks import (
     OutputHook,
-    ReadyHook,
+    WeakHook,
     rows_of,
     running_backward_accumulates,
     tensors_in,
@@ -223,7 +223,7 @@ class DataParallel(torch.nn.Module):
             return
         trained = {n for n, p in enumerate(sync.parameters) if p.requires_grad}
         for number in trained - sync.late - self._handles.keys():
-            hook = ReadyHook(weakref.ref(self), number)
+            hook = WeakHook(self, lambda container, _, number=number: container._came(number))
             self._handles[number] = sync.parameters[number].register_post_accumulate_grad_hook(hook)
 
     def forward(self, *inputs: Any, **kwargs: Any) -> Any:
