@@ -234,20 +234,12 @@ class DataParallel(torch.nn.Module):
             self.synchronize()
             return self.module(*inputs, **kwargs)
         self._refresh()
-        output = self._call_module(*inputs, **kwargs)
+        with contextlib.nullcontext() if self._deferral is None else self._deferral.in_forward():
+            output = self.module(*inputs, **kwargs)
         if self.training and len(self._sync.team) > 1 and any(p.requires_grad for p in self._sync.parameters):
             output = with_graph(output)
         self._watch(output, rows_of((inputs, kwargs), self.dim))
         return output
-
-    def _call_module(self, *inputs: Any, **kwargs: Any) -> Any:
-        if self._deferral is None:
-            return self.module(*inputs, **kwargs)
-        self._deferral.begin_forward()
-        try:
-            return self.module(*inputs, **kwargs)
-        finally:
-            self._deferral.end_forward()
 
     def _watch(self, output: Any, rows: int) -> None:
         """Be told when backward reaches an output."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -129,17 +130,19 @@ class Deferral:
         self._called.update(numbers)
         self._put_in({self.sync.places[n] for n in numbers if n in self.sync.places})
 
-    def begin_forward(self) -> None:
+    @contextmanager
+    def in_forward(self) -> Iterator[None]:
+        """Do before and in a forward what its layers need, and after it what none has called for."""
         self._confirm(self.is_interrupted, in_forward=True)
         self._after.clear()
         self._called.clear()
         self.call(list(self._eager))
-
-    def end_forward(self) -> None:
-        """Do what no layer has called for."""
-        if self._steps:
-            self._after.update(n for place in self.places for n in self.sync.buckets[place].numbers)
-        self.flush()
+        try:
+            yield
+        finally:
+            if self._steps:
+                self._after.update(n for place in self.places for n in self.sync.buckets[place].numbers)
+            self.flush()
 
     def came(self, number: int) -> None:
         """A gradient has come."""
