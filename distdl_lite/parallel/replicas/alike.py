@@ -20,25 +20,17 @@ from distdl_lite.transport import Team
 def told_of(options: Options, optimizers: Sequence[Any], module: torch.nn.Module) -> dict[str, Any]:
     """A rank's options, and which optimizer updates each of the parameters; the optimizer's order is each rank's own."""
     hook = options.comm_hook
+    owners: dict[int, str] = {}
+    for one in optimizers:
+        for group in one.param_groups:
+            settings = {name: value for name, value in group.items() if name not in ("params", "param_names")}
+            owners.update((id(p), f"{type(one.torch_optimizer).__name__} {settings}") for p in group["params"])
     return {
         **vars(options),
         "bucket_mb": options.bucket_bytes / 2**20,
         "comm_hook": hook and getattr(hook, "__qualname__", type(hook).__qualname__),
-        **_owners(optimizers, module.named_parameters()),
+        **{f"optimizer of {name}": owners.get(id(p)) for name, p in module.named_parameters()},
     }
-
-
-def _owners(optimizers: Sequence[Any], named: Iterable[tuple[str, torch.Tensor]]) -> dict[str, Any]:
-    """For each parameter the optimizer that updates it, with its hyperparameters."""
-    found: dict[int, str] = {}
-    for one in optimizers:
-        kind = type(one.torch_optimizer).__name__
-        for group in one.param_groups:
-            text = (
-                f"{kind} { ({name: value for name, value in group.items() if name not in ('params', 'param_names')}) }"
-            )
-            found.update((id(p), text) for p in group["params"])
-    return {f"optimizer of {name}": found.get(id(p)) for name, p in named}
 
 
 def order(optimizers: Sequence[torch.optim.Optimizer], named: Iterable[tuple[str, torch.Tensor]]) -> dict[str, Any]:
