@@ -28,7 +28,9 @@ from distdl_lite.transport.counts import counted, record
 from distdl_lite.transport.sums import Pending
 from distdl_lite.transport.waiting import frames_of_library
 
-_Meeting = tuple[tuple[int, ...], str, int]  # the team, which of its lanes, and the number in it
+_Meeting = tuple[
+    tuple[int, ...], int, dict[int, Any]
+]  # the team, the number of the meeting, and what each rank has brought
 
 
 class _Abandoned(BaseException):
@@ -74,8 +76,8 @@ class World:
     def __init__(self, size: int) -> None:
         self.size = size
         self.mail: dict[tuple[int, int], deque[Any]] = defaultdict(deque)
-        self.meetings: dict[_Meeting, dict[int, Any]] = defaultdict(dict)
-        self.left: dict[_Meeting, int] = defaultdict(int)
+        # By team, lane and number, until the last rank has come.
+        self.meetings: dict[tuple[tuple[int, ...], str, int], dict[int, Any]] = defaultdict(dict)
         self.errors: dict[int, BaseException] = {}
         self.results: list[Any] = [None] * size
         self._condition = threading.Condition()
@@ -156,17 +158,16 @@ class ThreadTransport(Transport):
         ranks = tuple(team)
         number = self._met[ranks, lane]
         self._met[ranks, lane] += 1
-        self.world.meetings[ranks, lane, number][self.rank] = (what, value)
-        return ranks, lane, number
+        present = self.world.meetings[ranks, lane, number]
+        present[self.rank] = (what, value)
+        if len(present) == len(ranks):
+            del self.world.meetings[ranks, lane, number]
+        return ranks, number, present
 
     def _met_all(self, meeting: _Meeting, what: str) -> list[Any]:
         """Wait for the others."""
-        meetings, (team, _, number) = self.world.meetings, meeting
-        present = meetings[meeting]
+        team, number, present = meeting
         self.world.wait(self.rank, lambda: len(present) == len(team), f"{what} number {number} of ranks {list(team)}")
-        self.world.left[meeting] += 1
-        if self.world.left[meeting] == len(team):
-            del meetings[meeting], self.world.left[meeting]
         calls = {rank: call for rank, (call, _) in present.items()}
         if len(set(calls.values())) > 1:
             raise RuntimeError(f"ranks {list(team)} meet in different calls: {dict(sorted(calls.items()))}")
@@ -266,13 +267,13 @@ class _Later:
         lane: str,
         home: Callable[..., Any],
     ) -> None:
-        self._transport, self._what, self._home, self._size = transport, what, home, len(team)
+        self._transport, self._what, self._home = transport, what, home
         self._meeting = transport._arrive(team, value, what, lane)
-        self._present = transport.world.meetings[self._meeting]
         self._is_home, self._result = False, None
 
     def test(self) -> bool:
-        return len(self._present) == self._size
+        team, _, present = self._meeting
+        return len(present) == len(team)
 
     def wait(self, timeout: float | None = None) -> bool:
         if not self._is_home:
