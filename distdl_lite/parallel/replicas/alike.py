@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -169,16 +170,11 @@ def _check_same_module(
             raise refused
     first = told[0][0]
     for rank, (other, *_) in zip(team, told, strict=True):
-        for a, b in zip(first, other, strict=False):
-            if a != b:
-                raise ValueError(
-                    f"DataParallel: the ranks hold different modules: rank {rank} has {b}, rank {team[0]} {a}"
-                )
-        if len(first) != len(other):
-            name = (first[len(other) :] or other[len(first) :])[0][0]
-            raise ValueError(
-                f"DataParallel: the ranks hold different modules: of ranks {team[0]} and {rank}, one lacks {name}"
-            )
+        a, b = next(((a, b) for a, b in zip_longest(first, other) if a != b), (None, None))
+        if a or b:
+            lacking = f"of ranks {team[0]} and {rank}, one lacks {(a or b)[0]}"
+            text = f"rank {rank} has {b}, rank {team[0]} {a}" if a and b else lacking
+            raise ValueError(f"DataParallel: the ranks hold different modules: {text}")
     if empty := [name for name, t in tensors.items() if t.is_meta]:
         raise ValueError(
             f"DataParallel: {', '.join(empty)} of all ranks is on the device meta, without data; use to_empty"
