@@ -313,9 +313,12 @@ def hashable(value: Any) -> Any:
     return type(value)
 
 
+AUTOCAST_KINDS = "cpu", "cuda"
+
+
 def autocast() -> tuple[Any, ...]:
-    """The dtypes that autocast is on for, by kind of device."""
-    return tuple(torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) for kind in ("cpu", "cuda"))
+    """The dtypes that autocast is on with, False where it is off, by kind of device."""
+    return tuple(torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) for kind in AUTOCAST_KINDS)
 
 
 def is_plain(tensor: torch.Tensor) -> bool:

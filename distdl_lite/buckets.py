@@ -10,6 +10,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from distdl_lite.private import flattened, unflattened
 from distdl_lite.transport import Team
+from distdl_lite.transport.wire import wire_dtype
 
 HALVES = torch.float16, torch.bfloat16
 Item = TypeVar("Item")
@@ -98,7 +99,7 @@ class Flat:
 
     def read(self) -> torch.Tensor:
         """A copy of the numbers."""
-        return torch.cat([_real(tensor).reshape(-1).to(_wide(tensor.dtype)) for tensor in self.tensors])
+        return torch.cat([_real(tensor).reshape(-1).to(wire_dtype(tensor.dtype).to_real()) for tensor in self.tensors])
 
     def parts(self, values: torch.Tensor) -> list[torch.Tensor]:
         """The vector cut into views of the tensors' shapes."""
@@ -122,7 +123,7 @@ class Flat:
 
 def flats_of(tensors: Iterable[torch.Tensor], learns: bool = False) -> list[Flat]:
     """The tensors by dtype and device, in the order of their first."""
-    return [Flat(group, learns) for group in grouped(tensors, lambda t: (_wide(t.dtype), t.device))]
+    return [Flat(group, learns) for group in grouped(tensors, lambda t: (wire_dtype(t.dtype).to_real(), t.device))]
 
 
 def by_tensor(flats: Iterable[Flat], name: str) -> dict[torch.Tensor, torch.Tensor]:
@@ -150,11 +151,6 @@ def average_flats(team: Team, flats: Iterable[Flat]) -> None:
     if team.size > 1:
         for flat in flats:
             flat.write(team.world.all_reduce(team, flat.read()) / team.size)
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    real = dtype.to_real()
-    return torch.float32 if real in HALVES else real
 
 
 def _real(tensor: torch.Tensor) -> torch.Tensor:

@@ -65,7 +65,8 @@ def adjoint_test(function: Callable[..., Any], *inputs: torch.Tensor, P: Partiti
     result = function(*x)
     outputs = [result] if isinstance(result, torch.Tensor) else list(result)
     generator = torch.Generator().manual_seed(P.world_transport.rank)
-    y = [torch.randn(out.shape, dtype=_wide(out.dtype), generator=generator).to(out) for out in outputs]
+    wide = [torch.promote_types(out.dtype, torch.float64) for out in outputs]
+    y = [torch.randn(o.shape, dtype=w, generator=generator).to(o) for o, w in zip(outputs, wide, strict=True)]
     found = torch.autograd.grad(outputs, x, y, allow_unused=True)
     gradients = [torch.zeros_like(a) if g is None else g for a, g in zip(x, found, strict=True)]
     pairs = [(outputs, y), (x, gradients), (outputs, outputs), (y, y), (x, x), (gradients, gradients)]
@@ -78,17 +79,10 @@ def adjoint_test(function: Callable[..., Any], *inputs: torch.Tensor, P: Partiti
     return float(abs(forward - backward) / scale) if scale else 0.0
 
 
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    """The dtype to draw random numbers in."""
-    return torch.complex128 if dtype.is_complex else torch.float64
-
-
 def _dot(left: Sequence[torch.Tensor], right: Sequence[torch.Tensor]) -> complex:
     """The inner product of two lists of blocks in double precision."""
-    total = 0j
-    for a, b in zip(left, right, strict=True):
-        total += complex(torch.vdot(*(v.detach().cpu().to(torch.complex128).reshape(-1) for v in (a, b))))
-    return total
+    flat = [[v.detach().cpu().to(torch.complex128).reshape(-1) for v in blocks] for blocks in (left, right)]
+    return sum((complex(torch.vdot(a, b)) for a, b in zip(*flat, strict=True)), 0j)
 
 
 def assert_equals_serial(
@@ -198,10 +192,9 @@ def _named(tensor: torch.Tensor | None) -> str:
 
 def _raise_differences(world: Any, found: dict[str, str]) -> None:
     """Raise on all ranks what any of them found."""
-    everywhere = world.gather_objects(
-        world.team(range(world.size)), {name: text for name, text in found.items() if text}
-    )
-    lines = [f"rank {rank}: {name}: {text}" for rank, texts in enumerate(everywhere) for name, text in texts.items()]
+    everywhere = world.gather_objects(world.team(range(world.size)), found)
+    pairs = [(rank, pair) for rank, texts in enumerate(everywhere) for pair in texts.items()]
+    lines = [f"rank {rank}: {name}: {text}" for rank, (name, text) in pairs if text]
     if lines:
         raise AssertionError("the distributed layer does not equal the serial one\n" + "\n".join(lines))
 

@@ -219,6 +219,6 @@ def test_what_is_done_before_and_after_a_sum_is_done_once(world: dl.Partition) -
         ]
         for pending in (*sums, *sums):
             assert pending.wait()
-            assert pending.is_done()
+            assert pending.wait(0)
         assert x.tolist() == [2 * len(team)] * 3
         assert y.tolist() == [4 * len(team)] * 2

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from distdl_lite.agreement import check_alike, is_unanimous
-from distdl_lite.data.rows import LocalRows, empty_rows, inverse, line_of, picked, route
+from distdl_lite.data.rows import LocalRows, inverse, line_of, picked, route
 from distdl_lite.data.sampler import ShardBatchSampler, permutation
 from distdl_lite.grid import balanced
 
@@ -22,7 +22,7 @@ class _Epoch:
     order: torch.Tensor  # the number, among the rows that were given, of each row of the whole array
     cuts: Sequence[int]  # of the whole array over the ranks
     places: torch.Tensor  # of this rank's rows, in the order of the epoch, in the leaves
-    leaves: Sequence[torch.Tensor]  # tensors with this rank's rows, which may still be on their way
+    leaves: Sequence[torch.Tensor]  # tensors with this rank's rows, none while they are on their way
 
 
 class ShuffledLoader:
@@ -156,9 +156,8 @@ class ShuffledLoader:
         way = route(inverse(self._now.order)[order], self._now.cuts, cuts, line.rank)
         leaving = [picked(x, self._now.places[way.leaving]) for x in self._now.leaves]
         self._now = replace(self._now, places=inverse(way.leaving), leaves=leaving)  # lets go of the rows before
-        arriving = [empty_rows(x, len(way.places)) for x in leaving]
-        self._coming = _Epoch(number, order, cuts, way.places, arriving)
-        self._moving = self._rows.start(way, leaving, arriving)
+        self._coming = _Epoch(number, order, cuts, way.places, leaves=())
+        self._moving = self._rows.start(way, leaving)
 
     def _finish(self) -> None:
         """Wait for the rows that come, if any do."""

@@ -64,10 +64,6 @@ def picked(x: torch.Tensor, rows: torch.Tensor, out: torch.Tensor | None = None)
     return kept.view(x.dtype)
 
 
-def empty_rows(like: torch.Tensor, number: int) -> torch.Tensor:
-    return torch.empty((number, *like.shape[1:]), dtype=like.dtype, device=like.device)
-
-
 class LocalRows:
     """A pytree of tensors with rows, and a line of ranks that rows move between, all of which have the like.
 
@@ -99,10 +95,10 @@ class LocalRows:
     def tree(self, leaves: list[torch.Tensor]) -> Any:
         return tree_unflatten(leaves, self._spec)
 
-    def start(self, way: Route, leaving: Sequence[torch.Tensor], into: Sequence[torch.Tensor]) -> list[Any]:
-        """Begin to exchange; both lists of tensors are left alone until all that this returns has arrived."""
+    def start(self, way: Route, leaving: Sequence[torch.Tensor]) -> list[Any]:
+        """Begin to exchange; the tensors are left alone until all that this returns has arrived."""
         exchange, ranks = self.line.world_transport.exchange_rows, self.line.ranks
-        pairs = zip(leaving, into, strict=True)
+        pairs = [(x, x.new_empty(len(way.places), *x.shape[1:])) for x in leaving]
         return [exchange(ranks, RowsByRank(x, way.sends), RowsByRank(y, way.receives)) for x, y in pairs]
 
 
@@ -186,7 +182,7 @@ def redistribute(rows: Rows, order: torch.Tensor | int, P: Any = None, *, keep_c
     cuts = local.cuts if keep_counts else balanced(local.length, line.size)
     way = route(order, local.cuts, cuts, line.rank)
     leaving = [picked(x, way.leaving) for x in local.leaves]
-    moving = local.start(way, leaving, [empty_rows(x, len(way.places)) for x in leaving])
+    moving = local.start(way, leaving)
     again = leaving if len(leaving[0]) == len(way.places) else [None] * len(leaving)  # spares the page faults of more
     return local.tree([picked(x.finish(), way.places, out) for x, out in zip(moving, again, strict=True)])
 

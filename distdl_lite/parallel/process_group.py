@@ -9,7 +9,6 @@ import sys
 import time
 from collections.abc import Sequence
 from datetime import timedelta
-from hashlib import blake2b
 from typing import Any
 
 import numpy
@@ -18,6 +17,7 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import _create_work_from_future
 from torch.futures import Future
 
+from distdl_lite.agreement import vote_of
 from distdl_lite.partition import Partition, partition_of
 from distdl_lite.private import untraced
 from distdl_lite.transport import wire
@@ -180,8 +180,7 @@ class MPIProcessGroup(dist.ProcessGroup):
 
     def _is_same(self, call: str, name: str, limit: float) -> bool:
         """Whether all ranks name the same call, once they have come."""
-        number = int.from_bytes(blake2b(call.encode(), digest_size=7).digest(), "big")
-        largest = numpy.array([number, -number])  # of the numbers, and of their negatives
+        largest = numpy.array([vote_of(call), -vote_of(call)])  # of the numbers, and of their negatives
         request = self._comm.Iallreduce(self._MPI.IN_PLACE, largest, self._MPI.MAX)
         try:
             self._finish(request, name, limit)
@@ -255,8 +254,7 @@ class MPIProcessGroup(dist.ProcessGroup):
     @untraced
     def allgather(self, outputs: Sequence[Tensors], inputs: Tensors, opts: Any = None) -> dist.Work:
         for parts, mine in zip(outputs, inputs, strict=True):
-            whole = _Parts(parts, self.size())
-            whole.check(self.rank(), mine)
+            whole = _Parts(parts, self, mine)
             self._run("Allgatherv", _bytes(_host(mine)), whole.spec)
             whole.unpack()
         return _done(outputs)
@@ -271,8 +269,8 @@ class MPIProcessGroup(dist.ProcessGroup):
             self._check_share(output, mine)
             whole = _buffer(output)
             sent = _host(mine)
-            if _overlap(sent, whole):  # FSDP gathers into the memory it sends from; MPI forbids that
-                sent = sent.clone()
+            if sent.untyped_storage().data_ptr() == whole.untyped_storage().data_ptr():
+                sent = sent.clone()  # FSDP gathers into the memory it sends from; MPI forbids that
             self._run("Allgather", _bytes(sent), _bytes(whole))
             _fill(output, whole)
         return _done(outputs)
@@ -285,8 +283,7 @@ class MPIProcessGroup(dist.ProcessGroup):
     def reduce_scatter(self, outputs: Tensors, inputs: Sequence[Tensors], opts: Any) -> dist.Work:
         for output, parts in zip(outputs, inputs, strict=True):
             op, dtype = self._reduction(opts.reduceOp, output)
-            whole = _Parts(parts, self.size(), dtype)
-            whole.check(self.rank(), output)
+            whole = _Parts(parts, self, output, dtype)
             mine = torch.empty(output.shape, dtype=dtype)
             counts = [part.numel() for part in parts]
             self._run("Reduce_scatter", whole.pack().numpy(), mine.numpy(), counts, op)
@@ -311,8 +308,7 @@ class MPIProcessGroup(dist.ProcessGroup):
     def gather(self, outputs: Sequence[Tensors], inputs: Tensors, opts: Any) -> dist.Work:
         (mine,) = inputs
         if self.rank() == opts.rootRank:
-            whole = _Parts(outputs[0], self.size())
-            whole.check(self.rank(), mine)
+            whole = _Parts(outputs[0], self, mine)
             self._run("Gatherv", _bytes(_host(mine)), whole.spec, opts.rootRank)
             whole.unpack()
         else:
@@ -324,8 +320,7 @@ class MPIProcessGroup(dist.ProcessGroup):
         (output,) = outputs
         mine, spec = _buffer(output), None
         if self.rank() == opts.rootRank:
-            whole = _Parts(inputs[0], self.size())
-            whole.check(self.rank(), output)
+            whole = _Parts(inputs[0], self, output)
             whole.pack()
             spec = whole.spec
         self._run("Scatterv", spec, _bytes(mine), opts.rootRank)
@@ -334,8 +329,8 @@ class MPIProcessGroup(dist.ProcessGroup):
 
     @untraced
     def alltoall(self, outputs: Tensors, inputs: Tensors, opts: Any = None) -> dist.Work:
-        received, sent = _Parts(outputs, self.size()), _Parts(inputs, self.size())
-        received.check(self.rank(), inputs[self.rank()])
+        sent = _Parts(inputs, self)
+        received = _Parts(outputs, self, inputs[self.rank()])
         sent.pack()
         self._run("Alltoallv", sent.spec, received.spec)
         received.unpack()
@@ -508,20 +503,23 @@ def _fill(tensor: torch.Tensor, buffer: torch.Tensor) -> None:
         tensor.data.copy_(buffer)
 
 
-def _overlap(a: torch.Tensor, b: torch.Tensor) -> bool:
-    return a.data_ptr() < b.data_ptr() + b.nbytes and b.data_ptr() < a.data_ptr() + a.nbytes
-
-
 def _bytes(tensor: torch.Tensor) -> Any:
     return tensor.view(-1).view(torch.uint8).numpy()
 
 
 class _Parts:
-    """A tensor for each rank, one behind the other in one buffer."""
+    """A tensor for each rank, one behind the other in one buffer; this rank's goes together with a tensor of its `own`."""
 
-    def __init__(self, parts: Tensors, size: int, dtype: torch.dtype | None = None) -> None:
+    def __init__(
+        self, parts: Tensors, group: MPIProcessGroup, own: torch.Tensor | None = None, dtype: torch.dtype | None = None
+    ) -> None:
+        size, rank = group.size(), group.rank()
         if len(parts) != size or len({part.dtype for part in parts}) > 1:
             raise ValueError(f"{[part.dtype for part in parts]} are not {size} tensors of one dtype")
+        mine = parts[rank]
+        if own is not None and (mine.numel() != own.numel() or mine.dtype is not own.dtype):
+            shapes = f"{mine.dtype} of shape {tuple(mine.shape)} and {own.dtype} of shape {tuple(own.shape)}"
+            raise ValueError(f"rank {rank}: its part in the list and its tensor do not fit: {shapes}")
         self.parts = parts
         self.buffer = torch.empty(sum(part.numel() for part in parts), dtype=dtype or parts[0].dtype)
         self._pieces = self.buffer.split([part.numel() for part in parts])
@@ -530,12 +528,6 @@ class _Parts:
     def spec(self) -> list[Any]:
         """The argument for mpi4py: the bytes, and how many are each rank's."""
         return [_bytes(self.buffer), [piece.nbytes for piece in self._pieces]]
-
-    def check(self, rank: int, other: torch.Tensor) -> None:
-        mine = self.parts[rank]
-        if mine.numel() != other.numel() or mine.dtype is not other.dtype:
-            shapes = f"{mine.dtype} of shape {tuple(mine.shape)} and {other.dtype} of shape {tuple(other.shape)}"
-            raise ValueError(f"rank {rank}: its part in the list and its tensor do not fit: {shapes}")
 
     def pack(self) -> torch.Tensor:
         for part, piece in zip(self.parts, self._pieces, strict=True):

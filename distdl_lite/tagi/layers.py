@@ -160,7 +160,7 @@ def _affine(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) ->
 
 
 class Activation(Layer):
-    """A layer that works elementwise."""
+    """A layer that works elementwise; one that gives its `tangent` is replaced by that at the mean."""
 
     def forward(self, states: HiddenStates) -> HiddenStates:
         assert states.mu_a is not None
@@ -171,15 +171,6 @@ class Activation(Layer):
         self, mu: torch.Tensor, var: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
         """The activation's mean and variance, and its covariance with z over that of z."""
-        raise NotImplementedError
-
-
-class _Linearised(Activation):
-    """An activation that is replaced by its tangent at the mean."""
-
-    def moments(
-        self, mu: torch.Tensor, var: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
         value, slope = self.tangent(mu)
         return value, None if var is None else slope * slope * var, slope
 
@@ -188,14 +179,14 @@ class _Linearised(Activation):
         raise NotImplementedError
 
 
-class ReLU(_Linearised):
+class ReLU(Activation):
     """max(0, z), linearised at the mean: ``J = [mu_z > 0]``."""
 
     def tangent(self, mu: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return mu.relu(), (mu > 0).to(mu.dtype)
 
 
-class Tanh(_Linearised):
+class Tanh(Activation):
     """tanh z, linearised at the mean."""
 
     def tangent(self, mu: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -203,7 +194,7 @@ class Tanh(_Linearised):
         return value, 1 - value * value
 
 
-class Sigmoid(_Linearised):
+class Sigmoid(Activation):
     """1 / (1 + exp(-z)), linearised at the mean."""
 
     def tangent(self, mu: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

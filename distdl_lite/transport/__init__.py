@@ -110,9 +110,10 @@ class Transport(Protocol):
         """
         BEGUN[0] += 1
         if team.size == 1 or not tensor.numel():
-            if fill is not None:
-                fill()
-            return Done(then)
+            for call in (fill, then):
+                if call is not None:
+                    call()
+            return Done()
         record(self.local, 1, tensor.nbytes, 0.0, 1, "sums")
         return self._sum(team, tensor, engine, lane, fill, then)
 

@@ -18,22 +18,12 @@ ENGINES = "inline", "thread", "poll"  # who carries a sum out: its start, which 
 class Pending(Protocol):
     """A sum that was started, into a tensor that the caller leaves alone until it is there."""
 
-    def is_done(self) -> bool:
-        """Whether `wait` would return at once."""
-
     def wait(self, timeout: float | None = None) -> bool:
         """Wait until the tensor holds the sum; False if so many seconds were not enough."""
 
 
 class Done:
     """A sum that needs no waiting."""
-
-    def __init__(self, then: Callable[[], Any] | None = None) -> None:
-        if then is not None:
-            then()
-
-    def is_done(self) -> bool:
-        return True
 
     def wait(self, timeout: float | None = None) -> bool:
         return True
@@ -55,9 +45,6 @@ class Job:
         except BaseException as error:
             self._error = error
         self._open.release()
-
-    def is_done(self) -> bool:
-        return not self._open.locked()
 
     def wait(self, timeout: float | None = None) -> bool:
         if not self._open.acquire(timeout=-1 if timeout is None else timeout):

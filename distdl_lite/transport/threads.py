@@ -28,55 +28,45 @@ from distdl_lite.transport.counts import counted, record
 from distdl_lite.transport.sums import Pending
 from distdl_lite.transport.waiting import frames_of_library
 
-_MASK = (1 << 64) - 1
-_Meeting = tuple[tuple[int, ...], str, int]  # the team, which of its lanes, and the number in it
+_Meeting = tuple[
+    tuple[int, ...], int, dict[int, Any]
+]  # the team, the number of the meeting, and what each rank has brought
 
 
 class _Abandoned(BaseException):
     """Ends a rank that waits for one that has failed."""
 
 
-class _NumpyState:
+_numpy_states: dict[bytes, Any] = {}  # the latest, by the memory that it draws from
+
+
+def _numpy_state() -> tuple[bytes, Any]:
     """NumPy's global random state, which takes 100 us to get and set, and is mostly the same on all ranks."""
-
-    latest: _NumpyState | None = None
-
-    def __init__(self) -> None:
-        self.memory, self.state = self._memory(), numpy.random.get_state()
-
-    @staticmethod
-    def _memory() -> bytes:
-        """The memory that NumPy's generator draws from; empty, and so never the same, if the generator is not the usual one."""
-        generator = numpy.random.get_bit_generator()
-        if not isinstance(generator, numpy.random.MT19937):
-            return b""
-        return ctypes.string_at(generator.ctypes.state_address, 625 * 4)  # 624 words and a place among them
-
-    def is_like(self, memory: bytes) -> bool:
-        """Whether the state is that with this memory, which does not show a normal number left over from a pair."""
-        return bool(memory) and memory == self.memory and not self.state[3]
-
-    @staticmethod
-    def now() -> _NumpyState:
-        known = _NumpyState.latest
-        if known is None or not known.is_like(_NumpyState._memory()):
-            known = _NumpyState.latest = _NumpyState()
-        return known
-
-    def set(self) -> None:
-        current = _NumpyState.now()
-        if current is not self and not (current.is_like(self.memory) and not self.state[3]):
-            numpy.random.set_state(self.state)
-        _NumpyState.latest = self
+    generator = numpy.random.get_bit_generator()
+    if not isinstance(generator, numpy.random.MT19937):
+        return b"", numpy.random.get_state()
+    memory = ctypes.string_at(generator.ctypes.state_address, 625 * 4)  # 624 words and a place among them
+    if memory not in _numpy_states:
+        _numpy_states.clear()
+        state = numpy.random.get_state()
+        if state[3]:  # a normal number is left over from a pair, which the memory does not show
+            return b"", state
+        _numpy_states[memory] = state
+    return memory, _numpy_states[memory]
 
 
 def _random_states() -> tuple[Any, ...]:
-    return torch.get_rng_state(), _NumpyState.now(), random.getstate()
+    return torch.get_rng_state(), _numpy_state(), random.getstate()
 
 
 def _set_random_states(states: tuple[Any, ...]) -> None:
     torch.set_rng_state(states[0])
-    states[1].set()
+    memory, state = states[1]
+    if not memory or memory != _numpy_state()[0]:
+        numpy.random.set_state(state)
+    _numpy_states.clear()
+    if memory:
+        _numpy_states[memory] = state
     random.setstate(states[2])
 
 
@@ -86,8 +76,8 @@ class World:
     def __init__(self, size: int) -> None:
         self.size = size
         self.mail: dict[tuple[int, int], deque[Any]] = defaultdict(deque)
-        self.meetings: dict[_Meeting, dict[int, Any]] = defaultdict(dict)
-        self.left: dict[_Meeting, int] = defaultdict(int)
+        # By team, lane and number, until the last rank has come.
+        self.meetings: dict[tuple[tuple[int, ...], str, int], dict[int, Any]] = defaultdict(dict)
         self.errors: dict[int, BaseException] = {}
         self.results: list[Any] = [None] * size
         self._condition = threading.Condition()
@@ -168,17 +158,16 @@ class ThreadTransport(Transport):
         ranks = tuple(team)
         number = self._met[ranks, lane]
         self._met[ranks, lane] += 1
-        self.world.meetings[ranks, lane, number][self.rank] = (what, value)
-        return ranks, lane, number
+        present = self.world.meetings[ranks, lane, number]
+        present[self.rank] = (what, value)
+        if len(present) == len(ranks):
+            del self.world.meetings[ranks, lane, number]
+        return ranks, number, present
 
     def _met_all(self, meeting: _Meeting, what: str) -> list[Any]:
         """Wait for the others."""
-        meetings, (team, _, number) = self.world.meetings, meeting
-        present = meetings[meeting]
+        team, number, present = meeting
         self.world.wait(self.rank, lambda: len(present) == len(team), f"{what} number {number} of ranks {list(team)}")
-        self.world.left[meeting] += 1
-        if self.world.left[meeting] == len(team):
-            del meetings[meeting], self.world.left[meeting]
         calls = {rank: call for rank, (call, _) in present.items()}
         if len(set(calls.values())) > 1:
             raise RuntimeError(f"ranks {list(team)} meet in different calls: {dict(sorted(calls.items()))}")
@@ -194,7 +183,7 @@ class ThreadTransport(Transport):
         vote, team.vote = team.vote, None
         values = self._met_all(vote, "agreement")
         record(self.local, 0, 0, perf_counter() - began, 0, None)
-        return sum(values) & _MASK
+        return sum(values) % 2**64
 
     @counted()
     def gather_objects(self, team: Team, value: Any) -> list[Any]:
@@ -278,15 +267,13 @@ class _Later:
         lane: str,
         home: Callable[..., Any],
     ) -> None:
-        self._transport, self._what, self._home, self._size = transport, what, home, len(team)
+        self._transport, self._what, self._home = transport, what, home
         self._meeting = transport._arrive(team, value, what, lane)
-        self._present = transport.world.meetings[self._meeting]
         self._is_home, self._result = False, None
 
     def test(self) -> bool:
-        return len(self._present) == self._size
-
-    is_done = test
+        team, _, present = self._meeting
+        return len(present) == len(team)
 
     def wait(self, timeout: float | None = None) -> bool:
         if not self._is_home:

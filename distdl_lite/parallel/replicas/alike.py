@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -20,25 +21,17 @@ from distdl_lite.transport import Team
 def told_of(options: Options, optimizers: Sequence[Any], module: torch.nn.Module) -> dict[str, Any]:
     """A rank's options, and which optimizer updates each of the parameters; the optimizer's order is each rank's own."""
     hook = options.comm_hook
+    owners: dict[int, str] = {}
+    for one in optimizers:
+        for group in one.param_groups:
+            settings = {name: value for name, value in group.items() if name not in ("params", "param_names")}
+            owners.update((id(p), f"{type(one.torch_optimizer).__name__} {settings}") for p in group["params"])
     return {
         **vars(options),
         "bucket_mb": options.bucket_bytes / 2**20,
         "comm_hook": hook and getattr(hook, "__qualname__", type(hook).__qualname__),
-        **_owners(optimizers, module.named_parameters()),
+        **{f"optimizer of {name}": owners.get(id(p)) for name, p in module.named_parameters()},
     }
-
-
-def _owners(optimizers: Sequence[Any], named: Iterable[tuple[str, torch.Tensor]]) -> dict[str, Any]:
-    """For each parameter the optimizer that updates it, with its hyperparameters."""
-    found: dict[int, str] = {}
-    for one in optimizers:
-        kind = type(one.torch_optimizer).__name__
-        for group in one.param_groups:
-            text = (
-                f"{kind} { ({name: value for name, value in group.items() if name not in ('params', 'param_names')}) }"
-            )
-            found.update((id(p), text) for p in group["params"])
-    return {f"optimizer of {name}": found.get(id(p)) for name, p in named}
 
 
 def order(optimizers: Sequence[torch.optim.Optimizer], named: Iterable[tuple[str, torch.Tensor]]) -> dict[str, Any]:
@@ -177,16 +170,11 @@ def _check_same_module(
             raise refused
     first = told[0][0]
     for rank, (other, *_) in zip(team, told, strict=True):
-        for a, b in zip(first, other, strict=False):
-            if a != b:
-                raise ValueError(
-                    f"DataParallel: the ranks hold different modules: rank {rank} has {b}, rank {team[0]} {a}"
-                )
-        if len(first) != len(other):
-            name = (first[len(other) :] or other[len(first) :])[0][0]
-            raise ValueError(
-                f"DataParallel: the ranks hold different modules: of ranks {team[0]} and {rank}, one lacks {name}"
-            )
+        a, b = next(((a, b) for a, b in zip_longest(first, other) if a != b), (None, None))
+        if a or b:
+            lacking = f"of ranks {team[0]} and {rank}, one lacks {(a or b)[0]}"
+            text = f"rank {rank} has {b}, rank {team[0]} {a}" if a and b else lacking
+            raise ValueError(f"DataParallel: the ranks hold different modules: {text}")
     if empty := [name for name, t in tensors.items() if t.is_meta]:
         raise ValueError(
             f"DataParallel: {', '.join(empty)} of all ranks is on the device meta, without data; use to_empty"

@@ -21,7 +21,7 @@ from distdl_lite.parallel.replicas.bucket import Bucket
 from distdl_lite.parallel.replicas.deferral import Deferral
 from distdl_lite.parallel.replicas.hooks import (
     OutputHook,
-    ReadyHook,
+    WeakHook,
     rows_of,
     running_backward_accumulates,
     tensors_in,
@@ -223,7 +223,7 @@ class DataParallel(torch.nn.Module):
             return
         trained = {n for n, p in enumerate(sync.parameters) if p.requires_grad}
         for number in trained - sync.late - self._handles.keys():
-            hook = ReadyHook(weakref.ref(self), number)
+            hook = WeakHook(self, lambda container, _, number=number: container._came(number))
             self._handles[number] = sync.parameters[number].register_post_accumulate_grad_hook(hook)
 
     def forward(self, *inputs: Any, **kwargs: Any) -> Any:
@@ -234,20 +234,12 @@ class DataParallel(torch.nn.Module):
             self.synchronize()
             return self.module(*inputs, **kwargs)
         self._refresh()
-        output = self._call_module(*inputs, **kwargs)
+        with contextlib.nullcontext() if self._deferral is None else self._deferral.in_forward():
+            output = self.module(*inputs, **kwargs)
         if self.training and len(self._sync.team) > 1 and any(p.requires_grad for p in self._sync.parameters):
             output = with_graph(output)
         self._watch(output, rows_of((inputs, kwargs), self.dim))
         return output
-
-    def _call_module(self, *inputs: Any, **kwargs: Any) -> Any:
-        if self._deferral is None:
-            return self.module(*inputs, **kwargs)
-        self._deferral.begin_forward()
-        try:
-            return self.module(*inputs, **kwargs)
-        finally:
-            self._deferral.end_forward()
 
     def _watch(self, output: Any, rows: int) -> None:
         """Be told when backward reaches an output."""

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch.optim import optimizer as of_torch
 
 from distdl_lite.heat.deferred import DataParallelOptimizer
+from distdl_lite.parallel.replicas.hooks import WeakHook
 from distdl_lite.parallel.replicas.synchroniser import Found, Synchroniser
 from distdl_lite.private import running_backward
 
@@ -35,20 +37,19 @@ class Deferral:
         self._handles: list[Any] = []
         self.others: weakref.WeakSet[Deferral] = sync.team.world.local.setdefault("deferrals", weakref.WeakSet())
         self.others.add(self)
-        ref = weakref.ref(self)
         numbers = {id(p): n for n, p in enumerate(sync.parameters)}
         owners: list[Any] = [layer for layer in module.modules() if layer._parameters or layer is module]
         for layer in owners:
             if layer._parameters:  # it may use those of the layers inside it, too, without calling them
                 found = [numbers[id(p)] for p in layer.parameters() if id(p) in numbers]
-                called = _Hook(ref, lambda deferral, _, found=found: deferral.call(found))  # type: ignore[misc]
+                called = WeakHook(self, lambda deferral, *_, found=found: deferral.call(found))
                 self._handles.append(layer.register_forward_pre_hook(called))
         for optimizer in optimizers:
             optimizer._deferrals.add(self)
             owners.append(optimizer.torch_optimizer)
-            self._handles.append(owners[-1].register_step_pre_hook(_Hook(ref, Deferral.before_step)))
+            self._handles.append(owners[-1].register_step_pre_hook(WeakHook(self, Deferral.before_step)))
         for owner in owners:
-            flush = _Hook(ref, lambda deferral, _: deferral.flush())
+            flush = WeakHook(self, lambda deferral, *_: deferral.flush())
             self._handles.append(owner.register_state_dict_pre_hook(flush))
             self._handles.append(owner.register_load_state_dict_pre_hook(flush))
 
@@ -108,7 +109,7 @@ class Deferral:
                     f"it was this rank's part; call synchronize() after backward"
                 )
 
-    def before_step(self, optimizer: torch.optim.Optimizer) -> None:
+    def before_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         """Somebody calls the step of the optimizer that is wrapped: it needs the sums now."""
         if self.places and not any(other._is_stepping for other in self.others):
             self._check_gradients({id(p) for group in optimizer.param_groups for p in group["params"]})
@@ -117,7 +118,7 @@ class Deferral:
     def _is_whole(self, optimizer: torch.optim.Optimizer) -> bool:
         """Whether hooks belong to the step, or gradients that are in no bucket, such as of what is trained again."""
         hooks = [optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks]
-        theirs = [hook for known in hooks for hook in known.values() if not isinstance(hook, _Hook)]
+        theirs = [hook for known in hooks for hook in known.values() if not isinstance(hook, WeakHook)]
         if any((theirs, of_torch._global_optimizer_pre_hooks, of_torch._global_optimizer_post_hooks)):
             return True
         waited_for = {id(self.sync.parameters[n]) for n in self.sync.places}
@@ -129,17 +130,19 @@ class Deferral:
         self._called.update(numbers)
         self._put_in({self.sync.places[n] for n in numbers if n in self.sync.places})
 
-    def begin_forward(self) -> None:
+    @contextmanager
+    def in_forward(self) -> Iterator[None]:
+        """Do before and in a forward what its layers need, and after it what none has called for."""
         self._confirm(self.is_interrupted, in_forward=True)
         self._after.clear()
         self._called.clear()
         self.call(list(self._eager))
-
-    def end_forward(self) -> None:
-        """Do what no layer has called for."""
-        if self._steps:
-            self._after.update(n for place in self.places for n in self.sync.buckets[place].numbers)
-        self.flush()
+        try:
+            yield
+        finally:
+            if self._steps:
+                self._after.update(n for place in self.places for n in self.sync.buckets[place].numbers)
+            self.flush()
 
     def came(self, number: int) -> None:
         """A gradient has come."""
@@ -262,22 +265,3 @@ def _hyperparameters(group: dict[str, Any]) -> dict[str, Any]:
 
 def _version(grad: torch.Tensor | None) -> int:
     return -1 if grad is None else grad._version
-
-
-class _Hook:
-    """A hook that does not keep the deferral alive that it calls; in a copy of its module or optimizer it calls none."""
-
-    def __init__(
-        self,
-        deferral: Callable[[], Deferral | None] = lambda: None,
-        call: Callable[[Deferral, Any], None] | None = None,
-    ) -> None:
-        self._deferral, self._call = deferral, call
-
-    def __call__(self, owner: Any, *args: Any) -> None:
-        deferral = self._deferral()
-        if deferral is not None and self._call is not None:
-            self._call(deferral, owner)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _Hook, ()

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from distdl_lite.autograd import ANCHOR
+from distdl_lite.autograd import saved_here
 from distdl_lite.parallel.replicas.options import BAD_WEIGHT, as_weight
 from distdl_lite.private import engine_will_run, running_backward, running_node
 
@@ -22,19 +22,7 @@ def with_graph(output: Any) -> Any:
     """The output of a module; one that depends on no parameter gets a graph, so that its backward meets the other ranks."""
     if any(tensor.requires_grad for tensor in tensors_in(output)):
         return output
-    return tree_map_only(torch.Tensor, lambda x: _Joined.apply(x, ANCHOR), output)
-
-
-class _Joined(torch.autograd.Function):
-    """The identity, of which the result requires grad and leads nowhere."""
-
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, anchor: torch.Tensor) -> torch.Tensor:
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[None, None]:
-        return None, None
+    return tree_map_only(torch.Tensor, saved_here, output)
 
 
 class OutputHook:
@@ -72,19 +60,20 @@ def _share(container: DataParallel, rows: int) -> float:
     return 0.0 if not (weight and total) else (weight if average == "samples" else 1.0) / total
 
 
-class ReadyHook:
-    """Tells a container that a gradient is there."""
+class WeakHook:
+    """A hook that calls something with an owner that it does not keep alive; a copy of it calls nothing."""
 
-    def __init__(self, container: weakref.ref[DataParallel], number: int) -> None:
-        self._container, self._number = container, number
+    def __init__(self, owner: Any = None, call: Callable[..., None] | None = None) -> None:
+        self._owner = None if owner is None else weakref.ref(owner)
+        self._call = call
 
-    def __call__(self, parameter: torch.Tensor) -> None:
-        container = self._container()
-        if container is not None:
-            container._came(self._number)
+    def __call__(self, *args: Any) -> None:
+        owner = self._owner and self._owner()
+        if owner is not None and self._call is not None:
+            self._call(owner, *args)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> ReadyHook:
-        return self
+    def __reduce__(self) -> tuple[Any, ...]:
+        return WeakHook, ()
 
 
 def rows_of(arguments: Any, dim: int) -> int:

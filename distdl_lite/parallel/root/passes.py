@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from distdl_lite.agreement import TensorStructure
+from distdl_lite.agreement import TensorStructure, autocast
 from distdl_lite.buckets import grouped
 from distdl_lite.operator import Operator
 from distdl_lite.parallel.root.batch import (
@@ -23,7 +23,7 @@ from distdl_lite.parallel.root.batch import (
     runs,
 )
 from distdl_lite.parallel.root.protocol import NAME, Agreed
-from distdl_lite.parallel.root.run import Call, Leaf, Result, Run, apply, autocast_modes, local_gradients, slotted
+from distdl_lite.parallel.root.run import Call, Leaf, Result, Run, apply, local_gradients, slotted
 from distdl_lite.parallel.root.weights import Weights
 from distdl_lite.private import flattened, unflattened
 
@@ -51,7 +51,7 @@ class Passes:
         copied = {i: tensor.detach().cpu().clone() for i, tensor in enumerate(tensors) if not tensor.dim()}
         arguments = slotted(leaves, nesting)
         news, weights = self._weights.news(module)
-        modes = torch.is_grad_enabled(), autocast_modes()
+        modes = torch.is_grad_enabled(), autocast()
         return Call(arguments, structures, copied, dim, cuts, news, *modes), weights
 
     def forward(

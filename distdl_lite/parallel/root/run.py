@@ -13,7 +13,8 @@ import torch
 from torch.func import functional_call
 from torch.utils import _pytree as pytree
 
-from distdl_lite.agreement import TensorStructure
+from distdl_lite.agreement import AUTOCAST_KINDS, TensorStructure
+from distdl_lite.autograd import saved_here
 from distdl_lite.operator import Operator
 from distdl_lite.parallel.root.batch import Cuts, Output
 from distdl_lite.parallel.root.weights import News
@@ -31,7 +32,7 @@ class Call:
     cuts: Cuts  # of the rows over the ranks
     news: News  # of the weights
     is_grad_enabled: bool
-    autocast: dict[str, torch.dtype | None]  # by device type, None where it is off
+    autocast: tuple[Any, ...]  # as `agreement.autocast` tells it
 
 
 @dataclass(frozen=True)
@@ -87,11 +88,6 @@ class _Pickler(pickle.Pickler):
             raise TypeError("a tensor that requires grad is inside an object that is no tuple, list or dict")
 
 
-def autocast_modes() -> dict[str, torch.dtype | None]:
-    kinds = ("cpu", "cuda")
-    return {kind: torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None for kind in kinds}
-
-
 def apply(
     module: torch.nn.Module, call: Call, blocks: Sequence[torch.Tensor], weights: Mapping[str, torch.Tensor]
 ) -> Result:
@@ -100,10 +96,11 @@ def apply(
     with ExitStack() as modes:
         modes.enter_context(_no_hooks_from_outside())
         modes.enter_context(torch.set_grad_enabled(call.is_grad_enabled))
-        for device, dtype in call.autocast.items():
-            if dtype is not None or torch.is_autocast_enabled(device):
-                modes.enter_context(torch.autocast(device, dtype, enabled=dtype is not None))
-        passed = [_Alias.apply(block) if block.requires_grad else block for block in blocks]
+        for device, dtype in zip(AUTOCAST_KINDS, call.autocast, strict=True):
+            if dtype or torch.is_autocast_enabled(device):
+                modes.enter_context(torch.autocast(device, dtype or None, enabled=bool(dtype)))
+        # A module may change in place what it is passed, which it may not do with a leaf.
+        passed = [saved_here(block) if block.requires_grad else block for block in blocks]
         args, kwargs = pytree.tree_map_only(Slot, lambda slot: passed[slot.number], arguments)
         items, nesting = pytree.tree_flatten(functional_call(module, weights, args, kwargs, tie_weights=False))
         tensors = [item if item.dim() else item.view(1) for item in items if isinstance(item, torch.Tensor)]
@@ -146,15 +143,3 @@ def local_gradients(run: Run, received: Sequence[torch.Tensor | None], keep: boo
         shapes = ", ".join(str(leaf.structure.shape) for leaf in sparse)
         raise TypeError(f"sparse gradients (of weights of shapes {shapes}) cannot be added up over ranks")
     return list(found)
-
-
-class _Alias(torch.autograd.Function):
-    """The identity, whose result a module may change in place, which it may not do with a leaf."""
-
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
-        return x.data
-
-    @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
-        return gradient

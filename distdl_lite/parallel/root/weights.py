@@ -118,11 +118,8 @@ class Weights:
 
 def _named(module: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor, bool]]:
     """Parameters, and buffers, under all their names."""
-    for prefix, inner in module.named_modules(remove_duplicate=False):
-        for is_buffer, own in enumerate((inner._parameters, inner._buffers)):
-            for name, tensor in own.items():
-                if tensor is not None:
-                    yield (f"{prefix}.{name}" if prefix else name), tensor, bool(is_buffer)
+    yield from ((name, p, False) for name, p in module.named_parameters(remove_duplicate=False))
+    yield from ((name, b, True) for name, b in module.named_buffers(remove_duplicate=False))
 
 
 def _layers(module: torch.nn.Module) -> dict[str, str]:

@@ -31,9 +31,8 @@ class MPIChannel:
         device: torch.device,
     ) -> None:
         self.plan, self.dtype, self.device = plan, dtype, device
-        self._exchanges = [
-            _Exchange(world, plan, leg, dtype, device) for leg in plan.legs if leg.pattern is Pattern.EXCHANGE
-        ]
+        exchanges = [leg for leg in plan.legs if leg.pattern is Pattern.EXCHANGE]
+        self._exchange = _Exchange(world, plan, exchanges[0], dtype, device) if exchanges else None
         self._collectives = [
             _COLLECTIVES[leg.pattern](communicator(leg.team), plan, leg, dtype, device)
             for leg in plan.legs
@@ -45,16 +44,16 @@ class MPIChannel:
         if x.is_conj() or x.is_neg():  # lazily conjugated or negated: the memory does not hold the values
             x = x.resolve_conj().resolve_neg()
         y = None
-        if self._exchanges:
-            self._exchanges[0].start(x)
+        if self._exchange is not None:
+            self._exchange.start(x)
         for collective in self._collectives:
             result = collective.run(x)
             y = result if result is not None else y
         return y
 
     def finish(self, pending: torch.Tensor | None, into: torch.Tensor | None = None) -> torch.Tensor:
-        if self._exchanges:
-            return self._exchanges[0].finish() if into is None else self._exchanges[0].finish_into(into)
+        if self._exchange is not None:
+            return self._exchange.finish() if into is None else self._exchange.finish_into(into)
         if pending is not None:
             return pending
         return torch.zeros(self.plan.returned_shape, dtype=self.dtype, device=self.device)

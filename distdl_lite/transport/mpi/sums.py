@@ -24,7 +24,7 @@ def summed(
     before: Callable[[], Any] | None = None,
     then: Callable[[], Any] | None = None,
 ) -> torch.Tensor:
-    """The sum in host memory, that of the tensor itself where it can be; `then` is called there, else by `take_home`."""
+    """The sum in host memory, the tensor itself where it can be: `then` is called there, and nothing is left to take home."""
     if before is not None:
         before()
     sent = on_wire(tensor)
@@ -81,8 +81,8 @@ def _gathered(comm: MPI.Comm, piece: torch.Tensor) -> torch.Tensor:
 def take_home(tensor: torch.Tensor, total: torch.Tensor, then: Callable[[], Any] | None = None) -> None:
     if total is not tensor:
         tensor.copy_(total)
-        if then is not None:
-            then()
+    if then is not None:
+        then()
 
 
 def take_both_home(tensor: torch.Tensor, left: torch.Tensor, both: tuple[torch.Tensor, torch.Tensor]) -> None:
@@ -96,17 +96,10 @@ def event_of(tensor: torch.Tensor) -> Callable[[], Any] | None:
 
 
 class Posted:
-    """A non-blocking sum."""
+    """A non-blocking sum, which the first `wait` takes home."""
 
-    def __init__(
-        self, request: MPI.Request, tensor: torch.Tensor, sent: torch.Tensor, then: Callable[[], Any] | None
-    ) -> None:
-        self._request = request
-        self._tensor, self._sent, self._then = tensor, sent, then
-        self._is_home = False
-
-    def is_done(self) -> bool:
-        return bool(self._request.Test())
+    def __init__(self, request: MPI.Request, home: Callable[[], Any]) -> None:
+        self._request, self._home, self._is_home = request, home, False
 
     def wait(self, timeout: float | None = None) -> bool:
         if timeout is None:
@@ -118,9 +111,7 @@ class Posted:
             sleep(0)
         if not self._is_home:
             self._is_home = True
-            take_home(self._tensor, self._sent)
-            if self._then is not None:
-                self._then()
+            self._home()
         return True
 
 

@@ -124,12 +124,16 @@ class MPITransport(Transport):
         comm, worker = team.lanes[lane]
         if engine == "poll":
             sent = on_wire(tensor)
-            return Posted(comm.Iallreduce(MPI.IN_PLACE, as_numbers(sent), MPI.SUM), tensor, sent, then)
+            request = comm.Iallreduce(MPI.IN_PLACE, as_numbers(sent), MPI.SUM)
+            return Posted(request, lambda: take_home(tensor, sent, then))
         if engine == "inline":
-            take_home(tensor, summed(comm, tensor))
-            return Done(then)
+            take_home(tensor, summed(comm, tensor), then)
+            return Done()
         before = event_of(tensor) if fill is None else fill
-        return worker.submit(lambda: summed(comm, tensor, before, then), lambda total: take_home(tensor, total, then))
+        return worker.submit(
+            lambda: summed(comm, tensor, before, then),
+            lambda total: None if total is tensor else take_home(tensor, total, then),
+        )
 
     def _rounded_sum(
         self, team: Team, tensor: torch.Tensor, left: torch.Tensor, dtype: torch.dtype, engine: str, lane: str
