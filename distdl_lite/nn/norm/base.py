@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -96,14 +96,13 @@ def normalised(
     running: Sequence[Value | None] = (None, None),
     factor: float | Value | None = None,
     batch: bool = True,
-    used: Callable[[str, Value | None], Value | None] = lambda name, value: value,
     team: Team | None = None,
 ) -> Value:
     """The rule of all norms: a value normalised by its own statistics or, if not `batch`, by the `running` ones.
 
     Ranks add up over the axes that cut what is in a row; copies keep each to their own. With a `factor`, the weight of the
     newest ones, the running statistics are changed in place. The gradients of the weights are summed over their copies with
-    the statistics' if there is a `team` of these, else by what `used` makes of them.
+    the statistics' if there is a `team` of these, else as of any parameter.
     """
     dims = tuple(x.dims[d] for d in kernel.weighted)
     held = [v if v is None else c.move(v, dims) for v in running]
@@ -111,8 +110,8 @@ def normalised(
     # Running statistics that are not of this rank's values alone, or not held as these are, are not left to torch.
     is_common = tracks and (held[0] is not running[0] or 0 in x.shape or c.parts(x.axes(0, *range(2, x.ndim))) > 1)
     by_rows = batch and kernel.count(x.shape) and (shared or is_common)
-    if not (by_rows and team):
-        weight, bias = used("weight", weight), used("bias", bias)
+    if by_rows and team:
+        weight, bias = (v if v is None else replace(v, name=v.given, parameter=None) for v in (weight, bias))
     weight, bias = (v if v is None else c.move(v, dims) for v in (weight, bias))
     as_x: dict[str, Any] = {"dims": x.dims, "dtype": x.dtype, "everywhere": True}
     if not by_rows:
@@ -211,10 +210,6 @@ class Norm(Face):
             raise TypeError(f"the input has dtype {inputs.dtype}, weights and statistics {held}")
         self.judged((shape, held or inputs.dtype))  # torch's warns of two dtypes
         return inputs.dtype
-
-    def weights(self, c: Compiler, weight: Value | None = None, bias: Value | None = None) -> list[Value | None]:
-        """Weight and bias, whose gradients will be the sums over their copies."""
-        return [self.used(c, "weight", weight), self.used(c, "bias", bias)]
 
 
 def by_kernel(kernel: Callable[..., torch.Tensor], x: torch.Tensor, *arguments: Any) -> torch.Tensor:

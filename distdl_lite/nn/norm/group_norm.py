@@ -58,4 +58,4 @@ class DistributedGroupNorm(Norm, serial=torch.nn.GroupNorm):
     """
 
     def rule(self, c: Compiler, x: Value, **held: Value) -> Value:
-        return grouped(c, x, self.num_groups, self.eps, *self.weights(c, **held))
+        return grouped(c, x, self.num_groups, self.eps, held.get("weight"), held.get("bias"))

@@ -53,7 +53,7 @@ class _LastDimsNorm(Norm):
         return range(self.P_x.dim - len(self.normalized_shape), self.P_x.dim)
 
     def rule(self, c: Compiler, x: Value, **held: Value) -> Value:
-        return over_last(c, self._alone, x, self.normalized_shape, self.eps, *self.weights(c, **held))
+        return over_last(c, self._alone, x, self.normalized_shape, self.eps, held.get("weight"), held.get("bias"))
 
 
 class DistributedLayerNorm(_LastDimsNorm, serial=torch.nn.LayerNorm):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import torch
@@ -84,8 +83,8 @@ class _RunningNorm(Norm):
         factor = self.factor(c, number) if tracks else None
         running = [None, None] if batch and factor is None else running
         team = self._distdl_transport.team(c.grid.members({1: c.index[1]}))
-        sums = {"used": partial(self.used, c), "team": team if self.over_samples and team.size > 1 else None}
-        return by_channel(c, x, self.over_samples, batch, self.eps, weight, bias, running, factor, **sums)
+        team = team if self.over_samples and team.size > 1 else None
+        return by_channel(c, x, self.over_samples, batch, self.eps, weight, bias, running, factor, team=team)
 
 
 class _BatchNorm(torch.nn.BatchNorm1d):
