@@ -18,7 +18,7 @@ from distdl_lite.nn.draws import constant
 from distdl_lite.nn.face import Face
 from distdl_lite.nn.inputs import Inputs, weight_dtype
 from distdl_lite.nn.norm.normalised import Normalise, Rows, statistics
-from distdl_lite.nn.value import Value
+from distdl_lite.nn.value import Operation, Value
 from distdl_lite.operator import Operator
 from distdl_lite.transport import Team
 
@@ -205,11 +205,18 @@ class Norm(Face):
     def result_dtype(self, inputs: Inputs, shape: Shape) -> torch.dtype:
         if not inputs.dtype.is_floating_point:
             raise TypeError(f"the input has dtype {inputs.dtype}, a floating dtype is needed")
-        held = weight_dtype(self) or weight_dtype(self, "running_mean")
-        if held not in (None, inputs.dtype, wide(inputs.dtype)):
-            raise TypeError(f"the input has dtype {inputs.dtype}, weights and statistics {held}")
-        self.judged((shape, held or inputs.dtype))  # torch's warns of two dtypes
+        if self._held_dtype not in (None, inputs.dtype, wide(inputs.dtype)):
+            raise TypeError(f"the input has dtype {inputs.dtype}, weights and statistics {self._held_dtype}")
+        self.judged((shape, inputs.dtype))
         return inputs.dtype
+
+    @property
+    def _held_dtype(self) -> torch.dtype | None:
+        return weight_dtype(self) or weight_dtype(self, "running_mean")
+
+    def judged(self, *inputs: tuple[Shape, torch.dtype], device: str = "meta") -> Operation:
+        # Of two dtypes torch's would warn.
+        return super().judged(*((shape, self._held_dtype or dtype) for shape, dtype in inputs), device=device)
 
 
 def by_kernel(kernel: Callable[..., torch.Tensor], x: torch.Tensor, *arguments: Any) -> torch.Tensor:
