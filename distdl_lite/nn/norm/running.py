@@ -63,13 +63,7 @@ class _RunningNorm(Norm):
         held = super()._held(device)
         return held if self.momentum is not None else {**held, "momentum": 0.1}  # the number of batches has no value
 
-    @torch.no_grad()
-    def reset_running_stats(self) -> None:
-        """Take running statistics back to where they started, as torch's; on all ranks."""
-        for name, value in (("running_mean", 0), ("running_var", 1), ("num_batches_tracked", 0)):
-            held = self.held(name)
-            if held is not None:
-                held.fill_(value)
+    reset_running_stats = torch.nn.BatchNorm1d.reset_running_stats
 
     def factor(self, c: Compiler, number: Value | None) -> Any:
         """The weight of the newest statistics among the running ones, after so many."""
