@@ -12,7 +12,7 @@ from distdl_lite.factors import all_axes
 from distdl_lite.layout import Range, Shape
 from distdl_lite.nn.blocks import wide
 from distdl_lite.nn.compiler import Compiler
-from distdl_lite.nn.loss.loss import REDUCTIONS, _DistributedLoss, counted, reduced_loss
+from distdl_lite.nn.loss.loss import MEAN, _DistributedLoss, counted, reduced_loss
 from distdl_lite.nn.norm.softmax import along, log_softmax
 from distdl_lite.nn.value import Value, rule
 
@@ -24,7 +24,7 @@ def class_loss(
     x: Value,
     target: Value,
     weight: Value | None = None,
-    reduction: int = 1,
+    reduction: int = MEAN,
     ignore_index: int = -100,
     label_smoothing: float = 0.0,
     is_shown: bool = False,
@@ -42,9 +42,9 @@ def class_loss(
     last = (ignore_index, label_smoothing) if has_logits else (ignore_index,)
     counts = all(c.index[a] == 0 for a in over)  # of the ranks that hold the same points
 
-    def whole(x: torch.Tensor, target: torch.Tensor, weight: Any, reduction: str = "none") -> torch.Tensor:
+    def whole(x: torch.Tensor, target: torch.Tensor, weight: Any, reduction: int) -> torch.Tensor:
         """torch's loss of an input laid out as its backward needs it in four dims."""
-        return op.function(x.contiguous(), target, weight, REDUCTIONS.index(reduction), *last)  # type: ignore[no-any-return]
+        return op.function(x.contiguous(), target, weight, reduction, *last)  # type: ignore[no-any-return]
 
     def weigh(terms: torch.Tensor, x: torch.Tensor, target: torch.Tensor, weight: Any) -> torch.Tensor:
         if has_classes:
@@ -62,9 +62,7 @@ def class_loss(
         x = c.cast(x, wide(x.dtype))
         x = along(c, torch.log_softmax, log_softmax, x, axis, x.dims) if has_logits else x
         terms = Terms(axis, c.range(x.dims[axis][0]), x.shape[axis], ignore_index, label_smoothing)
-    return reduced_loss(
-        c, whole, [x, target, weight], rest, REDUCTIONS[reduction], op.dtype, terms, weigh, mean, over, is_shown
-    )
+    return reduced_loss(c, whole, [x, target, weight], rest, reduction, op.dtype, terms, weigh, mean, over, is_shown)
 
 
 @dataclass(frozen=True)
@@ -136,6 +134,11 @@ class DistributedNLLLoss(_DistributedLoss, serial=torch.nn.NLLLoss):
     def _target_dims(self, input: Shape, target: Shape, dtype: torch.dtype) -> Sequence[int]:
         axis = min(len(input) - 1, 1)
         return [d for d in range(len(input)) if d != axis]
+
+    def rule(self, c: Compiler, x: Value, t: Value, **held: Value) -> Value:
+        if "weight" in held and held["weight"].ndim != 1:  # torch takes a column, too
+            raise ValueError(f"weight of shape {held['weight'].shape} is not one number for each class")
+        return super().rule(c, x, t, **held)
 
 
 class DistributedCrossEntropyLoss(DistributedNLLLoss, serial=torch.nn.CrossEntropyLoss):

@@ -26,7 +26,7 @@ from distdl_lite.nn.inputs import Inputs, agreed_inputs
 from distdl_lite.nn.value import RULES, Operation, Value, rule
 
 Function = Callable[..., torch.Tensor]
-REDUCTIONS = ("none", "mean", "sum")  # by torch's numbers
+NONE, MEAN, SUM = range(3)  # torch's numbers of reductions
 
 
 @rule("mse_loss", "l1_loss", "smooth_l1_loss", "huber_loss", "soft_margin_loss", "hinge_embedding_loss", "margin_ranking_loss",
@@ -34,13 +34,13 @@ REDUCTIONS = ("none", "mean", "sum")  # by torch's numbers
 def loss(c: Compiler, op: Any, *args: Any, is_shown: bool = False, **options: Any) -> Value:
     """A loss of tensors that torch's function broadcasts."""
     options |= dict(zip([a.name for a in op.function._schema.arguments], args, strict=False))
-    reduction = REDUCTIONS[options.pop("reduction", 1)]
+    reduction = options.pop("reduction", MEAN)
     values = [v for v in options.values() if isinstance(v, Value)]
     dims = common_dims(c, values, tuple(torch.broadcast_shapes(*(v.shape for v in values))))
     fitted = [fit(c, v, dims) if isinstance(v, Value) else v for v in options.values()]
 
-    def function(*given: Any, reduction: str) -> torch.Tensor:
-        return op.function(**dict(zip(options, given, strict=True)), reduction=REDUCTIONS.index(reduction))
+    def function(*given: Any, reduction: int) -> torch.Tensor:
+        return op.function(**dict(zip(options, given, strict=True)), reduction=reduction)  # type: ignore[no-any-return]
 
     return reduced_loss(c, function, fitted, dims, reduction, op.dtype, is_shown=is_shown)
 
@@ -55,7 +55,7 @@ def reduced_loss(
     function: Function,
     args: Sequence[Any],
     dims: Dims,
-    reduction: str,
+    reduction: int,
     dtype: torch.dtype,
     terms: Function | None = None,
     weigh: Function = counted,
@@ -70,9 +70,9 @@ def reduced_loss(
     """
     axes = all_axes(dims).union(over)
     if not axes:
-        return c.call(function, *args, reduction=reduction, dims=dims if reduction == "none" else (), dtype=dtype)
-    terms = terms or partial(function, reduction="none")
-    if reduction == "none":
+        return c.call(function, *args, reduction=reduction, dims=dims if reduction == NONE else (), dtype=dtype)
+    terms = terms or partial(function, reduction=NONE)
+    if reduction == NONE:
         find = _added_up(c, terms, c.local(dims), wide(dtype), over, True) if over and is_shown else terms
         y = c.call(lambda *tensors: find(*tensors).to(dtype), *args, dims=dims, dtype=dtype)
         return c.sum_over(y, () if is_shown else over)
@@ -85,7 +85,7 @@ def reduced_loss(
 
     def value(*tensors: Any) -> torch.Tensor:
         total, weight = find(*tensors)
-        return (mean(total, weight.detach()) if reduction == "mean" else total).to(dtype)
+        return (mean(total, weight.detach()) if reduction == MEAN else total).to(dtype)
 
     return c.call(value, *args, dims=(), dtype=dtype)
 
@@ -188,7 +188,7 @@ class _DistributedLoss(Face):
         made = self.as_serial(reduction="none", _buffers=ones).forward(*points)  # in a dtype that autocast may choose
         op = Operation.of(self.operation, getattr(torch.ops.aten, self.operation).default, made)
         options = {a.name: getattr(self, a.name) for a in op.function._schema.arguments[2:]} | held
-        options["reduction"] = REDUCTIONS.index("sum" if self.reduction == "batchmean" else self.reduction)
+        options["reduction"] = {"none": NONE, "mean": MEAN}.get(self.reduction, SUM)
         y: Value = RULES[self.operation](c, op, x, t, is_shown=True, **options)
         return c.call(torch.div, y, x.shape[0], dims=(), dtype=y.dtype) if self.reduction == "batchmean" else y
 

@@ -27,9 +27,7 @@ from distdl_lite.transport import Team
 class Kernel:
     """What a norm normalises together. A row is such a set of values."""
 
-    alone: Callable[
-        ..., torch.Tensor
-    ]  # torch's own of a block, the newest statistics' factor, weights and running statistics
+    alone: Callable[..., torch.Tensor]  # torch's, of a block, `factor`, weights and running statistics
     eps: float
     over: tuple[int, ...]  # the dims of a row
     weighted: tuple[int, ...] = (1,)  # the dims that weights are for

@@ -7,12 +7,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from distdl_lite.layout import Shape
 from distdl_lite.nn.blocks import anchored
 from distdl_lite.nn.compiler import Compiler
 from distdl_lite.nn.inputs import weight_dtype
 from distdl_lite.nn.norm.base import Kernel, Norm, by_kernel, normalised
-from distdl_lite.nn.value import Operation, Value, rule
+from distdl_lite.nn.value import Value, rule
 
 
 def by_channel(c: Compiler, x: Value, over_samples: bool, batch: bool, eps: float, *held: Any, **options: Any) -> Value:
@@ -55,9 +54,8 @@ class _RunningNorm(Norm):
     """Base of both: weights and running statistics per channel."""
 
     _distdl_free = frozenset({"eps", "momentum"})
-    over_samples = (
-        False  # whether a row is a channel of all samples; weights' gradients are summed with its statistics' then
-    )
+    # Whether a row is a channel of all samples; the gradients of the weights are then summed with its statistics'.
+    over_samples = False
 
     def _held(self, device: str) -> dict[str, Any]:
         held = super()._held(device)
@@ -94,7 +92,8 @@ class _InstanceNorm(torch.nn.InstanceNorm1d):
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         if self.affine and input.shape[1] != self.num_features:  # else any number goes
             raise ValueError(f"expected num_features={self.num_features} channels, got {input.shape[1]}")
-        return self._apply_instance_norm(input)  # type: ignore[no-any-return]
+        sample = input if len(input) else input.new_empty(1, *input.shape[1:])  # with none torch's takes no weights
+        return self._apply_instance_norm(sample)  # type: ignore[no-any-return]
 
 
 class DistributedBatchNorm(_RunningNorm, serial=_BatchNorm):
@@ -178,7 +177,3 @@ class DistributedInstanceNorm(_RunningNorm, serial=_InstanceNorm):
     """
 
     least_dims = 3
-
-    def judged(self, *inputs: tuple[Shape, torch.dtype], device: str = "meta") -> Operation:
-        ((samples, *sample), dtype), *_ = inputs  # of no samples torch's takes no weights
-        return super().judged(((max(samples, 1), *sample), dtype), device=device)
