@@ -142,7 +142,6 @@ class _DistributedLoss(Face):
     _distdl_free = frozenset(
         {"reduction", "ignore_index", "label_smoothing", "beta", "delta", "log_target", "log_input", "full", "eps"}
     )
-
     keeps_blocks = True
 
     @classmethod
@@ -184,8 +183,9 @@ class _DistributedLoss(Face):
     def rule(self, c: Compiler, x: Value, t: Value, **held: Value) -> Value:  # type: ignore[override]
         self.judged((x.shape, x.dtype), (t.shape, t.dtype))
         points = [torch.zeros((1,) * v.ndim, dtype=v.dtype, device=c.device) for v in (x, t)]
-        ones = {name: None if weight is None else weight.new_ones(1) for name, weight in self._buffers.items()}
-        made = self.as_serial(reduction="none", _buffers=ones).forward(*points)  # in a dtype that autocast may choose
+        ones = {name: torch.ones(1, dtype=v.dtype, device=c.device) for name, v in held.items()}
+        serial = self.as_serial(reduction="none", _buffers={**self._buffers, **ones})
+        made = serial.forward(*points)  # in a dtype that autocast may choose
         op = Operation.of(self.operation, getattr(torch.ops.aten, self.operation).default, made)
         options = {a.name: getattr(self, a.name) for a in op.function._schema.arguments[2:]} | held
         options["reduction"] = {"none": NONE, "mean": MEAN}.get(self.reduction, SUM)
