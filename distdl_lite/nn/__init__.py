@@ -31,8 +31,7 @@ from distdl_lite.nn.loss.loss import (
 )
 from distdl_lite.nn.module import Call, Module
 from distdl_lite.nn.movement import Movement
-from distdl_lite.nn.norm.group_norm import DistributedGroupNorm
-from distdl_lite.nn.norm.layer_norm import DistributedLayerNorm, DistributedRMSNorm
+from distdl_lite.nn.norm.of_samples import DistributedGroupNorm, DistributedLayerNorm, DistributedRMSNorm
 from distdl_lite.nn.norm.running import DistributedBatchNorm, DistributedInstanceNorm
 from distdl_lite.nn.norm.softmax import DistributedLogSoftmax, DistributedSoftmax
 from distdl_lite.nn.parameter import Layer

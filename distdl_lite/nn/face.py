@@ -35,7 +35,7 @@ class Face(RuleLayer):
     operation : str
         Its name among the rules.
     options : tuple of str
-        The attributes that the operation takes after its input, in this order.
+        The attributes that the operation takes after its input, in this order; the layer's tensors are among them.
     for_one_point : Mapping
         Attributes with which torch's layer takes a tensor of one point, which shows it the dtype.
     needs_floating : bool
@@ -128,7 +128,7 @@ class Face(RuleLayer):
 
     def rule(self, c: Compiler, x: Value, **held: Value) -> Any:
         op = self.judged((x.shape, x.dtype))
-        return RULES[self.operation](c, op, x, *(getattr(self, name) for name in self.options))
+        return RULES[self.operation](c, op, x, *(held.get(name, getattr(self, name)) for name in self.options))
 
     def extra_repr(self) -> str:
         known = [(p.name, self.__dict__[p.name], p.default) for p in self._arguments() if p.name in self.__dict__]

@@ -18,7 +18,6 @@ from distdl_lite.nn.module import Call
 from distdl_lite.nn.parameter import Layer
 from distdl_lite.nn.value import Value
 from distdl_lite.partition import Partition
-from distdl_lite.reducer import replicated
 
 
 @dataclass(frozen=True)
@@ -32,15 +31,15 @@ class Running:
     graph: bool
     one: bool
 
-    def __call__(self, layer: Layer, x: torch.Tensor) -> Any:
+    def __call__(self, layer: Layer, x: torch.Tensor, *others: torch.Tensor) -> Any:
         # Anchored also where nothing moves: a checkpoint around it runs the layer again on the ranks that have a graph.
         x = anchored(x if x.dtype is self.dtype else x.to(self.dtype), self.graph)
-        y = self.run(x, *map(layer.held, self.held))
+        y = self.run(x, *others, *map(layer.held, self.held))
         return y[0] if self.one else y
 
 
 class RuleLayer(Layer):
-    """Base of layers that run one rule; override `rule`.
+    """Base of layers that run one rule; override `rule`, and `others` if there are more arguments than the input.
 
     Input in blocks of any sizes over `P_x`, the first partition; output in balanced blocks, unless `keeps_blocks`.
     """
@@ -61,29 +60,31 @@ class RuleLayer(Layer):
         """How the input lies over the grid, from the ranks' local shapes."""
         return lay.blocks_from_shapes(self.P_x.grid_of_ranks, shapes)
 
-    def used(self, c: Compiler, name: str, held: Value | None) -> Value | None:
-        """A parameter, whose gradient will be the sum over its copies."""
-        if held is None or self._distdl_places[name].replicas.team.size < 2:
-            return held
-        replicas = self._distdl_places[name].replicas
-        return c.call(replicated, held, replicas, dims=held.dims, dtype=held.dtype, everywhere=True)
+    def others(self, c: Compiler, x: Value) -> list[Value]:
+        """The arguments after the input, which the rule takes after it."""
+        return []
+
+    def tensors(self, c: Compiler) -> dict[str, Value]:
+        """The layer's tensors by name, of which gradients will be sums over their copies."""
+        found, trains = dict[str, Value](), any(p.requires_grad for p in self.parameters())
+        for name, place in self._distdl_places.items():
+            dtype, grad = weight_dtype(self, name), trains and name not in self._buffers
+            if dtype is not None:
+                replicas = place.replicas
+                found[name] = c.parameter(name, dims_of(place.layout.dims), dtype, grad, lambda dims, of=replicas: of)
+        return found
 
     def _distdl_module_setup(self, input: tuple[Any, ...]) -> Call:
         inputs, grid, transport = agreed_inputs(self, self.P_x), self.P_x.grid_of_ranks, self._distdl_transport
         X = self.blocks(inputs.shapes)
         dtype = self.result_dtype(inputs, lay.global_shape_of(X))
         c = Compiler(grid, transport.rank, transport, self._distdl_label, inputs.device)
-        x, held = c.new(dims_of(X.dims), dtype, inputs.requires_grad, "x"), dict[str, Value]()
-        trains = any(p.requires_grad for p in self.parameters())
-        for name, place in self._distdl_places.items():
-            kind = weight_dtype(self, name)
-            if kind is not None:
-                held[name] = c.new(dims_of(place.layout.dims), kind, trains and name not in self._buffers, name)
-        made = self.rule(c, x, **held)
+        graph = self._distdl_structure.requires_grad
+        x = c.new(dims_of(X.dims), dtype, graph, "x")
+        others, held = self.others(c, x), self.tensors(c)
+        made = self.rule(c, x, *others, **held)
         outputs = [made] if isinstance(made, Value) else list(made)
         if not self.keeps_blocks:
             outputs = [c.move(y, blocks(y.shape, range(y.ndim), grid)) for y in outputs]
-        run = c.compiled([x, *held.values()], outputs)
-        return Running(
-            c, run, tuple(held), dtype, inputs.requires_grad and not self.overwrites, isinstance(made, Value)
-        )
+        run = c.compiled([x, *others, *held.values()], outputs)
+        return Running(c, run, tuple(held), dtype, graph and not self.overwrites, isinstance(made, Value))

@@ -117,6 +117,25 @@ def test_memory(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @on_ranks(2)
+def test_second_gradients_beside_an_empty_block(world: Partition) -> None:
+    """They reach the same weights on a rank without samples, also where no gradient depends on the bias."""
+    P, shape = world.grid((2, 1, 1)), (2, 3, 4)
+    cuts, whole = [(0, 2, 2), (0, 3), (0, 4)], torch.randn(shape, dtype=torch.float64)
+    layers = (
+        dnn.DistributedBatchNorm(P, 3).eval(),
+        dnn.DistributedInstanceNorm(P, 3, affine=True),
+        dnn.DistributedGroupNorm(P, 1, 3),
+        dnn.DistributedLayerNorm(P, 4),
+        dnn.DistributedRMSNorm(P, 4),
+    )
+    for layer in layers:
+        x, times = leaf(block(whole, P, cuts)), block(torch.rand(shape, dtype=torch.float64), P, cuts)
+        (gradient,) = torch.autograd.grad((layer.double()(x) * times).sum(), x, create_graph=True)
+        gradient.square().sum().backward()
+        assert layer.weight.grad.any()
+
+
+@on_ranks(2)
 def test_instance_norm_of_no_samples(world: Partition) -> None:
     """Its running statistics become nan, as torch's; gradients of weights, for which torch raises, are zero."""
     shape = (0, 3, 4)

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
-from distdl_lite.factors import all_axes, uncut
-from distdl_lite.layout import Layout, Range, Shape
+from distdl_lite.factors import all_axes
+from distdl_lite.layout import Range, Shape
 from distdl_lite.nn.blocks import wide
 from distdl_lite.nn.compiler import Compiler
-from distdl_lite.nn.loss.loss import REDUCTIONS, Function, _DistributedLoss, counted, reduced_loss
-from distdl_lite.nn.norm.softmax import CutDim, log_softmax
+from distdl_lite.nn.loss.loss import MEAN, _DistributedLoss, counted, reduced_loss
+from distdl_lite.nn.norm.softmax import along, log_softmax
 from distdl_lite.nn.value import Value, rule
 
 
@@ -25,99 +24,79 @@ def class_loss(
     x: Value,
     target: Value,
     weight: Value | None = None,
-    reduction: int = 1,
+    reduction: int = MEAN,
     ignore_index: int = -100,
     label_smoothing: float = 0.0,
+    is_shown: bool = False,
 ) -> Value:
-    kind = ClassLoss(op.name == "cross_entropy_loss", ignore_index, label_smoothing)
-    return kind.of(c, x, target, weight, REDUCTIONS[reduction], op.dtype)
+    """The negative log-likelihood of classes, or of probabilities of them, from logits or from their log-softmax.
+
+    Of a value ``(C,)`` or ``(N, C, *space)``, the classes of which may be cut too; see `reduced_loss`.
+    """
+    axis, has_classes, has_logits = min(x.ndim - 1, 1), target.ndim == x.ndim, op.name == "cross_entropy_loss"
+    x, weight = c.plain(x, [axis]), None if weight is None else c.whole(weight)
+    if not all_axes(x.dims):  # cut as the target is
+        x = c.move(x, target.dims if has_classes else (*target.dims[:axis], x.dims[axis], *target.dims[axis:]))
+    rest, over = (*x.dims[:axis], *x.dims[axis + 1 :]), x.axes(axis)
+    target = c.move(target, x.dims if has_classes else rest)
+    last = (ignore_index, label_smoothing) if has_logits else (ignore_index,)
+    counts = all(c.index[a] == 0 for a in over)  # of the ranks that hold the same points
+
+    def whole(x: torch.Tensor, target: torch.Tensor, weight: Any, reduction: int) -> torch.Tensor:
+        """torch's loss of an input laid out as its backward needs it in four dims."""
+        return op.function(x.contiguous(), target, weight, reduction, *last)  # type: ignore[no-any-return]
+
+    def weigh(terms: torch.Tensor, x: torch.Tensor, target: torch.Tensor, weight: Any) -> torch.Tensor:
+        if has_classes:
+            return counted(terms) * counts
+        is_counted = target != ignore_index
+        return (is_counted if weight is None else weight[target[is_counted]]).sum(dtype=torch.float64) * counts
+
+    def mean(total: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        mean = total / weight
+        # torch divides the terms of the labels by themselves, which is 0 / 0 where all weights are 0.
+        return mean + 0 / weight if label_smoothing else mean
+
+    terms = None
+    if over:
+        x = c.cast(x, wide(x.dtype))
+        x = along(c, torch.log_softmax, log_softmax, x, axis, x.dims) if has_logits else x
+        terms = Terms(axis, c.range(x.dims[axis][0]), x.shape[axis], ignore_index, label_smoothing)
+    return reduced_loss(c, whole, [x, target, weight], rest, reduction, op.dtype, terms, weigh, mean, over, is_shown)
 
 
 @dataclass(frozen=True)
-class ClassLoss:
-    """The negative log-likelihood of classes, or of probabilities of them, from logits or from their log-softmax."""
+class Terms:
+    """The terms as far as they come from this rank's classes, from log-probabilities."""
 
-    has_logits: bool
+    dim: int
+    held: Range  # the classes
+    classes: int  # of all ranks
     ignore_index: int
-    label_smoothing: float = 0.0
+    label_smoothing: float
 
-    def of(
-        self,
-        c: Compiler,
-        x: Value,
-        target: Value,
-        weight: Value | None,
-        reduction: str,
-        dtype: torch.dtype,
-        is_shown: bool = False,
-    ) -> Value:
-        """The loss of a value ``(C,)`` or ``(N, C, *space)``, the classes of which may be cut too; see `reduced_loss`."""
-        axis, has_classes = min(x.ndim - 1, 1), target.ndim == x.ndim
-        x, weight = c.plain(x, [axis]), None if weight is None else c.whole(weight)
-        if not all_axes(x.dims):  # cut as the target is
-            x = c.move(x, target.dims if has_classes else (*target.dims[:axis], x.dims[axis], *target.dims[axis:]))
-        rest, over = (*x.dims[:axis], *x.dims[axis + 1 :]), x.axes(axis)
-        args = [x, c.move(target, x.dims if has_classes else rest), weight]
-        counts = all(c.index[a] == 0 for a in over)  # of the ranks that hold the same points
+    def __call__(self, log_p: torch.Tensor, target: torch.Tensor, weight: torch.Tensor | None) -> torch.Tensor:
+        if weight is not None:
+            log_p = log_p * weight[slice(*self.held)].view(-1, *(1,) * (log_p.dim() - self.dim - 1))
+        if target.dim() < log_p.dim():
+            return self._picked(log_p, target)
+        smooth = target * (1 - self.label_smoothing) + self.label_smoothing / self.classes
+        return -(log_p * smooth).sum(self.dim)
 
-        def weigh(terms: torch.Tensor, x: torch.Tensor, target: torch.Tensor, weight: Any) -> torch.Tensor:
-            if has_classes:
-                return counted(terms) * counts
-            is_counted = target != self.ignore_index
-            return (is_counted if weight is None else weight[target[is_counted]]).sum(dtype=torch.float64) * counts
-
-        terms = self._of_cut(c, x, axis) if over else None
-        return reduced_loss(c, self.whole, args, rest, reduction, dtype, terms, weigh, self._mean, over, is_shown)
-
-    def whole(
-        self, x: torch.Tensor, target: torch.Tensor, weight: torch.Tensor | None, reduction: str = "none"
-    ) -> torch.Tensor:
-        """torch's loss of an input laid out as its backward needs it in four dims."""
-        options: dict[str, Any] = {"weight": weight, "ignore_index": self.ignore_index, "reduction": reduction}
-        if not self.has_logits:
-            return F.nll_loss(x.contiguous(), target, **options)
-        return F.cross_entropy(x.contiguous(), target, label_smoothing=self.label_smoothing, **options)
-
-    def _mean(self, total: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        mean = total / weight
-        # torch divides the terms of the labels by themselves, which is 0 / 0 where all weights are 0.
-        return mean + 0 / weight if self.label_smoothing else mean
-
-    def _of_cut(self, c: Compiler, x: Value, axis: int) -> Function:
-        """The terms as far as they come from this rank's classes, found in blocks with one dim for each factor."""
-        factors, at = [f for of_dim in x.dims for f in of_dim], sum(map(len, x.dims[:axis]))
-        S = Layout(c.grid, tuple(uncut(1) if i == at else f for i, f in enumerate(factors)), c.free_axes(x.axes(axis)))
-        add_up = c.names[c.operator(S, S, replace(x, grad=True), "all_reduce")]
-        along, held, classes = CutDim((at,), c.team(x.axes(axis)), add_up), c.range(factors[at]), x.shape[axis]
-        shape, given = c.local(tuple((f,) for f in factors)), c.local((*x.dims[:axis], *x.dims[axis + 1 :]))
-
-        def terms(x: torch.Tensor, target: torch.Tensor, weight: torch.Tensor | None) -> torch.Tensor:
-            log_p, smoothing = x.to(wide(x.dtype)).reshape(shape), self.label_smoothing
-            log_p = log_softmax(log_p, along) if self.has_logits else log_p
-            if weight is not None:
-                log_p = log_p * weight[slice(*held)].view(-1, *(1,) * (len(shape) - at - 1))
-            if target.dim() == x.dim():
-                smooth = target.reshape(shape) * (1 - smoothing) + smoothing / classes
-                return -(log_p * smooth).sum(at).reshape(given)
-            target = target.reshape((*shape[:at], *shape[at + 1 :]))
-            return self._picked(log_p, target, at, held, classes).reshape(given)
-
-        return terms
-
-    def _picked(self, log_p: torch.Tensor, target: torch.Tensor, dim: int, held: Range, classes: int) -> torch.Tensor:
-        """The terms of class indices from the weighted log-probabilities of the classes held."""
+    def _picked(self, log_p: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        """The terms of class indices from the weighted log-probabilities."""
         is_counted = target != self.ignore_index
-        wrong = target[is_counted & ((target < 0) | (target >= classes))]
+        wrong = target[is_counted & ((target < 0) | (target >= self.classes))]
         if wrong.numel():
             raise IndexError(f"Target {wrong[0].item()} is out of bounds.")
-        if not log_p.shape[dim]:
-            return log_p.sum(dim)
-        is_mine = is_counted & (target >= held[0]) & (target < held[1])
-        index = torch.where(is_mine, target - held[0], 0)
-        terms = -torch.where(is_mine, log_p.gather(dim, index.unsqueeze(dim)).squeeze(dim), 0)
+        if not log_p.shape[self.dim]:
+            return log_p.sum(self.dim)
+        is_mine = is_counted & (target >= self.held[0]) & (target < self.held[1])
+        index = torch.where(is_mine, target - self.held[0], 0).unsqueeze(self.dim)
+        terms = -torch.where(is_mine, log_p.gather(self.dim, index).squeeze(self.dim), 0)
         if self.label_smoothing:
-            even = -log_p.sum(dim).masked_fill(~is_counted, 0)
-            terms = (1 - self.label_smoothing) * terms + self.label_smoothing / classes * even
+            even = -log_p.sum(self.dim).masked_fill(~is_counted, 0)
+            terms = (1 - self.label_smoothing) * terms + self.label_smoothing / self.classes * even
         return terms
 
 
@@ -150,19 +129,16 @@ class DistributedNLLLoss(_DistributedLoss, serial=torch.nn.NLLLoss):
     "none" and cut classes the terms are summed in one all-reduce among the ranks that hold classes of the same points.
     """
 
-    has_logits = False
-    label_smoothing = 0.0
+    operation = "nll_loss_nd"
 
     def _target_dims(self, input: Shape, target: Shape, dtype: torch.dtype) -> Sequence[int]:
         axis = min(len(input) - 1, 1)
         return [d for d in range(len(input)) if d != axis]
 
-    def _rule(self, c: Compiler, x: Value, t: Value, held: Mapping[str, Value], dtype: torch.dtype) -> Value:
-        weight, classes = held.get("weight"), x.shape[min(x.ndim - 1, 1)]
-        if weight is not None and weight.shape != (classes,):  # torch takes a column, too
-            raise ValueError(f"weight of shape {weight.shape} does not fit {classes} classes")
-        kind = ClassLoss(self.has_logits, self.ignore_index, self.label_smoothing)
-        return kind.of(c, x, t, weight, self.reduction, dtype, is_shown=True)
+    def rule(self, c: Compiler, x: Value, t: Value, **held: Value) -> Value:
+        if "weight" in held and held["weight"].ndim != 1:  # torch takes a column, too
+            raise ValueError(f"weight of shape {held['weight'].shape} is not one number for each class")
+        return super().rule(c, x, t, **held)
 
 
 class DistributedCrossEntropyLoss(DistributedNLLLoss, serial=torch.nn.CrossEntropyLoss):
@@ -184,7 +160,7 @@ class DistributedCrossEntropyLoss(DistributedNLLLoss, serial=torch.nn.CrossEntro
         As in `DistributedNLLLoss`.
     """
 
-    has_logits = True
+    operation = "cross_entropy_loss"
 
     def _target_dims(self, input: Shape, target: Shape, dtype: torch.dtype) -> Sequence[int]:
         has_classes = len(target) == len(input) and dtype.is_floating_point

@@ -14,45 +14,35 @@ from typing import Any
 
 import torch
 
-from distdl_lite import layout as lay
 from distdl_lite.agreement import raise_together
 from distdl_lite.autograd import reduce_from_team
-from distdl_lite.factors import Dims, all_axes, dims_of, shape_of_dims, uncut
+from distdl_lite.factors import Dims, all_axes, uncut
 from distdl_lite.layout import Layout, Shape
-from distdl_lite.nn.blocks import anchored, connected_zeros, wide
+from distdl_lite.nn.blocks import connected_zeros, wide
 from distdl_lite.nn.broadcasting import common_dims, fit
 from distdl_lite.nn.compiler import Compiler
 from distdl_lite.nn.face import Face
-from distdl_lite.nn.inputs import agreed_inputs
-from distdl_lite.nn.module import Call
-from distdl_lite.nn.value import Value, rule
+from distdl_lite.nn.inputs import Inputs, agreed_inputs
+from distdl_lite.nn.value import RULES, Operation, Value, rule
 
 Function = Callable[..., torch.Tensor]
-REDUCTIONS = ("none", "mean", "sum")  # by torch's numbers
+NONE, MEAN, SUM = range(3)  # torch's numbers of reductions
 
 
 @rule("mse_loss", "l1_loss", "smooth_l1_loss", "huber_loss", "soft_margin_loss", "hinge_embedding_loss", "margin_ranking_loss",
       "binary_cross_entropy", "binary_cross_entropy_with_logits", "kl_div", "poisson_nll_loss")  # fmt: skip
-def loss(c: Compiler, op: Any, *args: Any, **options: Any) -> Value:
-    names = [argument.name for argument in op.function._schema.arguments]
-    options |= dict(zip(names, args, strict=False))
-    reduction = REDUCTIONS[options.pop("reduction", 1)]
-
-    def function(*tensors: Any, reduction: str) -> torch.Tensor:
-        given = dict(zip(options, tensors, strict=True))
-        return op.function(**given, reduction=REDUCTIONS.index(reduction))
-
-    return pointwise_loss(c, function, list(options.values()), reduction, op.dtype)
-
-
-def pointwise_loss(
-    c: Compiler, function: Function, args: Sequence[Any], reduction: str, dtype: torch.dtype, is_shown: bool = False
-) -> Value:
+def loss(c: Compiler, op: Any, *args: Any, is_shown: bool = False, **options: Any) -> Value:
     """A loss of tensors that torch's function broadcasts."""
-    values = [v for v in args if isinstance(v, Value)]
+    options |= dict(zip([a.name for a in op.function._schema.arguments], args, strict=False))
+    reduction = options.pop("reduction", MEAN)
+    values = [v for v in options.values() if isinstance(v, Value)]
     dims = common_dims(c, values, tuple(torch.broadcast_shapes(*(v.shape for v in values))))
-    args = [fit(c, v, dims) if isinstance(v, Value) else v for v in args]
-    return reduced_loss(c, function, args, dims, reduction, dtype, is_shown=is_shown)
+    fitted = [fit(c, v, dims) if isinstance(v, Value) else v for v in options.values()]
+
+    def function(*given: Any, reduction: int) -> torch.Tensor:
+        return op.function(**dict(zip(options, given, strict=True)), reduction=reduction)  # type: ignore[no-any-return]
+
+    return reduced_loss(c, function, fitted, dims, reduction, op.dtype, is_shown=is_shown)
 
 
 def counted(terms: torch.Tensor, *tensors: Any) -> torch.Tensor:
@@ -65,7 +55,7 @@ def reduced_loss(
     function: Function,
     args: Sequence[Any],
     dims: Dims,
-    reduction: str,
+    reduction: int,
     dtype: torch.dtype,
     terms: Function | None = None,
     weigh: Function = counted,
@@ -80,9 +70,9 @@ def reduced_loss(
     """
     axes = all_axes(dims).union(over)
     if not axes:
-        return c.call(function, *args, reduction=reduction, dims=dims if reduction == "none" else (), dtype=dtype)
-    terms = terms or partial(function, reduction="none")
-    if reduction == "none":
+        return c.call(function, *args, reduction=reduction, dims=dims if reduction == NONE else (), dtype=dtype)
+    terms = terms or partial(function, reduction=NONE)
+    if reduction == NONE:
         find = _added_up(c, terms, c.local(dims), wide(dtype), over, True) if over and is_shown else terms
         y = c.call(lambda *tensors: find(*tensors).to(dtype), *args, dims=dims, dtype=dtype)
         return c.sum_over(y, () if is_shown else over)
@@ -92,11 +82,10 @@ def reduced_loss(
         return torch.stack([found.sum(dtype=wide(found.dtype)).double(), weigh(found, *tensors)])
 
     find = _added_up(c, sums, (2,), torch.float64, axes, is_shown)
-    batch = shape_of_dims(dims)[0] if reduction == "batchmean" else 1
 
     def value(*tensors: Any) -> torch.Tensor:
         total, weight = find(*tensors)
-        return (mean(total, weight.detach()) if reduction == "mean" else total / batch).to(dtype)
+        return (mean(total, weight.detach()) if reduction == MEAN else total).to(dtype)
 
     return c.call(value, *args, dims=(), dtype=dtype)
 
@@ -153,6 +142,7 @@ class _DistributedLoss(Face):
     _distdl_free = frozenset(
         {"reduction", "ignore_index", "label_smoothing", "beta", "delta", "log_target", "log_input", "full", "eps"}
     )
+    keeps_blocks = True
 
     @classmethod
     def _arguments(cls) -> list[inspect.Parameter]:
@@ -167,51 +157,40 @@ class _DistributedLoss(Face):
         for name, buffer in serial._buffers.items():
             self.register_buffer(name, buffer)
 
+    def result_dtype(self, inputs: Inputs, shape: Shape) -> torch.dtype:
+        return inputs.dtype
+
     def _held(self, device: str) -> dict[str, Any]:
         # torch's takes for a mean what it takes for a sum, but that of a divergence warns.
         return {**super()._held(device), "reduction": "sum" if self.reduction == "mean" else self.reduction}
 
-    def _distdl_module_setup(self, input: tuple[Any, ...]) -> Call:
-        grid, rank = self.P_x.grid_of_ranks, self._distdl_transport.rank
-        inputs, targets = agreed_inputs(self, self.P_x), agreed_inputs(self, self.P_x, position=1)
-        shape, target = inputs.shapes[rank], targets.shapes[rank]
-        wanted = self._target_dims(shape, target, targets.dtype)
-        if target != tuple(shape[d] for d in wanted):
+    def others(self, c: Compiler, x: Value) -> list[Value]:
+        inputs, targets = (agreed_inputs(self, self.P_x, position) for position in (0, 1))
+        shape, target = inputs.shapes[c.rank], targets.shapes[c.rank]
+        dims = self._target_dims(shape, target, targets.dtype)
+        wanted = tuple(shape[d] for d in dims)
+        if target != wanted:
             raise self._refuse(
-                f"rank {rank} passed a target of shape {tuple(target)}, with its input of shape {tuple(shape)} it must "
-                f"be {tuple(shape[d] for d in wanted)}"
+                f"rank {c.rank} passed a target of shape {tuple(target)}, with its input of shape {tuple(shape)} it must "
+                f"be {wanted}"
             )
-        X = lay.blocks_from_shapes(grid, inputs.shapes)
-        shape = lay.global_shape_of(X)
-        self.judged((shape, inputs.dtype), (tuple(shape[d] for d in wanted), targets.dtype))
-        c = Compiler(grid, rank, self._distdl_transport, self._distdl_label, inputs.device)
-        dims, graph = dims_of(X.dims), inputs.requires_grad or targets.requires_grad
-        x, t = c.new(dims, inputs.dtype, graph, "x"), c.new(tuple(dims[d] for d in wanted), targets.dtype, graph, "t")
-        weights = {name: weight for name, weight in self._buffers.items() if weight is not None}
-        held = [c.new(tuple((uncut(n),) for n in w.shape), w.dtype, False, name) for name, w in weights.items()]
-        points = [tensor.new_zeros((1,) * tensor.dim()) for tensor in input]
-        ones = [weight.new_ones(1) for weight in weights.values()]
-        dtype = self._function(*weights)(*points, *ones, reduction="none").dtype  # which autocast may choose
-        run = c.compiled([x, t, *held], [self._rule(c, x, t, dict(zip(weights, held, strict=True)), dtype)])
+        return [c.new(tuple(x.dims[d] for d in dims), targets.dtype, x.grad, "t")]
 
-        def call(layer: _DistributedLoss, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-            return run(anchored(x, graph), t, *(getattr(layer, name) for name in weights))[0]
+    def tensors(self, c: Compiler) -> dict[str, Value]:
+        held = {name: weight for name, weight in self._buffers.items() if weight is not None}
+        return {n: c.new(tuple((uncut(k),) for k in w.shape), w.dtype, False, n) for n, w in held.items()}
 
-        return call
-
-    def _function(self, *names: str) -> Function:
-        """torch's loss of input, target and its tensors of these names."""
-        serials = {reduction: self.as_serial(reduction=reduction) for reduction in ("none", self.reduction)}
-
-        def function(x: torch.Tensor, t: torch.Tensor, *given: Any, reduction: str) -> torch.Tensor:
-            serial = serials[reduction]
-            serial._buffers = {**self._buffers, **dict(zip(names, given, strict=True))}
-            return serial.forward(x, t)  # type: ignore[no-any-return]
-
-        return function
-
-    def _rule(self, c: Compiler, x: Value, t: Value, held: Mapping[str, Value], dtype: torch.dtype) -> Value:
-        return pointwise_loss(c, self._function(*held), [x, t, *held.values()], self.reduction, dtype, is_shown=True)
+    def rule(self, c: Compiler, x: Value, t: Value, **held: Value) -> Value:  # type: ignore[override]
+        self.judged((x.shape, x.dtype), (t.shape, t.dtype))
+        points = [torch.zeros((1,) * v.ndim, dtype=v.dtype, device=c.device) for v in (x, t)]
+        ones = {name: torch.ones(1, dtype=v.dtype, device=c.device) for name, v in held.items()}
+        serial = self.as_serial(reduction="none", _buffers={**self._buffers, **ones})
+        made = serial.forward(*points)  # in a dtype that autocast may choose
+        op = Operation.of(self.operation, getattr(torch.ops.aten, self.operation).default, made)
+        options = {a.name: getattr(self, a.name) for a in op.function._schema.arguments[2:]} | held
+        options["reduction"] = {"none": NONE, "mean": MEAN}.get(self.reduction, SUM)
+        y: Value = RULES[self.operation](c, op, x, t, is_shown=True, **options)
+        return c.call(torch.div, y, x.shape[0], dims=(), dtype=y.dtype) if self.reduction == "batchmean" else y
 
     def _target_dims(self, input: Shape, target: Shape, dtype: torch.dtype) -> Sequence[int]:
         """The dims of the input that a target block of this shape and dtype must have."""
@@ -228,25 +207,33 @@ class _DistributedLoss(Face):
         return zero if zero.requires_grad else zero.requires_grad_(torch.is_grad_enabled())
 
 
-class DistributedMSELoss(_DistributedLoss, serial=torch.nn.MSELoss): ...
+class DistributedMSELoss(_DistributedLoss, serial=torch.nn.MSELoss):
+    operation = "mse_loss"
 
 
-class DistributedL1Loss(_DistributedLoss, serial=torch.nn.L1Loss): ...
+class DistributedL1Loss(_DistributedLoss, serial=torch.nn.L1Loss):
+    operation = "l1_loss"
 
 
-class DistributedSmoothL1Loss(_DistributedLoss, serial=torch.nn.SmoothL1Loss): ...
+class DistributedSmoothL1Loss(_DistributedLoss, serial=torch.nn.SmoothL1Loss):
+    operation = "smooth_l1_loss"
 
 
-class DistributedHuberLoss(_DistributedLoss, serial=torch.nn.HuberLoss): ...
+class DistributedHuberLoss(_DistributedLoss, serial=torch.nn.HuberLoss):
+    operation = "huber_loss"
 
 
-class DistributedBCELoss(_DistributedLoss, serial=torch.nn.BCELoss): ...
+class DistributedBCELoss(_DistributedLoss, serial=torch.nn.BCELoss):
+    operation = "binary_cross_entropy"
 
 
-class DistributedBCEWithLogitsLoss(_DistributedLoss, serial=torch.nn.BCEWithLogitsLoss): ...
+class DistributedBCEWithLogitsLoss(_DistributedLoss, serial=torch.nn.BCEWithLogitsLoss):
+    operation = "binary_cross_entropy_with_logits"
 
 
-class DistributedKLDivLoss(_DistributedLoss, serial=torch.nn.KLDivLoss): ...
+class DistributedKLDivLoss(_DistributedLoss, serial=torch.nn.KLDivLoss):
+    operation = "kl_div"
 
 
-class DistributedPoissonNLLLoss(_DistributedLoss, serial=torch.nn.PoissonNLLLoss): ...
+class DistributedPoissonNLLLoss(_DistributedLoss, serial=torch.nn.PoissonNLLLoss):
+    operation = "poisson_nll_loss"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from distdl_lite.nn.draws import constant
 from distdl_lite.nn.face import Face
 from distdl_lite.nn.inputs import Inputs, weight_dtype
 from distdl_lite.nn.norm.normalised import Normalise, Rows, statistics
-from distdl_lite.nn.value import Value
+from distdl_lite.nn.value import Operation, Value
 from distdl_lite.operator import Operator
 from distdl_lite.transport import Team
 
@@ -27,9 +27,7 @@ from distdl_lite.transport import Team
 class Kernel:
     """What a norm normalises together. A row is such a set of values."""
 
-    alone: Callable[
-        ..., torch.Tensor
-    ]  # torch's own of a block, the newest statistics' factor, weights and running statistics
+    alone: Callable[..., torch.Tensor]  # torch's, of a block, `factor`, weights and running statistics
     eps: float
     over: tuple[int, ...]  # the dims of a row
     weighted: tuple[int, ...] = (1,)  # the dims that weights are for
@@ -96,14 +94,13 @@ def normalised(
     running: Sequence[Value | None] = (None, None),
     factor: float | Value | None = None,
     batch: bool = True,
-    used: Callable[[str, Value | None], Value | None] = lambda name, value: value,
     team: Team | None = None,
 ) -> Value:
     """The rule of all norms: a value normalised by its own statistics or, if not `batch`, by the `running` ones.
 
     Ranks add up over the axes that cut what is in a row; copies keep each to their own. With a `factor`, the weight of the
     newest ones, the running statistics are changed in place. The gradients of the weights are summed over their copies with
-    the statistics' if there is a `team` of these, else by what `used` makes of them.
+    the statistics' if there is a `team` of these, else as of any parameter.
     """
     dims = tuple(x.dims[d] for d in kernel.weighted)
     held = [v if v is None else c.move(v, dims) for v in running]
@@ -111,8 +108,8 @@ def normalised(
     # Running statistics that are not of this rank's values alone, or not held as these are, are not left to torch.
     is_common = tracks and (held[0] is not running[0] or 0 in x.shape or c.parts(x.axes(0, *range(2, x.ndim))) > 1)
     by_rows = batch and kernel.count(x.shape) and (shared or is_common)
-    if not (by_rows and team):
-        weight, bias = used("weight", weight), used("bias", bias)
+    if by_rows and team:
+        weight, bias = (v if v is None else replace(v, name=v.given, parameter=None) for v in (weight, bias))
     weight, bias = (v if v is None else c.move(v, dims) for v in (weight, bias))
     as_x: dict[str, Any] = {"dims": x.dims, "dtype": x.dtype, "everywhere": True}
     if not by_rows:
@@ -206,15 +203,18 @@ class Norm(Face):
     def result_dtype(self, inputs: Inputs, shape: Shape) -> torch.dtype:
         if not inputs.dtype.is_floating_point:
             raise TypeError(f"the input has dtype {inputs.dtype}, a floating dtype is needed")
-        held = weight_dtype(self) or weight_dtype(self, "running_mean")
-        if held not in (None, inputs.dtype, wide(inputs.dtype)):
-            raise TypeError(f"the input has dtype {inputs.dtype}, weights and statistics {held}")
-        self.judged((shape, held or inputs.dtype))  # torch's warns of two dtypes
+        if self._held_dtype not in (None, inputs.dtype, wide(inputs.dtype)):
+            raise TypeError(f"the input has dtype {inputs.dtype}, weights and statistics {self._held_dtype}")
+        self.judged((shape, inputs.dtype))
         return inputs.dtype
 
-    def weights(self, c: Compiler, weight: Value | None = None, bias: Value | None = None) -> list[Value | None]:
-        """Weight and bias, whose gradients will be the sums over their copies."""
-        return [self.used(c, "weight", weight), self.used(c, "bias", bias)]
+    @property
+    def _held_dtype(self) -> torch.dtype | None:
+        return weight_dtype(self) or weight_dtype(self, "running_mean")
+
+    def judged(self, *inputs: tuple[Shape, torch.dtype], device: str = "meta") -> Operation:
+        # Of two dtypes torch's would warn.
+        return super().judged(*((shape, self._held_dtype or dtype) for shape, dtype in inputs), device=device)
 
 
 def by_kernel(kernel: Callable[..., torch.Tensor], x: torch.Tensor, *arguments: Any) -> torch.Tensor:

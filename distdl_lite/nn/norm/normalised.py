@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
 import torch
 
-from distdl_lite.autograd import Node, check_unbatched, copy_to_team, reduce_from_team
+from distdl_lite.autograd import Node, check_unbatched, copy_to_team
 from distdl_lite.layout import Shape
 from distdl_lite.nn.blocks import wide
 from distdl_lite.operator import Operator
@@ -18,8 +18,6 @@ from distdl_lite.transport import Team
 
 _AT_ONCE = 2**18  # elements of a block in wide temporaries: 2 MiB of float64 stay in a cache
 _AT_ONCE_ON_DEVICES = 2**24  # where a launch costs more than a cache would give
-
-Map = Callable[[torch.Tensor], torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -63,13 +61,14 @@ def statistics(x: torch.Tensor, pivot: torch.Tensor | None, rows: Rows) -> tuple
 
     The pivot is near the mean of each row, and the same on all ranks of it; None is zero.
     """
-    n, mean, var = _own_statistics(x, rows)
-    if rows.gather is not None:
+    n, mean, var = _moments(x, rows)
+    if rows.gather is not None:  # parts are taken together (Chan, Golub and LeVeque 1979)
         apart = mean.new_zeros(rows.gather.plan.returned_shape)
         apart[rows.position] = torch.stack([n, mean, var]).view(apart.shape[1:])
-        gathered = rows.gather.apply(apart).view(len(apart), 3, len(mean))
-        _, mean, var = _merged(*gathered.unbind(1), lambda t: t.sum(0), lambda t: t)
-        return mean, var
+        n, means, variances = rows.gather.apply(apart).view(len(apart), 3, len(mean)).unbind(1)
+        shares = n / rows.count
+        mean = (shares * means).sum(0)
+        return mean, (shares * (variances + (means - mean) ** 2)).sum(0)
     pivot = mean.new_zeros(()) if pivot is None else pivot.double()
     shift = mean - pivot
     sums = torch.stack([n * shift, n * (var + shift * shift)])[-rows.numbers :]
@@ -79,34 +78,27 @@ def statistics(x: torch.Tensor, pivot: torch.Tensor | None, rows: Rows) -> tuple
     return pivot + shifts[0], (square - shifts[0] * shifts[0]).clamp_(min=0)
 
 
-def _own_statistics(x: torch.Tensor, rows: Rows) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Number, mean and biased variance of this rank's values of each row."""
-    channels = x.shape[1]
-    mean = var = n = torch.zeros(channels, dtype=torch.float64, device=x.device)
-    if x.numel():
-        mean, var = _moments(x)
-        n = torch.full_like(mean, x.numel() // channels)
-    return (n, mean, var) if rows.row_of is None else _merged(n, mean, var, rows.fold, rows.spread)
-
-
-def _moments(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and biased variance per channel in float64, by sums about one value of each channel."""
-    over = (0, *range(2, x.dim()))
-    pivot = x[(slice(1), slice(None), *[slice(1)] * (x.dim() - 2))].double()
-    sums = pivot.new_zeros(2, x.shape[1])
+def _moments(x: torch.Tensor, rows: Rows) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Number, mean and biased variance of this rank's values of each row in float64, by sums about some of these."""
+    if not x.numel():
+        nothing = torch.zeros(math.prod(rows.shape), dtype=torch.float64, device=x.device)
+        return nothing, nothing, nothing
+    over, ones = (0, *range(2, x.dim())), (1,) * (x.dim() - 2)
+    first = x[(slice(1), slice(None), *map(slice, ones))].double().view(-1)
+    n = rows.fold(torch.full_like(first, x.numel() // x.shape[1]))
+    pivot = rows.fold(first) / rows.fold(torch.ones_like(first))
+    pivots, sums = rows.spread(pivot).view(1, -1, *ones), first.new_zeros(2, x.shape[1])
     for part in _parts(x):
-        apart = x[part].to(torch.float64, copy=True).sub_(pivot[:, part[1]])
+        apart = x[part].to(torch.float64, copy=True).sub_(pivots[:, part[1]])
         sums[:, part[1]] += torch.stack([apart.sum(over), apart.square_().sum(over)])
-    shift, square = sums / (x.numel() // x.shape[1])
-    return pivot.view(-1) + shift, (square - shift * shift).clamp_(min=0)
+    shift, square = rows.fold(sums) / n
+    return n, pivot + shift, (square - shift * shift).clamp_(min=0)
 
 
 def _parts(x: torch.Tensor) -> Iterable[tuple[slice, ...]]:
     """Where the parts of a block are of which wide copies may be made; it is cut along its outermost dims in memory."""
     limit = _AT_ONCE if x.device.type == "cpu" else _AT_ONCE_ON_DEVICES
     size, lengths = x.numel(), list(x.shape)
-    if 0 < size <= limit:
-        return [(slice(None),) * x.dim()]
     for dim in sorted(range(x.dim()), key=x.stride, reverse=True):
         if size > limit:
             n = lengths[dim]
@@ -114,16 +106,6 @@ def _parts(x: torch.Tensor) -> Iterable[tuple[slice, ...]]:
             size = size // n * lengths[dim]
     steps = (range(0, n, max(step, 1)) for n, step in zip(x.shape, lengths, strict=True))
     return product(*([slice(start, start + r.step) for start in r] for r in steps))
-
-
-def _merged(
-    n: torch.Tensor, mean: torch.Tensor, var: torch.Tensor, add: Map, spread: Map
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Number, mean and biased variance of parts taken together (Chan, Golub and LeVeque 1979)."""
-    total = add(n)
-    shares = n / spread(total).clamp(min=1)
-    merged = add(shares * mean)
-    return total, merged, add(shares * (var + (mean - spread(merged)) ** 2))
 
 
 class Normalise(Node):
@@ -147,8 +129,6 @@ class Normalise(Node):
     ) -> torch.Tensor:
         ctx.rows, ctx.eps = rows, eps
         ctx.save_for_backward(x, weight, bias, mean, var)
-        if not x.numel():
-            return x.new_empty(shape)
         mean, scale = rows.spread(mean), (rows.spread(var) + eps).rsqrt()
         by_element, offset, y = weight is not None and weight.dim() > 1, torch.zeros_like(mean), torch.empty_like(x)
         if weight is not None and not by_element:
@@ -283,13 +263,9 @@ def _differentiable_backward(
 ) -> tuple[torch.Tensor | None, ...]:
     """`_backward` through `_composed`, for gradients of gradients."""
     held = [t if t is None or t.requires_grad else t.detach().requires_grad_() for t in (x, weight, bias)]
-    x_used, *weights_used = (None if t is None else t.view_as(t) for t in held)
+    used = x_used, *weights_used = [None if t is None else t.view_as(t) for t in held]
     if rows.team is not None:
         weights_used = [None if t is None else copy_to_team(t, rows.team) for t in weights_used]
     y = _composed(x_used, *weights_used, mean, eps, rows)
-    wanted = [t for t in (x_used, *weights_used) if t is not None]
-    gx, *rest = torch.autograd.grad(y, wanted, gradient, create_graph=True)
-    if rest and rows.team is not None:
-        rest = reduce_from_team(torch.stack(rest), rows.team).unbind()
-    sums = iter(rest)
-    return gx, *(None if t is None else next(sums) for t in (weight, bias))
+    found = iter(torch.autograd.grad(y, [t for t in used if t is not None], gradient, create_graph=True))
+    return tuple(None if t is None else next(found) for t in used)

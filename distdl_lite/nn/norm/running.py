@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-from distdl_lite.layout import Shape
 from distdl_lite.nn.blocks import anchored
 from distdl_lite.nn.compiler import Compiler
 from distdl_lite.nn.inputs import weight_dtype
 from distdl_lite.nn.norm.base import Kernel, Norm, by_kernel, normalised
-from distdl_lite.nn.value import Operation, Value, rule
+from distdl_lite.nn.value import Value, rule
 
 
 def by_channel(c: Compiler, x: Value, over_samples: bool, batch: bool, eps: float, *held: Any, **options: Any) -> Value:
@@ -56,21 +54,14 @@ class _RunningNorm(Norm):
     """Base of both: weights and running statistics per channel."""
 
     _distdl_free = frozenset({"eps", "momentum"})
-    over_samples = (
-        False  # whether a row is a channel of all samples; weights' gradients are summed with its statistics' then
-    )
+    # Whether a row is a channel of all samples; the gradients of the weights are then summed with its statistics'.
+    over_samples = False
 
     def _held(self, device: str) -> dict[str, Any]:
         held = super()._held(device)
         return held if self.momentum is not None else {**held, "momentum": 0.1}  # the number of batches has no value
 
-    @torch.no_grad()
-    def reset_running_stats(self) -> None:
-        """Take running statistics back to where they started, as torch's; on all ranks."""
-        for name, value in (("running_mean", 0), ("running_var", 1), ("num_batches_tracked", 0)):
-            held = self.held(name)
-            if held is not None:
-                held.fill_(value)
+    reset_running_stats = torch.nn.BatchNorm1d.reset_running_stats
 
     def factor(self, c: Compiler, number: Value | None) -> Any:
         """The weight of the newest statistics among the running ones, after so many."""
@@ -84,8 +75,8 @@ class _RunningNorm(Norm):
         factor = self.factor(c, number) if tracks else None
         running = [None, None] if batch and factor is None else running
         team = self._distdl_transport.team(c.grid.members({1: c.index[1]}))
-        sums = {"used": partial(self.used, c), "team": team if self.over_samples and team.size > 1 else None}
-        return by_channel(c, x, self.over_samples, batch, self.eps, weight, bias, running, factor, **sums)
+        team = team if self.over_samples and team.size > 1 else None
+        return by_channel(c, x, self.over_samples, batch, self.eps, weight, bias, running, factor, team=team)
 
 
 class _BatchNorm(torch.nn.BatchNorm1d):
@@ -101,7 +92,8 @@ class _InstanceNorm(torch.nn.InstanceNorm1d):
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         if self.affine and input.shape[1] != self.num_features:  # else any number goes
             raise ValueError(f"expected num_features={self.num_features} channels, got {input.shape[1]}")
-        return self._apply_instance_norm(input)  # type: ignore[no-any-return]
+        sample = input if len(input) else input.new_empty(1, *input.shape[1:])  # with none torch's takes no weights
+        return self._apply_instance_norm(sample)  # type: ignore[no-any-return]
 
 
 class DistributedBatchNorm(_RunningNorm, serial=_BatchNorm):
@@ -185,7 +177,3 @@ class DistributedInstanceNorm(_RunningNorm, serial=_InstanceNorm):
     """
 
     least_dims = 3
-
-    def judged(self, *inputs: tuple[Shape, torch.dtype], device: str = "meta") -> Operation:
-        ((samples, *sample), dtype), *_ = inputs  # of no samples torch's takes no weights
-        return super().judged(((max(samples, 1), *sample), dtype), device=device)

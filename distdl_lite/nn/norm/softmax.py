@@ -68,8 +68,8 @@ def _cut_dim(c: Compiler, x: Value, dims: Sequence[int]) -> CutDim | None:
     points = x.with_dims(dict.fromkeys(dims, uncut(1)))
     S = Layout(c.grid, tuple(f for factors in points for f in factors), c.free_axes(axes))
     c.movements.append(Movement(c.path, "maximum", S, S, x.dtype, False))
-    add_up, team = c.between(S, S, x, "all_reduce"), c.transport and c.transport.team(S.replicas(c.rank))
-    return CutDim(tuple(dims), team, add_up)  # type: ignore[arg-type]  # None in a program that is only looked at
+    # None in a program that is only looked at.
+    return CutDim(tuple(dims), c.team(axes), c.between(S, S, x, "all_reduce"))  # type: ignore[arg-type]
 
 
 def along(c: Compiler, whole: Function, cut: Function, x: Value, dim: Any, points: Dims) -> Value:
