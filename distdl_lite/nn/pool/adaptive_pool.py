@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -16,11 +15,12 @@ from distdl_lite.nn.blocks import Local, wide
 from distdl_lite.nn.compiler import Compiler
 from distdl_lite.nn.inputs import Inputs
 from distdl_lite.nn.options import options_of
+from distdl_lite.nn.pool.pool import MAX_POOLS, global_places
 from distdl_lite.nn.pool.spatial import Spatial, SpatialFace, View, pooled, windows
 from distdl_lite.nn.value import Value, rule
 
-_MAX_POOLS = {1: F.adaptive_max_pool1d, 2: F.adaptive_max_pool2d, 3: F.adaptive_max_pool3d}
-_AVG_POOLS = {1: F.adaptive_avg_pool1d, 2: F.adaptive_avg_pool2d, 3: F.adaptive_avg_pool3d}
+_ADAPTIVE_MAX_POOLS = {1: F.adaptive_max_pool1d, 2: F.adaptive_max_pool2d, 3: F.adaptive_max_pool3d}
+_ADAPTIVE_AVG_POOLS = {1: F.adaptive_avg_pool1d, 2: F.adaptive_avg_pool2d, 3: F.adaptive_avg_pool3d}
 
 
 @dataclass(frozen=True)
@@ -57,34 +57,20 @@ def _windows(view: View) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 def largest(views: Sequence[View], return_indices: bool) -> Local:
     """The maxima over this rank's windows and, if wanted, their places as flat indices into the global tensor's space.
 
-    Of equal ones the first in row-major order is taken, as by torch, and the last nan.
+    Windows that are all of one length, one after the other, are those of torch's pool, which takes the first of equal points, and
+    the last nan, as its adaptive one does; a point that stands there several times does so in the same place of the order.
     """
     indices = [_windows(view)[0] for view in views]
-    strides = [math.prod(view.length for view in views[d + 1 :]) for d in range(len(views))]
+    taps = [index.shape[1] for index in indices]
+    rows = [index.flatten() for index in indices]
 
     def pool(z: torch.Tensor) -> Any:
-        places = torch.zeros((), dtype=torch.long, device=z.device).expand(z.shape)
-        for d in reversed(range(len(views))):
-            dim, index = d + 2, indices[d]
-            z = windows(z, dim, index)
-            best = _best(z.detach(), dim + 1)
-            if return_indices:
-                along = ((index + views[d].held[0]) * strides[d]).to(z.device)
-                along = along.view(*index.shape, *(1,) * (z.dim() - dim - 2))
-                places = (windows(places, dim, index) + along).gather(dim + 1, best).squeeze(dim + 1)
-            z = z.gather(dim + 1, best).squeeze(dim + 1)
-        return (z, places) if return_indices else z
+        for dim, row in enumerate(rows, 2):
+            z = z.index_select(dim, row.to(z.device))
+        y = MAX_POOLS[len(views)](z, taps, taps, return_indices=return_indices)
+        return (y[0], global_places(y[1], rows, views)) if return_indices else y
 
     return pool
-
-
-def _best(z: torch.Tensor, dim: int) -> torch.Tensor:
-    """Where the first of the largest values along a dim is, or the last nan."""
-    top, best = z.max(dim, keepdim=True)
-    if z.dtype.is_floating_point:
-        last = z.shape[dim] - 1 - z.isnan().flip(dim).to(torch.uint8).argmax(dim, keepdim=True)
-        best = torch.where(top.isnan(), last, best)
-    return best
 
 
 def averaged(views: Sequence[View]) -> Local:
@@ -117,12 +103,9 @@ class AdaptiveMaxPool(Spatial):
             raise ValueError(f"output_size={self.output_size} leaves nothing")
         return Adaptive(length, length if size is None else size)
 
-    def is_linear(self, views: Sequence[View]) -> bool:
-        return not all(view.is_whole for view in views)
-
     def local(self, views: Sequence[View]) -> Local:
         if all(view.is_whole for view in views):
-            pool = _MAX_POOLS[self.dims]
+            pool = _ADAPTIVE_MAX_POOLS[self.dims]
             return partial(pool, output_size=_sizes(views), return_indices=self.return_indices)
         return largest(views, self.return_indices)
 
@@ -138,7 +121,7 @@ class AdaptiveAvgPool(AdaptiveMaxPool):
 
     def local(self, views: Sequence[View]) -> Local:
         if all(view.is_whole for view in views):
-            return partial(_AVG_POOLS[self.dims], output_size=_sizes(views))
+            return partial(_ADAPTIVE_AVG_POOLS[self.dims], output_size=_sizes(views))
         return averaged(views)
 
 

@@ -22,7 +22,7 @@ from distdl_lite.nn.options import options_of
 from distdl_lite.nn.pool.spatial import Spatial, SpatialFace, View, pooled
 from distdl_lite.nn.value import Value, rule
 
-_MAX_POOLS = {1: F.max_pool1d, 2: F.max_pool2d, 3: F.max_pool3d}
+MAX_POOLS = {1: F.max_pool1d, 2: F.max_pool2d, 3: F.max_pool3d}
 _AVG_POOLS: dict[int, Any] = {1: F.avg_pool1d, 2: F.avg_pool2d, 3: F.avg_pool3d}
 
 
@@ -100,7 +100,7 @@ class MaxPool(SlidingKernel):
 
     def local(self, views: Sequence[View]) -> Local:
         pool = partial(
-            _MAX_POOLS[self.dims],
+            MAX_POOLS[self.dims],
             kernel_size=self.kernel_size,
             stride=self.stride,
             dilation=self.dilation,
@@ -118,7 +118,7 @@ class MaxPool(SlidingKernel):
             y = pool(z, padding=native)
             if not self.return_indices:
                 return _cropped(y, views)
-            return _cropped(y[0], views), _global_places(_cropped(y[1], views), z.shape[2:], views)
+            return _cropped(y[0], views), global_places(_cropped(y[1], views), [*map(torch.arange, z.shape[2:])], views)
 
         return pool_of_part
 
@@ -169,12 +169,12 @@ class _DistributedMaxPool(SpatialFace):
     for_one_point: ClassVar[Mapping[str, Any]] = {"kernel_size": 1, "stride": 1, "padding": 0, "dilation": 1}
 
 
-def _global_places(places: torch.Tensor, held: Sequence[int], views: Sequence[View]) -> torch.Tensor:
-    """Flat indices into a held block of the given shape as flat indices into the global tensor."""
+def global_places(places: torch.Tensor, rows: Sequence[torch.Tensor], views: Sequence[View]) -> torch.Tensor:
+    """Flat indices into a block that has these points of each dim, as flat indices into the global tensor."""
     found, stride = torch.zeros_like(places), 1
-    for n, view in zip(reversed(held), reversed(views), strict=True):
-        found += (places % n + view.held[0]) * stride
-        places, stride = places // n, stride * view.length
+    for row, view in zip(reversed(rows), reversed(views), strict=True):
+        found += (row.to(places.device)[places % len(row)] + view.held[0]) * stride
+        places, stride = places // len(row), stride * view.length
     return found
 
 
