@@ -117,7 +117,8 @@ class AdaptiveAvgPool(AdaptiveMaxPool):
     shares = True
 
     def is_linear(self, views: Sequence[View]) -> bool:
-        return is_mean(views)
+        # torch takes one average of all points as a mean.
+        return not all(view.is_whole for view in views) or all(view.geometry.outputs == 1 for view in views)
 
     def local(self, views: Sequence[View]) -> Local:
         if all(view.is_whole for view in views):
@@ -135,11 +136,6 @@ def adaptive_max_pool(c: Compiler, op: Any, x: Value, output_size: Sequence[int]
 )
 def adaptive_avg_pool(c: Compiler, op: Any, x: Value, output_size: Sequence[int]) -> Any:
     return pooled(c, AdaptiveAvgPool(x.ndim - 2, *options_of(x.ndim - 2, output_size)), x)
-
-
-def is_mean(views: Sequence[View]) -> bool:
-    """Whether averages are found by weighing points or, as torch does it, one average of all, with a linear backward."""
-    return not all(view.is_whole for view in views) or all(view.geometry.outputs == 1 for view in views)
 
 
 def _sizes(views: Sequence[View]) -> tuple[int, ...]:

@@ -20,7 +20,7 @@ from distdl_lite.nn.blocks import Local, wide
 from distdl_lite.nn.compiler import Compiler
 from distdl_lite.nn.inputs import Inputs
 from distdl_lite.nn.options import options_of
-from distdl_lite.nn.pool.adaptive_pool import Adaptive, averaged, is_mean
+from distdl_lite.nn.pool.adaptive_pool import AdaptiveAvgPool
 from distdl_lite.nn.pool.spatial import Spatial, SpatialFace, View, pooled, windows
 from distdl_lite.nn.value import NoRule, Value, rule
 
@@ -70,7 +70,7 @@ class Interpolation(Spatial):
     align_corners: bool | None = None
     recompute: bool | None = None
 
-    def geometry(self, d: int, length: int, inputs: Inputs) -> Adaptive | _Interpolated:
+    def geometry(self, d: int, length: int, inputs: Inputs) -> _Interpolated:
         size, factor = self.sizes and self.sizes[d], self.factors and self.factors[d]
         outputs = int(length * factor) if size is None else size
         if self.recompute:
@@ -81,8 +81,6 @@ class Interpolation(Spatial):
                 f"dim {d + 2} of length {length} with scale_factor={factor}: torch's gradient is not that of its output; "
                 f"recompute_scale_factor=True mends it"
             )
-        if self.mode == "area":
-            return Adaptive(length, outputs)
         weight_dtype = inputs.dtype if self._taps == 1 else wide(inputs.dtype)
         index, weight = self._read(length, outputs, factor, weight_dtype, inputs.device)
         return _Interpolated(index, weight, self._exact_factor(length, outputs, factor))
@@ -128,14 +126,11 @@ class Interpolation(Spatial):
         return F.interpolate(batch, size, scale, self.mode, self.align_corners).view(-1, outputs)
 
     def is_linear(self, views: Sequence[View]) -> bool:
-        return self.mode != "area" or is_mean(views)
+        return True
 
     def local(self, views: Sequence[View]) -> Local:
         if all(view.is_whole for view in views):
             return self._whole
-        if self.mode == "area":
-            average = averaged(views)
-            return lambda z: average(z).to(z.dtype)
         if all(view.is_whole or view.geometry.factor for view in views):
             return self._blockwise(views)
         # Index and weight (outputs, taps) of this rank's outputs in the block it holds; a point outside weighs nothing.
@@ -210,6 +205,8 @@ class DistributedUpsample(SpatialFace, serial=torch.nn.Upsample):
     needs_floating = True
 
     def rule(self, c: Compiler, x: Value, **held: Value) -> Any:
+        if self.mode == "area":  # torch's name of an adaptive average
+            return pooled(c, AdaptiveAvgPool(x.ndim - 2, self.judged((x.shape, x.dtype)).shape[2:]), x)
         given = (v if v is None else options_of(x.ndim - 2, v)[0] for v in (self.size, self.scale_factor))
         options = self.align_corners, self.recompute_scale_factor
         return pooled(c, Interpolation(x.ndim - 2, self.mode, *given, *options), x)
