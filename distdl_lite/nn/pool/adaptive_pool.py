@@ -13,14 +13,12 @@ import torch.nn.functional as F
 from distdl_lite.layout import Range
 from distdl_lite.nn.blocks import Local, wide
 from distdl_lite.nn.compiler import Compiler
-from distdl_lite.nn.inputs import Inputs
-from distdl_lite.nn.options import options_of
 from distdl_lite.nn.pool.pool import MAX_POOLS, global_places
-from distdl_lite.nn.pool.spatial import Spatial, SpatialFace, View, pooled, windows
-from distdl_lite.nn.value import Value, rule
+from distdl_lite.nn.pool.spatial import SpatialFace, View, pooled, windows
+from distdl_lite.nn.value import Operation, Value, rule
 
-_ADAPTIVE_MAX_POOLS = {1: F.adaptive_max_pool1d, 2: F.adaptive_max_pool2d, 3: F.adaptive_max_pool3d}
-_ADAPTIVE_AVG_POOLS = {1: F.adaptive_avg_pool1d, 2: F.adaptive_avg_pool2d, 3: F.adaptive_avg_pool3d}
+_MAX_POOLS = {1: F.adaptive_max_pool1d, 2: F.adaptive_max_pool2d, 3: F.adaptive_max_pool3d}
+_AVG_POOLS = {1: F.adaptive_avg_pool1d, 2: F.adaptive_avg_pool2d, 3: F.adaptive_avg_pool3d}
 
 
 @dataclass(frozen=True)
@@ -89,57 +87,25 @@ def averaged(views: Sequence[View]) -> Local:
     return pool
 
 
-@dataclass(frozen=True)
-class AdaptiveMaxPool(Spatial):
-    """The kernel of an adaptive max pool; a size of None keeps the input's."""
-
-    dims: int
-    output_size: tuple[int | None, ...]
-    return_indices: bool = False
-
-    def geometry(self, d: int, length: int, inputs: Inputs) -> Adaptive:
-        size = self.output_size[d]
-        if size == 0:
-            raise ValueError(f"output_size={self.output_size} leaves nothing")
-        return Adaptive(length, length if size is None else size)
-
-    def local(self, views: Sequence[View]) -> Local:
-        if all(view.is_whole for view in views):
-            pool = _ADAPTIVE_MAX_POOLS[self.dims]
-            return partial(pool, output_size=_sizes(views), return_indices=self.return_indices)
-        return largest(views, self.return_indices)
-
-
-@dataclass(frozen=True)
-class AdaptiveAvgPool(AdaptiveMaxPool):
-    """The kernel of an adaptive average pool."""
-
-    shares = True
-
-    def is_linear(self, views: Sequence[View]) -> bool:
-        # torch takes one average of all points as a mean.
-        return not all(view.is_whole for view in views) or all(view.geometry.outputs == 1 for view in views)
-
-    def local(self, views: Sequence[View]) -> Local:
-        if all(view.is_whole for view in views):
-            return partial(_ADAPTIVE_AVG_POOLS[self.dims], output_size=_sizes(views))
-        return averaged(views)
-
-
 @rule("adaptive_max_pool1d", "adaptive_max_pool2d", "adaptive_max_pool3d")
-def adaptive_max_pool(c: Compiler, op: Any, x: Value, output_size: Sequence[int]) -> Any:
-    return pooled(c, AdaptiveMaxPool(x.ndim - 2, *options_of(x.ndim - 2, output_size), not op.is_one), x)
+def adaptive_max_pool(c: Compiler, op: Any, x: Value, output_size: Any) -> Any:
+    options: dict[str, Any] = {"return_indices": not op.is_one}
+    whole = partial(_MAX_POOLS[x.ndim - 2], output_size=op.shape[2:], **options)
+    return pooled(c, x, _geometries(op, x), whole, partial(largest, **options), len(op.outputs))
 
 
 @rule(
     "adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d", "_adaptive_avg_pool2d", "_adaptive_avg_pool3d"
 )
-def adaptive_avg_pool(c: Compiler, op: Any, x: Value, output_size: Sequence[int]) -> Any:
-    return pooled(c, AdaptiveAvgPool(x.ndim - 2, *options_of(x.ndim - 2, output_size)), x)
+def adaptive_avg_pool(c: Compiler, op: Any, x: Value, output_size: Any) -> Any:
+    whole = partial(_AVG_POOLS[x.ndim - 2], output_size=op.shape[2:])
+    return pooled(c, x, _geometries(op, x), whole, averaged, shares=True)
 
 
-def _sizes(views: Sequence[View]) -> tuple[int, ...]:
-    return tuple(view.geometry.outputs for view in views)
+def _geometries(op: Operation, x: Value) -> list[Adaptive]:
+    if 0 in op.shape[2:]:
+        raise ValueError(f"output_size={op.shape[2:]} leaves nothing")
+    return [Adaptive(*lengths) for lengths in zip(x.shape[2:], op.shape[2:], strict=True)]
 
 
 class _DistributedAdaptivePool(SpatialFace):

@@ -56,15 +56,14 @@ def padded(c: Compiler, x: Value, padding: Sequence[int], mode: str = "constant"
     if mode == "circular" and min(padding) < 0:  # it wraps round what is left, where the other modes read the tensor
         x = padded(c, x, [min(n, 0) for n in padding])
         return padded(c, x, [max(n, 0) for n in padding], mode)
-    shape, even, boundary = x.shape, c.even(x.dims), mode
+    shape, even, boundary = x.shape, dict(enumerate(c.even(x.dims))), mode
     if mode == "constant":
         boundary = "none" if value else "zeros"  # which nobody holds
     wanted = {
         d: replace(dim, ranges=tuple((a - sides[d][0], b - sides[d][0]) for a, b in dim.ranges)) for d, dim in y.items()
     }
     held = {d: lay.bounded(dim, shape[d], boundary) for d, dim in wanted.items()}
-    local, dims = [tuple((new[d],) if d in new else f for d, f in enumerate(even)) for new in (held, y)]
-    z = c.move(x, local, "halo")
+    z, dims = c.move(x, x.with_dims({**even, **held}), "halo"), x.with_dims({**even, **y})
     block = c.local(dims)
     boxes = [tuple(c.range(new[d]) if d in new else (0, n) for d, n in enumerate(block)) for new in (wanted, held)]
     edge = None
