@@ -14,7 +14,7 @@ from distdl_lite.layout import Range
 from distdl_lite.nn.blocks import Local, wide
 from distdl_lite.nn.compiler import Compiler
 from distdl_lite.nn.pool.pool import MAX_POOLS, global_places
-from distdl_lite.nn.pool.spatial import SpatialFace, View, pooled, windows
+from distdl_lite.nn.pool.spatial import SpatialFace, View, check_batch, pooled, windows
 from distdl_lite.nn.value import Operation, Value, rule
 
 _MAX_POOLS = {1: F.adaptive_max_pool1d, 2: F.adaptive_max_pool2d, 3: F.adaptive_max_pool3d}
@@ -87,22 +87,30 @@ def averaged(views: Sequence[View]) -> Local:
     return pool
 
 
-@rule("adaptive_max_pool1d", "adaptive_max_pool2d", "adaptive_max_pool3d")
+@rule("adaptive_max_pool", "adaptive_max_pool1d", "adaptive_max_pool2d", "adaptive_max_pool3d")
 def adaptive_max_pool(c: Compiler, op: Any, x: Value, output_size: Any) -> Any:
+    geometries = _geometries(op, x)
     options: dict[str, Any] = {"return_indices": not op.is_one}
     whole = partial(_MAX_POOLS[x.ndim - 2], output_size=op.shape[2:], **options)
-    return pooled(c, x, _geometries(op, x), whole, partial(largest, **options), len(op.outputs))
+    return pooled(c, x, geometries, whole, partial(largest, **options), len(op.outputs))
 
 
 @rule(
-    "adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d", "_adaptive_avg_pool2d", "_adaptive_avg_pool3d"
+    "adaptive_avg_pool",
+    "adaptive_avg_pool1d",
+    "adaptive_avg_pool2d",
+    "adaptive_avg_pool3d",
+    "_adaptive_avg_pool2d",
+    "_adaptive_avg_pool3d",
 )
 def adaptive_avg_pool(c: Compiler, op: Any, x: Value, output_size: Any) -> Any:
+    geometries = _geometries(op, x)
     whole = partial(_AVG_POOLS[x.ndim - 2], output_size=op.shape[2:])
-    return pooled(c, x, _geometries(op, x), whole, averaged, shares=True)
+    return pooled(c, x, geometries, whole, averaged, shares=True)
 
 
 def _geometries(op: Operation, x: Value) -> list[Adaptive]:
+    check_batch(op, x)
     if 0 in op.shape[2:]:
         raise ValueError(f"output_size={op.shape[2:]} leaves nothing")
     return [Adaptive(*lengths) for lengths in zip(x.shape[2:], op.shape[2:], strict=True)]
@@ -127,13 +135,13 @@ class _DistributedAdaptivePool(SpatialFace):
     shares: a global average moves one number per channel, not the tensor.
     """
 
-    operation = "adaptive_max_pool2d"
+    operation = "adaptive_max_pool"
     options = ("output_size",)
     for_one_point: ClassVar[Mapping[str, Any]] = {"output_size": 2}
 
 
 class _DistributedAdaptiveAvgPool(_DistributedAdaptivePool):
-    operation = "adaptive_avg_pool2d"
+    operation = "adaptive_avg_pool"
     needs_floating = True
 
 

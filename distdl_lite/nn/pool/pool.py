@@ -19,7 +19,7 @@ from distdl_lite.layout import Range
 from distdl_lite.nn.blocks import Local, wide
 from distdl_lite.nn.compiler import Compiler
 from distdl_lite.nn.options import options_of
-from distdl_lite.nn.pool.spatial import SpatialFace, View, pooled
+from distdl_lite.nn.pool.spatial import SpatialFace, View, check_batch, pooled
 from distdl_lite.nn.value import Operation, Value, rule
 
 MAX_POOLS = {1: F.max_pool1d, 2: F.max_pool2d, 3: F.max_pool3d}
@@ -42,6 +42,7 @@ class _Sliding:
 
 def _sliding(op: Operation, x: Value, *options: Any) -> list[_Sliding]:
     """How a kernel slides along each spatial dim, by torch's options: its size, stride, padding and dilation."""
+    check_batch(op, x)
     return [_Sliding(*of_dim) for of_dim in zip(op.shape[2:], *options_of(x.ndim - 2, *options), strict=True)]
 
 
@@ -84,7 +85,7 @@ def maxima(pool: Callable[..., Any], views: Sequence[View]) -> Local:
     return pool_of_part
 
 
-@rule("max_pool1d", "max_pool2d", "max_pool3d", "max_pool2d_with_indices", "max_pool3d_with_indices")
+@rule("max_pool", "max_pool1d", "max_pool2d", "max_pool3d", "max_pool2d_with_indices", "max_pool3d_with_indices")
 def max_pool(
     c: Compiler,
     op: Any,
@@ -140,7 +141,7 @@ class _DistributedMaxPool(SpatialFace):
     Output range [a, b) of a dim reads the inputs ``[s a - p, s (b - 1) - p + d (k - 1) + 1)`` inside the tensor.
     """
 
-    operation = "max_pool2d"
+    operation = "max_pool"
     options = "kernel_size", "stride", "padding", "dilation", "ceil_mode"
     for_one_point: ClassVar[Mapping[str, Any]] = {"kernel_size": 1, "stride": 1, "padding": 0, "dilation": 1}
 
@@ -198,7 +199,7 @@ def _counts(views: Sequence[View], counts_padding: bool) -> int | torch.Tensor:
     return reduce(lambda counts, widths: counts[..., None] * widths, map(torch.tensor, per_dim))
 
 
-@rule("avg_pool1d", "avg_pool2d", "avg_pool3d")
+@rule("avg_pool", "avg_pool1d", "avg_pool2d", "avg_pool3d")
 def avg_pool(
     c: Compiler,
     op: Any,
@@ -240,7 +241,7 @@ class _DistributedAvgPool(SpatialFace):
         Also at build, if the input is of an integer dtype, or of half precision in three dims on a CPU.
     """
 
-    operation = "avg_pool2d"
+    operation = "avg_pool"
     options = "kernel_size", "stride", "padding", "ceil_mode", "count_include_pad", "divisor_override"
     divisor_override: int | None = None  # which torch's layer of one dim has not
     for_one_point: ClassVar[Mapping[str, Any]] = {"kernel_size": 1, "stride": 1, "padding": 0}

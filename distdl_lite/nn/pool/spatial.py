@@ -14,7 +14,7 @@ from distdl_lite.layout import Dim, Range
 from distdl_lite.nn.blocks import Local, wide
 from distdl_lite.nn.compiler import Compiler
 from distdl_lite.nn.face import Face
-from distdl_lite.nn.value import Value
+from distdl_lite.nn.value import NoRule, Operation, Value
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,12 @@ class View:
     @property
     def size(self) -> int:
         return self.block[1] - self.block[0]
+
+
+def check_batch(op: Operation, x: Value) -> None:
+    """Raise NoRule for ``(C, *space)``, which torch's pools take too; their names tell the number of spatial dims."""
+    if any(f"pool{n}d" in op.name for n in (1, 2, 3) if n != x.ndim - 2):
+        raise NoRule
 
 
 def pooled(
