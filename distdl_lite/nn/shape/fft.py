@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 import torch
 
 from distdl_lite.factors import Dims, axes_of, size_of, uncut
 from distdl_lite.layout import Shape
-from distdl_lite.nn.blocks import torch_dtype
 from distdl_lite.nn.compiler import Compiler
 from distdl_lite.nn.inputs import Inputs
 from distdl_lite.nn.options import different_dims, integers, listed
@@ -176,7 +174,10 @@ class DistributedFFT(RuleLayer):
             raise self._refuse(f"s={self.s} does not have a length for each of dim={self.dim}")
 
     def result_dtype(self, inputs: Inputs, shape: Shape) -> torch.dtype:
-        torch_dtype(self, inputs, 1, partial(_TRANSFORMS[self.function], s=(1,)))
+        try:
+            _TRANSFORMS[self.function](torch.zeros(1, dtype=inputs.dtype, device=inputs.device), s=(1,))
+        except (RuntimeError, TypeError) as error:
+            raise self._refuse(f"the input has dtype {inputs.dtype}: {error}", TypeError) from error
         return inputs.dtype
 
     def rule(self, c: Compiler, x: Value) -> Value:
