@@ -8,7 +8,7 @@ near each output, for every c; that gives torch's own indices and weights for th
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial, reduce
 from typing import Any, ClassVar
 
@@ -113,10 +113,9 @@ class Interpolation:
     def _interpolate_lines(self, lines: torch.Tensor, outputs: int, factor: float | None) -> torch.Tensor:
         """Interpolate lines, of shape (lines, length), along their one dim; torch's rule depends on the number of dims."""
         ones = (1,) * (self.dims - 1)
-        size = None if factor is not None else (*ones, outputs)
-        scale = None if factor is None else (*(1.0 for _ in ones), factor)
+        factors = None if factor is None else (*map(float, ones), factor)
         batch = lines.view(1, lines.shape[0], *ones, lines.shape[1])
-        return F.interpolate(batch, size, scale, self.mode, self.align_corners).view(-1, outputs)
+        return replace(self, factors=factors).of_block(batch, (*ones, outputs)).view(-1, outputs)
 
     def part(self, views: Sequence[View]) -> Local:
         """What this rank makes of the inputs it holds."""

@@ -26,14 +26,15 @@ def _mode(name: str) -> str:
     return _MODES.get(name.lower().partition("pad")[0].strip("_"), "constant")
 
 
-@rule("pad", "constant_pad_nd", "reflection_pad1d", "reflection_pad2d", "reflection_pad3d", "replication_pad1d",
-      "replication_pad2d", "replication_pad3d")  # fmt: skip
-def pad(c: Compiler, op: Any, x: Value, padding: Sequence[int], *options: Any, **named: Any) -> Value:
-    if op.name == "constant_pad_nd":
-        options = ("constant", *options)
-    mode = options[0] if options else named.get("mode", _mode(op.name))
-    value = options[1] if len(options) > 1 else named.get("value")
+@rule("pad")
+def pad(c: Compiler, op: Any, x: Value, padding: Sequence[int], mode: str = "constant", value: Any = None) -> Value:
     return padded(c, x, padding, mode, value or 0)
+
+
+@rule("constant_pad_nd", "reflection_pad1d", "reflection_pad2d", "reflection_pad3d", "replication_pad1d",
+      "replication_pad2d", "replication_pad3d")  # fmt: skip
+def pad_of_mode(c: Compiler, op: Any, x: Value, padding: Sequence[int], value: float = 0) -> Value:
+    return padded(c, x, padding, _mode(op.name), value)
 
 
 def padded(c: Compiler, x: Value, padding: Sequence[int], mode: str = "constant", value: float = 0.0) -> Value:
