@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
 
 import torch
 
 from distdl_lite.layout import Box, Layout, Shape
-from distdl_lite.nn.inputs import Inputs
 from distdl_lite.nn.module import Module
 from distdl_lite.nn.movement import keeping_batch
 from distdl_lite.operator import Operator
@@ -53,18 +51,6 @@ def connected_zeros(
 def wide(dtype: torch.dtype) -> torch.dtype:
     """The dtype in which torch adds up and weighs values of `dtype`."""
     return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
-
-
-def torch_dtype(layer: Module, inputs: Inputs, dims: int, function: Callable[[torch.Tensor], Any]) -> torch.dtype:
-    """The dtype of what a function of torch makes of a tensor of the input's; autocast may choose it.
-
-    Raises TypeError, with torch's words, if the function does not take one.
-    """
-    try:
-        made = function(torch.zeros((1,) * dims, dtype=inputs.dtype, device=inputs.device))
-    except (RuntimeError, TypeError) as error:
-        raise layer._refuse(f"the input has dtype {inputs.dtype}: {error}", TypeError) from error
-    return (made if isinstance(made, torch.Tensor) else made[0]).dtype
 
 
 def edge_pad(

@@ -7,6 +7,7 @@ import pickle
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from ranks import on_ranks
 from torch.utils.checkpoint import checkpoint
 from twins import assert_refused, assert_second_gradients, assert_twins, integers
@@ -108,6 +109,21 @@ def test_second_gradients(world: dl.Partition) -> None:
     for name in ("AdaptiveMaxPool2d", "AdaptiveAvgPool2d"):
         layer, serial = twin(name, P, {"output_size": (2, 3)})
         assert_second_gradients(layer, serial, torch.randn(1, 2, 5, 7, dtype=torch.float64), P)
+
+
+@on_ranks(2)
+def test_without_a_batch(world: dl.Partition) -> None:
+    """In a network torch's pools take (C, *space) too."""
+    for function, shape in (
+        (lambda x: F.max_pool2d(x, 2), (4, 8, 6)),
+        (lambda x: F.avg_pool2d(x, (2, 3)), (4, 8, 6)),
+        (lambda x: F.adaptive_avg_pool2d(x, (3, 2)), (4, 8, 6)),
+        (lambda x: F.adaptive_max_pool2d(x, (3, 2)), (4, 8, 6)),
+        (lambda x: F.max_pool1d(x, 2), (4, 8)),
+    ):
+        x, P = integers(*shape), world.grid((1, 2, *(1 for _ in shape[2:])))
+        y = function(x)
+        assert torch.equal(dl.distribute(function, P)(x[P.block(x.shape)]), y[P.block(y.shape)])
 
 
 @on_ranks(2)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -14,10 +13,9 @@ import torch.nn.functional as F
 from distdl_lite.layout import Range
 from distdl_lite.nn.blocks import Local, wide
 from distdl_lite.nn.compiler import Compiler
-from distdl_lite.nn.inputs import Inputs
-from distdl_lite.nn.options import options_of
-from distdl_lite.nn.pool.spatial import Spatial, SpatialFace, View, pooled, windows
-from distdl_lite.nn.value import Value, rule
+from distdl_lite.nn.pool.pool import MAX_POOLS, global_places
+from distdl_lite.nn.pool.spatial import SpatialFace, View, check_batch, pooled, windows
+from distdl_lite.nn.value import Operation, Value, rule
 
 _MAX_POOLS = {1: F.adaptive_max_pool1d, 2: F.adaptive_max_pool2d, 3: F.adaptive_max_pool3d}
 _AVG_POOLS = {1: F.adaptive_avg_pool1d, 2: F.adaptive_avg_pool2d, 3: F.adaptive_avg_pool3d}
@@ -57,34 +55,20 @@ def _windows(view: View) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 def largest(views: Sequence[View], return_indices: bool) -> Local:
     """The maxima over this rank's windows and, if wanted, their places as flat indices into the global tensor's space.
 
-    Of equal ones the first in row-major order is taken, as by torch, and the last nan.
+    Windows that are all of one length, one after the other, are those of torch's pool, which takes the first of equal points, and
+    the last nan, as its adaptive one does; a point that stands there several times does so in the same place of the order.
     """
     indices = [_windows(view)[0] for view in views]
-    strides = [math.prod(view.length for view in views[d + 1 :]) for d in range(len(views))]
+    taps = [index.shape[1] for index in indices]
+    rows = [index.flatten() for index in indices]
 
     def pool(z: torch.Tensor) -> Any:
-        places = torch.zeros((), dtype=torch.long, device=z.device).expand(z.shape)
-        for d in reversed(range(len(views))):
-            dim, index = d + 2, indices[d]
-            z = windows(z, dim, index)
-            best = _best(z.detach(), dim + 1)
-            if return_indices:
-                along = ((index + views[d].held[0]) * strides[d]).to(z.device)
-                along = along.view(*index.shape, *(1,) * (z.dim() - dim - 2))
-                places = (windows(places, dim, index) + along).gather(dim + 1, best).squeeze(dim + 1)
-            z = z.gather(dim + 1, best).squeeze(dim + 1)
-        return (z, places) if return_indices else z
+        for dim, row in enumerate(rows, 2):
+            z = z.index_select(dim, row.to(z.device))
+        y = MAX_POOLS[len(views)](z, taps, taps, return_indices=return_indices)
+        return (y[0], global_places(y[1], rows, views)) if return_indices else y
 
     return pool
-
-
-def _best(z: torch.Tensor, dim: int) -> torch.Tensor:
-    """Where the first of the largest values along a dim is, or the last nan."""
-    top, best = z.max(dim, keepdim=True)
-    if z.dtype.is_floating_point:
-        last = z.shape[dim] - 1 - z.isnan().flip(dim).to(torch.uint8).argmax(dim, keepdim=True)
-        best = torch.where(top.isnan(), last, best)
-    return best
 
 
 def averaged(views: Sequence[View]) -> Local:
@@ -103,64 +87,33 @@ def averaged(views: Sequence[View]) -> Local:
     return pool
 
 
-@dataclass(frozen=True)
-class AdaptiveMaxPool(Spatial):
-    """The kernel of an adaptive max pool; a size of None keeps the input's."""
-
-    dims: int
-    output_size: tuple[int | None, ...]
-    return_indices: bool = False
-
-    def geometry(self, d: int, length: int, inputs: Inputs) -> Adaptive:
-        size = self.output_size[d]
-        if size == 0:
-            raise ValueError(f"output_size={self.output_size} leaves nothing")
-        return Adaptive(length, length if size is None else size)
-
-    def is_linear(self, views: Sequence[View]) -> bool:
-        return not all(view.is_whole for view in views)
-
-    def local(self, views: Sequence[View]) -> Local:
-        if all(view.is_whole for view in views):
-            pool = _MAX_POOLS[self.dims]
-            return partial(pool, output_size=_sizes(views), return_indices=self.return_indices)
-        return largest(views, self.return_indices)
-
-
-@dataclass(frozen=True)
-class AdaptiveAvgPool(AdaptiveMaxPool):
-    """The kernel of an adaptive average pool."""
-
-    shares = True
-
-    def is_linear(self, views: Sequence[View]) -> bool:
-        return is_mean(views)
-
-    def local(self, views: Sequence[View]) -> Local:
-        if all(view.is_whole for view in views):
-            return partial(_AVG_POOLS[self.dims], output_size=_sizes(views))
-        return averaged(views)
-
-
-@rule("adaptive_max_pool1d", "adaptive_max_pool2d", "adaptive_max_pool3d")
-def adaptive_max_pool(c: Compiler, op: Any, x: Value, output_size: Sequence[int]) -> Any:
-    return pooled(c, AdaptiveMaxPool(x.ndim - 2, *options_of(x.ndim - 2, output_size), not op.is_one), x)
+@rule("adaptive_max_pool", "adaptive_max_pool1d", "adaptive_max_pool2d", "adaptive_max_pool3d")
+def adaptive_max_pool(c: Compiler, op: Any, x: Value, output_size: Any) -> Any:
+    geometries = _geometries(op, x)
+    options: dict[str, Any] = {"return_indices": not op.is_one}
+    whole = partial(_MAX_POOLS[x.ndim - 2], output_size=op.shape[2:], **options)
+    return pooled(c, x, geometries, whole, partial(largest, **options), len(op.outputs))
 
 
 @rule(
-    "adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d", "_adaptive_avg_pool2d", "_adaptive_avg_pool3d"
+    "adaptive_avg_pool",
+    "adaptive_avg_pool1d",
+    "adaptive_avg_pool2d",
+    "adaptive_avg_pool3d",
+    "_adaptive_avg_pool2d",
+    "_adaptive_avg_pool3d",
 )
-def adaptive_avg_pool(c: Compiler, op: Any, x: Value, output_size: Sequence[int]) -> Any:
-    return pooled(c, AdaptiveAvgPool(x.ndim - 2, *options_of(x.ndim - 2, output_size)), x)
+def adaptive_avg_pool(c: Compiler, op: Any, x: Value, output_size: Any) -> Any:
+    geometries = _geometries(op, x)
+    whole = partial(_AVG_POOLS[x.ndim - 2], output_size=op.shape[2:])
+    return pooled(c, x, geometries, whole, averaged, shares=True)
 
 
-def is_mean(views: Sequence[View]) -> bool:
-    """Whether averages are found by weighing points or, as torch does it, one average of all, with a linear backward."""
-    return not all(view.is_whole for view in views) or all(view.geometry.outputs == 1 for view in views)
-
-
-def _sizes(views: Sequence[View]) -> tuple[int, ...]:
-    return tuple(view.geometry.outputs for view in views)
+def _geometries(op: Operation, x: Value) -> list[Adaptive]:
+    check_batch(op, x)
+    if 0 in op.shape[2:]:
+        raise ValueError(f"output_size={op.shape[2:]} leaves nothing")
+    return [Adaptive(*lengths) for lengths in zip(x.shape[2:], op.shape[2:], strict=True)]
 
 
 class _DistributedAdaptivePool(SpatialFace):
@@ -182,13 +135,13 @@ class _DistributedAdaptivePool(SpatialFace):
     shares: a global average moves one number per channel, not the tensor.
     """
 
-    operation = "adaptive_max_pool2d"
+    operation = "adaptive_max_pool"
     options = ("output_size",)
     for_one_point: ClassVar[Mapping[str, Any]] = {"output_size": 2}
 
 
 class _DistributedAdaptiveAvgPool(_DistributedAdaptivePool):
-    operation = "adaptive_avg_pool2d"
+    operation = "adaptive_avg_pool"
     needs_floating = True
 
 

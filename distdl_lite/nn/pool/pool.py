@@ -5,7 +5,8 @@ A rank fetches what the windows of its outputs read and pads at the global edge 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial, reduce
 from typing import Any, ClassVar
@@ -17,12 +18,11 @@ from distdl_lite import layout as lay
 from distdl_lite.layout import Range
 from distdl_lite.nn.blocks import Local, wide
 from distdl_lite.nn.compiler import Compiler
-from distdl_lite.nn.inputs import Inputs
 from distdl_lite.nn.options import options_of
-from distdl_lite.nn.pool.spatial import Spatial, SpatialFace, View, pooled
-from distdl_lite.nn.value import Value, rule
+from distdl_lite.nn.pool.spatial import SpatialFace, View, check_batch, pooled
+from distdl_lite.nn.value import Operation, Value, rule
 
-_MAX_POOLS = {1: F.max_pool1d, 2: F.max_pool2d, 3: F.max_pool3d}
+MAX_POOLS = {1: F.max_pool1d, 2: F.max_pool2d, 3: F.max_pool3d}
 _AVG_POOLS: dict[int, Any] = {1: F.avg_pool1d, 2: F.avg_pool2d, 3: F.avg_pool3d}
 
 
@@ -40,24 +40,10 @@ class _Sliding:
         return lay.read_by_kernel((start, stop), self.kernel, self.stride, self.dilation, self.padding)[0]
 
 
-@dataclass(frozen=True)
-class SlidingKernel(Spatial):
-    """The kernel of a pool: its options per spatial dim, as torch's."""
-
-    dims: int
-    kernel_size: tuple[int, ...]
-    stride: tuple[int, ...]
-    padding: tuple[int, ...]
-    dilation: tuple[int, ...]
-    ceil_mode: bool
-
-    def geometry(self, d: int, length: int, inputs: Inputs) -> _Sliding:
-        k, s, p, dilation = self.kernel_size[d], self.stride[d], self.padding[d], self.dilation[d]
-        room = length + 2 * p - dilation * (k - 1) - 1
-        outputs = (-(-room // s) if self.ceil_mode else room // s) + 1
-        if self.ceil_mode and (outputs - 1) * s >= length + p:  # a window starts inside, or in the padding on the left
-            outputs -= 1
-        return _Sliding(outputs, k, s, p, dilation)
+def _sliding(op: Operation, x: Value, *options: Any) -> list[_Sliding]:
+    """How a kernel slides along each spatial dim, by torch's options: its size, stride, padding and dilation."""
+    check_batch(op, x)
+    return [_Sliding(*of_dim) for of_dim in zip(op.shape[2:], *options_of(x.ndim - 2, *options), strict=True)]
 
 
 def _padding(views: Sequence[View], left: bool) -> tuple[tuple[int, ...], tuple[int, ...] | None]:
@@ -82,48 +68,24 @@ def _cropped(y: torch.Tensor, views: Sequence[View]) -> torch.Tensor:
     return y if y.shape[2:] == sizes else y[(..., *map(slice, sizes))]
 
 
-@dataclass(frozen=True)
-class MaxPool(SlidingKernel):
-    """The kernel of a max pool."""
+def maxima(pool: Callable[..., Any], views: Sequence[View]) -> Local:
+    """What a max pool of torch, but for its padding, makes of the inputs held."""
+    # torch's own padding on the left never wins: a maximum of nothing but -inf has the serial gradient.
+    native, before = _padding(views, left=True)
 
-    return_indices: bool = False
+    def pool_of_part(z: torch.Tensor) -> Any:
+        if before is not None:
+            z = F.pad(z, before, value=float("-inf") if z.dtype.is_floating_point else torch.iinfo(z.dtype).min)
+        y = pool(z, padding=native)
+        if isinstance(y, torch.Tensor):
+            return _cropped(y, views)
+        rows = [*map(torch.arange, z.shape[2:])]
+        return _cropped(y[0], views), global_places(_cropped(y[1], views), rows, views)
 
-    def geometry(self, d: int, length: int, inputs: Inputs) -> _Sliding:
-        found = super().geometry(d, length, inputs)
-        starts = range(-found.padding, min(found.outputs * found.stride - found.padding, 0), found.stride)
-        if any(start % found.dilation >= length for start in starts):  # torch's backward writes out of bounds
-            raise ValueError(
-                f"dim {d + 2} of length {length} has windows of nothing but padding: padding={found.padding}, "
-                f"dilation={found.dilation}"
-            )
-        return found
-
-    def local(self, views: Sequence[View]) -> Local:
-        pool = partial(
-            _MAX_POOLS[self.dims],
-            kernel_size=self.kernel_size,
-            stride=self.stride,
-            dilation=self.dilation,
-            ceil_mode=self.ceil_mode,
-            return_indices=self.return_indices,
-        )
-        if all(view.is_whole for view in views):
-            return partial(pool, padding=self.padding)
-        # torch's own padding on the left never wins: a maximum of nothing but -inf has the serial gradient.
-        native, before = _padding(views, left=True)
-
-        def pool_of_part(z: torch.Tensor) -> Any:
-            if before is not None:
-                z = F.pad(z, before, value=float("-inf") if z.dtype.is_floating_point else torch.iinfo(z.dtype).min)
-            y = pool(z, padding=native)
-            if not self.return_indices:
-                return _cropped(y, views)
-            return _cropped(y[0], views), _global_places(_cropped(y[1], views), z.shape[2:], views)
-
-        return pool_of_part
+    return pool_of_part
 
 
-@rule("max_pool1d", "max_pool2d", "max_pool3d", "max_pool2d_with_indices", "max_pool3d_with_indices")
+@rule("max_pool", "max_pool1d", "max_pool2d", "max_pool3d", "max_pool2d_with_indices", "max_pool3d_with_indices")
 def max_pool(
     c: Compiler,
     op: Any,
@@ -134,8 +96,23 @@ def max_pool(
     dilation: Any = 1,
     ceil_mode: bool = False,
 ) -> Any:
-    options = options_of(x.ndim - 2, kernel_size, stride or kernel_size, padding, dilation)
-    return pooled(c, MaxPool(x.ndim - 2, *options, ceil_mode, not op.is_one), x)
+    geometries = _sliding(op, x, kernel_size, stride or kernel_size, padding, dilation)
+    for d, g in enumerate(geometries, 2):
+        starts = range(-g.padding, min(g.outputs * g.stride - g.padding, 0), g.stride)
+        if any(start % g.dilation >= x.shape[d] for start in starts):  # torch's backward writes out of bounds
+            raise ValueError(
+                f"dim {d} of length {x.shape[d]} has windows of nothing but padding: padding={g.padding}, "
+                f"dilation={g.dilation}"
+            )
+    pool = partial(
+        MAX_POOLS[x.ndim - 2],
+        kernel_size=kernel_size,
+        stride=stride or kernel_size,
+        dilation=dilation,
+        ceil_mode=ceil_mode,
+        return_indices=not op.is_one,
+    )
+    return pooled(c, x, geometries, partial(pool, padding=padding), partial(maxima, pool), len(op.outputs))
 
 
 class _DistributedMaxPool(SpatialFace):
@@ -164,17 +141,17 @@ class _DistributedMaxPool(SpatialFace):
     Output range [a, b) of a dim reads the inputs ``[s a - p, s (b - 1) - p + d (k - 1) + 1)`` inside the tensor.
     """
 
-    operation = "max_pool2d"
+    operation = "max_pool"
     options = "kernel_size", "stride", "padding", "dilation", "ceil_mode"
     for_one_point: ClassVar[Mapping[str, Any]] = {"kernel_size": 1, "stride": 1, "padding": 0, "dilation": 1}
 
 
-def _global_places(places: torch.Tensor, held: Sequence[int], views: Sequence[View]) -> torch.Tensor:
-    """Flat indices into a held block of the given shape as flat indices into the global tensor."""
+def global_places(places: torch.Tensor, rows: Sequence[torch.Tensor], views: Sequence[View]) -> torch.Tensor:
+    """Flat indices into a block that has these points of each dim, as flat indices into the global tensor."""
     found, stride = torch.zeros_like(places), 1
-    for n, view in zip(reversed(held), reversed(views), strict=True):
-        found += (places % n + view.held[0]) * stride
-        places, stride = places // n, stride * view.length
+    for row, view in zip(reversed(rows), reversed(views), strict=True):
+        found += (row.to(places.device)[places % len(row)] + view.held[0]) * stride
+        places, stride = places // len(row), stride * view.length
     return found
 
 
@@ -187,55 +164,42 @@ class DistributedMaxPool2d(_DistributedMaxPool, serial=torch.nn.MaxPool2d): ...
 class DistributedMaxPool3d(_DistributedMaxPool, serial=torch.nn.MaxPool3d): ...
 
 
-@dataclass(frozen=True)
-class AvgPool(SlidingKernel):
-    """The kernel of an average pool."""
+def averages(views: Sequence[View], ceil_mode: bool, counts_padding: bool, divisor: int | None) -> Local:
+    """What an average pool makes of the inputs held."""
+    native, before = _padding(views, left=False)
+    counts = _counts(views, counts_padding) if divisor is None else divisor
+    kernel, stride = tuple(v.geometry.kernel for v in views), tuple(v.geometry.stride for v in views)
 
-    count_include_pad: bool = True
-    divisor_override: int | None = None
+    def sums(z: torch.Tensor, divisor: int) -> torch.Tensor:
+        if len(views) > 1:
+            return _AVG_POOLS[len(views)](z, kernel, stride, native, ceil_mode, True, divisor)
+        y = F.avg_pool2d(z.unsqueeze(-2), (1, *kernel), (1, *stride), (0, *native), ceil_mode, True, divisor)
+        return y.squeeze(-2)
 
-    def local(self, views: Sequence[View]) -> Local:
-        if all(view.is_whole for view in views):
-            options = [] if self.dims == 1 else [self.divisor_override]
-            arguments = (self.kernel_size, self.stride, self.padding, self.ceil_mode, self.count_include_pad, *options)
-            return lambda z: _AVG_POOLS[self.dims](z, *arguments)
-        native, before = _padding(views, left=False)
-        counts = self._counts(views)
+    def pool(z: torch.Tensor) -> torch.Tensor:
+        if before is not None:
+            z = F.pad(z, before)
+        if isinstance(counts, int):
+            return _cropped(sums(z, counts), views)
+        y = _cropped(sums(z.to(wide(z.dtype)), 1), views)
+        return (y / counts.to(y)).to(z.dtype)
 
-        def pool(z: torch.Tensor) -> torch.Tensor:
-            if before is not None:
-                z = F.pad(z, before)
-            if isinstance(counts, int):
-                return _cropped(self._sums(z, native, counts), views)
-            sums = _cropped(self._sums(z.to(wide(z.dtype)), native, 1), views)
-            return (sums / counts.to(sums)).to(z.dtype)
+    return pool
 
-        return pool
 
-    def _counts(self, views: Sequence[View]) -> int | torch.Tensor:
-        """What the sum over each window is divided by."""
-        if self.divisor_override is not None:
-            return self.divisor_override
-        per_dim = [self._widths(view) for view in views]
-        if all(len(set(widths)) == 1 for widths in per_dim):
-            return reduce(lambda count, widths: count * widths[0], per_dim, 1)
-        tensors = [torch.tensor(widths) for widths in per_dim]
-        return reduce(lambda counts, widths: counts[..., None] * widths, tensors)
-
-    def _widths(self, view: View) -> list[int]:
-        """The global number of points that each window of a dim counts."""
-        low, high = (-view.geometry.padding, view.geometry.padding) if self.count_include_pad else (0, 0)
+def _counts(views: Sequence[View], counts_padding: bool) -> int | torch.Tensor:
+    """What the sum over each window is divided by: its global number of points."""
+    per_dim: list[list[int]] = []
+    for view in views:
+        padding = view.geometry.padding if counts_padding else 0
         reads = [view.geometry.reads(i, i + 1) for i in range(*view.block)]
-        return [min(stop, view.length + high) - max(start, low) for start, stop in reads]
-
-    def _sums(self, z: torch.Tensor, native: tuple[int, ...], divisor: int) -> torch.Tensor:
-        if self.dims > 1:
-            return _AVG_POOLS[self.dims](z, self.kernel_size, self.stride, native, self.ceil_mode, True, divisor)
-        kernel, stride, padding = (1, *self.kernel_size), (1, *self.stride), (0, *native)
-        return F.avg_pool2d(z.unsqueeze(-2), kernel, stride, padding, self.ceil_mode, True, divisor).squeeze(-2)
+        per_dim.append([min(stop, view.length + padding) - max(start, -padding) for start, stop in reads])
+    if all(len(set(widths)) == 1 for widths in per_dim):
+        return math.prod(widths[0] for widths in per_dim)
+    return reduce(lambda counts, widths: counts[..., None] * widths, map(torch.tensor, per_dim))
 
 
-@rule("avg_pool1d", "avg_pool2d", "avg_pool3d")
+@rule("avg_pool", "avg_pool1d", "avg_pool2d", "avg_pool3d")
 def avg_pool(
     c: Compiler,
     op: Any,
@@ -247,8 +211,14 @@ def avg_pool(
     count_include_pad: bool = True,
     divisor_override: int | None = None,
 ) -> Any:
-    options = options_of(x.ndim - 2, kernel_size, stride or kernel_size, padding, 1)
-    return pooled(c, AvgPool(x.ndim - 2, *options, ceil_mode, count_include_pad, divisor_override), x)
+    geometries = _sliding(op, x, kernel_size, stride or kernel_size, padding, 1)
+    options = ceil_mode, count_include_pad, divisor_override
+
+    def whole(z: torch.Tensor) -> torch.Tensor:
+        own = options if z.dim() > 3 else options[:-1]
+        return _AVG_POOLS[z.dim() - 2](z, kernel_size, stride or kernel_size, padding, *own)
+
+    return pooled(c, x, geometries, whole, lambda views: averages(views, *options))
 
 
 class _DistributedAvgPool(SpatialFace):
@@ -271,15 +241,14 @@ class _DistributedAvgPool(SpatialFace):
         Also at build, if the input is of an integer dtype, or of half precision in three dims on a CPU.
     """
 
-    operation = "avg_pool2d"
-    options: tuple[str, ...] = "kernel_size", "stride", "padding", "ceil_mode", "count_include_pad", "divisor_override"
+    operation = "avg_pool"
+    options = "kernel_size", "stride", "padding", "ceil_mode", "count_include_pad", "divisor_override"
+    divisor_override: int | None = None  # which torch's layer of one dim has not
     for_one_point: ClassVar[Mapping[str, Any]] = {"kernel_size": 1, "stride": 1, "padding": 0}
     needs_floating = True
 
 
-class DistributedAvgPool1d(_DistributedAvgPool, serial=torch.nn.AvgPool1d):
-    options = _DistributedAvgPool.options[:-1]
-    for_one_point: ClassVar[Mapping[str, Any]] = {"kernel_size": (1,), "stride": (1,), "padding": (0,)}
+class DistributedAvgPool1d(_DistributedAvgPool, serial=torch.nn.AvgPool1d): ...
 
 
 class DistributedAvgPool2d(_DistributedAvgPool, serial=torch.nn.AvgPool2d): ...

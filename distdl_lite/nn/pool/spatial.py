@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,8 +14,7 @@ from distdl_lite.layout import Dim, Range
 from distdl_lite.nn.blocks import Local, wide
 from distdl_lite.nn.compiler import Compiler
 from distdl_lite.nn.face import Face
-from distdl_lite.nn.inputs import Inputs
-from distdl_lite.nn.value import Value
+from distdl_lite.nn.value import NoRule, Operation, Value
 
 
 @dataclass(frozen=True)
@@ -46,75 +45,75 @@ class View:
         return self.block[1] - self.block[0]
 
 
-class Spatial:
-    """A kernel whose outputs read a range of the input per spatial dim, for each channel alone: the geometry of a pool.
-
-    Override `geometry` and `local`; also `shares` where outputs are sums of what ranks compute.
-    """
-
-    dims: int
-    shares = False  # whether each rank computes its inputs' shares of the outputs that read them
-    return_indices = False  # of maxima: whether their places are returned too
-
-    def geometry(self, d: int, length: int, inputs: Inputs) -> Any:
-        """The geometry of spatial dim `d`; the same on all ranks. Raises ValueError if the length does not fit."""
-        raise NotImplementedError
-
-    def local(self, views: Sequence[View]) -> Local:
-        """What this rank computes from the inputs it holds."""
-        raise NotImplementedError
-
-    def is_linear(self, views: Sequence[View]) -> bool:
-        """Whether the backward of `local` does without the input; the same on all ranks."""
-        return False
+def check_batch(op: Operation, x: Value) -> None:
+    """Raise NoRule for ``(C, *space)``, which torch's pools take too; their names tell the number of spatial dims."""
+    if any(f"pool{n}d" in op.name for n in (1, 2, 3) if n != x.ndim - 2):
+        raise NoRule
 
 
-def pooled(c: Compiler, kernel: Spatial, x: Value) -> Any:
-    """The rule of such kernels: each rank fetches the inputs that its outputs read, and computes alone.
+def pooled(
+    c: Compiler,
+    x: Value,
+    geometries: Sequence[Any],
+    whole: Local,
+    part: Callable[[Sequence[View]], Local],
+    count: int = 1,
+    shares: bool = False,
+    linear: bool = False,
+) -> Any:
+    """The rule of kernels whose outputs read a range of the input per spatial dim, for each channel alone.
 
-    A dim that is not cut stays whole. Returns a value, or maxima and their places.
+    Each rank fetches the inputs that its outputs read, and computes alone. A dim that is not cut stays whole. Returns a value, or
+    maxima and their places.
+
+    Parameters
+    ----------
+    geometries : sequence
+        Of the spatial dims, see `View`.
+    whole : callable
+        What torch makes of a block none of whose spatial dims is cut.
+    part : callable
+        From the views of the spatial dims to what this rank makes of the inputs it holds.
+    count : int
+        How many tensors they return: 2 with places of maxima.
+    shares : bool
+        Whether each rank computes its inputs' shares of the averages that read them, whose geometries say what an input `meets`.
+    linear : bool
+        Whether their backward does without the input.
     """
     space = range(2, x.ndim)
     x = c.spread_home(c.plain(x, space), space)
-    inputs = Inputs({}, x.dtype, c.device, x.grad)
-    geometries = [kernel.geometry(d - 2, x.shape[d], inputs) for d in space]
-    outputs = {d: _outputs(c, kernel, x.axes(d), g.outputs) for d, g in zip(space, geometries, strict=True)}
-    if kernel.shares:
-        z, y = x, x.with_dims(outputs)
-        met = {d: _met(x.dims[d][0], g) for d, g in zip(space, geometries, strict=True)}
-        made = x.with_dims(met)
-    else:
-        even = c.even(x.dims)
-        y = made = tuple((outputs[d],) if d in outputs else f for d, f in enumerate(even))
-        reads = {d: _reads(outputs[d], g, x.shape[d]) for d, g in zip(space, geometries, strict=True)}
-        z = c.move(x, tuple((reads[d],) if d in reads else f for d, f in enumerate(even)), "halo")
-    views = [
-        View(g, x.shape[d], c.range(made[d][0]), c.range(z.dims[d][0]), not x.axes(d))
-        for d, g in zip(space, geometries, strict=True)
-    ]
-    count = 2 if kernel.return_indices else 1
+    of_dims, is_whole = dict(zip(space, geometries, strict=True)), not x.axes(*space)
+    outputs = {d: _outputs(c, x.axes(d), g.outputs, shares) for d, g in of_dims.items()}
     dtypes = [x.dtype, torch.long][:count]
-    if kernel.shares and not all(view.is_whole for view in views):
-        dtypes = [wide(x.dtype)]
-    local, linear = kernel.local(views) if 0 not in c.local(made) else _not_called, kernel.is_linear(views)
+    if shares:
+        z, y = x, x.with_dims(outputs)
+        made = x.with_dims({d: _met(x.dims[d][0], g) for d, g in of_dims.items()})
+        dtypes = dtypes if is_whole else [wide(x.dtype)]
+        # torch takes one average of all points as a mean.
+        linear = not is_whole or all(g.outputs == 1 for g in geometries)
+    else:
+        even = dict(enumerate(c.even(x.dims)))
+        y = made = x.with_dims({**even, **outputs})
+        reads = {d: _reads(outputs[d], g, x.shape[d]) for d, g in of_dims.items()}
+        z = c.move(x, x.with_dims({**even, **reads}), "halo")
+    local = whole
+    if not is_whole and 0 not in c.local(made):  # an empty block is not computed
+        local = part(
+            [View(g, x.shape[d], c.range(made[d][0]), c.range(z.dims[d][0]), not x.axes(d)) for d, g in of_dims.items()]
+        )
     found = c.calls(local, z, dims=[made] * count, dtypes=dtypes, one=count == 1, linear=linear)
-    if count == 2:
-        return found
-    return c.cast(c.add_up(found[0], y), x.dtype)
+    return found if count == 2 else c.cast(c.add_up(found[0], y), x.dtype)
 
 
-def _outputs(c: Compiler, kernel: Spatial, axes: tuple[int, ...], count: int) -> Dim:
+def _outputs(c: Compiler, axes: tuple[int, ...], count: int, shares: bool) -> Dim:
     """How a dim of outputs is cut. Few that are sums are copied in a network, where all ranks will go on with them."""
-    return uncut(count) if kernel.shares and c.copies_few and count < c.parts(axes) else cut(count, axes, c.grid)
+    return uncut(count) if shares and c.copies_few and count < c.parts(axes) else cut(count, axes, c.grid)
 
 
 def _met(held: Dim, geometry: Any) -> Dim:
     """The outputs of a dim that read what the ranks hold."""
     return Dim(tuple(geometry.meets(*r) for r in held.ranges), held.axes) if held.axes else uncut(geometry.outputs)
-
-
-def _not_called(z: torch.Tensor) -> torch.Tensor:
-    raise AssertionError("an empty block is not computed")
 
 
 class SpatialFace(Face):

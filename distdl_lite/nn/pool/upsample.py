@@ -8,8 +8,8 @@ near each output, for every c; that gives torch's own indices and weights for th
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property, reduce
+from dataclasses import dataclass, replace
+from functools import cached_property, partial, reduce
 from typing import Any, ClassVar
 
 import torch
@@ -18,11 +18,10 @@ import torch.nn.functional as F
 from distdl_lite.layout import Range
 from distdl_lite.nn.blocks import Local, wide
 from distdl_lite.nn.compiler import Compiler
-from distdl_lite.nn.inputs import Inputs
 from distdl_lite.nn.options import options_of
-from distdl_lite.nn.pool.adaptive_pool import Adaptive, averaged, is_mean
-from distdl_lite.nn.pool.spatial import Spatial, SpatialFace, View, pooled, windows
-from distdl_lite.nn.value import NoRule, Value, rule
+from distdl_lite.nn.pool.adaptive_pool import adaptive_avg_pool
+from distdl_lite.nn.pool.spatial import SpatialFace, View, pooled, windows
+from distdl_lite.nn.value import NoRule, Operation, Value, rule
 
 _TAPS = {"nearest": 1, "nearest-exact": 1, "bicubic": 4}  # else 2
 
@@ -60,31 +59,23 @@ class _Interpolated:
 
 
 @dataclass(frozen=True)
-class Interpolation(Spatial):
-    """The kernel of an interpolation: torch's options per spatial dim, `sizes` or `factors`."""
+class Interpolation:
+    """The options of an interpolation; `factors` are those that the coordinates follow, if not the lengths."""
 
     dims: int
     mode: str
-    sizes: tuple[int, ...] | None
     factors: tuple[float, ...] | None
     align_corners: bool | None = None
-    recompute: bool | None = None
 
-    def geometry(self, d: int, length: int, inputs: Inputs) -> Adaptive | _Interpolated:
-        size, factor = self.sizes and self.sizes[d], self.factors and self.factors[d]
-        outputs = int(length * factor) if size is None else size
-        if self.recompute:
-            factor = None
-        times = outputs / length
+    def geometry(self, d: int, length: int, outputs: int, dtype: torch.dtype, device: str) -> _Interpolated:
+        """How a spatial dim is read, the same on all ranks. Raises ValueError if torch's gradient is wrong."""
+        factor, times = self.factors and self.factors[d], outputs / length
         if self.mode == "nearest" and self.dims != 2 and factor not in (None, times) and times in (1, 2):
             raise ValueError(
                 f"dim {d + 2} of length {length} with scale_factor={factor}: torch's gradient is not that of its output; "
                 f"recompute_scale_factor=True mends it"
             )
-        if self.mode == "area":
-            return Adaptive(length, outputs)
-        weight_dtype = inputs.dtype if self._taps == 1 else wide(inputs.dtype)
-        index, weight = self._read(length, outputs, factor, weight_dtype, inputs.device)
+        index, weight = self._read(length, outputs, factor, dtype if self._taps == 1 else wide(dtype), device)
         return _Interpolated(index, weight, self._exact_factor(length, outputs, factor))
 
     @property
@@ -122,20 +113,12 @@ class Interpolation(Spatial):
     def _interpolate_lines(self, lines: torch.Tensor, outputs: int, factor: float | None) -> torch.Tensor:
         """Interpolate lines, of shape (lines, length), along their one dim; torch's rule depends on the number of dims."""
         ones = (1,) * (self.dims - 1)
-        size = None if factor is not None else (*ones, outputs)
-        scale = None if factor is None else (*(1.0 for _ in ones), factor)
+        factors = None if factor is None else (*map(float, ones), factor)
         batch = lines.view(1, lines.shape[0], *ones, lines.shape[1])
-        return F.interpolate(batch, size, scale, self.mode, self.align_corners).view(-1, outputs)
+        return replace(self, factors=factors).of_block(batch, (*ones, outputs)).view(-1, outputs)
 
-    def is_linear(self, views: Sequence[View]) -> bool:
-        return self.mode != "area" or is_mean(views)
-
-    def local(self, views: Sequence[View]) -> Local:
-        if all(view.is_whole for view in views):
-            return self._whole
-        if self.mode == "area":
-            average = averaged(views)
-            return lambda z: average(z).to(z.dtype)
+    def part(self, views: Sequence[View]) -> Local:
+        """What this rank makes of the inputs it holds."""
         if all(view.is_whole or view.geometry.factor for view in views):
             return self._blockwise(views)
         # Index and weight (outputs, taps) of this rank's outputs in the block it holds; a point outside weighs nothing.
@@ -153,19 +136,28 @@ class Interpolation(Spatial):
 
         return interpolate
 
-    def _whole(self, x: torch.Tensor) -> torch.Tensor:
-        size, scale, recompute = self.sizes, self.factors, self.recompute
-        return F.interpolate(x, size, scale, self.mode, self.align_corners, recompute)
+    def of_block(self, z: torch.Tensor, sizes: Sequence[int]) -> torch.Tensor:
+        """torch's interpolation of a block to so many outputs."""
+        size, scale = (sizes, None) if self.factors is None else (None, self.factors)
+        return F.interpolate(z, size, scale, self.mode, self.align_corners)
 
     def _blockwise(self, views: Sequence[View]) -> Local:
         """torch's interpolation of the held block, of which this rank's outputs are cut out."""
-        given = None if self.recompute else self.factors
         held = [view.held[1] - view.held[0] for view in views]
         sizes = [v.geometry.outputs if v.is_whole else v.geometry.factor * n for v, n in zip(views, held, strict=True)]
         starts = [v.block[0] - (0 if v.is_whole else v.geometry.factor * v.held[0]) for v in views]
         cut = (..., *(slice(a, a + view.size) for a, view in zip(starts, views, strict=True)))
-        size, scale = (sizes, None) if given is None else (None, self.factors)
-        return lambda z: F.interpolate(z, size, scale, self.mode, self.align_corners)[cut]
+        return lambda z: self.of_block(z, sizes)[cut]
+
+
+def interpolated(
+    c: Compiler, op: Operation, x: Value, mode: str, factors: Any, align_corners: bool | None = None
+) -> Any:
+    """The value interpolated to the operation's shape."""
+    kernel = Interpolation(x.ndim - 2, mode, factors and tuple(factors), align_corners)
+    lengths = zip(x.shape[2:], op.shape[2:], strict=True)
+    geometries = [kernel.geometry(d, *of_dim, x.dtype, c.device) for d, of_dim in enumerate(lengths)]
+    return pooled(c, x, geometries, partial(kernel.of_block, sizes=op.shape[2:]), kernel.part, linear=True)
 
 
 @rule(
@@ -177,8 +169,7 @@ def upsample(c: Compiler, op: Any, x: Value, sizes: Any, *options: Any) -> Any:
         raise NoRule
     mode = "nearest-exact" if "exact" in op.name else op.name.split("_")[1][:-2]
     *align, factors = options
-    given = (None, tuple(factors)) if factors is not None else (tuple(sizes), None)
-    return pooled(c, Interpolation(x.ndim - 2, mode, *given, *align), x)
+    return interpolated(c, op, x, mode, factors, *align)
 
 
 class DistributedUpsample(SpatialFace, serial=torch.nn.Upsample):
@@ -210,9 +201,12 @@ class DistributedUpsample(SpatialFace, serial=torch.nn.Upsample):
     needs_floating = True
 
     def rule(self, c: Compiler, x: Value, **held: Value) -> Any:
-        given = (v if v is None else options_of(x.ndim - 2, v)[0] for v in (self.size, self.scale_factor))
-        options = self.align_corners, self.recompute_scale_factor
-        return pooled(c, Interpolation(x.ndim - 2, self.mode, *given, *options), x)
+        op = self.judged((x.shape, x.dtype))
+        if self.mode == "area":  # torch's name of an adaptive average
+            return adaptive_avg_pool(c, op, x, None)
+        given = None if self.recompute_scale_factor else self.scale_factor
+        factors = None if given is None else options_of(x.ndim - 2, given)[0]
+        return interpolated(c, op, x, self.mode, factors, self.align_corners)
 
 
 def _weighted(z: torch.Tensor, dim: int, index: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 import torch
 
 from distdl_lite.factors import Dims, axes_of, size_of, uncut
 from distdl_lite.layout import Shape
-from distdl_lite.nn.blocks import torch_dtype
 from distdl_lite.nn.compiler import Compiler
 from distdl_lite.nn.inputs import Inputs
 from distdl_lite.nn.options import different_dims, integers, listed
@@ -23,20 +21,16 @@ _TRANSFORMS = {"fft": torch.fft.fftn, "ifft": torch.fft.ifftn, "rfft": torch.fft
 _COMPLEX = {"fft": "fft", "ifft": "ifft", "rfft": "fft", "irfft": "ifft"}  # of the other dims
 
 
-@rule("fft_fftn", "fft_ifftn", "fft_rfftn", "fft_irfftn", "fft_fft2", "fft_ifft2", "fft_rfft2", "fft_irfft2")
-def fftn(c: Compiler, op: Any, x: Value, s: Any = None, dim: Any = None, norm: str | None = None) -> Value:
+@rule("fft_fftn", "fft_ifftn", "fft_rfftn", "fft_irfftn", "fft_fft2", "fft_ifft2", "fft_rfft2", "fft_irfft2", "fft_fft",
+      "fft_ifft", "fft_rfft", "fft_irfft")  # fmt: skip
+def fft(c: Compiler, op: Any, x: Value, s: Any = None, dim: Any = None, norm: str | None = None) -> Value:
+    name = op.name.removeprefix("fft_").rstrip("n2")
+    lengths = None if s is None else listed(s)
     if dim is None:
-        count = 2 if op.name.endswith("2") else x.ndim if s is None else len(s)
+        count = {"n": x.ndim if lengths is None else len(lengths), "2": 2}.get(op.name[-1], 1)
         dim = range(x.ndim - count, x.ndim)
-    dims = tuple(d % x.ndim for d in dim)
-    x = c.spread(x, dims)
-    return transformed(c, x, op.name.removeprefix("fft_")[:-1], dims, s or [-1] * len(dims), norm)
-
-
-@rule("fft_fft", "fft_ifft", "fft_rfft", "fft_irfft")
-def fft(c: Compiler, op: Any, x: Value, n: int | None = None, dim: int = -1, norm: str | None = None) -> Value:
-    x, name = c.spread(x, [dim]), op.name.removeprefix("fft_")
-    return transformed(c, x, name, (dim % x.ndim,), [-1 if n is None else n], norm)
+    dims = tuple(d % x.ndim for d in listed(dim))
+    return transformed(c, c.spread(x, dims), name, dims, lengths or [-1] * len(dims), norm)
 
 
 @rule("fft_hfft", "fft_ihfft")
@@ -180,7 +174,10 @@ class DistributedFFT(RuleLayer):
             raise self._refuse(f"s={self.s} does not have a length for each of dim={self.dim}")
 
     def result_dtype(self, inputs: Inputs, shape: Shape) -> torch.dtype:
-        torch_dtype(self, inputs, 1, partial(_TRANSFORMS[self.function], s=(1,)))
+        try:
+            _TRANSFORMS[self.function](torch.zeros(1, dtype=inputs.dtype, device=inputs.device), s=(1,))
+        except (RuntimeError, TypeError) as error:
+            raise self._refuse(f"the input has dtype {inputs.dtype}: {error}", TypeError) from error
         return inputs.dtype
 
     def rule(self, c: Compiler, x: Value) -> Value:

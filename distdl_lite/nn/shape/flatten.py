@@ -67,13 +67,13 @@ class DistributedFlatten(Module):
     def _distdl_module_setup(self, input: tuple[Any, ...]) -> Call:
         inputs = agreed_inputs(self, self.P_x)
         X = lay.blocks(self.P_x.grid_of_ranks, lay.cuts_from_shapes(self.P_x.grid_of_ranks, inputs.shapes))
-        move, gets, dtype, first, last = None, True, inputs.dtype, self._first, self._last
+        Z, dtype, first, last = X, inputs.dtype, self._first, self._last
         if self.P_y is not None:
             shape, ones = self.P_y.shape, (1,) * (last - first)
             rows = Grid((*shape[: first + 1], *ones, *shape[first + 1 :]), self.P_y.ranks)
             Z = lay.balanced_blocks(rows, lay.global_shape_of(X))
-            move = operator_between(X, Z, self, inputs.requires_grad)
-            gets = Z.box(self._distdl_transport.rank) is not None
+        move = operator_between(X, Z, self, inputs.requires_grad)
+        gets = Z.box(self._distdl_transport.rank) is not None
 
         def run(layer: DistributedFlatten, x: torch.Tensor) -> torch.Tensor:
             z = x if move is None else into(move, x, dtype)

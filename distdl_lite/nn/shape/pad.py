@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,25 +12,29 @@ import torch.nn.functional as F
 
 from distdl_lite import layout as lay
 from distdl_lite.factors import cut
-from distdl_lite.layout import Box, Dim, Range, Shape
+from distdl_lite.layout import Box, Shape
 from distdl_lite.nn.blocks import Local, edge_pad
 from distdl_lite.nn.compiler import Compiler
 from distdl_lite.nn.face import Face
 from distdl_lite.nn.value import Operation, Value, rule
 
-_MODES = {"constant": "constant", "reflection": "reflect", "replication": "replicate"}  # by the operation's first word
-_BOUNDARIES = {"constant": "zeros"}  # the others are of the same name
-Sides = Mapping[int, Range]  # by dim the points on its left and on its right, of which negative ones are cropped
+_MODES = {"reflection": "reflect", "replication": "replicate", "circular": "circular"}
 
 
-@rule("pad", "constant_pad_nd", "reflection_pad1d", "reflection_pad2d", "reflection_pad3d", "replication_pad1d",
-      "replication_pad2d", "replication_pad3d")  # fmt: skip
-def pad(c: Compiler, op: Any, x: Value, padding: Sequence[int], *options: Any, **named: Any) -> Value:
-    if op.name == "constant_pad_nd":
-        options = ("constant", *options)
-    mode = options[0] if options else named.get("mode", _MODES.get(op.name.partition("_")[0], "constant"))
-    value = options[1] if len(options) > 1 else named.get("value")
+def _mode(name: str) -> str:
+    """The mode of an operation or a layer of torch."""
+    return _MODES.get(name.lower().partition("pad")[0].strip("_"), "constant")
+
+
+@rule("pad")
+def pad(c: Compiler, op: Any, x: Value, padding: Sequence[int], mode: str = "constant", value: Any = None) -> Value:
     return padded(c, x, padding, mode, value or 0)
+
+
+@rule("constant_pad_nd", "reflection_pad1d", "reflection_pad2d", "reflection_pad3d", "replication_pad1d",
+      "replication_pad2d", "replication_pad3d")  # fmt: skip
+def pad_of_mode(c: Compiler, op: Any, x: Value, padding: Sequence[int], value: float = 0) -> Value:
+    return padded(c, x, padding, _mode(op.name), value)
 
 
 def padded(c: Compiler, x: Value, padding: Sequence[int], mode: str = "constant", value: float = 0.0) -> Value:
@@ -49,52 +54,35 @@ def padded(c: Compiler, x: Value, padding: Sequence[int], mode: str = "constant"
     if not x.axes(*sides):
         linear = mode in ("constant", "circular")  # torch's backward of the others names its input
         return c.call(F.pad, x, list(padding), mode, value, dims=x.with_dims(y), dtype=x.dtype, linear=linear)
+    if mode == "circular" and min(padding) < 0:  # it wraps round what is left, where the other modes read the tensor
+        x = padded(c, x, [min(n, 0) for n in padding])
+        return padded(c, x, [max(n, 0) for n in padding], mode)
+    shape, even, boundary = x.shape, dict(enumerate(c.even(x.dims))), mode
+    if mode == "constant":
+        boundary = "none" if value else "zeros"  # which nobody holds
     wanted = {
         d: replace(dim, ranges=tuple((a - sides[d][0], b - sides[d][0]) for a, b in dim.ranges)) for d, dim in y.items()
     }
-    shape, even = x.shape, c.even(x.dims)
-    if mode == "circular":
-        x, held = _around(c, x, sides, wanted)
-    else:
-        held = {d: lay.bounded(dim, shape[d], _BOUNDARIES.get(mode, mode)) for d, dim in wanted.items()}
-    local, dims = [tuple((new[d],) if d in new else f for d, f in enumerate(even)) for new in (held, y)]
-    z = c.move(x, local, "halo")
-    blocks = [[c.range(new[d]) if d in new else (0, n) for d, n in enumerate(c.local(dims))] for new in (wanted, held)]
-    edge = _edge(tuple(blocks[0]), tuple(blocks[1]), shape, sides, mode, value)
+    held = {d: lay.bounded(dim, shape[d], boundary) for d, dim in wanted.items()}
+    z, dims = c.move(x, x.with_dims({**even, **held}), "halo"), x.with_dims({**even, **y})
+    block = c.local(dims)
+    boxes = [tuple(c.range(new[d]) if d in new else (0, n) for d, n in enumerate(block)) for new in (wanted, held)]
+    edge = None
+    if boundary == "none":
+        edge = _constant_pad(*boxes, value)
+    elif boundary in ("reflect", "replicate"):
+        edge = edge_pad(*boxes, shape, mode)
     return c.renamed(z, dims) if edge is None else c.call(edge, z, dims=dims, dtype=x.dtype, linear=True)
 
 
-def _around(c: Compiler, x: Value, sides: Sides, wanted: Mapping[int, Dim]) -> tuple[Value, dict[int, Dim]]:
-    """What negative padding leaves of the value, and the wanted ranges of that, which is repeated without end.
-
-    torch's circular padding wraps round what is left of the tensor, where the other modes read the tensor.
-    """
-    kept, repeated = {}, {}
-    for d, (left, right) in sides.items():
-        (dim,), low, high = x.dims[d], max(-left, 0), x.shape[d] - max(-right, 0)
-        kept[d] = replace(dim, ranges=tuple((min(max(a, low), high), min(max(b, low), high)) for a, b in dim.ranges))
-        repeated[d] = replace(wanted[d], period=high - low if max(left, right) > 0 else None)
-    return c.move(x, x.with_dims(kept)), repeated
-
-
-def _edge(wanted: Box, held: Box, shape: Shape, sides: Sides, mode: str, value: float) -> Local | None:
-    """What is left to do beyond the edge of a tensor of the given shape."""
-    if mode in ("reflect", "replicate"):
-        return edge_pad(wanted, held, shape, mode)
-    inside = tuple((0, n) if d in sides else wanted[d] for d, n in enumerate(shape))
-    outside = [
-        tuple(slice(a - start, b - start) for (a, b), (start, _) in zip(piece, wanted, strict=True))
-        for piece in (lay.uncovered(wanted, [inside]) if value else ())
-    ]
-
-    def fill(y: torch.Tensor) -> torch.Tensor:
-        y = y.clone()
-        with torch.no_grad():  # the adjoint reads no gradient of points beyond the edge
-            for piece in outside:
-                y[piece] = value
-        return y
-
-    return fill if outside else None
+def _constant_pad(wanted: Box, held: Box, value: float) -> Local | None:
+    """The local step that takes a constant for what is wanted beyond the edge: from the box held to the box wanted."""
+    pads: list[int] = []
+    for (start, stop), (low, high) in zip(reversed(wanted), reversed(held), strict=True):
+        missing = stop - start - (high - low)
+        left = min(max(-start, 0), missing)
+        pads += left, missing - left
+    return partial(F.pad, pad=pads, value=value) if any(pads) else None
 
 
 class _DistributedPad(Face):
@@ -121,10 +109,9 @@ class _DistributedPad(Face):
     Notes
     -----
     One exchange forward, with the ranks that hold what the output block reads, and its adjoint backward; none where the
-    padded dims are not cut and the others are cut in balanced blocks.
+    padded dims are not cut and the others are cut in balanced blocks. Circular padding that crops too takes two.
     """
 
-    mode = "constant"
     value = 0.0
 
     @property
@@ -138,23 +125,11 @@ class _DistributedPad(Face):
         return super().judged(*inputs, device="cpu" if any(map(_is_nothing, sides)) else device)
 
     def rule(self, c: Compiler, x: Value, **held: Value) -> Value:
-        return padded(c, x, self.padding, self.mode, self.value or 0)
+        return padded(c, x, self.padding, _mode(self.serial.__name__), self.value or 0)
 
 
 def _is_nothing(sides: Sequence[Any]) -> bool:
     return all(isinstance(n, int) for n in sides) and sum(sides) == 0
-
-
-class _DistributedReflectionPad(_DistributedPad):
-    mode = "reflect"
-
-
-class _DistributedReplicationPad(_DistributedPad):
-    mode = "replicate"
-
-
-class _DistributedCircularPad(_DistributedPad):
-    mode = "circular"
 
 
 class DistributedZeroPad1d(_DistributedPad, serial=torch.nn.ZeroPad1d): ...
@@ -175,28 +150,28 @@ class DistributedConstantPad2d(_DistributedPad, serial=torch.nn.ConstantPad2d): 
 class DistributedConstantPad3d(_DistributedPad, serial=torch.nn.ConstantPad3d): ...
 
 
-class DistributedReflectionPad1d(_DistributedReflectionPad, serial=torch.nn.ReflectionPad1d): ...
+class DistributedReflectionPad1d(_DistributedPad, serial=torch.nn.ReflectionPad1d): ...
 
 
-class DistributedReflectionPad2d(_DistributedReflectionPad, serial=torch.nn.ReflectionPad2d): ...
+class DistributedReflectionPad2d(_DistributedPad, serial=torch.nn.ReflectionPad2d): ...
 
 
-class DistributedReflectionPad3d(_DistributedReflectionPad, serial=torch.nn.ReflectionPad3d): ...
+class DistributedReflectionPad3d(_DistributedPad, serial=torch.nn.ReflectionPad3d): ...
 
 
-class DistributedReplicationPad1d(_DistributedReplicationPad, serial=torch.nn.ReplicationPad1d): ...
+class DistributedReplicationPad1d(_DistributedPad, serial=torch.nn.ReplicationPad1d): ...
 
 
-class DistributedReplicationPad2d(_DistributedReplicationPad, serial=torch.nn.ReplicationPad2d): ...
+class DistributedReplicationPad2d(_DistributedPad, serial=torch.nn.ReplicationPad2d): ...
 
 
-class DistributedReplicationPad3d(_DistributedReplicationPad, serial=torch.nn.ReplicationPad3d): ...
+class DistributedReplicationPad3d(_DistributedPad, serial=torch.nn.ReplicationPad3d): ...
 
 
-class DistributedCircularPad1d(_DistributedCircularPad, serial=torch.nn.CircularPad1d): ...
+class DistributedCircularPad1d(_DistributedPad, serial=torch.nn.CircularPad1d): ...
 
 
-class DistributedCircularPad2d(_DistributedCircularPad, serial=torch.nn.CircularPad2d): ...
+class DistributedCircularPad2d(_DistributedPad, serial=torch.nn.CircularPad2d): ...
 
 
-class DistributedCircularPad3d(_DistributedCircularPad, serial=torch.nn.CircularPad3d): ...
+class DistributedCircularPad3d(_DistributedPad, serial=torch.nn.CircularPad3d): ...

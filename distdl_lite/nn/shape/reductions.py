@@ -32,12 +32,10 @@ def reduced(x: Value, over: Iterable[int], keepdim: bool) -> Dims:
     return tuple(f for d, f in enumerate(x.dims) if d not in set(over))
 
 
-def _sum(x: torch.Tensor, over: list[int], keepdim: bool, dtype: torch.dtype) -> torch.Tensor:
-    return x.sum(over, keepdim, dtype=dtype)
-
-
-def _mean(x: torch.Tensor, over: list[int], keepdim: bool, dtype: torch.dtype) -> torch.Tensor:
-    return x.mean(over, keepdim, dtype=dtype)
+def _along(c: Compiler, function: Any, x: Value, over: Sequence[int], keepdim: bool, dtype: torch.dtype) -> Value:
+    """What torch's sum or mean over dims makes of each block."""
+    dims = reduced(x, over, keepdim)
+    return c.calls(function, x, list(over), keepdim, dims=[dims], dtypes=[dtype], one=True, linear=True, dtype=dtype)[0]
 
 
 def total(
@@ -45,8 +43,7 @@ def total(
 ) -> Value:
     """The sum over dims, cut or not, in a dtype; sums of ranks' parts are in a wider one, and shown if `is_shown`."""
     axes = x.axes(*over)
-    kind = wide(dtype) if axes else dtype
-    y = c.call(_sum, x, list(over), keepdim, kind, dims=reduced(x, over, keepdim), dtype=kind, linear=True)
+    y = _along(c, torch.sum, x, over, keepdim, wide(dtype) if axes else dtype)
     return c.sum_over(y, axes, is_shown=is_shown)
 
 
@@ -55,7 +52,7 @@ def averaged(
 ) -> Value:
     """The mean over dims in a dtype; one value shown on ranks that differ only along them if `is_shown`."""
     if not x.axes(*over):
-        return c.call(_mean, x, list(over), keepdim, dtype, dims=reduced(x, over, keepdim), dtype=dtype, linear=True)
+        return _along(c, torch.mean, x, over, keepdim, dtype)
     y = total(c, x, over, keepdim, dtype, is_shown)
     count = math.prod(x.shape[d] for d in over)
     return c.cast(c.call(torch.div, y, count, dims=y.dims, dtype=y.dtype, linear=True), dtype)
