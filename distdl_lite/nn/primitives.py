@@ -185,7 +185,7 @@ class AllGather(_AlongAxes):
 
     def layouts(self, shapes: Mapping[int, Shape]) -> tuple[Layout, Layout]:
         grid = self.P_x.grid_of_ranks
-        X = replace(lay.blocks(grid, lay.cuts_from_shapes(grid, shapes)), team_axes=self.axes_keep)
+        X = replace(lay.blocks_from_shapes(grid, shapes), team_axes=self.axes_keep)
         return X, lay.gathered(X, self._axes_moved)
 
 
@@ -258,7 +258,7 @@ class Repartition(Movement):
         self.output_bounds = None if bounds is None else tuple(tuple(integers_of("bounds", cut)) for cut in bounds)
 
     def layouts(self, shapes: Mapping[int, Shape]) -> tuple[Layout, Layout]:
-        X = lay.blocks(self.P_x.grid_of_ranks, lay.cuts_from_shapes(self.P_x.grid_of_ranks, shapes))
+        X = lay.blocks_from_shapes(self.P_x.grid_of_ranks, shapes)
         n = lay.global_shape_of(X)
         if self.output_bounds is None:
             return X, lay.balanced_blocks(self.P_y.grid_of_ranks, n)
@@ -305,7 +305,7 @@ class HaloExchange(Movement):
         self.halo, self.boundary = tuple(pairs), boundary
 
     def layouts(self, shapes: Mapping[int, Shape]) -> tuple[Layout, Layout]:
-        X = lay.blocks(self.P_x.grid_of_ranks, lay.cuts_from_shapes(self.P_x.grid_of_ranks, shapes))
+        X = lay.blocks_from_shapes(self.P_x.grid_of_ranks, shapes)
         return X, lay.haloed(X, self.halo, self.boundary)
 
     def _distdl_module_setup(self, input: tuple[Any, ...]) -> Call:

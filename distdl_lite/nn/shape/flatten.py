@@ -66,7 +66,7 @@ class DistributedFlatten(Module):
 
     def _distdl_module_setup(self, input: tuple[Any, ...]) -> Call:
         inputs = agreed_inputs(self, self.P_x)
-        X = lay.blocks(self.P_x.grid_of_ranks, lay.cuts_from_shapes(self.P_x.grid_of_ranks, inputs.shapes))
+        X = lay.blocks_from_shapes(self.P_x.grid_of_ranks, inputs.shapes)
         Z, dtype, first, last = X, inputs.dtype, self._first, self._last
         if self.P_y is not None:
             shape, ones = self.P_y.shape, (1,) * (last - first)
