@@ -206,7 +206,7 @@ def _is_inexact(x: Any) -> bool:
 
 
 def _wide(x: torch.Tensor) -> torch.dtype:
-    return torch.complex128 if x.is_complex() else torch.float64
+    return torch.promote_types(x.dtype, torch.float64)
 
 
 def _in_dtype(x: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
