@@ -88,7 +88,9 @@ def grad_norm(module: torch.nn.Module, norm_type: float = 2.0) -> torch.Tensor:
         return total.to(_dtype_of(module))
     is_largest = math.isinf(norm_type)
     for gradient in _counted_once(module, team):
-        norm = torch.linalg.vector_norm(gradient.detach(), norm_type, dtype=_wide(gradient.dtype)).to("cpu")
+        norm = torch.linalg.vector_norm(
+            gradient.detach(), norm_type, dtype=torch.promote_types(gradient.dtype, torch.float64)
+        ).to("cpu")
         total = torch.maximum(total, norm) if is_largest else total + norm.double() ** norm_type
     transport.all_reduce(team, total, "max" if is_largest else "sum")
     return (total if is_largest else total ** (1 / norm_type)).to(_dtype_of(module))
@@ -98,10 +100,6 @@ def _dtype_of(module: torch.nn.Module) -> torch.dtype:
     """The real dtype of the parameters, which all ranks have the same of, also those that hold none of their elements."""
     dtypes = [parameter.dtype for parameter in module.parameters()]
     return reduce(torch.promote_types, dtypes).to_real() if dtypes else torch.get_default_dtype()
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.complex128 if dtype.is_complex else torch.float64
 
 
 def clip_grad_norm_(

@@ -5,13 +5,12 @@ from __future__ import annotations
 import copy
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.fx import Node
-from torch.fx.node import map_arg
+from torch.fx import Interpreter, Node
 from torch.utils import _pytree as pytree
 
 from distdl_lite.factors import length_of
@@ -123,8 +122,7 @@ class Trial:
         self, P: Partition, in_axes: Given, out_axes: Given, tolerance: float
     ) -> tuple[dict[str, float], Program, str]:
         """The differences that this rank finds, its program, and what differs first, if anything does on any rank."""
-        net = Distributed(copy.deepcopy(self.model), P, in_axes, out_axes)
-        net.__dict__["_capture"] = self._capture
+        net = self._network(P, in_axes, out_axes)
         blocks, gradients = _blocks(self.inputs, P, in_axes), _blocks(self.gradients, P, out_axes)
         found, _ = self._run(net, blocks, gradients)
         differences = {}
@@ -140,8 +138,15 @@ class Trial:
             pairs = zip(parts, found[name], strict=True)
             differences[name] = max((_apart(v, f) / scale for v, f in pairs), key=_badness, default=0.0)
         worst = max(P.allgather_data(max(differences.values(), key=_badness, default=0.0)) or [], key=_badness)
-        text = "" if worst <= tolerance else self._first_difference(net, blocks, tolerance)
-        return differences, net.program, text
+        if worst <= tolerance:
+            return differences, net.program, ""
+        return differences, net.program, self._first_difference(self._network(P, in_axes, out_axes), blocks, tolerance)
+
+    def _network(self, P: Partition, in_axes: Given, out_axes: Given) -> Distributed:
+        """The model over ranks."""
+        net = Distributed(copy.deepcopy(self.model), P, in_axes, out_axes)
+        net.__dict__["_capture"] = self._capture
+        return net
 
     def _capture(self, model: torch.nn.Module, args: Any, kwargs: Any, whole: Any, device: str) -> Captured:
         """As `capture` does, once for all ranks and grids."""
@@ -177,7 +182,14 @@ class Trial:
         return found, list(gradients or ())
 
     def _first_difference(self, net: Distributed, blocks: Sequence[Any], tolerance: float) -> str:
-        """The first operation, in the order of the forward, whose values differ from the serial ones; all ranks call it."""
+        """The first operation, in the order of the forward, whose values differ from the serial ones; all ranks call it.
+
+        The network is a new one, as steps have changed the weights of that which was compared.
+        """
+        net(*blocks)
+        with torch.no_grad():
+            for own, serial_one in zip(net.buffers(), self.model.buffers(), strict=True):
+                own.copy_(serial_one)
         c, running = net.program.compiler, net._distdl_plan
         assert running is not None
         serial = _serial_values(running.captured, copy.deepcopy(self.model), self.inputs)
@@ -206,7 +218,7 @@ def _is_inexact(x: Any) -> bool:
 
 
 def _wide(x: torch.Tensor) -> torch.dtype:
-    return torch.complex128 if x.is_complex() else torch.float64
+    return torch.promote_types(x.dtype, torch.float64)
 
 
 def _in_dtype(x: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
@@ -269,22 +281,18 @@ def _found(net: torch.nn.Module, tensors: Sequence[torch.Tensor], outputs: Seque
 
 def _serial_values(captured: Captured, model: torch.nn.Module, whole: Sequence[Any]) -> list[tuple[Node, Any]]:
     """What each operation of the graph makes of the whole inputs."""
-    tensors: Mapping[str, Any] = {
-        **dict(model.named_parameters(remove_duplicate=False)),
-        **dict(model.named_buffers(remove_duplicate=False)),
+    tensors = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
+    given = {
+        feed.node: whole[feed.target] if feed.kind == "user_input" else tensors.get(feed.target, feed.target)
+        for feed in captured.feeds
     }
-    known: dict[Node, Any] = {}
-    for feed in captured.feeds:
-        if feed.kind == "user_input":
-            known[feed.node] = whole[feed.target]
-        else:
-            known[feed.node] = tensors[feed.target] if isinstance(feed.target, str) else feed.target
-    found = []
+    operations = [
+        n for n in captured.nodes if name_of(n) != "getitem" and not name_of(n).startswith(("_assert", "sym_"))
+    ]
+    if not operations:
+        return []
+    run = Interpreter(operations[0].graph.owning_module, garbage_collect_values=False)
     with torch.no_grad():
-        for node in captured.nodes:
-            args, kwargs = (map_arg(a, known.__getitem__) for a in (node.args, node.kwargs))
-            known[node] = node.target(*args, **kwargs)
-            if name_of(node) != "getitem" and not name_of(node).startswith(("_assert", "sym_")):
-                first = known[node]
-                found.append((node, first[0] if isinstance(first, (tuple, list)) else first))
-    return found
+        run.run(initial_env=given)
+    made = [(node, run.env[node]) for node in operations]
+    return [(node, y[0] if isinstance(y, (tuple, list)) else y) for node, y in made]

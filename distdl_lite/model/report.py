@@ -412,7 +412,7 @@ class _Account:
         )
         weights, sums = sum(self.tensors.values()), self._sums(self.c.index)
         gradients = sum(math.prod(self.c.local(dims)) * dtype.itemsize for dims, dtype in self.learned)
-        summed = gradients + max((size for size, _ in sums), default=0)
+        summed = gradients + max((one.bytes for one in sums), default=0)
         optimizer = int(machine.optimizer * gradients)
         total = sum(math.prod(value.shape) for value in _made(self.program))
         return Report(
@@ -446,8 +446,7 @@ class _Account:
                 sizes = {i: math.prod(local_shape(value.dims, self.grid, i)) for i in self.chosen}
                 yield "inputs", {i: (Traffic(), _summed(n * value.dtype.itemsize, copies)) for i, n in sizes.items()}
         if self._sums(self.c.index):
-            each = {i: [_summed(*one) for one in self._sums(i)] for i in self.chosen}
-            yield "gradients", {i: (Traffic(), sum(sums, Traffic())) for i, sums in each.items()}
+            yield "gradients", {i: (Traffic(), sum(self._sums(i), Traffic())) for i in self.chosen}
 
     def _of_movement(self, movement: Movement, own: Runs, of_adjoint: Runs) -> Mapping[Index, Both]:
         """Ranks that differ along axes alone that cut nothing send the same: one of them is planned."""
@@ -467,8 +466,8 @@ class _Account:
             found[index] = there * own[0] + back * of_adjoint[0], there * own[1] + back * of_adjoint[1]
         return found
 
-    def _sums(self, index: Index) -> list[tuple[int, int]]:
-        """The bytes and the ranks of each sum of weights' gradients that a rank takes part in, from the second step on."""
+    def _sums(self, index: Index) -> list[Traffic]:
+        """Each sum of weights' gradients that a rank takes part in, from the second step on."""
         found, teams = [], dict[tuple[int, ...], list[tuple[torch.dtype, int]]]()
         for dims, dtype in self.learned:
             size = math.prod(local_shape(dims, self.grid, index)) * dtype.itemsize
@@ -477,7 +476,7 @@ class _Account:
             early = sum(size for _, size in group) >= EARLY_BYTES
             order, most = (group[::-1], EARLY_BYTES) if early else (group, BUCKET_BYTES)
             made = cut(order, lambda one: one[0], lambda one: one[1], most) if free else []
-            found += [(sum(size for _, size in bucket), self.c.parts(free)) for bucket in made]
+            found += [_summed(sum(size for _, size in bucket), self.c.parts(free)) for bucket in made]
         return found
 
     def _rows(self) -> Iterator[Row]:

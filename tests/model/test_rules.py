@@ -21,7 +21,7 @@ from distdl_lite.grid import Grid
 from distdl_lite.model.capture import _Function, capture
 from distdl_lite.model.compile import compiled
 from distdl_lite.model.prove import prove
-from distdl_lite.nn.value import NoRule
+from distdl_lite.nn.value import RULES, NoRule
 
 ATEN = torch.ops.aten
 EACH = 10
@@ -753,6 +753,18 @@ def test_function(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_gradients_over_ranks(name: str) -> None:
     """With operators that move between threads."""
     prove(_Function(FUNCTIONS[name]), (1, 1, 2, 2), (2, 8, 12, 6), steps=0)
+
+
+def test_a_proof_names_the_first_operation_that_differs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the forward before any step, though a proof takes some."""
+
+    def wrong(c: Any, op: Any, x: Any) -> Any:
+        return c.call(lambda t: 1.01 * torch.tanh(t), x, dims=x.dims, dtype=x.dtype)
+
+    monkeypatch.setitem(RULES, "tanh", wrong)
+    model = torch.nn.Sequential(torch.nn.Conv2d(2, 2, 3, padding=1), torch.nn.Tanh(), torch.nn.BatchNorm2d(2))
+    with pytest.raises(AssertionError, match="first at tanh in module '1', by"):
+        prove(model, (1, 1, 2, 1), (2, 2, 6, 5))
 
 
 @pytest.mark.parametrize(

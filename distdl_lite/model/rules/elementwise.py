@@ -7,19 +7,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch.utils import _pytree as pytree
 
-from distdl_lite.factors import Dims, uncut
+from distdl_lite.factors import uncut
 from distdl_lite.layout import Shape
 from distdl_lite.nn.broadcasting import common_dims, fit
 from distdl_lite.nn.compiler import Compiler
 from distdl_lite.nn.value import NoRule, Value, rule, values_in
-
-
-def fitted(c: Compiler, args: Any, dims: Dims) -> Any:
-    """All values among arguments, laid out so."""
-    if isinstance(args, Value):
-        return fit(c, args, dims)
-    return [fitted(c, a, dims) for a in args] if isinstance(args, (list, tuple)) else args
 
 
 @rule("pointwise", "hardswish", "_to_copy", "_conj", "complex", "polar", "floor_divide", "rsub", "_prelu_kernel")
@@ -33,7 +27,7 @@ def pointwise(c: Compiler, op: Any, *args: Any, **options: Any) -> Any:
     dims = common_dims(c, values, op.shape)
     if len(values) == 1 and values[0] is args[0] and values[0].make is not None:
         return c.made_later(partial(_of_made, values[0].make, op.function, args[1:], options), dims, op.dtype)
-    args, options = fitted(c, args, dims), {k: fitted(c, v, dims) for k, v in options.items()}
+    args, options = pytree.tree_map_only(Value, lambda v: fit(c, v, dims), (args, options))
     return c.calls(op.function, *args, dims=[dims], dtypes=[op.dtype], one=True, **options)[0]
 
 
