@@ -68,7 +68,7 @@ class Ring:
     def run(self, mask: Value | None, seed: Any) -> list[Value]:
         """The sums of values, weighted, and of weights; and the maxima that they are scaled by, which have no gradient."""
         dims = [(*self.query.dims[:-1], (uncut(n),)) for n in (self.kv.shape[-1] - self.features + 1, 1)]
-        made = self.c.calls(self, self.query, self.kv, mask, seed, dims=dims, dtypes=[self.dtype] * 2, everywhere=True)
+        made = self.c.calls(self, self.query, self.kv, mask, seed, dims=dims, dtypes=[self.dtype] * 2)
         made[1].grad = False
         return made
 

@@ -120,13 +120,13 @@ class Compiler(Source):
         one: bool = False,
         grad: bool | None = None,
         linear: bool = False,
-        everywhere: bool = False,
+        everywhere: bool = True,
         **options: Any,
     ) -> list[Value]:
         """The values that a local call makes of others.
 
-        A rank whose block of an output is empty gets zeros, whose graph leads to where the others' leads, without the call,
-        unless it is made `everywhere`.
+        Unless the call is made `everywhere`, a rank whose blocks of all outputs are empty gets zeros, whose graph leads to
+        where the others' leads.
 
         Parameters
         ----------
@@ -139,7 +139,7 @@ class Compiler(Source):
         grad : bool, optional
             Whether autograd records the outputs; by default if it does an input.
         linear : bool
-            Whether the function's backward does without its inputs, and saves no tensor.
+            Of one that is not made everywhere: whether its backward does without its inputs, and saves no tensor.
         everywhere : bool
             Whether the function takes empty blocks too; it must, if it communicates.
         """

@@ -150,7 +150,7 @@ def dropped(c: Compiler, x: Value, p: float, leading: int | None = None, inplace
     if p == 0:
         return x
     if p == 1:
-        return c.call(torch.Tensor.mul_ if inplace else torch.mul, x, 0, dims=x.dims, dtype=x.dtype, everywhere=True)
+        return c.call(torch.Tensor.mul_ if inplace else torch.mul, x, 0, dims=x.dims, dtype=x.dtype)
     points, (seed, step) = Points(c, x.dims[:leading]), seeded(c)
 
     def drop(x: torch.Tensor, seed: torch.Tensor) -> torch.Tensor:
@@ -159,7 +159,7 @@ def dropped(c: Compiler, x: Value, p: float, leading: int | None = None, inplace
         factor = mask.view(*mask.shape, *(1,) * (x.dim() - mask.dim())).to(x.dtype).mul_(1 / (1 - p))
         return x.mul_(factor) if inplace else x * factor
 
-    return c.call(drop, x, seed, dims=x.dims, dtype=x.dtype, everywhere=True)
+    return c.call(drop, x, seed, dims=x.dims, dtype=x.dtype)
 
 
 @rule("dropout", "native_dropout")

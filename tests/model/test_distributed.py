@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -120,6 +121,51 @@ def test_autocast(world: dl.Partition) -> None:
     y.float().square().sum().backward()
     wanted.float().square().sum().backward()
     assert_same_gradients(net, model, 2e-2)
+
+
+class Affine(nn.Module):
+    """A function of x and weights."""
+
+    def __init__(
+        self, function: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+    ) -> None:
+        super().__init__()
+        self.w, self.b, self.m = (nn.Parameter(torch.ones(*shape)) for shape in ((4, 3), (3,), (4,)))
+        self.function = function
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.function(x, self.w, self.b, self.m)
+
+
+PENALISED: list[tuple[Callable[[], nn.Module], tuple[int, ...], tuple[int, ...]]] = [
+    (lambda: nn.Linear(4, 3), (1, 4), (2, 1)),
+    (lambda: nn.Sequential(nn.Linear(4, 3), nn.Tanh()), (1, 4), (2, 1)),
+    (lambda: nn.GRUCell(4, 3), (1, 4), (2, 1)),
+    (lambda: nn.Conv2d(2, 3, 1), (1, 2, 5, 1), (1, 1, 1, 2)),
+    (lambda: nn.Conv2d(2, 3, 3, padding=1), (1, 2, 5, 1), (1, 1, 1, 2)),
+    (lambda: nn.ConvTranspose2d(2, 3, 2), (1, 2, 1, 5), (1, 1, 2, 1)),
+    *((lambda f=f: Affine(f), (1, 4), (2, 1)) for f in (
+        lambda x, w, b, m: torch.addmm(b, x, w),
+        lambda x, w, b, m: (x * m) @ w - b * 2,
+        lambda x, w, b, m: torch.stack([x * x, m + 0 * x]),
+        lambda x, w, b, m: torch.maximum(x * x, m),
+        lambda x, w, b, m: torch.where(x > 0, x * x * m, m),
+    )),
+]  # fmt: skip
+
+
+@on_ranks(2)
+def test_second_gradients_on_a_rank_without_points(world: dl.Partition) -> None:
+    """They reach the same weights there as elsewhere."""
+    for make, shape, grid in PENALISED:
+        model, P, whole = make(), world.grid(grid), torch.ones(shape)
+        net = dl.distribute(copy.deepcopy(model), P)
+        for of, x in ((net, whole[P.block(shape)].clone()), (model, whole)):
+            (gradient,) = torch.autograd.grad(of(x.requires_grad_()).sum(), x, create_graph=True)
+            gradient.square().sum().backward()
+        for mine, wanted in zip(net.parameters(), model.parameters(), strict=True):
+            assert (mine.grad is None) == (wanted.grad is None)
+            torch.testing.assert_close(mine.grad, wanted.grad)
 
 
 @on_ranks(2)

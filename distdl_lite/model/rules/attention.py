@@ -190,7 +190,7 @@ def moved(c: Compiler, values: Sequence[Value], layouts: Sequence[Dims], kind: s
     first, sizes = values[0], [v.shape[-1] for v in values]
     joined = c.call(torch.cat, list(values), -1, dims=first.with_dims({-1: uncut(sum(sizes))}), dtype=first.dtype)
     joined = c.move(joined, (*layouts[0][:-1], joined.dims[-1]), kind)
-    return c.calls(torch.split, joined, sizes, -1, dims=layouts, dtypes=[first.dtype] * len(sizes), linear=True)
+    return c.calls(torch.split, joined, sizes, -1, dims=layouts, dtypes=[first.dtype] * len(sizes))
 
 
 def summed(c: Compiler, sums: Value, top: Value, axes: Sequence[int], tokens: Factors) -> Value:

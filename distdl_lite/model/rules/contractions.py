@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from distdl_lite.factors import Dims, Factors, all_axes, axes_of, cut, uncut
+from distdl_lite.factors import Dims, Factors, all_axes, axes_of, cut, size_of, uncut
 from distdl_lite.nn.broadcasting import fit
 from distdl_lite.nn.compiler import Compiler
 from distdl_lite.nn.value import NoRule, Value, rule
@@ -34,7 +34,8 @@ def arranged(
     different dims of the factors, or it costs fewer bytes, a factor is moved.
     """
     cuts = cheapest(c, values, words, out, op.dtype)
-    moved = [c.move(v, wanted(v, w, cuts)) for v, w in zip(values, words, strict=True)]
+    sizes = sizes_of(values, words)
+    moved = [c.move(v, wanted(v, w, cuts, sizes)) for v, w in zip(values, words, strict=True)]
     return moved, *laid_out(c, values, words, out, cuts)
 
 
@@ -44,7 +45,7 @@ def cheapest(c: Compiler, values: Sequence[Value], words: Sequence[str], out: st
     held: list[tuple[str, Factors]] = []  # the cuts of the largest factor first
     for number in sorted(range(len(values)), key=lambda i: -math.prod(values[i].shape)):
         for letter, factors in zip(words[number], values[number].dims, strict=True):
-            if axes_of(factors) and (letter, factors) not in held:
+            if axes_of(factors) and size_of(factors) == sizes[letter] and (letter, factors) not in held:
                 held.append((letter, factors))
     axes = [a for _, factors in held for a in axes_of(factors)]
     if len(set(axes)) == len(axes) and all(letter in out for letter, _ in held):
@@ -52,7 +53,7 @@ def cheapest(c: Compiler, values: Sequence[Value], words: Sequence[str], out: st
     grad = any(v.grad for v in values)
 
     def cost(cuts: Cuts) -> tuple[float, int]:
-        moved = sum((1 + v.grad) * c.received(v, wanted(v, w, cuts)) for v, w in zip(values, words, strict=True))
+        moved = sum((1 + v.grad) * c.received(v, wanted(v, w, cuts, sizes)) for v, w in zip(values, words, strict=True))
         dims, summed, result = laid_out(c, values, words, out, cuts)
         block = math.prod(sizes.get(x, 1) for x in out) * dtype.itemsize / c.parts(all_axes(dims))
         parts, times = c.parts(summed), 2 if result == dims else 1  # an all-reduce, or a reduce-scatter
@@ -92,19 +93,15 @@ def laid_out(
 
 
 def sizes_of(values: Sequence[Value], words: Sequence[str]) -> dict[str, int]:
-    """The lengths of named dims, but for those of length one, which are broadcast."""
-    return {
-        letter: n
-        for v, word in zip(values, words, strict=True)
-        for letter, n in zip(word, v.shape, strict=True)
-        if n != 1
-    }
+    """The lengths of named dims, to which those of length one are broadcast."""
+    pairs = [pair for v, word in zip(values, words, strict=True) for pair in zip(word, v.shape, strict=True)]
+    return dict(sorted(pairs, key=lambda pair: pair[1] != 1))
 
 
-def wanted(value: Value, word: str, cuts: Cuts) -> Dims:
+def wanted(value: Value, word: str, cuts: Cuts, sizes: dict[str, int]) -> Dims:
     """The layout of a factor."""
     pairs = zip(word, value.shape, strict=True)
-    return tuple((uncut(n),) if n == 1 or letter not in cuts else cuts[letter] for letter, n in pairs)
+    return tuple((uncut(n),) if n != sizes[letter] or letter not in cuts else cuts[letter] for letter, n in pairs)
 
 
 _ADDED: dict[str, tuple[str, str, str]] = {

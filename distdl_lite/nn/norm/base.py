@@ -111,13 +111,13 @@ def normalised(
     if by_rows and team:
         weight, bias = (v if v is None else replace(v, name=v.given, parameter=None) for v in (weight, bias))
     weight, bias = (v if v is None else c.move(v, dims) for v in (weight, bias))
-    as_x: dict[str, Any] = {"dims": x.dims, "dtype": x.dtype, "everywhere": True}
+    as_x: dict[str, Any] = {"dims": x.dims, "dtype": x.dtype}
     if not by_rows:
         linear = kernel.is_batch and 0 in x.shape and weight is None
         return c.call(kernel.by_torch, x, linear, factor, weight, bias, *held, **as_x)
     rows = _rows(c, kernel, x, shared, any(v is not None and v.grad for v in (x, weight, bias)), team)
     channels, pivot = (x, held[0]) if kernel.is_batch else (c.call(kernel.as_channels, x, **as_x), None)
-    of_rows: dict[str, Any] = {"dims": [(kernel.rows(x),)] * 2, "dtypes": [torch.float64] * 2, "everywhere": True}
+    of_rows: dict[str, Any] = {"dims": [(kernel.rows(x),)] * 2, "dtypes": [torch.float64] * 2}
     found = c.calls(statistics, channels, pivot, rows, grad=False, **of_rows)
     # torch's batch norm tracks before the output is there: also in a checkpoint that ends with the norm, and whose
     # recomputation ends with its saved tensors.

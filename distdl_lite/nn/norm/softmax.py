@@ -76,8 +76,8 @@ def along(c: Compiler, whole: Function, cut: Function, x: Value, dim: Any, point
     """What torch's function of `whole` dims makes of cut ones, too."""
     over = _cut_dim(c, x, [d % x.ndim for d in listed(dim)])
     if over is None:
-        return c.call(whole, x, dim, dims=points, dtype=x.dtype, everywhere=True)
-    return c.call(_of_parts, x, over, cut, whole, dims=points, dtype=x.dtype, everywhere=True)
+        return c.call(whole, x, dim, dims=points, dtype=x.dtype)
+    return c.call(_of_parts, x, over, cut, whole, dims=points, dtype=x.dtype)
 
 
 def _of_parts(x: torch.Tensor, over: CutDim, cut: Function, whole: Function) -> torch.Tensor:

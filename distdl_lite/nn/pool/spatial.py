@@ -102,7 +102,7 @@ def pooled(
         local = part(
             [View(g, x.shape[d], c.range(made[d][0]), c.range(z.dims[d][0]), not x.axes(d)) for d, g in of_dims.items()]
         )
-    found = c.calls(local, z, dims=[made] * count, dtypes=dtypes, one=count == 1, linear=linear)
+    found = c.calls(local, z, dims=[made] * count, dtypes=dtypes, one=count == 1, everywhere=False, linear=linear)
     return found if count == 2 else c.cast(c.add_up(found[0], y), x.dtype)
 
 

@@ -52,8 +52,9 @@ def padded(c: Compiler, x: Value, padding: Sequence[int], mode: str = "constant"
     if mode == "circular" and short:  # torch returns unset memory
         raise ValueError(f"padding={tuple(padding)} reads more than what it leaves of a tensor of {x.shape}")
     if not x.axes(*sides):
-        linear = mode in ("constant", "circular")  # torch's backward of the others names its input
-        return c.call(F.pad, x, list(padding), mode, value, dims=x.with_dims(y), dtype=x.dtype, linear=linear)
+        # torch's backward of reflections and replications names its input.
+        of_nothing = {"everywhere": mode == "constant", "linear": mode == "circular"}
+        return c.call(F.pad, x, list(padding), mode, value, dims=x.with_dims(y), dtype=x.dtype, **of_nothing)
     if mode == "circular" and min(padding) < 0:  # it wraps round what is left, where the other modes read the tensor
         x = padded(c, x, [min(n, 0) for n in padding])
         return padded(c, x, [max(n, 0) for n in padding], mode)
@@ -72,7 +73,7 @@ def padded(c: Compiler, x: Value, padding: Sequence[int], mode: str = "constant"
         edge = _constant_pad(*boxes, value)
     elif boundary in ("reflect", "replicate"):
         edge = edge_pad(*boxes, shape, mode)
-    return c.renamed(z, dims) if edge is None else c.call(edge, z, dims=dims, dtype=x.dtype, linear=True)
+    return c.renamed(z, dims) if edge is None else c.call(edge, z, dims=dims, dtype=x.dtype)
 
 
 def _constant_pad(wanted: Box, held: Box, value: float) -> Local | None:

@@ -35,7 +35,7 @@ def reduced(x: Value, over: Iterable[int], keepdim: bool) -> Dims:
 def _along(c: Compiler, function: Any, x: Value, over: Sequence[int], keepdim: bool, dtype: torch.dtype) -> Value:
     """What torch's sum or mean over dims makes of each block."""
     dims = reduced(x, over, keepdim)
-    return c.calls(function, x, list(over), keepdim, dims=[dims], dtypes=[dtype], one=True, linear=True, dtype=dtype)[0]
+    return c.calls(function, x, list(over), keepdim, dims=[dims], dtypes=[dtype], one=True, dtype=dtype)[0]
 
 
 def total(
@@ -55,7 +55,7 @@ def averaged(
         return _along(c, torch.mean, x, over, keepdim, dtype)
     y = total(c, x, over, keepdim, dtype, is_shown)
     count = math.prod(x.shape[d] for d in over)
-    return c.cast(c.call(torch.div, y, count, dims=y.dims, dtype=y.dtype, linear=True), dtype)
+    return c.cast(c.call(torch.div, y, count, dims=y.dims, dtype=y.dtype), dtype)
 
 
 @rule("sum")
