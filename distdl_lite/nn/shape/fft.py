@@ -36,7 +36,7 @@ def fft(c: Compiler, op: Any, x: Value, s: Any = None, dim: Any = None, norm: st
 @rule("fft_hfft", "fft_ihfft")
 def hfft(c: Compiler, op: Any, x: Value, n: int | None = None, dim: int = -1, norm: str | None = None) -> Value:
     x = c.wholly(c.spread(x, [dim]), [dim])
-    return c.apply(op, x, n, dim, norm, dims=x.with_dims({dim: uncut(op.shape[dim])}))
+    return c.apply(op, x, n, dim, norm, dims=x.with_dims({dim: uncut(op.shape[dim])}), everywhere=False, linear=True)
 
 
 def transformed(
@@ -71,6 +71,7 @@ def transformed(
             function, x, tuple(sizes[d] for d in now), now, norm,
             dims=x.with_dims({d: uncut(n) for d, n in ends.items()}),
             dtype=function(torch.zeros(1, dtype=x.dtype), s=(1,)).dtype,
+            everywhere=False, linear=True,
         )  # fmt: skip
         left = tuple(d for d in left if d not in now)
     return x
