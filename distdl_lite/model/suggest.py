@@ -51,6 +51,8 @@ def suggest(
 ) -> Suggestions:
     """Grids of a number of ranks for a model, the one with the shortest predicted step among those that fit first.
 
+    Of those alike in two digits, one that cuts earlier dims comes first, as its halos are contiguous in memory.
+
     Parameters
     ----------
     model, *inputs, in_axes, out_axes, train, machine
@@ -81,7 +83,7 @@ def suggest(
     if not grids:
         raise ValueError(f"suggest: {ranks} ranks have no grid for a tensor of shape {tuple(first.shape)}")
     found = reports(model, args, grids, in_axes, train, machine, out_axes=out_axes)
-    fitting = sorted((r for r in found if r.peak <= memory), key=lambda r: r.seconds)
+    fitting = sorted((r for r in found if r.peak <= memory), key=_order)
     others = sorted((r for r in found if r.peak > memory), key=lambda r: r.peak)
     made = [Suggestion(r.grid, r, True, _reason(r, fitting)) for r in fitting]
     made += [
@@ -98,6 +100,11 @@ def _grids(ranks: int, lengths: Sequence[int]) -> Iterator[Shape]:
     for n in range(1, min(ranks, lengths[0]) + 1):
         if ranks % n == 0:
             yield from ((n, *rest) for rest in _grids(ranks // n, lengths[1:]))
+
+
+def _order(made: Report) -> tuple[float, list[int]]:
+    """By time; of those alike in two digits one that cuts earlier dims is first, whose halos are contiguous in memory."""
+    return float(f"{made.seconds:.1e}"), [-n for n in made.grid]
 
 
 def _reason(made: Report, fitting: Sequence[Report]) -> str:
