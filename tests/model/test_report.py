@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
+from itertools import accumulate
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from torch.profiler import ProfilerActivity, profile
 from torch.utils import _pytree as pytree
 
 import distdl_lite as dl
@@ -152,6 +154,19 @@ def test_large_models_sum_gradients_early_from_the_second_step_on() -> None:
 
     (numbers, made), *_ = measured(make, (2, 1), [(4, 800)], steps=2)
     assert (made.backward.messages, made.backward.bytes) == numbers[2:] == (3, 3 * 4 * 801 * 800)
+
+
+def test_memory_is_what_torch_allocates() -> None:
+    """On one rank, with what libraries take beside."""
+    net, x = UNet(32), torch.randn(2, 3, 64, 48)
+    net(x).sum().backward()
+    net.zero_grad()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        net(x).sum().backward()
+    events = sorted(profiled.profiler.kineto_results.events(), key=lambda event: event.start_ns())
+    live = accumulate(event.nbytes() for event in events if event.name() == "[memory]")
+    found = dl.report(UNet(32), (1, 1, 1, 1), (2, 3, 64, 48))
+    assert found.peak - found.weights - found.optimizer - x.nbytes == pytest.approx(max(live), rel=0.1)
 
 
 def test_memory_is_what_a_step_holds() -> None:
