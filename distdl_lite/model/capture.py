@@ -176,7 +176,7 @@ def capture(
             _detach_regions(program.graph_module)
             program = program.run_decompositions(dict(_composites(frozenset(RULES))))  # a copy, which torch changes
         except Exception as error:
-            raise RuntimeError(_why(model, error)) from error
+            raise RuntimeError(_why(model, error, (args, kwargs))) from error
     return _captured(program)
 
 
@@ -286,13 +286,14 @@ def _is_users(file: str) -> bool:
     return not file.startswith("<") and not any(Path(file).is_relative_to(folder) for folder in (_TORCHS, _OURS))
 
 
-def _why(model: torch.nn.Module, error: Exception) -> str:
-    """The text of a failed capture: the line of the model, torch's reason, and the ways out."""
+def _why(model: torch.nn.Module, error: Exception, given: Any) -> str:
+    """The text of a failed capture: the line of the model, torch's reason, what it was given, and the ways out."""
+    shapes = ", ".join(str(tuple(t.shape)) for t in pytree.tree_leaves(given) if isinstance(t, torch.Tensor))
     frames = traceback.extract_tb(error.__traceback__)
     theirs = [f for f in frames if _is_users(f.filename)]
     where = f" at {theirs[-1].filename}:{theirs[-1].lineno}, {theirs[-1].line}" if theirs else ""
     reason = str(error).strip().split("\n")[0][:300]
-    return f"{type(model).__name__} cannot be captured{where}: {reason}; {_WAYS_OUT}"
+    return f"{type(model).__name__} cannot be captured{where}: {reason}; its arguments are {shapes} in all; {_WAYS_OUT}"
 
 
 def _detach_regions(module: GraphModule) -> None:

@@ -6,7 +6,7 @@ import copy
 import itertools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -37,7 +37,7 @@ class Proof:
     """
 
     differences: dict[str, float]
-    program: Program
+    program: Program = field(repr=False)
 
     @property
     def worst(self) -> float:
@@ -115,6 +115,9 @@ class Trial:
         differences = {name: max((d[name] for d, *_ in told), key=_badness) for name in self.wanted}
         if not all(d <= tolerance for d in differences.values()):
             text = next((text for *_, text in told if text), "no operation of the forward differs")
+            nodes = (node for captured in self.captured.values() for node in captured.nodes)
+            if any(torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()) for node in nodes):
+                text += "; it draws random numbers, of which the serial run has others"
             raise AssertionError(f"on a grid of {tuple(grid)} the model differs: {differences}; {text}")
         return Proof(differences, told[0][1])
 
@@ -259,7 +262,7 @@ def _largest(x: torch.Tensor) -> float:
 
 def _apart(wanted: torch.Tensor, found: torch.Tensor) -> float:
     """The largest difference; infinities and nan are like themselves."""
-    if wanted.shape != found.shape:
+    if wanted.shape != found.shape or wanted.dtype is not found.dtype:
         return math.inf
     wanted, found = (t.to(_wide(wanted)) for t in (wanted, found))
     is_same = (wanted == found) | (wanted.isnan() & found.isnan())

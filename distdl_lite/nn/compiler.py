@@ -321,8 +321,10 @@ class Compiler(Source):
         pairs = [_alike(h, w) for h, w in zip(value.dims, dims, strict=True)]
         if None in pairs:
             return self.move(self.sum_over(value, axes), dims)
-        keys = tuple(a for a, n in enumerate(self.grid.shape) if n > 1 and a not in axes)
-        X, Y = (Layout(self.grid, tuple(dim for pair in pairs for dim in pair[side]), keys) for side in (0, 1))  # type: ignore[index]
+        held, wanted = (tuple(dim for pair in pairs for dim in pair[side]) for side in (0, 1))  # type: ignore[index]
+        moved = {a for h, w in zip(held, wanted, strict=True) if not _is_within(h, w) for a in h.axes}
+        keys = tuple(a for a, n in enumerate(self.grid.shape) if n > 1 and a not in {*axes, *moved})
+        X, Y = Layout(self.grid, held, keys), Layout(self.grid, wanted, keys)
         kind = "all_reduce" if X == Y else "reduce_scatter"
         if not is_shown:
             return self._moved_between(value, dims, X, Y, kind)
@@ -425,6 +427,15 @@ def _alike(held: Factors, wanted: Factors) -> tuple[Factors, Factors] | None:
     lengths = common_lengths([length_of(d) for d in held], [length_of(d) for d in wanted])
     both = lengths and (refined(held, lengths), refined(wanted, lengths))
     return both if both and None not in both else None  # type: ignore[return-value]
+
+
+def _is_within(held: Dim, wanted: Dim) -> bool:
+    """Whether each range that is wanted is a part of the one that is held at the same index along the axes of both."""
+    each, rest = divmod(len(wanted.ranges), len(held.ranges))
+    if rest or wanted.axes[: len(held.axes)] != held.axes:
+        return False
+    whole = (held.ranges[i // each] for i in range(len(wanted.ranges)))
+    return all(a >= b or (low <= a and b <= high) for (a, b), (low, high) in zip(wanted.ranges, whole, strict=True))
 
 
 def _between(held: Factors, wanted: Factors, others: Iterable[int], grid: Grid) -> Factors:

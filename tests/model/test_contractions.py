@@ -59,6 +59,12 @@ def test_products(grid: tuple[int, ...]) -> None:
         assert not proved(function, grid, *inputs, weights=weights).program.gathered
 
 
+def test_sums_into_rows_that_change_owner() -> None:
+    """Blocks of more parts are not those of fewer parts cut again."""
+    for grid, weight, x in (((2, 3), (2, 2), (8, 2)), ((2, 4), (3, 3), (14, 3)), ((2, 2, 2), (6, 6), (14, 6))):
+        proved(lambda a, w: a @ w, grid, x, weights=[weight], in_axes=[(0, 1)])
+
+
 def test_repeated_letters_are_gathered() -> None:
     proof = proved(lambda a: torch.einsum("bcii->bc", a), (1, 1, 2, 2), (2, 3, 8, 8))
     assert [name for _, name, _ in proof.program.gathered] == ["einsum"]

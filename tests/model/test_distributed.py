@@ -150,6 +150,10 @@ PENALISED: list[tuple[Callable[[], nn.Module], tuple[int, ...], tuple[int, ...]]
         lambda x, w, b, m: torch.stack([x * x, m + 0 * x]),
         lambda x, w, b, m: torch.maximum(x * x, m),
         lambda x, w, b, m: torch.where(x > 0, x * x * m, m),
+        lambda x, w, b, m: (x * m).cumprod(1),
+        lambda x, w, b, m: (x * m).tanh().cummax(1).values,
+        lambda x, w, b, m: (x * m).tanh().unfold(1, 2, 1),
+        lambda x, w, b, m: F.scaled_dot_product_attention(x[:, None], m[None, None], x[:, None] * m, b[None, None, :1]),
     )),
 ]  # fmt: skip
 

@@ -16,7 +16,7 @@ from executed import Case, Recorder, block_of, compared, execute, random_dims, r
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from distdl_lite.factors import blocks
+from distdl_lite.factors import all_axes, blocks
 from distdl_lite.grid import Grid
 from distdl_lite.model.capture import _Function, capture
 from distdl_lite.model.compile import compiled
@@ -811,6 +811,18 @@ def test_recurrences() -> None:
     assert not prove(_Function(torch.nn.GRUCell(4, 6)), (2, 2), (5, 4)).program.gathered
 
 
+def test_cases_that_are_gathered() -> None:
+    x = torch.complex(*torch.randn(2, 2, 3, 6, generator=torch.Generator().manual_seed(0)).double())
+    assert prove(_Function(lambda x: x.logsumexp(2)), (1, 1, 2), x).program.gathered
+    for layer in (torch.nn.Conv2d(3, 2, 3, padding=1), torch.nn.ConvTranspose2d(3, 2, 3)):
+        assert prove(layer, (1, 1, 2), (3, 4, 4)).program.gathered  # it has no batch
+
+
+def test_norms_have_the_dtype_of_the_input() -> None:
+    x = torch.randn(2, 2, 6, generator=torch.Generator().manual_seed(0)).bfloat16()
+    prove(_Function(lambda x: (x.norm(), x.norm(1, 2))), (1, 1, 2), x, dtype=None, tolerance=0.02, steps=0)
+
+
 def test_cuts_without_common_factors() -> None:
     """Tokens cut in one go are added to rows and columns that are cut: they are gathered along the last axis alone."""
 
@@ -838,6 +850,27 @@ def test_movements() -> None:
         execute(ranks)
         for c in ranks:
             expected = block_of(whole, wanted, grid, c.index).reshape(c.local(wanted))
+            compared(c.blocks[c.blocks["y"].name], expected, exact=True)
+
+
+def test_sums() -> None:
+    """Parts that ranks hold are added up in any layout, also where the blocks of a dim change owner on the way."""
+    for seed in range(500):
+        rng = Random(seed)
+        grid, of = random_grid(rng, 12), tuple(rng.choice((1, 4, 6, 8)) for _ in range(2))
+        held, wanted = (random_dims(rng, grid, of) for _ in range(2))
+        ranks = [Recorder(grid, rank) for rank in grid.ranks]
+        axes = [a for a in ranks[0].free_axes(all_axes(held)) if rng.random() < 0.7]
+        parts = {i: tensor(rng, of) for i in sorted({tuple(c.index[a] for a in axes) for c in ranks})}
+        for c in ranks:
+            x, own = c.new(held, torch.float64, False, "x"), parts[tuple(c.index[a] for a in axes)]
+            c.blocks |= {
+                "x": block_of(own, held, grid, c.index).reshape(c.local(held)),
+                "y": c.sum_over(x, axes, wanted),
+            }
+        execute(ranks)
+        for c in ranks:
+            expected = block_of(sum(parts.values()), wanted, grid, c.index).reshape(c.local(wanted))
             compared(c.blocks[c.blocks["y"].name], expected, exact=True)
 
 

@@ -63,8 +63,9 @@ def attention(
     mask = None if mask is None else fit(c, mask, scores)
     dims = (*query.dims[:-1], value.dims[-1])
     if way.kind in ("gather", "heads") and not dropout_p and not (is_causal and axes_of(query.dims[-2])):
+        # Of empty blocks torch makes zeros without a graph.
         y = c.call(F.scaled_dot_product_attention, query, key, value, mask, 0.0, is_causal, dims=dims, dtype=op.dtype,
-                   scale=scale, enable_gqa=enable_gqa)  # fmt: skip
+                   scale=scale, enable_gqa=enable_gqa, everywhere=False)  # fmt: skip
     else:
         turns, scale = way.kind == "ring", query.shape[-1] ** -0.5 if scale is None else scale
         sums, top = Ring(c, query, key, value, turns, is_causal, scale, dropout_p, tokens.groups).run(mask, seed)

@@ -63,8 +63,8 @@ def vector_norm(
     if ord not in (None, 1, 2) or x.dtype.is_complex:
         raise NoRule
     terms = c.call(torch.abs if ord == 1 else torch.square, x, dims=x.dims, dtype=x.dtype)
-    y = total(c, terms, over, keepdim, op.dtype)
-    return y if ord == 1 else c.call(_root, y, dims=y.dims, dtype=op.dtype)
+    y = total(c, terms, over, keepdim, wide(op.dtype))
+    return c.cast(y if ord == 1 else c.call(_root, y, dims=y.dims, dtype=y.dtype), op.dtype)
 
 
 @rule("amax", "amin", "argmax", "argmin", "max", "min", "prod", "any", "all", "median", "aminmax", "mode", "kthvalue",
@@ -81,4 +81,7 @@ def along(c: Compiler, op: Any, x: Value, *args: Any, **options: Any) -> Any:
     x = c.wholly(x, over, "whole")
     keeps = len(op.shape) == x.ndim
     dims = x.with_dims({d: uncut(op.shape[d]) for d in over}) if keeps else reduced(x, over, keepdim=False)
+    is_extreme = op.name in ("cummax", "cummin")
+    if is_extreme or op.name in ("cumprod", "logcumsumexp"):  # of empty blocks torch makes another graph
+        options |= {"everywhere": False, "linear": is_extreme}
     return c.apply(op, x, *args, dims=dims, **options)

@@ -29,7 +29,7 @@ def unfold(c: Compiler, op: Any, x: Value, d: int, size: int, step: int) -> Valu
     reads = tuple((step * a, step * (b - 1) + size) if a < b else (0, 0) for a, b in count.ranges)
     z = c.move(x, x.with_dims({d: replace(count, ranges=reads)}), "halo") if count.axes else x
     dims = (*x.with_dims({d: count}), (uncut(size),))
-    return c.call(torch.Tensor.unfold, z, d, size, step, dims=dims, dtype=x.dtype, everywhere=False)
+    return c.call(torch.Tensor.unfold, z, d, size, step, dims=dims, dtype=x.dtype, everywhere=False, linear=True)
 
 
 @rule("im2col")
@@ -46,7 +46,9 @@ def im2col(c: Compiler, op: Any, x: Value, kernel: Any, dilation: Any, padding: 
     z = c.move(x, x.with_dims(reads), "halo")
     *lead, channels = x.dims[:-2]
     dims = (*lead, (*channels, uncut(math.prod(kernel))), tuple(patches))
-    return c.call(op.function, z, kernel, dilation, left, stride, dims=dims, dtype=x.dtype, everywhere=False)
+    return c.call(
+        op.function, z, kernel, dilation, left, stride, dims=dims, dtype=x.dtype, everywhere=False, linear=True
+    )
 
 
 @rule("col2im")
@@ -70,7 +72,7 @@ def col2im(c: Compiler, op: Any, x: Value, size: Any, kernel: Any, dilation: Any
     dims = (*x.dims[: first - 2], *((f,) for f in image))
     z = c.move(x, x.with_dims(reads), "halo")
     add_up = partial(_added_up, shape=c.local(dims), spans=spans, pads=(*pads[1], *pads[0]))
-    return c.call(add_up, z, kernel, dilation, stride, dims=dims, dtype=x.dtype, everywhere=False)
+    return c.call(add_up, z, kernel, dilation, stride, dims=dims, dtype=x.dtype, everywhere=False, linear=True)
 
 
 def _added_up(

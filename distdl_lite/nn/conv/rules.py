@@ -14,7 +14,7 @@ from distdl_lite.nn.conv import overlap
 from distdl_lite.nn.conv.geometry import ConvGeometry, Geometry, TransposedGeometry
 from distdl_lite.nn.features import cut_features, finished
 from distdl_lite.nn.options import options_of
-from distdl_lite.nn.value import Value, rule
+from distdl_lite.nn.value import NoRule, Value, rule
 from distdl_lite.reducer import reducer_of
 
 
@@ -75,6 +75,8 @@ def convolved(c: Compiler, op: Any, geometry: Geometry, x: Value, weight: Value,
     Channels: where they are cut, either the weight is cut along its inputs and the ranks' products are added up, or they are
     gathered; where they are not, but an axis is free to cut them, the weight is cut along its outputs.
     """
+    if x.ndim != weight.ndim:  # without a batch
+        raise NoRule
     is_pointwise = isinstance(geometry, ConvGeometry)
     same = {d for d in range(2, x.ndim) if is_pointwise and geometry.is_pointwise(d - 2)}  # type: ignore[attr-defined]
     moved = [d for d in range(2, x.ndim) if d not in same]

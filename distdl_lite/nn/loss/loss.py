@@ -23,7 +23,7 @@ from distdl_lite.nn.broadcasting import common_dims, fit
 from distdl_lite.nn.compiler import Compiler
 from distdl_lite.nn.face import Face
 from distdl_lite.nn.inputs import Inputs, agreed_inputs
-from distdl_lite.nn.value import RULES, Operation, Value, rule
+from distdl_lite.nn.value import RULES, NoRule, Operation, Value, rule
 
 Function = Callable[..., torch.Tensor]
 NONE, MEAN, SUM = range(3)  # torch's numbers of reductions
@@ -69,6 +69,8 @@ def reduced_loss(
     that of what they `weigh`. If `is_shown` each rank will have the whole gradient, and backward does not communicate.
     """
     axes = all_axes(dims).union(over)
+    if axes and dtype.is_complex:
+        raise NoRule
     if not axes:
         return c.call(function, *args, reduction=reduction, dims=dims if reduction == NONE else (), dtype=dtype)
     terms = terms or partial(function, reduction=NONE)

@@ -14,7 +14,7 @@ from distdl_lite.nn.blocks import wide
 from distdl_lite.nn.compiler import Compiler
 from distdl_lite.nn.face import Face
 from distdl_lite.nn.options import listed
-from distdl_lite.nn.value import Movement, Value, rule
+from distdl_lite.nn.value import Movement, NoRule, Value, rule
 from distdl_lite.operator import Operator
 from distdl_lite.transport import Team
 
@@ -94,6 +94,8 @@ def softmax_of(c: Compiler, op: Any, x: Value, dim: int, *_: Any, **options: Any
 @rule("logsumexp")
 def logsumexp(c: Compiler, op: Any, x: Value, dim: Sequence[int], keepdim: bool = False) -> Value:
     dims = tuple(d % x.ndim for d in dim) or tuple(range(x.ndim))
+    if x.dtype.is_complex and x.axes(*dims):  # which have no maximum
+        raise NoRule
     kept = x.with_dims(dict.fromkeys(dims, uncut(1)))
     y = along(c, _log_sum_exp, log_sum_exp, c.cast(x, op.dtype), dims, kept)
     left = tuple(factors for d, factors in enumerate(kept) if d not in dims)
