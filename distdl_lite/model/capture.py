@@ -324,7 +324,8 @@ def _captured(program: Any) -> Captured:
             elif kind == "constant_tensor":
                 target = program.constants[target]
             elif kind not in ("parameter", "buffer"):
-                raise RuntimeError(f"{target}: a model that takes a {kind} is not supported")
+                what = "a check of values, as torch.linalg.solve makes," if kind == "token" else f"{target}, a {kind},"
+                raise RuntimeError(f"a model with {what} is not supported")
             feeds.append(Feed(kind, target, node))
         elif node.op == "call_function":
             nodes.append(node)
