@@ -107,3 +107,9 @@ def test_dims_that_python_reads() -> None:
         proved(grid, SHAPE, SHAPE, dice, lambda x, t, w: x * torch.arange(start=1, end=7))
     with pytest.raises(RuntimeError, match="data-dependent"):
         proved(GRIDS[0], SHAPE, SHAPE, lambda x, t, w: x.sum(torch.arange(2, x.dim()).add_(0).tolist()))
+
+
+def test_complex() -> None:
+    x, target = torch.complex(*torch.randn(2, 2, 4, 6, generator=torch.Generator().manual_seed(0)).double())
+    for loss in (torch.nn.PoissonNLLLoss(), torch.nn.PoissonNLLLoss(reduction="sum"), torch.nn.L1Loss()):
+        dl.prove(loss, (2, 1), x, target)

@@ -23,7 +23,7 @@ from distdl_lite.nn.broadcasting import common_dims, fit
 from distdl_lite.nn.compiler import Compiler
 from distdl_lite.nn.face import Face
 from distdl_lite.nn.inputs import Inputs, agreed_inputs
-from distdl_lite.nn.value import RULES, NoRule, Operation, Value, rule
+from distdl_lite.nn.value import RULES, Operation, Value, rule
 
 Function = Callable[..., torch.Tensor]
 NONE, MEAN, SUM = range(3)  # torch's numbers of reductions
@@ -69,8 +69,6 @@ def reduced_loss(
     that of what they `weigh`. If `is_shown` each rank will have the whole gradient, and backward does not communicate.
     """
     axes = all_axes(dims).union(over)
-    if axes and dtype.is_complex:
-        raise NoRule
     if not axes:
         return c.call(function, *args, reduction=reduction, dims=dims if reduction == NONE else (), dtype=dtype)
     terms = terms or partial(function, reduction=NONE)
@@ -81,9 +79,10 @@ def reduced_loss(
 
     def sums(*tensors: Any) -> torch.Tensor:
         found = terms(*tensors)
-        return torch.stack([found.sum(dtype=wide(found.dtype)).double(), weigh(found, *tensors)])
+        return torch.stack([found.sum(dtype=wide(found.dtype)).to(widest), weigh(found, *tensors).to(widest)])
 
-    find = _added_up(c, sums, (2,), torch.float64, axes, is_shown)
+    widest = torch.complex128 if dtype.is_complex else torch.float64
+    find = _added_up(c, sums, (2,), widest, axes, is_shown)
 
     def value(*tensors: Any) -> torch.Tensor:
         total, weight = find(*tensors)
