@@ -352,8 +352,19 @@ class LocalSGD(torch.optim.Optimizer):
         told = self._transport.gather_objects(self.levels.team, mine)
         return sum(told) / len(told)
 
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        return self.optimizer.param_groups
+
+    @property
+    def state(self) -> Any:
+        return self.optimizer.state
+
+    @property
+    def defaults(self) -> dict[str, Any]:
+        return self.optimizer.defaults
+
     def __getattr__(self, name: str) -> Any:
-        """The optimizer's attributes, such as its groups and states, are this one's."""
         if name == "optimizer":
             raise AttributeError(name)
         return getattr(self.optimizer, name)

@@ -269,8 +269,8 @@ class MPIProcessGroup(dist.ProcessGroup):
             self._check_share(output, mine)
             whole = _buffer(output)
             sent = _host(mine)
-            if sent.untyped_storage().data_ptr() == whole.untyped_storage().data_ptr():
-                sent = sent.clone()  # FSDP gathers into the memory it sends from; MPI forbids that
+            if _overlap(sent, whole):  # FSDP gathers into the memory it sends from; MPI forbids that
+                sent = sent.clone()
             self._run("Allgather", _bytes(sent), _bytes(whole))
             _fill(output, whole)
         return _done(outputs)
@@ -501,6 +501,11 @@ def _fill(tensor: torch.Tensor, buffer: torch.Tensor) -> None:
     """Store what came, unless it came into the tensor's memory; a version counter does not move, as in torch's groups."""
     if buffer.data_ptr() != tensor.data_ptr() or buffer.dtype is not tensor.dtype:
         tensor.data.copy_(buffer)
+
+
+def _overlap(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether two contiguous tensors share memory, be it of one storage or not, such as two views of a NumPy array."""
+    return a.data_ptr() < b.data_ptr() + b.nbytes and b.data_ptr() < a.data_ptr() + a.nbytes
 
 
 def _bytes(tensor: torch.Tensor) -> Any:

@@ -7,6 +7,7 @@ import pickle
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 from ranks import on_ranks
 
@@ -50,3 +51,12 @@ def test_copies_of_an_optimizer_with_an_outer_one(world: dl.Partition) -> None:
             steps(optimizer, world.rank, 4)
             twin = make(optimizer)
             assert steps(twin, world.rank, 4) == steps(optimizer, world.rank, 4)
+
+
+@on_ranks(2)
+def test_what_is_the_optimizers_is_not_assigned(world: dl.Partition) -> None:
+    """It would count for nothing: the optimizer inside steps."""
+    optimizer = dl.LocalSGD(torch.optim.SGD([torch.nn.Parameter(torch.ones(2))], 0.1), 2)
+    for name in ("param_groups", "state", "defaults"):
+        with pytest.raises(AttributeError):
+            setattr(optimizer, name, {})

@@ -137,3 +137,34 @@ def test_outputs_that_depend_on_no_parameter(world: dl.Partition) -> None:
         assert not dp.eval()(mine, False)["y"].requires_grad
         dp.train().requires_grad_(False)
         assert not dp(mine, False)["y"].requires_grad
+
+
+class Skipping(nn.Module):
+    """A head that may be skipped, behind a frozen encoder in inference mode or behind nothing."""
+
+    def __init__(self, encoder: nn.Module) -> None:
+        super().__init__()
+        self.encoder, self.shift = encoder.requires_grad_(False), nn.Parameter(torch.ones(2))
+
+    def forward(self, x: torch.Tensor, skip: bool) -> torch.Tensor:
+        with torch.inference_mode(isinstance(self.encoder, nn.Linear)):
+            h = self.encoder(x)
+        return h if skip else h.clone() + self.shift
+
+
+@on_ranks(2)
+def test_outputs_without_graph_are_copies(world: dl.Partition) -> None:
+    """They go back as often as those of others, and do not see what becomes of the input."""
+    for encoder in (nn.Linear(2, 2), nn.Identity()):
+        net, x = dl.DataParallel(Skipping(encoder)), torch.ones(2, 2)
+        loss = (net(x, world.rank == 1) * 2).sum()
+        x.fill_(3.0)
+        loss.backward(retain_graph=world.rank == 0)
+        assert net.module.shift.grad.tolist() == [2.0, 2.0]
+    net, x = dl.DataParallel(Skipping(nn.Identity())), torch.ones(2, 2)
+    out = net(x, world.rank == 1)
+    loss = (out * out).sum()
+    x.fill_(3.0)
+    for _ in range(2):
+        loss.backward(retain_graph=True)
+    assert net.module.shift.grad.tolist() == [8.0, 8.0]

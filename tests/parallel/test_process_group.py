@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -134,6 +135,10 @@ def test_copies(group: MPIProcessGroup) -> None:
     x = torch.tensor([1 + 2j, 3 - 1j])
     group.broadcast([y := x.clone().conj()], broadcast_options(0))  # lazily conjugated
     assert torch.equal(y, x.conj())
+    memory = np.full(2 * size, float(rank))
+    whole, mine = torch.from_numpy(memory), torch.from_numpy(memory[2 * rank : 2 * rank + 2])  # storages of their own
+    dist.all_gather_into_tensor(whole, mine)
+    assert whole.tolist() == [float(r) for r in range(size) for _ in range(2)]
     parts = [torch.empty(r) for r in range(size)]
     dist.all_gather(parts, torch.full((rank,), float(rank)))  # uneven, and nothing of rank 0
     assert [part.tolist() for part in parts] == [[], [1.0], [2.0, 2.0]]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from collections.abc import Iterator
 
 import torch
 from ranks import on_ranks
@@ -116,3 +117,51 @@ def test_modules_that_differ(world: dl.Partition) -> None:
     assert tied.b.weight is tied.a.weight
     lazy = dl.RootDataParallel(nn.LazyLinear(2), world)
     assert told(world, call, lazy, world, torch.ones(4, 2))[0] in (ValueError, RuntimeError, TypeError)
+
+
+class Frozen(nn.Module):
+    """It names what it trains alone, as adapters do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.trained, self.frozen = nn.Linear(2, 2), nn.Linear(2, 2).requires_grad_(False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.trained(self.frozen(x))
+
+    def named_parameters(self, prefix: str = "", recurse: bool = True) -> Iterator[tuple[str, nn.Parameter]]:  # type: ignore[override]
+        return ((name, p) for name, p in super().named_parameters(prefix, recurse) if p.requires_grad)
+
+
+class Twice(nn.Module):
+    """One layer under two names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(2, 1)
+        self.again = self.first
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.again(self.first(x).expand(-1, 2))
+
+
+@on_ranks(2)
+def test_weights_that_have_no_name_or_two(world: dl.Partition) -> None:
+    torch.manual_seed(world.rank)  # the root's weights count
+    dp = dl.RootDataParallel(Frozen())
+    with dp.serve() as is_root:
+        if is_root:
+            torch.testing.assert_close(dp(torch.ones(4, 2)), dp.module(torch.ones(4, 2)))
+    model = Twice()
+    dp = dl.RootDataParallel(copy.deepcopy(model))
+    with dp.serve() as is_root:
+        for net, inner in ((model, model), (dp, dp.module)) if is_root else ():
+            weight, optimizer = inner.first.weight, torch.optim.SGD(inner.parameters(), 0.1)
+            for _ in range(3):
+                optimizer.zero_grad()
+                net(torch.ones(4, 2)).square().mean().backward()
+                optimizer.step()
+            assert inner.first.weight is inner.again.weight is weight
+    if is_root:
+        for mine, wanted in zip(dp.module.parameters(), model.parameters(), strict=True):
+            torch.testing.assert_close(mine, wanted)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from distdl_lite.autograd import saved_here
+from distdl_lite.autograd import ANCHOR
 from distdl_lite.parallel.replicas.options import BAD_WEIGHT, as_weight
 from distdl_lite.private import engine_will_run, running_backward, running_node
 
@@ -22,7 +22,19 @@ def with_graph(output: Any) -> Any:
     """The output of a module; one that depends on no parameter gets a graph, so that its backward meets the other ranks."""
     if any(tensor.requires_grad for tensor in tensors_in(output)):
         return output
-    return tree_map_only(torch.Tensor, saved_here, output)
+    return tree_map_only(torch.Tensor, lambda x: _Joined.apply(x, ANCHOR), output)
+
+
+class _Joined(torch.autograd.Function):
+    """A copy, which requires grad and leads nowhere: an inference tensor, or one that is refilled later, can have no graph."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, anchor: torch.Tensor) -> torch.Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[None, None]:
+        return None, None
 
 
 class OutputHook:

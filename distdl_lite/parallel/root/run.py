@@ -102,13 +102,23 @@ def apply(
         # A module may change in place what it is passed, which it may not do with a leaf.
         passed = [saved_here(block) if block.requires_grad else block for block in blocks]
         args, kwargs = pytree.tree_map_only(Slot, lambda slot: passed[slot.number], arguments)
-        items, nesting = pytree.tree_flatten(functional_call(module, weights, args, kwargs, tie_weights=False))
+        given = _in_their_places(module, weights)
+        items, nesting = pytree.tree_flatten(functional_call(module, given, args, kwargs, tie_weights=False))
         tensors = [item if item.dim() else item.view(1) for item in items if isinstance(item, torch.Tensor)]
     for item in items:  # no object that torch's pytree does not know: the other ranks' tensors in it would be lost
         if any(isinstance(inner, torch.Tensor) for inner in getattr(item, "__dict__", {}).values()):
             kind = type(item).__name__
             raise TypeError(f"the module returned a {kind} with tensors: register it with torch.utils._pytree")
     return Result(items, nesting, tensors)
+
+
+def _in_their_places(module: torch.nn.Module, weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """One name for each place: of a layer under two names torch would put the weights back wrongly."""
+    found = {}
+    for name, tensor in weights.items():
+        path, _, own = name.rpartition(".")
+        found.setdefault((id(module.get_submodule(path)), own), (name, tensor))
+    return dict(found.values())
 
 
 @contextmanager

@@ -117,9 +117,10 @@ class Weights:
 
 
 def _named(module: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor, bool]]:
-    """Parameters, and buffers, under all their names."""
-    yield from ((name, p, False) for name, p in module.named_parameters(remove_duplicate=False))
-    yield from ((name, b, True) for name, b in module.named_buffers(remove_duplicate=False))
+    """Parameters, and buffers, under all their names; also those that a module's own `named_parameters` leaves out."""
+    of = torch.nn.Module
+    yield from ((name, p, False) for name, p in of.named_parameters(module, remove_duplicate=False))
+    yield from ((name, b, True) for name, b in of.named_buffers(module, remove_duplicate=False))
 
 
 def _layers(module: torch.nn.Module) -> dict[str, str]:
