@@ -837,30 +837,18 @@ def test_cuts_without_common_factors() -> None:
     assert all(any(dim.axes for dim in dims) for dims in ends)
 
 
-def test_movements() -> None:
-    """From any layout to any other no point is lost, also where the cuts of several dims have no factors in common."""
-    for seed in range(500):
-        rng = Random(seed)
-        grid, whole = random_grid(rng, 12), tensor(rng, [rng.choice((1, 4, 6, 8)) for _ in range(2)])
-        held, wanted = (random_dims(rng, grid, tuple(whole.shape)) for _ in range(2))
-        ranks = [Recorder(grid, rank) for rank in grid.ranks]
-        for c in ranks:
-            x = c.new(held, whole.dtype, False, "x")
-            c.blocks |= {"x": block_of(whole, held, grid, c.index).reshape(c.local(held)), "y": c.move(x, wanted)}
-        execute(ranks)
-        for c in ranks:
-            expected = block_of(whole, wanted, grid, c.index).reshape(c.local(wanted))
-            compared(c.blocks[c.blocks["y"].name], expected, exact=True)
+@pytest.mark.parametrize("share", [0.0, 0.7])
+def test_movements(share: float) -> None:
+    """From any layout to any other no point is lost, and parts that ranks hold along some axes are added up.
 
-
-def test_sums() -> None:
-    """Parts that ranks hold are added up in any layout, also where the blocks of a dim change owner on the way."""
+    Also where the cuts of several dims have no factors in common, or the blocks of a dim change owner on the way.
+    """
     for seed in range(500):
         rng = Random(seed)
         grid, of = random_grid(rng, 12), tuple(rng.choice((1, 4, 6, 8)) for _ in range(2))
         held, wanted = (random_dims(rng, grid, of) for _ in range(2))
         ranks = [Recorder(grid, rank) for rank in grid.ranks]
-        axes = [a for a in ranks[0].free_axes(all_axes(held)) if rng.random() < 0.7]
+        axes = [a for a in ranks[0].free_axes(all_axes(held)) if rng.random() < share]
         parts = {i: tensor(rng, of) for i in sorted({tuple(c.index[a] for a in axes) for c in ranks})}
         for c in ranks:
             x, own = c.new(held, torch.float64, False, "x"), parts[tuple(c.index[a] for a in axes)]
