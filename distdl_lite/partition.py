@@ -36,9 +36,11 @@ class Partition:
 
     Parameters
     ----------
-    comm : mpi4py.MPI.Comm, optional
-        The communicator whose ranks form the team. None is the ambient world: all MPI ranks, or the threads of
-        `distdl_lite.testing.spmd`. Partitions made from the same communicator inter-operate.
+    comm : mpi4py.MPI.Comm, torch.distributed.ProcessGroup or torch.distributed.DeviceMesh, optional
+        The communicator whose ranks form the team, in its order. None is the ambient world: the threads of
+        `distdl_lite.testing.spmd` inside one; else the processes of torch.distributed under torchrun and where a process group
+        exists, of MPI elsewhere. The variable ``DISTDL_LITE_TRANSPORT``, ``mpi`` or ``torch``, decides where both could be.
+        Partitions made from the same communicator inter-operate.
 
     Attributes
     ----------
@@ -83,7 +85,7 @@ class Partition:
 
     @staticmethod
     def world() -> Partition:
-        """The ambient world: all MPI ranks, or the threads of `distdl_lite.testing.spmd`."""
+        """The ambient world: all processes of the job, or the threads of `distdl_lite.testing.spmd`."""
         return Partition()
 
     @property
@@ -109,8 +111,9 @@ class Partition:
 
     @property
     def comm(self) -> Any:
-        """A live mpi4py communicator over the team for the user's own traffic; None if inactive or without MPI.
+        """A communicator over the team for the user's own traffic; None if inactive, and where ranks are threads.
 
+        It is mpi4py's over MPI, a process group where torch.distributed moves tensors.
         It is made at first access, which the whole team must make together, and shared by all partitions over the same
         ranks in the same order: freeing it frees it for all of them. The library never sends on it.
         """
@@ -185,7 +188,8 @@ class Partition:
         shape = tuple(integers_of("shape", shape))
         needed = math.prod(shape)
         if ranks is None and needed > self.size:
-            hint = f": start it with mpirun -n {needed}" if self.size == self.world_transport.size else ""
+            start = self.world_transport.launcher.format(needed)
+            hint = f": start it with {start}" if self.size == self.world_transport.size else ""
             raise ValueError(f"a grid of shape {shape} needs {needed} ranks, the partition has {self.size}{hint}")
         team = self.create_partition_inclusive(range(needed) if ranks is None else ranks)
         return team.create_cartesian_topology_partition(shape, periods)
@@ -399,8 +403,10 @@ def partition_of(P: Any) -> Partition:
         own = object.__new__(type(P))
         own.__dict__.update(P.__dict__)
         return own
-    if P is not None and not hasattr(P, "Is_inter"):
-        raise TypeError(f"a Partition or an MPI communicator is needed, not {P!r}")
+    from distdl_lite.transport import is_communicator
+
+    if not is_communicator(P):
+        raise TypeError(f"a Partition or a communicator is needed, not {P!r}")
     return Partition(P)
 
 

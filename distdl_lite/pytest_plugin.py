@@ -1,23 +1,26 @@
-"""pytest under mpirun: all ranks agree on each test's outcome, and each test has a time limit.
+"""pytest under mpirun and torchrun: all ranks agree on each test's outcome, and each test has a time limit.
 
-Active only under ``--with-mpi`` and on more than one rank. Ranks then collect the same tests in the same order; a test that
+Active only under ``--with-mpi`` and on more than one rank; under torchrun it does pytest-mpi's part too, without MPI:
+``torchrun --nproc-per-node 4 -m pytest --with-mpi``. Ranks then collect the same tests in the same order; a test that
 fails on one rank fails on all of them and names the ranks, so that they never go different ways; and a test that runs past
 its limit, as one whose rank 0 has failed while rank 1 waits for it in a collective, is named, the stacks of all threads are
 printed, and the job ends with an error. The limit is 120 seconds, or the ini option ``mpi_timeout``, or ``--mpi-timeout``, or
 the test's ``@pytest.mark.mpi_timeout(seconds)``; 0 is none.
 
-mpi4py is imported only once the plugin is active.
+mpi4py or torch.distributed is imported only once the plugin is active.
 """
 
 from __future__ import annotations
 
 import faulthandler
 import os
+import pickle
 import tempfile
 import threading
 import time
 from collections.abc import Generator, Sequence
 from contextlib import suppress
+from datetime import timedelta
 from typing import Any
 
 import pytest
@@ -26,19 +29,75 @@ EXIT_STATUS = 124  # that of timeout(1)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    text = "seconds that a test may take on several MPI ranks before the job ends with an error; 0 is no limit"
+    text = "seconds that a test may take on several ranks before the job ends with an error; 0 is no limit"
     parser.addini("mpi_timeout", text, default="120")
     parser.addoption("--mpi-timeout", type=float, default=None, metavar="SECONDS", help=text)
 
 
+@pytest.hookimpl(trylast=True)
 def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "mpi_timeout(seconds): the test's time limit on several MPI ranks; 0 is none")
+    config.addinivalue_line("markers", "mpi_timeout(seconds): the test's time limit on several ranks; 0 is none")
     if not config.getoption("--with-mpi", default=False):
         return
-    from mpi4py import MPI
+    line: Any = TorchLine() if "TORCHELASTIC_RUN_ID" in os.environ else MPILine()
+    if line.size > 1:
+        config.pluginmanager.register(Ranks(config, line), "distdl_lite_ranks")
+    if isinstance(line, TorchLine):
+        for plugin in config.pluginmanager.get_plugins():
+            if type(plugin).__name__ == "MPIPlugin":
+                config.pluginmanager.unregister(plugin)
+        config.pluginmanager.register(LeastRanks(line.size), "distdl_lite_least_ranks")
 
-    if MPI.COMM_WORLD.size > 1:
-        config.pluginmanager.register(Ranks(config), "distdl_lite_ranks")
+
+class MPILine:
+    """How the ranks talk under mpirun."""
+
+    def __init__(self) -> None:
+        from mpi4py import MPI
+
+        self.comm, self.end = MPI.COMM_WORLD.Dup(), MPI.COMM_WORLD.Abort
+        self.rank, self.size = self.comm.rank, self.comm.size
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's value. Waits asleep, as a rank that still works may need this one's core."""
+        request, pause = self.comm.Ibarrier(), 1e-5
+        while not request.Test():
+            time.sleep(pause)
+            pause = min(2 * pause, 0.01)
+        return self.comm.allgather(value)
+
+
+class TorchLine:
+    """How they talk under torchrun: through the store by which they find each other."""
+
+    end = staticmethod(os._exit)  # torchrun ends the others
+
+    def __init__(self) -> None:
+        from torch.distributed import PrefixStore, rendezvous
+
+        store, self.rank, self.size = next(rendezvous("env://"))
+        store.set_timeout(timedelta(days=1))  # tests have limits of their own
+        self.store, self.number = PrefixStore("distdl_lite tests", store), 0
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's value."""
+        self.number += 1
+        self.store.set(f"{self.number} {self.rank}", pickle.dumps(value))
+        told = [pickle.loads(self.store.get(f"{self.number} {rank}")) for rank in range(self.size)]
+        self.store.delete_key(f"{self.number - 1} {self.rank}")  # which all have read by now
+        return told
+
+
+class LeastRanks:
+    """Tests marked ``mpi(min_size=n)`` are skipped on fewer ranks, as pytest-mpi does it."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+
+    def pytest_runtest_setup(self, item: pytest.Item) -> None:
+        least = max((mark.kwargs.get("min_size", 1) for mark in item.iter_markers("mpi")), default=1)
+        if self.size < least:
+            pytest.skip(f"the test needs {least} ranks, there are {self.size}")
 
 
 class Watchdog:
@@ -85,24 +144,13 @@ class Watchdog:
 
 
 class Ranks:
-    """The hooks that keep the ranks together. They talk on a communicator of their own."""
+    """The hooks that keep the ranks together. They talk on a line of their own."""
 
-    def __init__(self, config: pytest.Config) -> None:
-        from mpi4py import MPI
-
-        self.comm = MPI.COMM_WORLD.Dup()
-        self.rank, self.size = self.comm.rank, self.comm.size
+    def __init__(self, config: pytest.Config, line: MPILine | TorchLine) -> None:
+        self.rank, self.size, self.gather = line.rank, line.size, line.gather
         given = config.getoption("--mpi-timeout")
         self.limit = float(config.getini("mpi_timeout")) if given is None else given
-        self.watchdog = Watchdog(self.rank, MPI.COMM_WORLD.Abort)
-
-    def gather(self, value: Any) -> list[Any]:
-        """Every rank's value. Waits asleep, as a rank that still works may need this one's core."""
-        request, pause = self.comm.Ibarrier(), 1e-5
-        while not request.Test():
-            time.sleep(pause)
-            pause = min(2 * pause, 0.01)
-        return self.comm.allgather(value)
+        self.watchdog = Watchdog(self.rank, line.end)
 
     @pytest.hookimpl(trylast=True)
     def pytest_collection_finish(self, session: pytest.Session) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch.distributed as dist
+from ranks import over_mpi
 
 import distdl_lite as dl
 from distdl_lite.parallel.process_group import MPIProcessGroup
@@ -28,6 +29,7 @@ def on_group(size: int, ranks: Callable[[int], list[int]] = lambda size: list(ra
     """Run the decorated ``test(group)`` under mpirun with the default group over `size` ranks."""
 
     def decorate(body: Callable[[MPIProcessGroup], None]) -> Callable[[], None]:
+        @over_mpi
         @pytest.mark.mpi(min_size=size)
         def test() -> None:
             P = dl.Partition().create_partition_inclusive(ranks(size))
@@ -47,6 +49,7 @@ def on_group(size: int, ranks: Callable[[int], list[int]] = lambda size: list(ra
 def beside_gloo(body: Callable[[Any, Any], None]) -> Callable[[], None]:
     """Run ``test(group, gloo)`` on two ranks; gloo's processes find each other by rank 0's store."""
 
+    @over_mpi
     @pytest.mark.mpi(min_size=2)
     def test() -> None:
         P = dl.Partition().create_partition_inclusive([0, 1])

@@ -1,4 +1,4 @@
-"""Test bodies that run on several ranks: as threads in the serial session, as MPI processes under mpirun."""
+"""Test bodies that run on several ranks: as threads in the serial session, as processes under mpirun and torchrun."""
 
 from __future__ import annotations
 
@@ -10,11 +10,13 @@ import pytest
 
 import distdl_lite as dl
 from distdl_lite.testing import spmd
-from distdl_lite.transport import Transport, enter, of_communicator
+from distdl_lite.transport import Transport, enter, of_communicator, uses_torch
+
+over_mpi = pytest.mark.skipif(uses_torch(), reason="of MPI itself")
 
 
 def on_ranks(size: int, mpi: bool = False) -> Callable[[Callable[[dl.Partition], Any]], Callable[..., None]]:
-    """Run the decorated ``test(world)`` on `size` ranks, every one of which asserts; with `mpi` also under mpirun."""
+    """Run the decorated ``test(world)`` on `size` ranks, every one of which asserts; with `mpi` also as processes."""
 
     def decorate(body: Callable[[dl.Partition], Any]) -> Callable[..., None]:
         def test(transport: str) -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from blocks import NOTHING, grown, local
 from cases import integers
-from ranks import on_ranks
+from ranks import on_ranks, over_mpi
 from torch.utils.checkpoint import checkpoint
 
 import distdl_lite as dl
@@ -124,6 +124,7 @@ def test_checkpointing(world: Partition) -> None:
 # ---- life ------------------------------------------------------------------------------------------------------------
 
 
+@over_mpi
 @pytest.mark.mpi(min_size=2)
 def test_layers_use_no_more_communicators() -> None:
     """MPICH has about 2,000 context ids, most of which are taken here; there is one communicator per team of ranks.

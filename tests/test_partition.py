@@ -13,7 +13,7 @@ import torch
 from blocks import local
 from hypothesis import given
 from hypothesis import strategies as st
-from ranks import on_ranks
+from ranks import on_ranks, over_mpi
 
 import distdl_lite as dl
 import distdl_lite.nn as dnn
@@ -183,6 +183,7 @@ def test_pickles_of_a_larger_world_are_refused() -> None:
         spmd(2, lambda world: pickle.loads(text))
 
 
+@over_mpi
 @pytest.mark.mpi(min_size=2)
 def test_communicators_of_the_user() -> None:
     """`comm` is the user's own; partitions of one communicator work together, those of two do not."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from cases import integers
-from ranks import on_ranks
+from ranks import on_ranks, over_mpi
 
 import distdl_lite.nn as dnn
 from distdl_lite.partition import Partition
@@ -146,6 +146,7 @@ def test_count_begins_without_the_others(monkeypatch: pytest.MonkeyPatch) -> Non
     assert c.messages == 0
 
 
+@over_mpi
 @pytest.mark.mpi(min_size=2)
 def test_count_over_other_communicators() -> None:
     from mpi4py import MPI

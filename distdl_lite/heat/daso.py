@@ -29,7 +29,7 @@ class DASO(LocalSGD):
     local_optimizer : torch.optim.Optimizer
         Takes the steps.
     total_epochs : int
-    comm : Partition or MPI communicator, optional
+    comm : Partition or communicator, optional
         All ranks; the ambient world by default.
     warmup_epochs, cooldown_epochs, stability_level, max_global_skips, skip_reduction_factor, local_skip_factor
         See `DASOSchedule`.

@@ -25,7 +25,7 @@ class DataParallelMultiGPU(torch.nn.Module):
         The same on all ranks, which make this together.
     optimizer : DASO
         Over the module's parameters.
-    comm : Partition or MPI communicator, optional
+    comm : Partition or communicator, optional
         If given, the one that `optimizer` was made with.
 
     Raises

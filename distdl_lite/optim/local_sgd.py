@@ -35,7 +35,7 @@ class LocalSGD(torch.optim.Optimizer):
     schedule : int or Schedule
         The period in steps, or a function ``(epoch, batch, losses) -> (global_every, local_every, delay)``, such as
         `Periodic`, `PostLocal` and `DASOSchedule`.
-    P : Partition or MPI communicator, optional
+    P : Partition or communicator, optional
         The ranks that average, by default all. A rank outside is alone.
     groups, ranks_per_node : optional
         What a node is, where the schedule's ``local_every`` is not 0: see `levels_of`. By default a host.

@@ -76,7 +76,7 @@ class MPIProcessGroup(dist.ProcessGroup):
 
         Parameters
         ----------
-        P : Partition or mpi4py.MPI.Comm, optional
+        P : Partition or communicator, optional
             Its ranks, in its order, are those of the group. None is all MPI ranks.
         timeout : float or datetime.timedelta, optional
             Seconds that a rank waits in a call for the others, the same on all ranks. Before each call they then also find
@@ -99,6 +99,8 @@ class MPIProcessGroup(dist.ProcessGroup):
             timeout = timeout if isinstance(timeout, timedelta) else timedelta(seconds=timeout)
             if timeout <= timedelta(0):
                 raise ValueError(f"a timeout of {timeout.total_seconds():g} s is not positive")
+        if P.world_transport.name != "MPI":
+            raise ValueError(f"a process group over MPI needs MPI ranks, not {P.world_transport.name}")
         if not P.active:
             return None
         if BACKEND not in dist.Backend.backend_list:
@@ -117,8 +119,6 @@ class MPIProcessGroup(dist.ProcessGroup):
 
     def __init__(self, P: Partition, limit: float | None) -> None:
         comm = P.world_transport.user_communicator(P.ranks)
-        if comm is None:
-            raise ValueError("a process group over MPI needs MPI ranks, not threads of one process")
         super().__init__(P.rank, P.size)
         self._comm, self._limit = comm, limit
         self._MPI = sys.modules[type(comm).__module__]  # mpi4py's, which the transport has imported

@@ -28,7 +28,7 @@ class DDPConfig:
         "mpi".
     rank, world_size : int, optional
         Those of the communicator, which are the default.
-    P : Partition or mpi4py.MPI.Comm, optional
+    P : Partition or communicator, optional
         The ranks. None is the ambient world.
 
     Raises

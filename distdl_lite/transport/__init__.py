@@ -6,8 +6,11 @@ agreements, set-up data and sums that no operator describes.
 
 from __future__ import annotations
 
+import os
+import sys
 import threading
 from collections.abc import Callable, Iterable, Sequence
+from functools import cache
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -54,6 +57,8 @@ class RowsMoving(Protocol):
 class Transport(Protocol):
     """The world as one rank sees it; all ranks of a team make the same calls."""
 
+    name: str  # of what moves tensors
+    launcher: str  # the beginning of a command that starts {} ranks
     rank: int
     size: int
     proc_null: int
@@ -158,14 +163,14 @@ class Transport(Protocol):
         """
 
     def user_communicator(self, ranks: Sequence[int]) -> Any:
-        """A communicator for the user's own traffic, None where there is no MPI."""
+        """A communicator for the user's own traffic, None where ranks are threads."""
 
 
 _ambient = threading.local()
 
 
 def current() -> Transport:
-    """The ambient world: the threads of `spmd` inside one, else all MPI ranks."""
+    """The ambient world: the threads of `spmd` inside one, else all processes."""
     transport = getattr(_ambient, "transport", None)
     return transport if transport is not None else of_communicator(None)
 
@@ -177,12 +182,72 @@ def tallies() -> list[Tally]:
 
 
 def enter(transport: Transport | None) -> None:
-    """Make `transport` this thread's ambient world; None goes back to MPI."""
+    """Make `transport` this thread's ambient world; None goes back to all processes."""
     _ambient.transport = transport
 
 
 def of_communicator(comm: Any) -> Transport:
-    """The transport over an mpi4py communicator (None: all MPI ranks), the same object for the same communicator."""
-    from distdl_lite.transport import mpi
+    """The transport over a communicator (None: all processes), the same object for the same communicator."""
+    if not is_communicator(comm):
+        raise TypeError(f"an mpi4py communicator, a process group or a device mesh is needed, not {comm!r}")
+    if uses_torch() if comm is None else not hasattr(comm, "Is_inter"):
+        from distdl_lite.transport import torch_dist
 
+        return torch_dist.transport_over(comm)
+    try:
+        from distdl_lite.transport import mpi
+    except (ImportError, RuntimeError) as error:
+        raise RuntimeError(
+            "there are no ranks: torchrun has not started this process, and MPI cannot be loaded "
+            f"({type(error).__name__}: {error}). Start it with `torchrun --nproc-per-node N program.py`; or get an MPI, such as "
+            "by `pip install mpi4py mpich`, and start it with `mpirun -n N python program.py`. Without either, "
+            "distdl_lite.testing.spmd runs ranks as threads"
+        ) from error
     return mpi.transport_over(comm)
+
+
+def is_communicator(comm: Any) -> bool:
+    """Whether something says which processes take part: a communicator of mpi4py, a process group, a device mesh, or None."""
+    if comm is None or hasattr(comm, "Is_inter"):
+        return True
+    dist = sys.modules.get("torch.distributed")
+    if dist is None or not dist.is_available():
+        return False
+    is_outside = comm is dist.GroupMember.NON_GROUP_MEMBER
+    return is_outside or isinstance(comm, dist.ProcessGroup) or type(comm).__name__ == "DeviceMesh"
+
+
+@cache
+def uses_torch() -> bool:
+    """Whether the processes move tensors by torch.distributed, not by MPI.
+
+    ``DISTDL_LITE_TRANSPORT`` (``mpi`` or ``torch``) says so; else they do under torchrun and where a process group exists,
+    unless that is one over MPI.
+
+    Raises
+    ------
+    ValueError
+        If the variable is something else, or both MPI's launcher and torch's have started several processes.
+    """
+    named = os.environ.get("DISTDL_LITE_TRANSPORT", "")
+    if named not in ("", "mpi", "torch"):
+        raise ValueError(f"DISTDL_LITE_TRANSPORT={named!r} is neither mpi nor torch")
+    if named:
+        return named == "torch"
+    by_mpi = next((f"{name}={n}" for name in _RANKS_OF_MPI if (n := os.environ.get(name, "1")) != "1"), "")
+    if by_mpi and "TORCHELASTIC_RUN_ID" in os.environ:
+        raise ValueError(
+            f"both MPI's launcher ({by_mpi}) and torchrun (WORLD_SIZE={os.environ.get('WORLD_SIZE')}) have started this "
+            "process: DISTDL_LITE_TRANSPORT=mpi or torch says whose ranks are meant"
+        )
+    return _group_exists() or (not by_mpi and all(name in os.environ for name in _RANKS_OF_TORCH))
+
+
+_RANKS_OF_MPI = "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MPI_LOCALNRANKS"
+_RANKS_OF_TORCH = "RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"
+
+
+def _group_exists() -> bool:
+    """Whether torch's default process group exists, but not over MPI. The call loads nothing."""
+    dist = sys.modules.get("torch.distributed")
+    return dist is not None and dist.is_available() and dist.is_initialized() and dist.get_backend() != "distdl"

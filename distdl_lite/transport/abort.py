@@ -1,9 +1,10 @@
-"""Ending the whole MPI job when one rank raises: plain Python would leave the others waiting for it."""
+"""Ending the whole job when one rank raises: plain Python would leave the others waiting for it."""
 
 from __future__ import annotations
 
 import atexit
 import io
+import os
 import sys
 import threading
 import time
@@ -14,7 +15,7 @@ from typing import Any
 def abort_on_exception(on: bool = True) -> None:
     """Let an exception that nobody catches, in any thread, end all ranks with exit code 1.
 
-    The traceback is printed as before. On one rank, or where MPI is not in use, nothing else changes. `SystemExit` is
+    The traceback is printed as before. On one rank, or where no ranks are in use, nothing else changes. `SystemExit` is
     not an exception in this sense.
 
     Parameters
@@ -63,15 +64,30 @@ def _fail(why: str) -> None:
     abort()
 
 
+def place_in_job() -> tuple[str, int, int]:
+    """By what the job's processes communicate, this one's rank and how many there are; nothing is imported for that.
+
+    What is not in use, or has one rank, is "nothing".
+    """
+    MPI, dist = getattr(sys.modules.get("mpi4py"), "MPI", None), sys.modules.get("torch.distributed")
+    if MPI is not None and MPI.Is_initialized() and not MPI.Is_finalized() and MPI.COMM_WORLD.size > 1:
+        return "MPI", MPI.COMM_WORLD.rank, MPI.COMM_WORLD.size
+    if dist is not None and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        return "torch", dist.get_rank(), dist.get_world_size()
+    return "nothing", 0, 1
+
+
 def abort() -> None:
-    """End the job if MPI is in use; it is not imported for that."""
-    MPI = getattr(sys.modules.get("mpi4py"), "MPI", None)
-    if MPI is None or not MPI.Is_initialized() or MPI.Is_finalized() or MPI.COMM_WORLD.size == 1:
+    """End the job if processes communicate."""
+    by = place_in_job()[0]
+    if by == "nothing":
         return
     if isinstance(sys.stderr, io.StringIO) and sys.__stderr__ is not None:  # somebody keeps it until we come back
         sys.__stderr__.write(sys.stderr.getvalue())
     for stream in (sys.stdout, sys.stderr, sys.__stderr__):
         if stream is not None:
             stream.flush()
-    time.sleep(0.2)  # mpirun forwards what was printed, and may be ended before it has
-    MPI.COMM_WORLD.Abort(1)
+    time.sleep(0.2)  # the launcher forwards what was printed, and may be ended before it has
+    if by == "MPI":
+        sys.modules["mpi4py"].MPI.COMM_WORLD.Abort(1)
+    os._exit(1)  # whereupon torchrun ends the others

@@ -10,7 +10,16 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from queue import SimpleQueue
-from typing import Any, Protocol
+from time import perf_counter, sleep
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+
+from distdl_lite.transport import wire
+
+if TYPE_CHECKING:
+    from distdl_lite.transport.channel import Group, Request
+    from distdl_lite.transport.processes import ProcessTransport
 
 ENGINES = "inline", "thread", "poll"  # who carries a sum out: its start, which waits for it; a thread; MPI, when it can
 
@@ -85,3 +94,96 @@ class Worker:
         self._jobs.put(None)
         thread.join(max(timeout, 0))
         return not thread.is_alive()
+
+
+def summed(
+    transport: ProcessTransport,
+    group: Group,
+    tensor: torch.Tensor,
+    before: Callable[[], Any] | None = None,
+    then: Callable[[], Any] | None = None,
+) -> torch.Tensor:
+    """The sum where tensors travel, in the tensor itself if it can be: `then` is called there, and nothing is to take home."""
+    if before is not None:
+        before()
+    sent = transport.on_wire(tensor)
+    group.all_reduce(sent, sent)
+    if sent is tensor and then is not None:
+        then()
+    return sent
+
+
+def rounded_sum(
+    group: Group,
+    tensor: torch.Tensor,
+    left: torch.Tensor,
+    dtype: torch.dtype,
+    is_ready: Callable[[], Any] | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The sum, and what rounding left of this rank's numbers and of the piece that it adds up, in host memory.
+
+    They are the tensors themselves where they can be: each further vector costs as much as it takes to send one.
+    """
+    if is_ready is not None:
+        is_ready()
+    total, size, ranks = tensor.cpu().contiguous(), tensor.numel(), group.size
+    kept = left if left.is_cpu else torch.empty_like(total)
+    sent = wire.rounded(total, dtype, 1 if ranks == 2 else ranks)
+    torch.sub(total, sent.view(-1)[:size], out=kept)
+    if ranks == 2:  # each adds up everything, in no more bytes
+        return _added_up(_gathered(group, sent), total), kept
+    parts = torch.empty_like(sent)
+    group.all_to_all(sent, parts)
+    exact = _added_up(parts, torch.empty_like(parts[0], dtype=total.dtype))
+    piece = wire.rounded(exact, dtype, 1)
+    total.copy_(_gathered(group, piece).view(-1)[:size])
+    mine = kept[group.rank * exact.numel() :][: exact.numel()]
+    mine += (exact - piece[0])[: mine.numel()]
+    return total, kept
+
+
+def _added_up(rows: torch.Tensor, into: torch.Tensor) -> torch.Tensor:
+    """The sum of the rows, one after another: for long ones five times as fast as torch's sum over the first dim."""
+    into.copy_(rows[0])
+    for row in rows[1:]:
+        into += row
+    return into
+
+
+def _gathered(group: Group, piece: torch.Tensor) -> torch.Tensor:
+    """The ranks' pieces as rows."""
+    rows = piece.new_empty(group.size, piece.numel())
+    group.all_gather(piece, rows, [piece.numel()] * group.size)
+    return rows
+
+
+def take_home(tensor: torch.Tensor, total: torch.Tensor, then: Callable[[], Any] | None = None) -> None:
+    if total is not tensor:
+        tensor.copy_(total)
+    if then is not None:
+        then()
+
+
+def take_both_home(tensor: torch.Tensor, left: torch.Tensor, both: tuple[torch.Tensor, torch.Tensor]) -> None:
+    take_home(tensor, both[0])
+    take_home(left, both[1])
+
+
+class Posted:
+    """A non-blocking sum, which the first `wait` takes home."""
+
+    def __init__(self, request: Request, home: Callable[[], Any]) -> None:
+        self._request, self._home, self._is_home = request, home, False
+
+    def wait(self, timeout: float | None = None) -> bool:
+        if timeout is None:
+            self._request.Wait()
+        end = perf_counter() + (timeout or 0)
+        while not self._request.Test():
+            if perf_counter() > end:
+                return False
+            sleep(0)
+        if not self._is_home:
+            self._is_home = True
+            self._home()
+        return True

@@ -139,6 +139,8 @@ def _inside(frame: FrameType | None) -> str:
 class ThreadTransport(Transport):
     """One rank of a `World`."""
 
+    name = "threads of one process"
+    launcher = "spmd({}, ...)"
     proc_null = -2
 
     def __init__(self, world: World, rank: int) -> None:

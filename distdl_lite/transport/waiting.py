@@ -1,4 +1,4 @@
-"""Ending the whole MPI job when one rank waits too long: MPI would let it wait for ever, and tell nobody where."""
+"""Ending the whole job when one rank waits too long: MPI would let it wait for ever, and tell nobody where."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
 
-from distdl_lite.transport.abort import abort
+from distdl_lite.transport.abort import abort, place_in_job
 
 # Calls of transports that this process has begun. Each of them counts, so that a new wait is told from one that goes on.
 BEGUN = [0]
@@ -43,7 +43,7 @@ def abort_on_timeout(seconds: float | None = 600.0) -> None:
     Notes
     -----
     It is for the calls of layers, primitives and containers. `MPIProcessGroup` has a time limit of its own; the program's own
-    calls of mpi4py have none.
+    calls of mpi4py and torch.distributed have none.
     """
     if seconds is not None and not seconds > 0:
         raise ValueError(f"abort_on_timeout: seconds must be above 0, not {seconds}")
@@ -82,14 +82,12 @@ class _Watch(threading.Thread):
         if frame is None:
             return
         stack = "".join(traceback.format_stack(frame))
-        MPI = getattr(sys.modules.get("mpi4py"), "MPI", None)
-        rank = "" if MPI is None else f" {MPI.COMM_WORLD.rank}"
         print(
-            f"{stack}rank{rank} has waited for others for more than {self.seconds:g} s {_place(frame)}",
+            f"{stack}rank {place_in_job()[1]} has waited for others for more than {self.seconds:g} s {_place(frame)}",
             file=sys.stderr,
             flush=True,
         )
-        threading.Timer(10, os._exit, (1,)).start()  # the call that waits may keep MPI from ending the job
+        threading.Timer(10, os._exit, (1,)).start()  # the call that waits may keep the job from its end
         time.sleep(2)  # the first to end the job takes the others' words
         abort()
 

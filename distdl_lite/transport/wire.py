@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from itertools import groupby
+from operator import attrgetter
 from typing import Any
 
 import numpy
@@ -57,17 +58,23 @@ def indexable(tensor: torch.Tensor, adds: bool = False) -> Any:
 
 
 class Message:
-    """All pieces that go to, or come from, one peer, in one flat host buffer; a device's tensors pass through it."""
+    """All pieces that go to, or come from, one peer, in one flat buffer at `home`; another device's tensors pass through it."""
 
     def __init__(
-        self, peer: int, edges: Iterable[Edge], dtype: torch.dtype, device: torch.device, adds: bool = False
+        self,
+        peer: int,
+        edges: Iterable[Edge],
+        dtype: torch.dtype,
+        device: torch.device,
+        home: torch.device,
+        adds: bool = False,
     ) -> None:
         self.peer = peer
         edges = list(edges)
         sizes = [edge.size for edge in edges]
-        staged = device.type != "cpu"
-        self.host = torch.empty(sum(sizes), dtype=dtype, pin_memory=staged)
-        self._flat = torch.empty(sum(sizes), dtype=dtype, device=device) if staged else self.host
+        staged = device != home
+        self.buffer = torch.empty(sum(sizes), dtype=dtype, device=home, pin_memory=staged)
+        self._flat = torch.empty(sum(sizes), dtype=dtype, device=device) if staged else self.buffer
         parts = [part.view(shape_of(edge.box)) for edge, part in zip(edges, self._flat.split(sizes), strict=True)]
         self._parts = [(edge.slices, part) for edge, part in zip(edges, parts, strict=True)]
         self._pieces = [(slices, indexable(part, adds)) for slices, part in self._parts]
@@ -78,7 +85,7 @@ class Message:
         for slices, piece in self._pieces:
             piece[...] = x[slices]
         if self._staged:
-            self.host.copy_(self._flat)  # waits for the stream: the host may read the buffer afterwards
+            self.buffer.copy_(self._flat)  # waits for the stream: the host may read the buffer afterwards
 
     def unpack(self, y: Any) -> None:
         """Copy the buffer into the pieces of an `indexable`."""
@@ -100,15 +107,15 @@ class Message:
 
     def _load(self) -> None:
         if self._staged:
-            self._flat.copy_(self.host)
+            self._flat.copy_(self.buffer)
 
 
 def messages(
-    edges: Sequence[Edge], rank: int, dtype: torch.dtype, device: torch.device, adds: bool = False
+    edges: Sequence[Edge], rank: int, dtype: torch.dtype, device: torch.device, home: torch.device, adds: bool = False
 ) -> list[Message]:
     """One message per peer other than this rank, in the order of the peers."""
-    crossing = [edge for edge in edges if edge.peer != rank]
-    return [Message(peer, group, dtype, device, adds) for peer, group in groupby(crossing, key=lambda edge: edge.peer)]
+    crossing = sorted((edge for edge in edges if edge.peer != rank), key=attrgetter("peer"))
+    return [Message(peer, group, dtype, device, home, adds) for peer, group in groupby(crossing, attrgetter("peer"))]
 
 
 def kept(sends: Sequence[Edge], receives: Sequence[Edge], rank: int) -> list[tuple[Slices, Slices]]:

@@ -347,7 +347,7 @@ ARGUMENTS = [
     ({"local_optimizer": "SGD"}, TypeError, "local_optimizer must be a torch.optim.Optimizer, not 'SGD'"),
     ({"total_epochs": 5.0}, TypeError, "total_epochs must be an int, not 5.0"),
     ({"total_epochs": 0}, ValueError, "total_epochs must be at least 1, not 0"),
-    ({"comm": "world"}, TypeError, "a Partition or an MPI communicator is needed, not 'world'"),
+    ({"comm": "world"}, TypeError, "a Partition or a communicator is needed, not 'world'"),
     ({"warmup_epochs": "1"}, TypeError, "warmup_epochs must be an int, not '1'"),
     ({"warmup_epochs": -1}, ValueError, "warmup_epochs must be at least 0, not -1"),
     ({"cooldown_epochs": None}, TypeError, "cooldown_epochs must be an int, not None"),

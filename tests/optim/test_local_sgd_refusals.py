@@ -36,7 +36,7 @@ ARGUMENTS: list[tuple[Callable[[], Any], type[Exception], str]] = [
         ValueError,
         "outer must hold the parameters that the optimizer holds",
     ),
-    (lambda: sgd(P=3), TypeError, "a Partition or an MPI communicator is needed, not 3"),
+    (lambda: sgd(P=3), TypeError, "a Partition or a communicator is needed, not 3"),
     (lambda: sgd(groups="host"), TypeError, "groups must be \"node\", a Partition or lists of ranks, not 'host'"),
     (lambda: sgd(groups=[[0], [0, 1]]), ValueError, r"groups .* do not hold each of the ranks \[0, 1\] once"),
     (lambda: sgd(groups=[[0]]), ValueError, r"groups \[\(0,\)\] do not hold each of the ranks \[0, 1\] once"),
@@ -71,7 +71,7 @@ def test_refusals(make: Callable[[], Any], kind: type[Exception], text: str) -> 
 def test_arguments_of_one_rank_are_refused_together(world: dl.Partition) -> None:
     for make, kind, text in ARGUMENTS:
         if (
-            "Partition or an MPI" in text or "the schedule's" in text
+            "Partition or a communicator" in text or "the schedule's" in text
         ):  # who takes part must be known; steps agree on nothing
             continue
         good = {"outer": lambda tensors: torch.optim.SGD(tensors, lr=1.0)} if "outer" in text else {}

@@ -25,8 +25,8 @@ from distdl_lite.transport.sums import ENGINES
 ARGUMENTS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"module": torch.tanh}, TypeError, "DataParallel: a torch.nn.Module is needed, not <built-in method tanh"),
     ({"module": dl.tagi.Sequential()}, TypeError, "no gradients to sum; use dl.tagi.DDPSequential"),
-    ({"P": 3}, TypeError, "P must be a Partition or an mpi4py communicator, not 3"),
-    ({"P": "world"}, TypeError, "P must be a Partition or an mpi4py communicator, not 'world'"),
+    ({"P": 3}, TypeError, "P must be a Partition or a communicator, not 3"),
+    ({"P": "world"}, TypeError, "P must be a Partition or a communicator, not 'world'"),
     ({"average": "mean"}, ValueError, "average must be one of samples, sum, ranks, none, not 'mean'"),
     ({"average": None}, ValueError, "average must be one of samples, sum, ranks, none, not None"),
     ({"sync_buffers": True}, ValueError, "sync_buffers must be one of root, mean, none, not True"),

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from copies import assert_gradients, draw, mean_square, mlp, train, twins
-from ranks import on_ranks
+from ranks import on_ranks, over_mpi
 from torch import nn
 
 import distdl_lite as dl
@@ -53,6 +53,7 @@ def test_the_first_of_the_lowest_ranks_is_the_root(world: dl.Partition) -> None:
     assert model.weight.tolist() == (told[1] if P.active else told[0])
 
 
+@over_mpi
 @pytest.mark.mpi(min_size=3)
 @pytest.mark.check("A1")
 def test_communicators() -> None:

@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from groups import beside_gloo, on_group
+from ranks import over_mpi
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -265,6 +266,7 @@ def test_tensors_over_a_mesh(group: MPIProcessGroup) -> None:
     assert torch.equal(x.redistribute(mesh, [Shard(1), Shard(0)]).full_tensor(), a)
 
 
+@over_mpi
 @pytest.mark.mpi(min_size=2)
 def test_the_library_and_ddp_together() -> None:
     """The library's own messages and those of a group do not meet."""

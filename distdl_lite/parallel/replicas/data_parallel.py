@@ -47,7 +47,7 @@ class DataParallel(torch.nn.Module):
     ----------
     module : torch.nn.Module
         All ranks build the same.
-    P : Partition or mpi4py.MPI.Comm, optional
+    P : Partition or communicator, optional
         The ranks that hold copies. Of a Cartesian partition, those along the first axis, the batch; along the others
         the module's own layers may cut its tensors. None is the ambient world. A rank outside gets a zero-volume
         tensor that requires grad, so that backward is the same line everywhere.

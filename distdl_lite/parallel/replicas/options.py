@@ -12,6 +12,7 @@ import torch
 from distdl_lite.heat.deferred import DataParallelOptimizer
 from distdl_lite.parallel.replicas.bucket import Bucket
 from distdl_lite.partition import Partition
+from distdl_lite.transport import is_communicator
 from distdl_lite.transport.sums import ENGINES
 
 BAD_WEIGHT = "DataParallel: the loss_weight of some rank is negative or not finite"
@@ -73,8 +74,8 @@ class Options:
 
 def check_ranks(P: Any) -> None:
     """Raise TypeError unless `P` says which ranks hold copies."""
-    if not (P is None or isinstance(P, Partition) or hasattr(P, "Is_inter")):
-        raise TypeError(f"DataParallel: P must be a Partition or an mpi4py communicator, not {P!r}")
+    if not (isinstance(P, Partition) or is_communicator(P)):
+        raise TypeError(f"DataParallel: P must be a Partition or a communicator, not {P!r}")
 
 
 def check_module(module: Any) -> None:

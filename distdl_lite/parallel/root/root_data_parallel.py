@@ -39,7 +39,7 @@ class RootDataParallel(torch.nn.Module):
     module : torch.nn.Module
         On the root the model; on other ranks one of the same structure, whose weights are not read and may be on ``meta``,
         and are replaced by copies of the root's. It holds no distributed layers or containers.
-    P : Partition or mpi4py.MPI.Comm, optional
+    P : Partition or communicator, optional
         The ranks that build the container together; None is the ambient world.
     dim : int
         The dim along which tensors are cut and outputs put together; it may count from the end.

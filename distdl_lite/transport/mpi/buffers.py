@@ -17,8 +17,6 @@ if "mpi4py.MPI" not in sys.modules:  # else MPI has begun
     os.environ.setdefault("OMPI_MCA_mpi_yield_when_idle", "1")
 from mpi4py import MPI
 
-from distdl_lite.transport import wire
-
 _TYPES = {
     torch.float32: MPI.FLOAT,
     torch.float64: MPI.DOUBLE,
@@ -51,10 +49,3 @@ def as_numbers(tensor: torch.Tensor) -> list[Any]:
 def at_host(tensor: torch.Tensor) -> torch.Tensor:
     """The tensor contiguous in host memory, itself where it is so already."""
     return (tensor if tensor.device.type == "cpu" else tensor.cpu()).contiguous()
-
-
-def on_wire(tensor: torch.Tensor) -> torch.Tensor:
-    """A contiguous host tensor of a dtype MPI can add; the tensor itself where it is one already."""
-    if tensor.dtype in _TYPES:
-        return at_host(tensor)
-    return tensor.to("cpu", wire.wire_dtype(tensor.dtype)).contiguous()
