@@ -45,24 +45,14 @@ def info(arguments: argparse.Namespace) -> str | None:
     ]
     try:
         from distdl_lite.transport.mpi import MPI
+        from distdl_lite.transport.mpi.about import about
     except (ImportError, RuntimeError) as error:
         return _listed([*lines, ("MPI", f"cannot be loaded: {type(error).__name__}: {error}")])
     hosts = MPI.COMM_WORLD.gather(MPI.Get_processor_name())
     if hosts is None:
         return None
-    levels = {getattr(MPI, f"THREAD_{name}"): name for name in ("SINGLE", "FUNNELED", "SERIALIZED", "MULTIPLE")}
-    kinds = MPI.COMM_WORLD.Get_info().Get("mpi_memory_alloc_kinds")
-    aware = (
-        f"{'yes' if 'cuda' in kinds else 'no'} (memory: {kinds})"
-        if kinds is not None
-        else "the MPI library does not say"
-    )
     lines += [
-        ("mpi4py", sys.modules["mpi4py"].__version__),
-        ("MPI library", MPI.Get_library_version().split("\n")[0].strip("\0 ")),
-        ("MPI standard", ".".join(map(str, MPI.Get_version()))),
-        ("thread level", levels[MPI.Query_thread()]),
-        ("CUDA-aware MPI", aware),
+        *about().items(),
         ("ranks", str(len(hosts))),
         ("hosts", ", ".join(f"{host} ({number})" for host, number in Counter(hosts).items())),
     ]
@@ -157,7 +147,7 @@ def _explanation(arguments: argparse.Namespace, X: lay.Layout, Y: lay.Layout, ra
 
 def plan_model(arguments: argparse.Namespace) -> str:
     """The report of a model over a grid, or the grids for a number of ranks; no rank but this process is needed."""
-    from distdl_lite.model.report import report
+    from distdl_lite.model.report import TYPICAL, Machine, report
     from distdl_lite.model.suggest import suggest
 
     if (arguments.grid is None) == (arguments.ranks is None):
@@ -169,13 +159,14 @@ def plan_model(arguments: argparse.Namespace) -> str:
         shape if dtype is None else torch.empty(shape, dtype=dtype, device="meta") for shape, dtype in arguments.shape
     ]
     train = not arguments.eval
+    machine = TYPICAL if arguments.machine is None else Machine.read(arguments.machine)
     try:
         if arguments.grid is None:
             memory = math.inf if arguments.memory is None else arguments.memory
-            found: Any = suggest(model, *inputs, ranks=arguments.ranks, memory=memory, train=train)
+            found: Any = suggest(model, *inputs, ranks=arguments.ranks, memory=memory, train=train, machine=machine)
             told: Any = [{"grid": s.grid, "fits": s.fits, "reason": s.reason} | s.report.to_dict() for s in found]
         else:
-            found = report(model, arguments.grid, *inputs, train=train)
+            found = report(model, arguments.grid, *inputs, train=train, machine=machine)
             told = found.to_dict()
     except (RuntimeError, TypeError) as error:
         raise ValueError(str(error)) from error
@@ -329,6 +320,7 @@ def _add_plan(told: argparse.ArgumentParser) -> None:
         help="of an argument's whole tensor, such as 1x3x512x512 or 8x128:int64",
     )
     told.add_argument("--memory", type=float, help="bytes that a rank has, such as 80e9")
+    told.add_argument("--machine", metavar="FILE", help="for the times: of `bench machine --json FILE`")
     told.add_argument("--eval", action="store_true", help="in evaluation: no backward")
     told.add_argument("--markdown", action="store_true", help="print a table in Markdown")
     told.add_argument("--json", action="store_true", help="print all numbers as JSON")
