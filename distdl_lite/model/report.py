@@ -56,7 +56,7 @@ class Machine:
 
     @classmethod
     def read(cls, path: str | os.PathLike[str]) -> Machine:
-        """The numbers that ``python -m distdl_lite bench machine --json FILE`` has measured.
+        """The numbers that ``python -m distdl_lite bench machine --json FILE`` or ``doctor --out FILE`` has measured.
 
         Of several rows for a number the last counts; a number without one is `TYPICAL`'s.
 
