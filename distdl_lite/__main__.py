@@ -1,4 +1,4 @@
-"""The command line: `python -m distdl_lite info`, `explain`, `plan` and `bench`."""
+"""The command line: `python -m distdl_lite info`, `doctor`, `explain`, `plan` and `bench`."""
 
 from __future__ import annotations
 
@@ -45,28 +45,25 @@ def info(arguments: argparse.Namespace) -> str | None:
     ]
     try:
         from distdl_lite.transport.mpi import MPI
+        from distdl_lite.transport.mpi.about import about
     except (ImportError, RuntimeError) as error:
         return _listed([*lines, ("MPI", f"cannot be loaded: {type(error).__name__}: {error}")])
     hosts = MPI.COMM_WORLD.gather(MPI.Get_processor_name())
     if hosts is None:
         return None
-    levels = {getattr(MPI, f"THREAD_{name}"): name for name in ("SINGLE", "FUNNELED", "SERIALIZED", "MULTIPLE")}
-    kinds = MPI.COMM_WORLD.Get_info().Get("mpi_memory_alloc_kinds")
-    aware = (
-        f"{'yes' if 'cuda' in kinds else 'no'} (memory: {kinds})"
-        if kinds is not None
-        else "the MPI library does not say"
-    )
     lines += [
-        ("mpi4py", sys.modules["mpi4py"].__version__),
-        ("MPI library", MPI.Get_library_version().split("\n")[0].strip("\0 ")),
-        ("MPI standard", ".".join(map(str, MPI.Get_version()))),
-        ("thread level", levels[MPI.Query_thread()]),
-        ("CUDA-aware MPI", aware),
+        *about().items(),
         ("ranks", str(len(hosts))),
         ("hosts", ", ".join(f"{host} ({number})" for host, number in Counter(hosts).items())),
     ]
     return _listed(lines)
+
+
+def doctor(arguments: argparse.Namespace) -> None:
+    """Check a job's ranks, cores, messages and devices; exit code 1 if something is wrong."""
+    from distdl_lite.doctor import doctor as examined
+
+    sys.exit(examined(arguments))
 
 
 def _listed(facts: Sequence[tuple[str, str]]) -> str:
@@ -157,7 +154,7 @@ def _explanation(arguments: argparse.Namespace, X: lay.Layout, Y: lay.Layout, ra
 
 def plan_model(arguments: argparse.Namespace) -> str:
     """The report of a model over a grid, or the grids for a number of ranks; no rank but this process is needed."""
-    from distdl_lite.model.report import report
+    from distdl_lite.model.report import TYPICAL, Machine, report
     from distdl_lite.model.suggest import suggest
 
     if (arguments.grid is None) == (arguments.ranks is None):
@@ -169,13 +166,14 @@ def plan_model(arguments: argparse.Namespace) -> str:
         shape if dtype is None else torch.empty(shape, dtype=dtype, device="meta") for shape, dtype in arguments.shape
     ]
     train = not arguments.eval
+    machine = TYPICAL if arguments.machine is None else Machine.read(arguments.machine)
     try:
         if arguments.grid is None:
             memory = math.inf if arguments.memory is None else arguments.memory
-            found: Any = suggest(model, *inputs, ranks=arguments.ranks, memory=memory, train=train)
+            found: Any = suggest(model, *inputs, ranks=arguments.ranks, memory=memory, train=train, machine=machine)
             told: Any = [{"grid": s.grid, "fits": s.fits, "reason": s.reason} | s.report.to_dict() for s in found]
         else:
-            found = report(model, arguments.grid, *inputs, train=train)
+            found = report(model, arguments.grid, *inputs, train=train, machine=machine)
             told = found.to_dict()
     except (RuntimeError, TypeError) as error:
         raise ValueError(str(error)) from error
@@ -282,6 +280,7 @@ def parser() -> argparse.ArgumentParser:
     commands = made.add_subparsers(required=True, metavar="COMMAND")
     about = "versions, MPI library, thread level, CUDA awareness, ranks, hosts"
     commands.add_parser("info", help=about).set_defaults(run=info)
+    _add_doctor(commands)
     _add_explain(commands.add_parser("explain", help="who sends what to whom for a primitive; needs no MPI"))
     _add_plan(commands.add_parser("plan", help="what a model cut over a grid moves, computes and holds; needs no MPI"))
     timed = commands.add_parser(
@@ -295,6 +294,19 @@ def parser() -> argparse.ArgumentParser:
     timed.add_argument("--seconds", type=float, default=1.0, help="to spend on each row (1)")
     timed.set_defaults(run=bench)
     return made
+
+
+def _add_doctor(commands: Any) -> None:
+    about = "whether ranks, cores, messages, sums and devices work, how fast, and what to set; exit code 1 if something is wrong"
+    told = commands.add_parser(
+        "doctor",
+        help=about,
+        description=f"Under the mpirun, srun or torchrun of your program, with its variables: {about}.",
+    )
+    told.add_argument("--json", action="store_true", help="print all findings as JSON, on rank 0")
+    told.add_argument("--out", metavar="FILE", help="write latency and bandwidth there, for `plan --machine FILE`")
+    told.add_argument("--limit", type=float, default=60.0, help="seconds that a check may take (60)")
+    told.set_defaults(run=doctor)
 
 
 def _add_explain(told: argparse.ArgumentParser) -> None:
@@ -329,6 +341,9 @@ def _add_plan(told: argparse.ArgumentParser) -> None:
         help="of an argument's whole tensor, such as 1x3x512x512 or 8x128:int64",
     )
     told.add_argument("--memory", type=float, help="bytes that a rank has, such as 80e9")
+    told.add_argument(
+        "--machine", metavar="FILE", help="for the times: of `bench machine --json FILE` or `doctor --out FILE`"
+    )
     told.add_argument("--eval", action="store_true", help="in evaluation: no backward")
     told.add_argument("--markdown", action="store_true", help="print a table in Markdown")
     told.add_argument("--json", action="store_true", help="print all numbers as JSON")

@@ -135,7 +135,7 @@ def planned(capsys: pytest.CaptureFixture[str], *words: str) -> str:
 
 
 @pytest.mark.usefixtures("_here")
-def test_plan_reports_a_model_over_a_grid(capsys: pytest.CaptureFixture[str]) -> None:
+def test_plan_reports_a_model_over_a_grid(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["--grid", "1x1x2x2", "--shape", "1x3x36x26"]
     text = planned(capsys, *words)
     assert "avg_pool2d" in text
@@ -147,6 +147,11 @@ def test_plan_reports_a_model_over_a_grid(capsys: pytest.CaptureFixture[str]) ->
     told = json.loads(planned(capsys, *words, "--json", "--eval"))
     assert told["grid"] == [1, 1, 2, 2]
     assert told["backward"]["messages"] == 0
+    path = tmp_path / "machine.json"
+    path.write_text('[{"what": "latency", "ours": 2e6, "unit": "us"}, {"what": "rate", "ours": 3, "unit": "G/s"}]')
+    slow = json.loads(planned(capsys, *words, "--json", "--machine", str(path)))
+    assert slow["seconds"] > 2 > told["seconds"]
+    assert slow["machine"]["rate"] == 3e9
     wide = json.loads(planned(capsys, "--grid", "1x1x2x2", "--shape", "1x3x36x26:float64", "--json", "--eval"))
     assert wide["forward"]["bytes"] == 2 * told["forward"]["bytes"] > 0
 
@@ -166,6 +171,10 @@ def test_plan_suggests_grids(capsys: pytest.CaptureFixture[str]) -> None:
     [
         (["these_tests:model", "--shape", "3"], "plan needs either --grid, for a report, or --ranks"),
         (["these_tests:model", "--shape", "3", "--grid", "1", "--ranks", "1"], "plan needs either --grid"),
+        (
+            ["these_tests:model", "--grid", "1", "--shape", "3", "--machine", "/no/such/file"],
+            "No such file or directory",
+        ),
         (["these_tests:model", "--grid", "1x1x2x2"], "plan needs --shape, once for each argument"),
         (["these_tests", "--grid", "1", "--shape", "3"], "'these_tests' does not say package.module:factory"),
         (["no_such_module:model", "--grid", "1", "--shape", "3"], "No module named 'no_such_module'"),

@@ -56,7 +56,7 @@ LEVELS = [
 ]
 PURE = ["grid", "partition", "layout", "factors", "plan", "optim/schedule"]
 ANYTHING = ["__init__", "__main__", "testing", "pytest_plugin"]
-FRONT = ["bench", "parallel", "optim", "heat", "tagi", "checkpoint", "data", "show"]
+FRONT = ["bench", "parallel", "optim", "heat", "tagi", "checkpoint", "data", "show", "doctor"]
 
 
 def imported(path: Path, inside_functions: bool = True) -> set[str]:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import math
+import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -50,6 +53,28 @@ class Machine:
     rate: float = 5e12
     memory_bandwidth: float = 1e12
     optimizer: float = 2.0
+
+    @classmethod
+    def read(cls, path: str | os.PathLike[str]) -> Machine:
+        """The numbers that ``python -m distdl_lite bench machine --json FILE`` or ``doctor --out FILE`` has measured.
+
+        Of several rows for a number the last counts; a number without one is `TYPICAL`'s.
+
+        Raises
+        ------
+        ValueError
+            If the file holds no such rows.
+        """
+        units = {"us": 1e-6, "GB/s": 1e9, "G/s": 1e9}
+        names = {field.name for field in fields(cls)}
+        try:
+            rows = json.loads(Path(path).read_text(encoding="utf-8"))
+            found = {row["what"]: row["ours"] * units[row["unit"]] for row in rows if row["what"] in names}
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{path} holds no rows of measured numbers: {error!r}") from error
+        if not found:
+            raise ValueError(f"{path} has no row for any of {', '.join(sorted(names))}")
+        return cls(**found)
 
 
 TYPICAL = Machine()
