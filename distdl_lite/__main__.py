@@ -35,7 +35,7 @@ _MOST_RANKS = 2**24
 
 
 def info(arguments: argparse.Namespace) -> str | None:
-    """Versions and what MPI offers; None on the ranks that do not print."""
+    """Versions and what joins the ranks; None on those that do not print."""
     lines = [
         ("distdl_lite", distdl_lite.__version__),
         ("Python", platform.python_version()),
@@ -44,19 +44,17 @@ def info(arguments: argparse.Namespace) -> str | None:
         ("CUDA in torch", f"{torch.cuda.device_count()} devices" if torch.cuda.is_available() else "not available"),
     ]
     try:
-        from distdl_lite.transport.mpi import MPI
+        P = Partition.world()
+    except (RuntimeError, ValueError) as error:
+        return _listed([*lines, ("ranks", f"none: {error}")])
+    lines.append(("transport", P.world_transport.name))
+    if P.world_transport.name == "MPI":
         from distdl_lite.transport.mpi.about import about
-    except (ImportError, RuntimeError) as error:
-        return _listed([*lines, ("MPI", f"cannot be loaded: {type(error).__name__}: {error}")])
-    hosts = MPI.COMM_WORLD.gather(MPI.Get_processor_name())
-    if hosts is None:
-        return None
-    lines += [
-        *about().items(),
-        ("ranks", str(len(hosts))),
-        ("hosts", ", ".join(f"{host} ({number})" for host, number in Counter(hosts).items())),
-    ]
-    return _listed(lines)
+
+        lines += about().items()
+    hosts = Counter(P.allgather_data(platform.node()) or ())
+    lines += [("ranks", str(P.size)), ("hosts", ", ".join(f"{host} ({number})" for host, number in hosts.items()))]
+    return _listed(lines) if P.rank == 0 else None
 
 
 def doctor(arguments: argparse.Namespace) -> None:
@@ -278,13 +276,15 @@ def parser() -> argparse.ArgumentParser:
     """The command line's grammar."""
     made = argparse.ArgumentParser(prog="python -m distdl_lite", description=distdl_lite.__doc__)
     commands = made.add_subparsers(required=True, metavar="COMMAND")
-    about = "versions, MPI library, thread level, CUDA awareness, ranks, hosts"
+    about = "versions, what joins the ranks, MPI's library, thread level and CUDA awareness, hosts"
     commands.add_parser("info", help=about).set_defaults(run=info)
     _add_doctor(commands)
     _add_explain(commands.add_parser("explain", help="who sends what to whom for a primitive; needs no MPI"))
     _add_plan(commands.add_parser("plan", help="what a model cut over a grid moves, computes and holds; needs no MPI"))
     timed = commands.add_parser(
-        "bench", help="our calls beside hand-written ones; start it with mpirun -n 2", description=_BARS
+        "bench",
+        help="our calls beside hand-written ones; start it with mpirun -n 2 or torchrun --nproc-per-node 2",
+        description=_BARS,
     )
     timed.add_argument("which", choices=_BENCHMARKS)
     timed.add_argument("--json", metavar="FILE", help="write the rows there too")

@@ -38,7 +38,7 @@ def child(voice: Voice) -> None:
 
 
 def _about(world: Any) -> dict[str, str]:
-    if getattr(world, "name", "MPI") != "MPI":
+    if world.name != "MPI":
         is_direct = world.home(torch.device("cuda")).type == "cuda"
         return {"transport": world.name, "device tensors": "by NCCL" if is_direct else "by Gloo, through host memory"}
     from distdl_lite.transport.mpi.about import about
@@ -70,7 +70,7 @@ def _steps(world: Any, devices: Any) -> Iterator[tuple[str, Callable[[], Any]]]:
     if devices is None:
         return
     yield "stream order", partial(checks.stream_order, world, devices)
-    if not hasattr(world, "comm"):
+    if world.name != "MPI":
         return
     from distdl_lite.transport.mpi.about import posted_sum, ring, takes_cuda
 
