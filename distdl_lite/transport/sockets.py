@@ -92,6 +92,12 @@ class Line:
     def _rank(self, away: int) -> int:
         return int(self._team[(self._place + away) % self._size])
 
+    def _give(self, step: int, given: socket.socket, data: bytes) -> None:
+        try:
+            given.sendall(data)
+        except OSError as error:
+            raise ConnectionError(f"rank {self._rank(0)} sends to rank {self._rank(-step)}: {error}") from error
+
     def _take(self, step: int, taken: socket.socket, size: int | None = None) -> bytes:
         try:
             return _frame(taken) if size is None else _received(taken, size)
@@ -103,7 +109,8 @@ class Line:
         if self._vote:  # an error kept this rank from asking for the result
             self.finish()
         self._vote = struct.pack("Q", value)
-        self._steps[0][1].sendall(self._vote)
+        step, given, _ = self._steps[0]
+        self._give(step, given, self._vote)
 
     def finish(self) -> int:
         """The sum of the ranks' numbers modulo 2^64."""
@@ -111,7 +118,7 @@ class Line:
         for step, given, taken in self._steps:
             size = 8 * min(step, self._size - step)
             if step > 1:
-                given.sendall(held[:size])
+                self._give(step, given, held[:size])
             held += self._take(step, taken, size)
         return sum(array("Q", held)) % 2**64
 
@@ -132,10 +139,10 @@ class Line:
 
     def _swapped(self, step: int, given: socket.socket, taken: socket.socket, data: bytes) -> bytes:
         """Send to one and receive from the other, at once where sockets may not take all."""
-        sender = threading.Thread(target=given.sendall, args=[_framed(data)])
         if len(data) < _SMALL:
-            sender.run()
+            self._give(step, given, _framed(data))
             return self._take(step, taken)
+        sender = threading.Thread(target=self._give, args=(step, given, _framed(data)))
         sender.start()
         came = self._take(step, taken)
         sender.join()

@@ -12,7 +12,7 @@ import pickle
 import random
 import sys
 import threading
-from collections import defaultdict, deque
+from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from functools import reduce
 from time import perf_counter
@@ -75,7 +75,8 @@ class World:
 
     def __init__(self, size: int) -> None:
         self.size = size
-        self.mail: dict[tuple[int, int], deque[Any]] = defaultdict(deque)
+        self.mail: dict[tuple[int, int, int], Any] = {}  # by sender, receiver and number, until it is fetched
+        self.posted: Counter[tuple[str, int, int]] = Counter()  # how many were sent, and how many asked for, so far
         # By team, lane and number, until the last rank has come.
         self.meetings: dict[tuple[tuple[int, ...], str, int], dict[int, Any]] = defaultdict(dict)
         self.errors: dict[int, BaseException] = {}
@@ -297,30 +298,36 @@ class ThreadChannel:
         self._sends = [(leg, edge) for leg in plan.legs for edge in leg.sends]
         self._receives = [(leg, edge) for leg in plan.legs for edge in leg.receives]
 
-    def start(self, x: torch.Tensor) -> None:
+    def start(self, x: torch.Tensor) -> list[tuple[int, int, int]]:
+        rank, mail = self.plan.rank, self.transport.world.mail
         for leg, edge in self._sends:
-            mail = self.transport.world.mail[self.plan.rank, edge.peer]
-            mail.append((leg.pattern, leg.team, x[edge.slices].clone()))
+            mail[self._number("sent", rank, edge.peer)] = leg.pattern, leg.team, x[edge.slices].clone()
+        return [self._number("asked for", edge.peer, rank) for _, edge in self._receives]
 
-    def finish(self, pending: None, into: torch.Tensor | None = None) -> torch.Tensor:
+    def _number(self, what: str, sender: int, receiver: int) -> tuple[int, int, int]:
+        """The key of the next message from one to the other, of which several operators may have some under way."""
+        posted = self.transport.world.posted
+        posted[what, sender, receiver] += 1
+        return sender, receiver, posted[what, sender, receiver]
+
+    def finish(self, pending: list[tuple[int, int, int]], into: torch.Tensor | None = None) -> torch.Tensor:
         dtype = wire.wire_dtype(self.dtype) if self.plan.adds_out else self.dtype
         y = torch.zeros(self.plan.returned_shape, dtype=dtype, device=self.device) if into is None else into
-        for leg, edge in self._receives:
-            part = self._next(edge.peer, leg.pattern.value, leg.team)
+        for key, (leg, edge) in zip(pending, self._receives, strict=True):
+            part = self._fetched(key, leg.pattern.value, leg.team)
             if self.plan.adds_out or into is not None:
                 y[edge.slices] += part
             else:
                 y[edge.slices] = part
         return y.to(self.dtype)
 
-    def _next(self, peer: int, pattern: str, team: Team) -> torch.Tensor:
-        rank = self.plan.rank
-        mail = self.transport.world.mail[peer, rank]
+    def _fetched(self, key: tuple[int, int, int], pattern: str, team: Team) -> torch.Tensor:
+        (peer, rank, _), mail = key, self.transport.world.mail
         shape = list(self.plan.shape_out or ())
         self.transport.world.wait(
-            rank, lambda: bool(mail), f"a message of a {pattern} to shape {shape} from rank {peer}"
+            rank, lambda: key in mail, f"a message of a {pattern} to shape {shape} from rank {peer}"
         )
-        sent, sent_team, part = mail.popleft()
+        sent, sent_team, part = mail.pop(key)
         if (sent.value, sent_team) != (pattern, team):
             raise RuntimeError(
                 f"rank {rank} expects a message of a {pattern} from rank {peer}, which sent a {sent.value}"
