@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed.distributed_c10d as c10d
 
 from distdl_lite.grid import Grid
 from distdl_lite.layout import balanced_blocks
@@ -156,23 +158,35 @@ def test_mpi_gets_memory_after_the_stream_has_written_it(calls: list[str], monke
     assert calls == ["wait for stream", "sum", "wait for stream", "start", "pack", "wait for stream", "start"]
 
 
-@pytest.mark.cuda
-def test_collectives_of_nccl_with_one_rank(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch_dist, "uses_nccl", lambda: True)
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
+def test_groups_of_one_rank(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every collective of the backends, which torch may name otherwise; the results are what was sent."""
+    monkeypatch.setattr(torch_dist, "uses_nccl", lambda: device == "cuda")
     group = torch_dist.TorchGroup(torch.distributed.HashStore(), 0, 1)
-    for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.int64, torch.complex64):
-        x = torch.arange(6, device="cuda").to(dtype)
+    for dtype in (torch.float32, torch.float64, torch.int64, torch.complex64):
+        x = torch.arange(6, device=device).to(dtype)
         for call in (
-            lambda x, y: group.all_reduce(x, y),
-            lambda x, y: group.reduce(x, y, 0),
-            lambda x, y: group.all_gather(x, y, [6]),
-            lambda x, y: group.reduce_scatter(x, y, [6]),
-            lambda x, y: group.all_to_all(x, y),
+            lambda y, x=x: group.all_reduce(x, y),
+            lambda y, x=x: group.all_reduce(x, y, "max"),
+            lambda y, x=x: group.reduce(x, y, 0),
+            lambda y, x=x: group.all_gather(x, y, [6]),
+            lambda y, x=x: group.reduce_scatter(x, y, [6]),
+            lambda y, x=x: group.all_to_all(x.view(1, 6), y.view(1, 6)),
         ):
             y = torch.zeros_like(x)
-            call(x, y)
+            call(y)
             assert torch.equal(x, y)
         group.broadcast(x, 0)
         posted = group.post_all_reduce(x)
         posted.Wait()
-        assert torch.equal(x, torch.arange(6, device="cuda").to(dtype))
+        assert posted.Test()
+        assert torch.equal(x, torch.arange(6, device=device).to(dtype))
+
+
+def test_torch_makes_groups_by_name_from_a_store() -> None:
+    """The calls for it are not public."""
+    arguments = list(inspect.signature(c10d._new_process_group_helper).parameters)
+    assert arguments[:6] == ["group_size", "group_rank", "global_ranks_in_group", "backend", "store", "group_name"]
+    assert "timeout" in arguments
+    assert isinstance(c10d._world.pg_group_ranks, dict)
+    assert callable(c10d._get_default_store)

@@ -8,7 +8,6 @@ from types import ModuleType
 
 import pytest
 import torch
-from ranks import over_mpi
 
 import distdl_lite as dl
 from distdl_lite.testing import spmd
@@ -104,7 +103,6 @@ def test_data_parallelism_takes_only_batches_that_divide(capsys: pytest.CaptureF
     assert "--batch 96 must be divisible by 5, the number of ranks" in capsys.readouterr().err
 
 
-@over_mpi
 @pytest.mark.mpi(min_size=2)
 @pytest.mark.filterwarnings("ignore")  # torch's modules warn of each other
 def test_data_parallelism_by_ddp() -> None:

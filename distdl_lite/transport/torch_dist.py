@@ -8,6 +8,7 @@ ranks of the job, or the same number of groups made before on each of them.
 from __future__ import annotations
 
 import atexit
+import hashlib
 import warnings
 from collections import Counter
 from collections.abc import Sequence
@@ -50,7 +51,8 @@ class _Job:
     def new_name(self, ranks: tuple[int, ...]) -> str:
         """A name for what these ranks are about to make together."""
         self.made[ranks] += 1
-        return f"distdl_lite {ranks} {self.made[ranks]}"
+        digest = hashlib.blake2b(str(ranks).encode(), digest_size=8).hexdigest()  # of thousands of ranks, too
+        return f"distdl_lite {digest} {self.made[ranks]}"
 
     def group(self, ranks: tuple[int, ...]) -> TorchGroup:
         """A new group of these ranks, in their order, which make it together."""
