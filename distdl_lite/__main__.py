@@ -222,7 +222,8 @@ def bench(arguments: argparse.Namespace) -> str | None:
     which = import_module(f"distdl_lite.bench.{arguments.which}")
     allowed = which.RANKS or (P.size,)
     if P.size not in allowed:
-        text = f"bench {arguments.which} runs on {', '.join(map(str, allowed))} ranks, not on {P.size}: use mpirun -n 2"
+        counts, start = ", ".join(map(str, allowed)), P.world_transport.launcher.format(2)
+        text = f"bench {arguments.which} runs on {counts} ranks, not on {P.size}: use {start}"
         sys.exit(text if P.rank == 0 else 1)
     rows = which.rows(P, arguments.seconds)
     if P.rank != 0:
@@ -285,7 +286,7 @@ def parser() -> argparse.ArgumentParser:
     _add_explain(commands.add_parser("explain", help="who sends what to whom for a primitive; needs no MPI"))
     _add_plan(commands.add_parser("plan", help="what a model cut over a grid moves, computes and holds; needs no MPI"))
     timed = commands.add_parser(
-        "bench", help="our calls beside hand-written ones; start it with mpirun -n 2", description=_BARS
+        "bench", help="our calls beside hand-written ones; start it with mpirun -n 2 or torchrun", description=_BARS
     )
     timed.add_argument("which", choices=_BENCHMARKS)
     timed.add_argument("--json", metavar="FILE", help="write the rows there too")
