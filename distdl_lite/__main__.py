@@ -218,7 +218,8 @@ def bench(arguments: argparse.Namespace) -> str | None:
     which = import_module(f"distdl_lite.bench.{arguments.which}")
     allowed = which.RANKS or (P.size,)
     if P.size not in allowed:
-        text = f"bench {arguments.which} runs on {', '.join(map(str, allowed))} ranks, not on {P.size}: use mpirun -n 2"
+        counts, start = ", ".join(map(str, allowed)), P.world_transport.launcher.format(2)
+        text = f"bench {arguments.which} runs on {counts} ranks, not on {P.size}: use {start}"
         sys.exit(text if P.rank == 0 else 1)
     rows = which.rows(P, arguments.seconds)
     if P.rank != 0:

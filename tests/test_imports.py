@@ -56,6 +56,7 @@ LEVELS = [
 ]
 PURE = ["grid", "partition", "layout", "factors", "plan", "optim/schedule"]
 ANYTHING = ["__init__", "__main__", "testing", "pytest_plugin"]
+BESIDE_TORCH = ["bench/primitives", "bench/handwritten", "bench/gloo", "bench/data_parallel"]
 FRONT = ["bench", "parallel", "optim", "heat", "tagi", "checkpoint", "data", "show", "doctor"]
 
 
@@ -128,19 +129,10 @@ def test_mpi4py_is_imported_by_its_transport_alone() -> None:
 
 def test_torch_distributed_is_imported_in_its_place_alone() -> None:
     """The benchmark compares with it, and reads it where it does."""
-    assert not any(
-        name.startswith("torch.distributed")
-        for bench in ("bench/primitives", "bench/gloo", "bench/data_parallel")
-        for name in imported(FILES[bench], inside_functions=False)
-    )
+    at_load = [name for bench in BESIDE_TORCH for name in imported(FILES[bench], inside_functions=False)]
+    assert not any(name.startswith("torch.distributed") for name in at_load)
     users = {n for n, path in FILES.items() if any(name.startswith("torch.distributed") for name in imported(path))}
-    assert users - set(ANYTHING) <= {
-        "transport/torch_dist",
-        "parallel/process_group",
-        "bench/primitives",
-        "bench/gloo",
-        "bench/data_parallel",
-    }
+    assert users - set(ANYTHING) <= {"transport/torch_dist", "parallel/process_group", *BESIDE_TORCH}
 
 
 def test_no_star_imports() -> None:

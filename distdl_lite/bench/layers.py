@@ -26,7 +26,7 @@ def rows(P: Partition, seconds: float) -> list[Row]:
         line = [P.grid((1,), (rank,)) for rank in range(P.size)][P.rank]
         for name, ours, theirs in _pairs(alone, line, shape):
             for mode in (FORWARD, BOTH):
-                a, b = interleaved(P.comm, [calls_of(call, shape, mode) for call in (ours, theirs)], seconds)
+                a, b = interleaved(P, [calls_of(call, shape, mode) for call in (ours, theirs)], seconds)
                 size = f"({','.join(map(str, shape))})"
                 found.append(Row(name, size, mode, a, b, times=1.05, more=12))
     return found

@@ -27,7 +27,7 @@ def measured(P: Partition, seconds: float) -> Machine:
         calls_of(partial(F.conv2d, weight=weight, padding=1), _IMAGE, BOTH),
         calls_of(_norm, _LARGE, BOTH),
     )
-    small, large, *taken = (1e-6 * us for us in interleaved(P.comm, [*moves, convolution, pointwise], 8 * seconds))
+    small, large, *taken = (1e-6 * us for us in interleaved(P, [*moves, convolution, pointwise], 8 * seconds))
     least, most = (4 * torch.Size(shape).numel() for shape in (_SMALL, _LARGE))
     bandwidth = _MOVES * (most - least) / (large - small)
     (multiply_adds, touched), (_, alone) = _work(convolution), _work(pointwise)
@@ -39,7 +39,8 @@ def measured(P: Partition, seconds: float) -> Machine:
 def rows(P: Partition, seconds: float) -> list[Row]:
     """A row for each number."""
     if P.size == 1:
-        raise ValueError("bench machine needs ranks that send: use mpirun -n 2, or as many as a node has")
+        start = P.world_transport.launcher.format(2)
+        raise ValueError(f"bench machine needs ranks that send: use {start}, or as many as a node has")
     made = measured(P, seconds)
     return [
         Row("latency", "", "a message", 1e6 * made.latency),

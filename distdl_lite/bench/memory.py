@@ -26,7 +26,7 @@ def rows(P: Partition, seconds: float) -> list[Row]:
     peaks: dict[int, float] = {}
     for ranks in sorted((n for n in RANKS if n <= P.size), reverse=True):
         part = P.grid((1, 1, *_GRIDS[ranks]))
-        while_others_sleep(P.comm, partial(_two_passes, part, _SIZE) if part.active else lambda: None)
+        while_others_sleep(P, partial(_two_passes, part, _SIZE) if part.active else lambda: None)
         peaks[ranks] = max(P.allgather_data(_peak() - before if part.active else 0.0) or ())
     size = f"(1,3,{_SIZE[0]},{_SIZE[1]})"
     return [

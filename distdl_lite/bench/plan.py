@@ -35,7 +35,7 @@ def rows(P: Partition, seconds: float) -> list[Row]:
 
 def _scaling_rows(P: Partition) -> list[Row]:
     """What a rank of many does by itself: an unchanged forward, and set-up with the cut points."""
-    alone, x, found = P.create_partition_inclusive([P.rank]).comm, torch.rand(6, 7), []
+    alone, x, found = P.create_partition_inclusive([P.rank]), torch.rand(6, 7), []
     grids = [world_of(side * side).grid((side, side)) for side in (2, 32, 256)]
     for what, make in (
         ("halo", lambda P: dnn.HaloExchange(P, (1, 1))),

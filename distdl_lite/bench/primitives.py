@@ -1,4 +1,4 @@
-"""Every primitive beside the calls that a programmer writes by hand with mpi4py."""
+"""Every primitive beside the calls that a programmer writes by hand with mpi4py or torch.distributed."""
 
 from __future__ import annotations
 
@@ -10,13 +10,14 @@ import torch
 
 from distdl_lite import nn as dnn
 from distdl_lite.bench import gloo, handwritten
-from distdl_lite.bench.table import BOTH, FORWARD, Row, calls_of, interleaved
+from distdl_lite.bench.table import BOTH, FORWARD, Row, calls_of, interleaved, is_over_torch
 from distdl_lite.partition import Partition
 
 RANKS = 2, 4, 8, 16  # that cut the tensors evenly
 _MODES = FORWARD, BOTH
 _SMALL, _INSIDE = ({"more": 35}, {"more": 80}), ({"more": 20}, {"more": 60})  # bars of each mode
 _LARGE = ({"times": 1.15}, {"times": 1.15})
+_OVER_TORCH = {"64 KiB": ({"more": 60}, {}), "4096 KiB": _LARGE}
 _SEVERAL = 8  # layers inside one module
 # The size of a rank's block, the block, the number of layers, and their bars.
 _SIZES: list[tuple[str, tuple[int, ...], int, tuple[dict[str, float], ...]]] = [
@@ -37,17 +38,17 @@ def _cases(P: Partition, block: tuple[int, ...]) -> Iterator[Case]:
     at_root = block if P.rank == 0 else (0,)
     # Scattered along the first dim, so that the sizes per rank stay those of the table.
     whole = n, block[1], block[2] // n, block[3]
-    for layer, shape, made in (
-        (partial(dnn.Broadcast, one, line), at_root, block),
-        (partial(dnn.SumReduce, line, one), block, block),
-        (partial(dnn.AllSumReduce, line, axes_reduce=(0,)), block, block),
-        (partial(dnn.AllGather, first, axes_all_gather=(0,)), block, block),
-        (partial(dnn.ReduceScatter, first, axes_reduce_scatter=(0,)), whole, (1, *whole[1:])),
-        (partial(dnn.Repartition, rows, columns), block, block),
-        (partial(dnn.HaloExchange, rows, (0, 0, 1, 0)), block, block),
+    for layer, shape in (
+        (partial(dnn.Broadcast, one, line), at_root),
+        (partial(dnn.SumReduce, line, one), block),
+        (partial(dnn.AllSumReduce, line, axes_reduce=(0,)), block),
+        (partial(dnn.AllGather, first, axes_all_gather=(0,)), block),
+        (partial(dnn.ReduceScatter, first, axes_reduce_scatter=(0,)), whole),
+        (partial(dnn.Repartition, rows, columns), block),
+        (partial(dnn.HaloExchange, rows, (0, 0, 1, 0)), block),
     ):
         name = layer.func.__name__
-        yield name, layer, partial(getattr(handwritten, name), P.comm, made), shape
+        yield name, layer, partial(getattr(handwritten, name), P, block), shape
 
 
 class _Several(dnn.Module):
@@ -69,6 +70,7 @@ def rows(P: Partition, seconds: float) -> list[Row]:
     """Every primitive beside the hand-written calls: at three sizes per rank, several in a module, a large Repartition."""
     rows = []
     for size, block, n, bars in _SIZES:
+        bars = _OVER_TORCH.get(size, ({}, {})) if is_over_torch(P) else bars
         for name, layer, by_hand, shape in _cases(P, block):
             calls = layer(), by_hand()
             _check_same(name, calls, shape)
@@ -76,7 +78,7 @@ def rows(P: Partition, seconds: float) -> list[Row]:
                 name = f"{name}, one of {n} in a module"
                 calls = _Several([layer() for _ in range(n)]), partial(_sum_of, [by_hand() for _ in range(n)])
             for mode, bar in zip(_MODES, bars, strict=True):
-                a, b = interleaved(P.comm, [calls_of(call, shape, mode) for call in calls], seconds)
+                a, b = interleaved(P, [calls_of(call, shape, mode) for call in calls], seconds)
                 rows.append(Row(name, size, mode, a / n, b / n, **bar))
     return rows + _large_repartition(P, seconds)
 
@@ -98,8 +100,8 @@ def _large_repartition(P: Partition, seconds: float) -> list[Row]:
     shape = 1, 16, 512 // n, 512
     ours = dnn.Repartition(P.grid((1, 1, n, 1)), P.grid((1, 1, 1, n)))
     reason = gloo.start(P)
-    functions = [ours, handwritten.Repartition(P.comm, shape), *([] if reason else [_redistribution(n)])]
-    times = interleaved(P.comm, [calls_of(function, shape, BOTH) for function in functions], 2 * seconds)
+    functions = [ours, handwritten.Repartition(P, shape), *([] if reason else [_redistribution(n)])]
+    times = interleaved(P, [calls_of(function, shape, BOTH) for function in functions], 2 * seconds)
     by_hand = Row(what, size, BOTH, *times[:2], times=1.2)
     if reason:
         return [by_hand, Row(f"{what}, DTensor: {reason}", size, BOTH, times[0])]

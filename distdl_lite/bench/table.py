@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from distdl_lite.partition import Partition
 from distdl_lite.show import columns
 
 Call = Callable[[], Any]
@@ -73,7 +74,12 @@ def write_json(rows: Sequence[Row], path: str) -> None:
         json.dump([{**asdict(row), "holds": row.holds()} for row in rows], file, indent=1)
 
 
-def interleaved(comm: Any, calls: Sequence[Call], seconds: float) -> list[float]:
+def is_over_torch(P: Partition) -> bool:
+    """Whether torch.distributed moves what ours moves, which has bars of its own."""
+    return bool(P.world_transport.name == "torch.distributed")
+
+
+def interleaved(P: Partition, calls: Sequence[Call], seconds: float) -> list[float]:
     """Median microseconds of each call, the calls taking turns for about `seconds`; the slower rank counts.
 
     Every other turn goes in the reverse order, as the first call of a turn finds other caches than the last.
@@ -82,7 +88,7 @@ def interleaved(comm: Any, calls: Sequence[Call], seconds: float) -> list[float]
     for _ in range(3):
         for call in calls:
             call()
-    once = comm.allgather((perf_counter() - began) / 3 / len(calls))[0]
+    once = P.broadcast_data((perf_counter() - began) / 3 / len(calls))
     batch = max(1, min(20, int(1e-3 / once)))
     repetitions = max(15, int(seconds / len(calls) / batch / once))
     times: list[list[float]] = [[] for _ in calls]
@@ -90,12 +96,12 @@ def interleaved(comm: Any, calls: Sequence[Call], seconds: float) -> list[float]
     for _ in range(repetitions):
         turn.reverse()
         for call, seen in turn:
-            comm.Barrier()
+            P.world_transport.agree(P.team, 0)
             began = perf_counter()
             for _ in range(batch):
                 call()
             seen.append((perf_counter() - began) / batch)
-    by_call = zip(*comm.allgather(times), strict=True)
+    by_call = zip(*(P.allgather_data(times) or ()), strict=True)
     return [1e6 * median(map(max, zip(*ranks, strict=True))) for ranks in by_call]
 
 

@@ -21,7 +21,7 @@ _SIZES, _ROWS = (784, 256, 128, 11), 16
 def rows(P: Partition, seconds: float) -> list[Row]:
     """A step with 16 rows a rank beside one without sums."""
     models = [DDPSequential(_network(), DDPConfig(P=P), average) for average in (False, True)]
-    total, mean, plain = interleaved(P.comm, [*map(_step, models), _step(_network())], 3 * seconds)
+    total, mean, plain = interleaved(P, [*map(_step, models), _step(_network())], 3 * seconds)
     size = "-".join(map(str, _SIZES)) + f", {_ROWS} rows"
     return [
         Row(f"step, {what}; other is one process", size, BOTH, ours, plain, times=1.4)

@@ -30,6 +30,8 @@ from distdl_lite.transport.sockets import Line, Switchboard
 _TIMEOUT = timedelta(minutes=30)  # torch's own for Gloo
 _ADDED_AS = {torch.int16: torch.int32}  # Gloo and NCCL add none of these
 _BY_MESSAGES = Pattern.ALL_GATHER, Pattern.REDUCE_SCATTER
+_FOLDS = {"sum": torch.add, "max": torch.maximum, "min": torch.minimum}
+_SWAP = 1  # the tag of swaps between two ranks; that of exchanges is 0
 _OPS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}
 
 
@@ -168,12 +170,32 @@ class TorchGroup:
     def broadcast(self, tensor: torch.Tensor, root: int) -> None:
         self.of(tensor).broadcast(_bytes(tensor), root).wait()
 
+    def _with_other(self, sent: torch.Tensor, received: torch.Tensor | None, sends: bool = True) -> bool:
+        """Let two ranks of the host swap tensors: half the time of Gloo's sum. False where there are not two."""
+        if self.size != 2 or not sent.is_cpu:
+            return False
+        gloo, other = self.of(sent), 1 - self.rank
+        works = [] if received is None else [gloo.recv([_bytes(received)], other, _SWAP)]
+        works += [gloo.send([_bytes(sent)], other, _SWAP)] if sends else []
+        for work in works:
+            work.wait()
+        return True
+
     def reduce(self, sent: torch.Tensor, total: torch.Tensor | None, root: int) -> None:
+        received = None if total is None else torch.empty_like(sent)
+        if self._with_other(sent, received, sends=total is None):
+            if total is not None:
+                torch.add(sent, received, out=total)
+            return
         # Others than the root get parts of the sum.
         total = sent.clone() if total is None else total if total is sent else total.copy_(sent)
         self.of(total).reduce(_numbers(total), root).wait()
 
     def all_reduce(self, sent: torch.Tensor, total: torch.Tensor, op: str = "sum") -> None:
+        received = torch.empty_like(sent)
+        if self._with_other(sent, received):
+            _FOLDS[op](sent, received, out=total)
+            return
         if total is not sent:
             total.copy_(sent)
         self.of(total).allreduce(_numbers(total), _OPS[op]).wait()
