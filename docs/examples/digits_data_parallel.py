@@ -7,7 +7,7 @@ Every rank has the whole network, and its own rows of each batch:
 now        `dl.DataParallel`: gradients are summed while backward runs
 deferred   the same, with a `dl.DataParallelOptimizer`: the step happens in the next forward, layer by layer
 root       `dl.RootDataParallel`: rank 0 runs the script of one process, the others serve it
-ddp        torch's own DistributedDataParallel, over `dl.MPIProcessGroup`
+ddp        torch's own DistributedDataParallel, under mpirun over `dl.MPIProcessGroup`
 local_sgd  `dl.LocalSGD`: ranks train by themselves, and average their parameters from time to time
 
 The first four have the loss curve of one process up to rounding, on any number of ranks. There are 1439 images to train with, a
@@ -109,9 +109,12 @@ def root(job: Job, net: nn.Module) -> Losses:
 
 
 def ddp(job: Job, net: nn.Module) -> Losses:
-    dl.MPIProcessGroup.init(job.world)
+    over_mpi = not dist.is_initialized()  # under torchrun there is a group
+    if over_mpi:
+        dl.MPIProcessGroup.init(job.world)
     losses = job.train(DistributedDataParallel(net), sgd(net), job.batches(job.world, drop_last=True))
-    dist.destroy_process_group()
+    if over_mpi:
+        dist.destroy_process_group()
     return losses
 
 
