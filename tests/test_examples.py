@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
+from jobs import run
 
 import distdl_lite as dl
 from distdl_lite.testing import spmd
@@ -126,3 +128,15 @@ def test_error_bars_are_those_of_one_process(tmp_path: Path, capsys: pytest.Capt
     assert scores[3]["curve"][0] < 0.45
     assert scores[3]["diabetes"][0] < 55
     assert capsys.readouterr().out.count("largest difference to one process") == 4
+
+
+@pytest.mark.jobs
+@pytest.mark.parametrize("over", ["ddp", "fsdp2"])
+def test_torchs_containers_over_groups_train_as_one_device(over: str) -> None:
+    words = "-m", "torch.distributed.run", "--nproc-per-node", "4", str(_EXAMPLES / "beside_torch.py"), "--over", over
+    done = run(sys.executable, *words, OMP_NUM_THREADS="1")
+    assert done.returncode == 0, done.stderr
+    steps = [line.split() for line in done.stdout.splitlines() if line.startswith("step")]
+    assert len(steps) == 4
+    assert all(abs(float(words[3].strip(",")) - float(words[-1])) < 2e-6 for words in steps)
+    assert "computes the same: True" in done.stdout
