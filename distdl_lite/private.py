@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -39,6 +40,14 @@ def is_composite(operation: Any) -> bool:
 def holders(tensor: torch.Tensor) -> int:
     """How many tensors share the memory, one more or less; see tests/parallel/test_buckets.py."""
     return torch._C._storage_Use_Count(tensor.untyped_storage()._cdata)  # type: ignore[attr-defined]
+
+
+def gradients_leave_early(module: torch.nn.Module) -> bool:
+    """Whether torch's DDP or FSDP2 takes a module's gradients while backward runs: sums at its end would come too late."""
+    if torch.nn.parallel.DistributedDataParallel._active_ddp_module is not None:
+        return True
+    is_loaded = "torch.distributed.fsdp" in sys.modules
+    return is_loaded and any("_is_fsdp_managed_module" in vars(inner) for inner in module.modules())
 
 
 def untraced(function: Function) -> Function:

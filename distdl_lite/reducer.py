@@ -57,6 +57,11 @@ def replicated(parameter: torch.Tensor, replicas: Replicas) -> torch.Tensor:
     return _Replicated.apply(parameter, reducer.token, replicas, reducer)
 
 
+def summed_at_once(parameter: torch.Tensor) -> torch.Tensor:
+    """What to use in a parameter's place for its sum to be made in the middle of backward, not at the end: a view of it."""
+    return parameter.view_as(parameter) if parameter.requires_grad and torch.is_grad_enabled() else parameter
+
+
 def reducer_of(transport: Transport) -> Reducer:
     """The rank's one reducer."""
     found = transport.local.get("reducer")

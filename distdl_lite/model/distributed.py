@@ -27,7 +27,7 @@ from distdl_lite.nn.parameter import Place
 from distdl_lite.nn.value import Rule, Value
 from distdl_lite.partition import Partition
 from distdl_lite.private import any_autocast_is_enabled
-from distdl_lite.reducer import Replicas
+from distdl_lite.reducer import Replicas, summed_at_once
 from distdl_lite.transport import Team
 
 Given = Sequence[Axes | None] | None
@@ -385,9 +385,11 @@ class _Running:
             target = None if buffer is None else _found(net, "buffer", buffer)
             self.results.append((target, None if isinstance(value, Value) else (value,), counts))
 
-    def taken(self, leaves: Sequence[Any]) -> list[Any]:
+    def taken(self, net: Distributed, leaves: Sequence[Any]) -> list[Any]:
         """The inputs of the program: weights, buffers, and this rank's blocks of the arguments."""
         taken = [leaves[key] if holder is None else holder[key] for holder, key in self.sources]
+        if net._distdl_sums_at_once:
+            taken = [summed_at_once(x) if isinstance(x, torch.nn.Parameter) else x for x in taken]
         for place, team in self.anchors:
             x = anchored(taken[place], True)
             taken[place] = x if team is None else copy_to_team(x, team)
@@ -395,7 +397,7 @@ class _Running:
 
     def __call__(self, net: Distributed, *leaves: Any) -> Any:
         with torch.autocast(self.device, enabled=False) if any_autocast_is_enabled() else nullcontext():
-            made, outputs = iter(self.run(*self.taken(leaves))), []
+            made, outputs = iter(self.run(*self.taken(net, leaves))), []
             for target, constant, counts in self.results:
                 y = next(made) if constant is None else constant[0]
                 if target is None:

@@ -200,7 +200,7 @@ class Trial:
         shown = [(node, v, whole) for (node, whole), (_, _, v) in pairs if isinstance(v, Value) and _is_inexact(whole)]
         run = c.compiled(net.program.arguments[0], [v for _, v, _ in shown])
         with torch.no_grad():
-            made = run(*running.taken(blocks))
+            made = run(*running.taken(net, blocks))
         for (node, value, whole), mine in zip(shown, made, strict=True):
             factors = [factor for of_dim in value.dims for factor in of_dim]
             part = whole.reshape([*map(length_of, factors)])[tuple(slice(*c.range(factor)) for factor in factors)]

@@ -18,7 +18,7 @@ from distdl_lite.autograd import TRANSFORMS, may_recompute, saved_here
 from distdl_lite.nn.network import Place, ride_of, riding
 from distdl_lite.nn.options import fixed_options, is_same
 from distdl_lite.partition import Partition, check_same_world, union_of_teams
-from distdl_lite.private import transforms_are_active, untraced
+from distdl_lite.private import gradients_leave_early, transforms_are_active, untraced
 from distdl_lite.transport import Team, Transport, current
 
 Call = Callable[..., Any]  # of a layer and its input: what set-up returns
@@ -98,6 +98,7 @@ class Module(torch.nn.Module):
     _distdl_team: Team = None  # type: ignore[assignment]
     _distdl_transport: Transport
     _distdl_is_inside = False
+    _distdl_sums_at_once = False  # in the middle of backward, where torch's DDP or FSDP2 takes the gradients
 
     def __init__(self, *partitions: Partition | None) -> None:
         super().__init__()
@@ -177,6 +178,8 @@ class Module(torch.nn.Module):
         if not self._distdl_is_inside:
             self._distdl_refuse_data(input)
             return input, kwargs
+        if not self._distdl_sums_at_once and gradients_leave_early(self):
+            self.__dict__["_distdl_sums_at_once"] = True
         if self._distdl_input_changed(input, kwargs):
             if self._distdl_module_requires_reset(input):
                 self._distdl_build(input, kwargs)

@@ -13,7 +13,7 @@ from distdl_lite.nn.blocks import connected_zeros
 from distdl_lite.nn.draws import Draw, drawn
 from distdl_lite.nn.module import Module
 from distdl_lite.partition import Line, Partition, line_of
-from distdl_lite.reducer import Replicas, replicated
+from distdl_lite.reducer import Replicas, replicated, summed_at_once
 
 
 @dataclass(frozen=True)
@@ -126,5 +126,6 @@ class Layer(Module):
         """A parameter or buffer, or what was put in its place, without torch's way to it of 5 us where the caches are cold."""
         for tensors in (self._parameters, self._buffers):
             if name in tensors:
-                return tensors[name]
+                tensor = tensors[name]
+                return summed_at_once(tensor) if self._distdl_sums_at_once and tensor is not None else tensor
         return getattr(self, name)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import tempfile
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -24,38 +23,19 @@ from torch.nn.parallel import DistributedDataParallel
 import distdl_lite as dl
 
 
-class SumsInBackward(nn.Module):
-    """Calls a network with views of its weights, whose gradients the ranks of the network add up within backward.
-
-    Those of the weights themselves are added up when backward ends, and torch's hooks on them come too early. What is captured
-    must have been captured before, by a call of the network itself.
-    """
-
-    def __init__(self, net: nn.Module) -> None:
-        super().__init__()
-        self.net = net
-
-    def forward(self, *args: Any) -> Any:
-        if not torch.is_grad_enabled():
-            return self.net(*args)
-        weights = {name: weight.view_as(weight) for name, weight in self.net.named_parameters()}
-        return torch.func.functional_call(self.net, weights, args)
-
-
 def serial_model(seed: int = 0) -> nn.Module:
     torch.manual_seed(seed)
     convolutions = nn.Conv2d(1, 8, 3, padding=1), nn.Conv2d(8, 1, 3, padding=1)
     return nn.Sequential(convolutions[0], nn.GroupNorm(2, 8), nn.SiLU(), convolutions[1]).double()
 
 
-def cut_model(mesh: DeviceMesh, x: torch.Tensor, over: str, seed: int = 0) -> nn.Module:
+def cut_model(mesh: DeviceMesh, over: str, seed: int = 0) -> nn.Module:
     """The model over the rows of this rank's group; the groups share its training out."""
     P = dl.Partition(mesh["space"]).grid((1, 1, mesh["space"].size(), 1))
     net = dl.distribute(serial_model(seed), P)
-    net(x[P.block(x.shape)])  # captures the model
     if over == "ddp":
-        return DistributedDataParallel(SumsInBackward(net), process_group=mesh["groups"].get_group())
-    return fully_shard(SumsInBackward(net), mesh=mesh["groups"])
+        return DistributedDataParallel(net, process_group=mesh["groups"].get_group())
+    return fully_shard(net, mesh=mesh["groups"])
 
 
 def main() -> None:
@@ -70,7 +50,7 @@ def main() -> None:
     batches = torch.randn(4, 6, 1, 17, 9, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     mine = batches.chunk(2, dim=1)[mesh["groups"].get_local_rank()]  # this group's half of each batch
 
-    model, serial = cut_model(mesh, mine[0], over), serial_model()
+    model, serial = cut_model(mesh, over), serial_model()
     measure = dl.distribute(nn.MSELoss(), P)
     optimizers = [torch.optim.Adam(m.parameters(), lr=0.01) for m in (model, serial)]
     for step, (x, whole) in enumerate(zip(mine, batches, strict=True)):
@@ -89,7 +69,7 @@ def main() -> None:
         there = [folder]
         dist.broadcast_object_list(there)
         dcp.save(get_model_state_dict(model), checkpoint_id=there[0])
-        other = cut_model(mesh, mine[0], over, seed=7)
+        other = cut_model(mesh, over, seed=7)
         state = get_model_state_dict(other)
         dcp.load(state, checkpoint_id=there[0])
         set_model_state_dict(other, state)
