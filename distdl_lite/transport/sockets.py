@@ -9,11 +9,13 @@ from __future__ import annotations
 import os
 import pickle
 import secrets
+import select
 import socket
 import struct
 import threading
 from array import array
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from distdl_lite.transport.team import Team
@@ -147,3 +149,96 @@ class Line:
         came = self._take(step, taken)
         sender.join()
         return came
+
+
+class Streams:
+    """Bytes between this rank and others, which move while it waits for any of them.
+
+    No thread stands between, as with Gloo, whose threads wait for milliseconds where all cores compute.
+    """
+
+    def __init__(self, board: Switchboard) -> None:
+        self._board, self._lock = board, threading.RLock()
+        self._made: dict[Any, Stream] = {}
+
+    def between(self, ranks: Iterable[int], name: str = "") -> dict[int, Stream]:
+        """Streams to these ranks, by rank; those of one name go in one order, and both ends make them."""
+        keys = {rank: (name, *sorted((rank, self._board.rank))) for rank in ranks}
+        new = {rank: key for rank, key in keys.items() if key not in self._made}
+        calls = {rank: self._board.connected(rank, key) for rank, key in new.items() if rank > self._board.rank}
+        for rank, key in new.items():  # a lower rank has called by then, or will without waiting for this one
+            self._made[key] = Stream(rank, calls.get(rank) or self._board.awaited(key))
+        return {rank: self._made[key] for rank, key in keys.items()}
+
+    def move(self, pieces: Sequence[Piece]) -> None:
+        """Move what can be moved of all streams, until these pieces have arrived or gone."""
+        with self._lock:
+            while True:
+                busy = {stream.fileno(): stream for stream in self._made.values() if stream.push() | stream.pull()}
+                if all(piece.is_done for piece in pieces):
+                    return
+                poll = select.poll()
+                for number, stream in busy.items():
+                    poll.register(
+                        number, (select.POLLIN if stream.coming else 0) | (select.POLLOUT if stream.going else 0)
+                    )
+                poll.poll()
+
+
+class Piece:
+    """Memory on its way."""
+
+    def __init__(self, memory: memoryview) -> None:
+        self.rest = memory
+
+    @property
+    def is_done(self) -> bool:
+        return not self.rest
+
+
+class Stream:
+    """A connection, whose pieces go and come in their order."""
+
+    def __init__(self, rank: int, connection: socket.socket) -> None:
+        connection.setblocking(False)
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self._rank, self._connection = rank, connection
+        self.fileno = connection.fileno
+        self.going: deque[Piece] = deque()
+        self.coming: deque[Piece] = deque()
+
+    def send(self, memory: memoryview) -> Piece:
+        piece = Piece(memory)
+        if memory:
+            self.going.append(piece)
+            self.push()
+        return piece
+
+    def receive(self, memory: memoryview) -> Piece:
+        piece = Piece(memory)
+        if memory:
+            self.coming.append(piece)
+        return piece
+
+    def push(self) -> bool:
+        """Send what the connection takes; whether there is more."""
+        return self._moved(self.going, self._connection.send)
+
+    def pull(self) -> bool:
+        """Receive what has come; whether more is to come."""
+        return self._moved(self.coming, self._connection.recv_into)
+
+    def _moved(self, pieces: deque[Piece], call: Callable[[memoryview], int]) -> bool:
+        try:
+            while pieces:
+                done = call(pieces[0].rest)
+                if not done:
+                    raise ConnectionError("it has gone")
+                pieces[0].rest = pieces[0].rest[done:]
+                if pieces[0].is_done:
+                    pieces.popleft()
+        except BlockingIOError:
+            pass
+        except OSError as error:
+            raise ConnectionError(f"messages of rank {self._rank}: {error}") from error
+        return bool(pieces)

@@ -11,9 +11,9 @@ import atexit
 import hashlib
 import warnings
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import timedelta
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -22,16 +22,16 @@ import torch.distributed.distributed_c10d as c10d
 
 from distdl_lite.plan import Pattern
 from distdl_lite.transport import RowsByRank, Team, wire
+from distdl_lite.transport.channel import Requests
 from distdl_lite.transport.counts import counted
 from distdl_lite.transport.devices import HOST, gpus_suffice, take_gpu
 from distdl_lite.transport.processes import ProcessTransport
-from distdl_lite.transport.sockets import Line, Switchboard
+from distdl_lite.transport.sockets import Line, Piece, Stream, Streams, Switchboard
 
 _TIMEOUT = timedelta(minutes=30)  # torch's own for Gloo
 _ADDED_AS = {torch.int16: torch.int32}  # Gloo and NCCL add none of these
 _BY_MESSAGES = Pattern.ALL_GATHER, Pattern.REDUCE_SCATTER
 _FOLDS = {"sum": torch.add, "max": torch.maximum, "min": torch.minimum}
-_SWAP = 1  # the tag of swaps between two ranks; that of exchanges is 0
 _OPS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}
 
 
@@ -56,13 +56,8 @@ class _Job:
         digest = hashlib.blake2b(str(ranks).encode(), digest_size=8).hexdigest()  # of thousands of ranks, too
         return f"distdl_lite {digest} {self.made[ranks]}"
 
-    def group(self, ranks: tuple[int, ...]) -> TorchGroup:
-        """A new group of these ranks, in their order, which make it together."""
-        store = dist.PrefixStore(self.new_name(ranks), self.store)
-        return TorchGroup(store, ranks.index(self.rank), len(ranks))
-
     def public_group(self, ranks: tuple[int, ...]) -> dist.ProcessGroup:
-        """The same as one that torch.distributed knows; see above for the calls that are not public."""
+        """A group of these ranks that torch.distributed knows; see above for the calls that are not public."""
         arguments = len(ranks), ranks.index(self.rank), list(ranks), dist.get_backend_config(), self.store
         made, _ = c10d._new_process_group_helper(*arguments, self.new_name(ranks), timeout=_TIMEOUT)
         c10d._world.pg_group_ranks[made] = {rank: place for place, rank in enumerate(ranks)}
@@ -102,14 +97,21 @@ class TorchTransport(ProcessTransport):
 
     def __init__(self, job: _Job, ranks: tuple[int, ...]) -> None:
         self._job, self._ranks = job, ranks
-        self._world = job.group(ranks)
-        self._begin(self._world.rank, self._world.size, proc_null=-2)
-        self.team(range(self.size)).comm = self._world
+        self._begin(ranks.index(job.rank), len(ranks), proc_null=-2)
         self._board = Switchboard(dist.PrefixStore(job.new_name(ranks), job.store), self.rank)
-        self._lines: dict[Team, Line] = {}
+        self._streams, self._lines = Streams(self._board), dict[Team, Line]()
+        self._world = self.team(range(self.size)).comm = self.make_group(range(self.size))
 
     def make_group(self, ranks: Sequence[int]) -> TorchGroup:
-        return self._job.group(tuple(self._ranks[rank] for rank in ranks))
+        known = tuple(self._ranks[rank] for rank in ranks)
+        name, other = self._job.new_name(known), [rank for rank in ranks if rank != self.rank]
+        swap = partial(self._swap, *self._streams.between(other, name).values()) if len(other) == 1 else None
+        return TorchGroup(dist.PrefixStore(name, self._job.store), known.index(self._job.rank), len(known), swap)
+
+    def _swap(self, stream: Stream, sent: torch.Tensor | None, received: torch.Tensor | None) -> None:
+        moving = [] if received is None else [stream.receive(_memory(received))]
+        moving += [] if sent is None else [stream.send(_memory(sent))]
+        self._streams.move(moving)
 
     def user_communicator(self, ranks: Sequence[int]) -> dist.ProcessGroup:
         return self._job.public_group(tuple(self._ranks[rank] for rank in ranks))
@@ -125,8 +127,10 @@ class TorchTransport(ProcessTransport):
         """Gloo's reduce-scatter takes five times as long as messages, and its all-gather twice; NCCL's want equal blocks."""
         return pattern not in _BY_MESSAGES or (self.home(device) != HOST and len(set(counts)) == 1)
 
-    def requests(self, sends: Sequence[wire.Message], receives: Sequence[wire.Message]) -> Messages:
-        return Messages(self._world, sends, receives)
+    def requests(self, sends: Sequence[wire.Message], receives: Sequence[wire.Message]) -> Requests:
+        if any(not message.buffer.is_cpu for message in (*sends, *receives)):
+            return NCCLMessages(self._world, sends, receives)
+        return SocketMessages(self._streams, sends, receives)
 
     def make_vote(self, team: Team) -> Line:
         return Line(self._board, team, "votes")
@@ -154,10 +158,13 @@ class TorchTransport(ProcessTransport):
 
 
 class TorchGroup:
-    """The collectives of a group on contiguous tensors of any dtype; where there are GPUs enough, on theirs too."""
+    """The collectives of a group on contiguous tensors of any dtype; where there are GPUs enough, on theirs too.
 
-    def __init__(self, store: dist.Store, rank: int, size: int) -> None:
-        self.rank, self.size = rank, size
+    Two ranks of the host swap tensors instead, in a part of the time.
+    """
+
+    def __init__(self, store: dist.Store, rank: int, size: int, swap: Callable[..., None] | None = None) -> None:
+        self.rank, self.size, self._swap = rank, size, swap
         self.backends: dict[str, Any] = {"cpu": dist.ProcessGroupGloo(dist.PrefixStore("cpu", store), rank, size)}
         if uses_nccl():
             self.backends["cuda"] = dist.ProcessGroupNCCL(dist.PrefixStore("cuda", store), rank, size)
@@ -168,23 +175,20 @@ class TorchGroup:
         return self.backends[tensor.device.type]
 
     def broadcast(self, tensor: torch.Tensor, root: int) -> None:
-        self.of(tensor).broadcast(_bytes(tensor), root).wait()
-
-    def _with_other(self, sent: torch.Tensor, received: torch.Tensor | None, sends: bool = True) -> bool:
-        """Let two ranks of the host swap tensors: half the time of Gloo's sum. False where there are not two."""
-        if self.size != 2 or not sent.is_cpu:
-            return False
-        gloo, other = self.of(sent), 1 - self.rank
-        works = [] if received is None else [gloo.recv([_bytes(received)], other, _SWAP)]
-        works += [gloo.send([_bytes(sent)], other, _SWAP)] if sends else []
-        for work in works:
-            work.wait()
-        return True
+        if self._swap is None or not tensor.is_cpu:
+            self.of(tensor).broadcast(_bytes(tensor), root).wait()
+        elif self.rank == root:
+            self._swap(tensor, None)
+        else:
+            self._swap(None, tensor)
 
     def reduce(self, sent: torch.Tensor, total: torch.Tensor | None, root: int) -> None:
-        received = None if total is None else torch.empty_like(sent)
-        if self._with_other(sent, received, sends=total is None):
-            if total is not None:
+        if self._swap is not None and sent.is_cpu:
+            if total is None:
+                self._swap(sent, None)
+            else:
+                received = torch.empty_like(sent)
+                self._swap(None, received)
                 torch.add(sent, received, out=total)
             return
         # Others than the root get parts of the sum.
@@ -192,8 +196,9 @@ class TorchGroup:
         self.of(total).reduce(_numbers(total), root).wait()
 
     def all_reduce(self, sent: torch.Tensor, total: torch.Tensor, op: str = "sum") -> None:
-        received = torch.empty_like(sent)
-        if self._with_other(sent, received):
+        if self._swap is not None and sent.is_cpu:
+            received = torch.empty_like(sent)
+            self._swap(sent, received)
             _FOLDS[op](sent, received, out=total)
             return
         if total is not sent:
@@ -226,6 +231,11 @@ def _bytes(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.detach().view(-1).view(torch.uint8)
 
 
+def _memory(tensor: torch.Tensor) -> memoryview:
+    """The same of a tensor of the host, for sockets."""
+    return memoryview(_bytes(tensor).numpy())
+
+
 def _numbers(tensor: torch.Tensor) -> torch.Tensor:
     """A tensor as what can be added."""
     return torch.view_as_real(tensor.detach()) if tensor.is_complex() else tensor.detach()
@@ -244,32 +254,46 @@ class Posted:
         self._work.wait()
 
 
-class Messages:
-    """The messages of an exchange. NCCL gets them together, so that none waits for another."""
+class SocketMessages:
+    """The messages of an exchange between tensors of the host."""
+
+    def __init__(self, streams: Streams, sends: Sequence[wire.Message], receives: Sequence[wire.Message]) -> None:
+        to = streams.between({message.peer for message in (*sends, *receives)})
+        self._streams, self._sends = streams, sends
+        self._given, self._taken = ([(to[m.peer], _memory(m.buffer)) for m in part] for part in (sends, receives))
+        self._moving: list[Piece] = []
+
+    def start(self, source: Any) -> None:
+        self._moving = [stream.receive(memory) for stream, memory in self._taken]
+        for message, (stream, memory) in zip(self._sends, self._given, strict=True):
+            message.pack(source)
+            self._moving.append(stream.send(memory))
+
+    def receive(self) -> None:
+        """Wait for what goes, too: it moves while this rank waits."""
+        self._streams.move(self._moving)
+
+
+class NCCLMessages:
+    """The same between tensors of GPUs, all messages together, so that none waits for another."""
 
     def __init__(self, world: TorchGroup, sends: Sequence[wire.Message], receives: Sequence[wire.Message]) -> None:
-        self._sends = sends
-        crossing = [*receives, *sends]
-        self._backend = world.of(crossing[0].buffer) if crossing else None
-        self._joins = bool(crossing) and crossing[0].buffer.is_cuda
+        self._sends, self._nccl = sends, world.backends["cuda"]
         self._taken, self._given = ([([_bytes(m.buffer)], m.peer, 0) for m in part] for part in (receives, sends))
-        self._works: list[Any] = []
+        self._work: Any = None
 
     def start(self, source: Any) -> None:
         for message in self._sends:
             message.pack(source)
-        if self._backend is None:
-            return
-        if self._joins:
-            self._backend._start_coalescing()
-        works = [self._backend.recv(*call) for call in self._taken]
-        works += [self._backend.send(*call) for call in self._given]
-        self._works = [self._backend._end_coalescing()] if self._joins else works
+        self._nccl._start_coalescing()
+        for call in self._taken:
+            self._nccl.recv(*call)
+        for call in self._given:
+            self._nccl.send(*call)
+        self._work = self._nccl._end_coalescing()
 
     def receive(self) -> None:
-        """What goes is waited for too: Gloo does not send what nobody waits for."""
-        for work in self._works:
-            work.wait()
+        self._work.wait()
 
 
 class Rows:
