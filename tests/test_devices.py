@@ -60,21 +60,30 @@ def test_a_process_takes_the_gpu_of_its_number(
     assert taken == wanted
 
 
-@pytest.mark.parametrize(("processes", "gpus", "wanted"), [(2, 2, True), (2, 1, False), (1, 0, False)])
-def test_nccl_wants_a_gpu_for_each_process(
-    processes: int, gpus: int, wanted: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
-    assert devices.gpus_suffice() is wanted
+@pytest.mark.parametrize(
+    ("gpus", "wanted"), [(["a 0", "a 1", "b 0"], True), (["a 0", "a 0"], False), (["a 0", ""], False), ([""], False)]
+)
+def test_nccl_wants_a_gpu_for_each_process(gpus: list[str], wanted: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda: True)
+    store = torch.distributed.HashStore()
+    for rank, name in enumerate(gpus):
+        store.set(f"distdl_lite gpu {rank}", name)
+    for rank, name in enumerate(gpus):
+        monkeypatch.setattr(torch_dist, "gpu", lambda name=name: name)
+        assert torch_dist.gpus_suffice(store, rank, len(gpus)) is wanted
+    if wanted:
+        monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda: False)
+        with pytest.warns(UserWarning, match="no NCCL: tensors of GPUs go through host memory"):
+            assert not torch_dist.gpus_suffice(store, rank, len(gpus))
 
 
-def test_a_torch_without_nccl_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch_dist, "gpus_suffice", lambda: True)
-    monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda: False)
-    with pytest.warns(UserWarning, match="no NCCL: tensors of GPUs go through host memory"):
-        assert not torch_dist.uses_nccl.__wrapped__()
+def test_gpus_have_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert devices.gpu() == ""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda number: SimpleNamespace(uuid=f"GPU-{number}"))
+    assert devices.gpu().endswith(" GPU-3")
 
 
 def test_the_way_of_device_memory_over_mpi(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -159,10 +168,9 @@ def test_mpi_gets_memory_after_the_stream_has_written_it(calls: list[str], monke
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
-def test_groups_of_one_rank(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_groups_of_one_rank(device: str) -> None:
     """Every collective of the backends, which torch may name otherwise; the results are what was sent."""
-    monkeypatch.setattr(torch_dist, "uses_nccl", lambda: device == "cuda")
-    group = torch_dist.TorchGroup(torch.distributed.HashStore(), 0, 1)
+    group = torch_dist.TorchGroup(torch.distributed.HashStore(), 0, 1, device == "cuda")
     for dtype in (torch.float32, torch.float64, torch.int64, torch.complex64):
         x = torch.arange(6, device=device).to(dtype)
         for call in (

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from distdl_lite.transport.sockets import Line, Switchboard
+from distdl_lite.transport.sockets import Line, Streams, Switchboard
 from distdl_lite.transport.team import Team
 
 # The library's sockets live as long as its process.
@@ -131,3 +131,42 @@ def test_a_stranger_is_turned_away() -> None:
         stranger.sendall(bytes(64))
         made = there.connected(0, "call")
         assert here.awaited("call").getpeername() == made.getsockname()
+
+
+@pytest.mark.parametrize("size", [2, 3, 5])
+def test_messages_of_any_length_both_ways(size: int) -> None:
+    """Several under way, of which the later are waited for first; empty ones; more than sockets hold."""
+
+    def body(board: Switchboard) -> None:
+        streams, rank = Streams(board), board.rank
+        others = [other for other in range(size) if other != rank]
+        to = streams.between(others)
+        assert streams.between(others) == to
+        aside = streams.between(others, "aside")
+        came: dict[tuple[int, int], bytearray] = {}
+        moving = []
+        for turn, length in enumerate((3, 0, 5_000_000, 1)):
+            for other in others:
+                way = aside if turn == 3 else to
+                came[turn, other] = bytearray(length)
+                moving.append(way[other].receive(memoryview(came[turn, other])))
+                moving.append(way[other].send(memoryview(bytes([10 * turn + rank]) * length)))
+        for pieces in (moving[-2:], moving[:2], moving):
+            streams.move(pieces)
+        for (turn, other), data in came.items():
+            assert data == bytes([10 * turn + other]) * len(data)
+
+    on_boards(size, body)
+
+
+def test_who_sends_no_more_is_named() -> None:
+    def body(board: Switchboard) -> None:
+        streams = Streams(board)
+        stream = streams.between([1 - board.rank])[1 - board.rank]
+        if board.rank == 1:
+            stream._connection.close()
+            return
+        with pytest.raises(ConnectionError, match="messages of rank 1: "):
+            streams.move([stream.receive(memoryview(bytearray(5)))])
+
+    on_boards(2, body)

@@ -139,6 +139,68 @@ def test_which_world_there_is(tmp_path: Path) -> None:
     assert (code, out) == (0, "torch.distributed 2\n" * 2), said
 
 
+BESIDE = """
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel as DDP
+import distdl_lite as dl
+from distdl_lite import nn as dnn
+
+world = dl.Partition.world()
+mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("groups", "space"))
+P = dl.Partition(mesh["space"]).grid((1, 1, 2, 1))
+
+class OfLayers(dnn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a = dnn.DistributedConv2d(P, 1, 4, 3, padding=1, dtype=torch.float64)
+        self.b = dnn.DistributedConv2d(P, 4, 1, 3, padding=1, dtype=torch.float64)
+    def forward(self, x):
+        return self.b(self.a(x).tanh())
+
+class Serial(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b = (torch.nn.Conv2d(i, o, 3, padding=1, dtype=torch.float64) for i, o in ((1, 4), (4, 1)))
+    def forward(self, x):
+        return self.b(self.a(x).tanh())
+
+def whole(weight):
+    grad = weight.grad
+    return grad.full_tensor() if hasattr(grad, "full_tensor") else grad
+
+x = torch.randn(4, 1, 11, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+mine = x.chunk(2)[mesh["groups"].get_local_rank()][P.block((2, 1, 11, 5))]
+wanted = Serial()
+(wanted(x).square().sum() / 2).backward()  # torch takes the mean over the groups
+right = [p.grad for p in wanted.parameters()]
+for made in (lambda: dl.distribute(Serial(), P), OfLayers):
+    for around in ("ddp", "fsdp", "fsdp by layer"):
+        torch.manual_seed(0)
+        net = made()
+        if around == "ddp":
+            model = DDP(net, process_group=mesh["groups"].get_group())
+        else:
+            for layer in (net.a, net.b) if around == "fsdp by layer" and isinstance(net, OfLayers) else ():
+                fully_shard(layer, mesh=mesh["groups"])
+            model = fully_shard(net, mesh=mesh["groups"])
+        for step in range(3):
+            model.zero_grad()
+            model(mine).square().sum().backward()
+            for p, grad in zip(model.parameters(), right, strict=True):
+                torch.testing.assert_close(whole(p), grad, msg=lambda text: f"{made} {around} {step}: {text}")
+print("right", flush=True)
+"""
+
+
+def test_gradients_inside_ddp_and_fsdp2(tmp_path: Path) -> None:
+    code, out, said = job(tmp_path, 4, BESIDE)
+    assert (code, out.count("right")) == (0, 4), said
+
+
 ENDS = """
 import os, signal, sys, threading, time
 import torch

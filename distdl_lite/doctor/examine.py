@@ -40,7 +40,7 @@ def child(voice: Voice) -> None:
 def _about(world: Any) -> dict[str, str]:
     if world.name != "MPI":
         is_direct = world.home(torch.device("cuda")).type == "cuda"
-        return {"transport": world.name, "device tensors": "by NCCL" if is_direct else "by Gloo, through host memory"}
+        return {"transport": world.name, "device tensors": "by NCCL" if is_direct else "through host memory"}
     from distdl_lite.transport.mpi.about import about
 
     return {"transport": "MPI"} | about()

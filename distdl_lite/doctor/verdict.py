@@ -115,15 +115,18 @@ def _judge_cores(made: Verdict, host: str, ranks: Sequence[Facts], environ: Mapp
     threads = sum(one["threads"] for one in ranks)
     share = max(1, min(cores // len(ranks), *(len(one["cores"]) for one in ranks)))
     narrow = next((one for one in ranks if one["threads"] > len(one["cores"])), None)
+    fewer = f": start at most {cores}" if len(ranks) > cores else ""
     if len(bound) < min(len(ranks), ranks[0]["host_cores"]):
         made.wrong.append(f"{host}: {len(ranks)} ranks are bound to the same cores {sorted(bound)}: {_BIND}")
     elif threads > cores:
-        made.wrong.append(f"{host}: {len(ranks)} ranks with {threads} threads share {cores} cores, and all are slow")
+        made.wrong.append(
+            f"{host}: {len(ranks)} ranks with {threads} threads share {cores} cores, and all are slow{fewer}"
+        )
     elif narrow is not None:
         made.wrong.append(f"{host}: a rank with {narrow['threads']} threads is bound to cores {narrow['cores']}")
     elif 2 * threads <= cores:
         made.notes.append(f"{host}: of {cores} cores {threads} are used")
-    if (threads > cores or narrow or 2 * threads <= cores) and environ.get("OMP_NUM_THREADS") != str(share):
+    if (threads > cores or narrow or 2 * threads <= cores) and any(one["threads"] != share for one in ranks):
         made.variables["OMP_NUM_THREADS"] = str(min(share, int(made.variables.get("OMP_NUM_THREADS", share))))
 
 

@@ -1,13 +1,14 @@
 """Where tensors of GPUs travel, and what must have happened to them before.
 
 A process takes the GPU of its number on its host, unless the program has chosen one. Over NCCL tensors of GPUs travel as they
-are, where each process of the host has a GPU. Over MPI they go through pinned host memory; with ``DISTDL_LITE_MPI_CUDA=direct``
+are, where each process has a GPU of its own. Over MPI they go through pinned host memory; with ``DISTDL_LITE_MPI_CUDA=direct``
 MPI gets their memory itself, which only an MPI that takes it survives.
 """
 
 from __future__ import annotations
 
 import os
+import platform
 from collections.abc import Callable
 from typing import Any
 
@@ -28,9 +29,11 @@ def take_gpu() -> None:
         torch.cuda.set_device(local_rank() % torch.cuda.device_count())
 
 
-def gpus_suffice() -> bool:
-    """Whether each process of this host has a GPU of its own: NCCL refuses two on one."""
-    return torch.cuda.is_available() and int(os.environ.get("LOCAL_WORLD_SIZE", "1")) <= torch.cuda.device_count()
+def gpu() -> str:
+    """Which GPU this process has taken, by a name that no other in the world has; empty without one."""
+    if not torch.cuda.is_available():
+        return ""
+    return f"{platform.node()} {torch.cuda.get_device_properties(torch.cuda.current_device()).uuid}"
 
 
 def mpi_takes(device: torch.device) -> bool:

@@ -13,7 +13,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
 from datetime import timedelta
-from functools import cache, partial
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,7 +24,7 @@ from distdl_lite.plan import Pattern
 from distdl_lite.transport import RowsByRank, Team, wire
 from distdl_lite.transport.channel import Requests
 from distdl_lite.transport.counts import counted
-from distdl_lite.transport.devices import HOST, gpus_suffice, take_gpu
+from distdl_lite.transport.devices import HOST, gpu, take_gpu
 from distdl_lite.transport.processes import ProcessTransport
 from distdl_lite.transport.sockets import Line, Piece, Stream, Streams, Switchboard
 
@@ -43,10 +43,12 @@ class _Job:
     def __init__(self) -> None:
         take_gpu()
         if not dist.is_initialized():
-            dist.init_process_group("cpu:gloo,cuda:nccl" if uses_nccl() else "gloo")
+            has_nccl = torch.cuda.is_available() and dist.is_nccl_available()
+            dist.init_process_group("cpu:gloo,cuda:nccl" if has_nccl else "gloo")
             atexit.register(_destroy)
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
         self.store = c10d._get_default_store()
+        self.has_nccl = gpus_suffice(self.store, self.rank, self.size)
         self.made: Counter[tuple[int, ...]] = Counter()
         self.transports: dict[tuple[int, ...], TorchTransport] = {}
 
@@ -73,6 +75,8 @@ def transport_over(group: Any) -> TorchTransport:
     """The one transport over the ranks of a process group or a device mesh (None: all), which make it together."""
     if group is dist.GroupMember.NON_GROUP_MEMBER:
         raise ValueError("a partition needs a process group that this rank belongs to")
+    if dist.is_initialized() and dist.get_backend() == "distdl":
+        raise ValueError("the default process group is one over MPI: make partitions of dl.Partition.world()")
     _Job.now = job = _Job.now or _Job()
     if group is None:
         ranks = tuple(range(job.size))
@@ -106,7 +110,8 @@ class TorchTransport(ProcessTransport):
         known = tuple(self._ranks[rank] for rank in ranks)
         name, other = self._job.new_name(known), [rank for rank in ranks if rank != self.rank]
         swap = partial(self._swap, *self._streams.between(other, name).values()) if len(other) == 1 else None
-        return TorchGroup(dist.PrefixStore(name, self._job.store), known.index(self._job.rank), len(known), swap)
+        job = self._job
+        return TorchGroup(dist.PrefixStore(name, job.store), known.index(job.rank), len(known), job.has_nccl, swap)
 
     def _swap(self, stream: Stream, sent: torch.Tensor | None, received: torch.Tensor | None) -> None:
         moving = [] if received is None else [stream.receive(_memory(received))]
@@ -163,10 +168,12 @@ class TorchGroup:
     Two ranks of the host swap tensors instead, in a part of the time.
     """
 
-    def __init__(self, store: dist.Store, rank: int, size: int, swap: Callable[..., None] | None = None) -> None:
+    def __init__(
+        self, store: dist.Store, rank: int, size: int, has_nccl: bool, swap: Callable[..., None] | None = None
+    ) -> None:
         self.rank, self.size, self._swap = rank, size, swap
         self.backends: dict[str, Any] = {"cpu": dist.ProcessGroupGloo(dist.PrefixStore("cpu", store), rank, size)}
-        if uses_nccl():
+        if has_nccl:
             self.backends["cuda"] = dist.ProcessGroupNCCL(dist.PrefixStore("cuda", store), rank, size)
             # Else the first messages of two ranks would wait for all the others.
             self.backends["cuda"].eager_connect_single_device(torch.device("cuda", torch.cuda.current_device()))
@@ -218,12 +225,18 @@ class TorchGroup:
         self.of(rows).alltoall_base(_bytes(received), _bytes(rows), [], []).wait()
 
 
-@cache
-def uses_nccl() -> bool:
-    """Whether tensors of GPUs travel by NCCL, not through host memory; a warning says where it alone is missing."""
-    if gpus_suffice() and not dist.is_nccl_available():
+def gpus_suffice(store: dist.Store, rank: int, size: int) -> bool:
+    """Whether tensors of GPUs travel by NCCL, which wants one for each process; a warning says where it alone is missing."""
+    mine = gpu()
+    store.set(f"distdl_lite gpu {rank}", mine)
+    if not mine:  # as the others will find
+        return False
+    told = {store.get(f"distdl_lite gpu {other}") for other in range(size)}
+    suffice = len(told) == size and b"" not in told
+    if suffice and not dist.is_nccl_available():
         warnings.warn("this torch has no NCCL: tensors of GPUs go through host memory", stacklevel=2)
-    return gpus_suffice() and dist.is_nccl_available()
+        return False
+    return suffice
 
 
 def _bytes(tensor: torch.Tensor) -> torch.Tensor:
