@@ -126,7 +126,8 @@ def _judge_cores(made: Verdict, host: str, ranks: Sequence[Facts], environ: Mapp
         made.wrong.append(f"{host}: a rank with {narrow['threads']} threads is bound to cores {narrow['cores']}")
     elif 2 * threads <= cores:
         made.notes.append(f"{host}: of {cores} cores {threads} are used")
-    if (threads > cores or narrow or 2 * threads <= cores) and any(one["threads"] != share for one in ranks):
+    is_other = any(one["threads"] != share for one in ranks) and environ.get("OMP_NUM_THREADS") != str(share)
+    if (threads > cores or narrow or 2 * threads <= cores) and is_other:
         made.variables["OMP_NUM_THREADS"] = str(min(share, int(made.variables.get("OMP_NUM_THREADS", share))))
 
 
