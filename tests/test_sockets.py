@@ -170,3 +170,12 @@ def test_who_sends_no_more_is_named() -> None:
             streams.move([stream.receive(memoryview(bytearray(5)))])
 
     on_boards(2, body)
+
+
+@pytest.mark.parametrize(
+    ("master", "wanted"), [("127.0.0.1", "127.0.0.1"), ("::1", "::1"), ("no such host", "127.0.0.1")]
+)
+def test_the_address_by_which_others_reach_this_host(master: str, wanted: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MASTER_ADDR", master)
+    board = Switchboard(Store(), 0)
+    assert board._listener.getsockname()[0] == wanted

@@ -1,4 +1,4 @@
-"""The transport over torch.distributed: Gloo moves tensors of the host, NCCL those of GPUs.
+"""The transport over torch.distributed: NCCL moves tensors of GPUs, Gloo and the library's own sockets those of the host.
 
 It works on groups of its own, one for each team of ranks, so that a user's traffic cannot match its messages. They are
 made from torch's store by their members alone, for which there are no public calls: ``torch.distributed.new_group`` wants all
