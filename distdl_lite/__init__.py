@@ -1,4 +1,4 @@
-"""Distributed PyTorch layers over MPI: every data movement a linear operator with its exact adjoint."""
+"""PyTorch models cut over ranks, by MPI or torch.distributed: every data movement a linear operator with its exact adjoint."""
 
 from distdl_lite import data, nn, tagi, testing
 from distdl_lite.heat.daso import DASO

@@ -1,4 +1,4 @@
-"""Denoise a whole photograph with a U-Net whose tensors are cut over MPI ranks.
+"""Denoise a whole photograph with a U-Net whose tensors are cut over ranks.
 
     mpirun -n 4 python docs/examples/denoise.py
 

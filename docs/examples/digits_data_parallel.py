@@ -189,7 +189,7 @@ def run(world: dl.Partition, options: argparse.Namespace) -> dict[str, tuple[Cur
     return curves
 
 
-def parse(ranks: int, arguments: list[str] | None = None) -> argparse.Namespace:
+def parse(ranks: int = 1, arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--face", choices=[*FACES, "all"], default="all")
     parser.add_argument("--epochs", type=int, default=10)
@@ -207,6 +207,7 @@ def parse(ranks: int, arguments: list[str] | None = None) -> argparse.Namespace:
 def main() -> None:
     dl.abort_on_exception()
     torch.set_num_threads(1)
+    parse()  # before ranks are needed
     world = dl.Partition.world()
     run(world, parse(world.size))
 

@@ -174,7 +174,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 def main() -> None:
     dl.abort_on_exception()
     torch.set_num_threads(1)
-    run(dl.Partition.world(), parse())
+    options = parse()
+    run(dl.Partition.world(), options)
 
 
 if __name__ == "__main__":
