@@ -281,7 +281,9 @@ def parser() -> argparse.ArgumentParser:
     commands.add_parser("info", help=about).set_defaults(run=info)
     _add_doctor(commands)
     _add_explain(commands.add_parser("explain", help="who sends what to whom for a primitive; needs no ranks"))
-    _add_plan(commands.add_parser("plan", help="what a model cut over a grid moves, computes and holds; needs no ranks"))
+    _add_plan(
+        commands.add_parser("plan", help="what a model cut over a grid moves, computes and holds; needs no ranks")
+    )
     timed = commands.add_parser(
         "bench",
         help="our calls beside hand-written ones; start it with mpirun -n 2 or torchrun --nproc-per-node 2",

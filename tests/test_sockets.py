@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from distdl_lite.transport import sockets
 from distdl_lite.transport.sockets import Line, Streams, Switchboard
 from distdl_lite.transport.team import Team
 
@@ -124,13 +125,19 @@ def test_who_has_gone_is_named() -> None:
     assert re.match("rank 2 (sends to|waits for) rank [01]: ", texts[2])
 
 
-def test_a_stranger_is_turned_away() -> None:
+@pytest.mark.parametrize("said", [b"", b"few", bytes(64)])
+def test_a_stranger_is_turned_away(said: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Such as one that looks for open ports: it leaves, says something else, or nothing."""
+    monkeypatch.setattr(sockets, "_PATIENCE", 0.1)
     store = Store()
     here, there = Switchboard(store, 0), Switchboard(store, 1)
-    with socket.create_connection(here._listener.getsockname()) as stranger:
-        stranger.sendall(bytes(64))
-        made = there.connected(0, "call")
-        assert here.awaited("call").getpeername() == made.getsockname()
+    strangers = [socket.create_connection(here._listener.getsockname()) for _ in range(2)]
+    for stranger in strangers:
+        stranger.sendall(said)
+    strangers[0].close()
+    made = there.connected(0, "call")
+    assert here.awaited("call").getpeername() == made.getsockname()
+    strangers[1].close()
 
 
 @pytest.mark.parametrize("size", [2, 3, 5])
@@ -176,6 +183,17 @@ def test_who_sends_no_more_is_named() -> None:
     ("master", "wanted"), [("127.0.0.1", "127.0.0.1"), ("::1", "::1"), ("no such host", "127.0.0.1")]
 )
 def test_the_address_by_which_others_reach_this_host(master: str, wanted: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("MASTER_ADDR", master)
+    monkeypatch.setattr(sockets, "_ELSEWHERE", "no other host")
+    for name, value in (("MASTER_ADDR", master), ("LOCAL_WORLD_SIZE", "2"), ("WORLD_SIZE", "2")):
+        monkeypatch.setenv(name, value)
     board = Switchboard(Store(), 0)
     assert board._listener.getsockname()[0] == wanted
+
+
+def test_other_hosts_are_not_told_an_address_that_leads_to_themselves(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sockets, "_ELSEWHERE", "127.0.0.1")
+    for name, value in (("MASTER_ADDR", "127.0.1.1"), ("LOCAL_WORLD_SIZE", "2"), ("WORLD_SIZE", "4")):
+        monkeypatch.setenv(name, value)
+    assert sockets._own_address() == "127.0.0.1"  # as that of the default route
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert sockets._own_address() == "127.0.0.1"

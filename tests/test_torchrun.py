@@ -208,7 +208,8 @@ import distdl_lite as dl
 {}
 world = dl.Partition.world()
 layer = dl.nn.AllSumReduce(world.grid((3,)), [0])
-layer(torch.ones(2))
+for _ in range({}):
+    layer(torch.ones(2))
 def fail():
     raise RuntimeError("only this rank")
 if world.rank == 1:
@@ -221,21 +222,22 @@ HOOK = "dl.abort_on_exception()"
 
 
 @pytest.mark.parametrize(
-    ("before", "end", "texts"),
+    ("before", "calls", "end", "texts"),
     [
-        (HOOK, "os.kill(os.getpid(), signal.SIGKILL)", ["rank      : 1", "Signal 9 (SIGKILL)"]),
-        (HOOK, "fail()", ["only this rank", "rank      : 1"]),
-        (HOOK, "threading.Thread(target=fail).start(); time.sleep(60)", ["only this rank", "rank      : 1"]),
-        (
-            "dl.abort_on_timeout(2)",
-            "time.sleep(60)",
-            ["has waited for others for more than 2 s in AllSumReduce number"],
+        (HOOK, 1, "os.kill(os.getpid(), signal.SIGKILL)", ["rank      : 1", "Signal 9 (SIGKILL)"]),
+        (HOOK, 1, "fail()", ["only this rank", "rank      : 1"]),
+        (HOOK, 1, "threading.Thread(target=fail).start(); time.sleep(60)", ["only this rank", "rank      : 1"]),
+        *(
+            ("dl.abort_on_timeout(2)", n, "time.sleep(60)", ["has waited for others for more than 2 s in AllSumReduce"])
+            for n in (0, 1)  # with none the ranks wait for each other's connections
         ),
     ],
 )
-def test_a_rank_that_ends_or_waits_alone_ends_the_job(tmp_path: Path, before: str, end: str, texts: list[str]) -> None:
+def test_a_rank_that_ends_or_waits_alone_ends_the_job(
+    tmp_path: Path, before: str, calls: int, end: str, texts: list[str]
+) -> None:
     began = time.monotonic()
-    code, _, said = job(tmp_path, 3, ENDS.format(before, end))
+    code, _, said = job(tmp_path, 3, ENDS.format(before, calls, end))
     assert time.monotonic() - began < 45
     assert code != 0
     for text in texts:

@@ -310,6 +310,32 @@ def test_rows_go_to_any_ranks(world: dl.Partition) -> None:
 
 
 @on_ranks(SIZE, mpi=True)
+def test_a_single_element_of_any_stride(world: dl.Partition) -> None:
+    """It counts as contiguous: an expanded gradient, as that of a sum, and one of every fourth element."""
+    transport, everyone, pair = world.world_transport, line(*range(SIZE)), line(0, 3)
+    for x in (torch.tensor(2.0).expand(1), torch.arange(2.0, 10.0)[::8], torch.ones(5, 5)[::5, ::5].mul(2)):
+        one = {(): tuple(x.shape)}
+        for grid in (everyone, pair):
+            total = lay.copies(grid, (), one)
+            for Y in (total, lay.copies(line(3), (), one)):
+                op = dl.Operator(plan(total, Y, world.rank), transport)
+                if op.plan.legs:
+                    y = op.apply(x)
+                    assert not y.numel() or y.item() == 2 * grid.size
+                    back = op.adjoint.apply(x if y.numel() else torch.empty(0))
+                    assert back.item() == (2 * grid.size if Y is total else 2)
+        cut = even(everyone, SIZE) if x.dim() == 1 else None
+        if cut is not None:
+            whole = dl.Operator(plan(cut, lay.gathered(cut, [0]), world.rank), transport)
+            assert whole.apply(x).tolist() == [2.0] * SIZE
+            assert whole.adjoint.apply(torch.ones(SIZE)).item() == SIZE
+        team = world.team
+        assert transport.all_reduce(team, x.clone()).item() == 2 * SIZE
+        transport.broadcast(team, copy := x.clone(), 1)
+        assert copy.item() == 2
+
+
+@on_ranks(SIZE, mpi=True)
 def test_everything_that_moves(world: dl.Partition) -> None:
     check_everything(world, "cpu")
 

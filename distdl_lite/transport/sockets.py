@@ -18,11 +18,14 @@ from array import array
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
+from ipaddress import ip_address
 from typing import Any
 
 from distdl_lite.transport.team import Team
 
+_ELSEWHERE = "192.0.2.1"  # of no host, by RFC 5737
 _WAIT = 0.01  # seconds after which a thread looks what others have done for it
+_PATIENCE = 10.0  # seconds for who connects to say who it is
 _SMALL = 1 << 14  # bytes that any socket takes while the other end reads nothing
 
 
@@ -56,19 +59,34 @@ class Switchboard:
                 came, _ = self._listener.accept()
             except TimeoutError:  # another thread may have taken it
                 continue
-            if secrets.compare_digest(_received(came, len(self._secret)), self._secret):
-                self._came[pickle.loads(_frame(came))] = came
+            came.settimeout(_PATIENCE)
+            try:
+                if not secrets.compare_digest(_received(came, len(self._secret)), self._secret):
+                    raise ConnectionError("a stranger")
+                name = pickle.loads(_frame(came))
+            except OSError:
+                came.close()
+                continue
+            came.settimeout(None)
+            self._came[name] = came
         return self._came.pop(call)
 
 
 def _own_address() -> str:
-    """The address of this host in the network in which it reaches the job's first, to which nothing is sent for that."""
-    with suppress(OSError):
-        host = os.environ.get("MASTER_ADDR") or socket.gethostname()
-        for family, kind, *_, address in socket.getaddrinfo(host, 1, type=socket.SOCK_DGRAM):
-            with suppress(OSError), socket.socket(family, kind) as probe:
-                probe.connect(address)
-                return str(probe.getsockname()[0])
+    """The address of this host in the network in which it reaches the job's first, to which nothing is sent for that.
+
+    Where there are more hosts, and the first's name leads back to itself, it is the address of the default route.
+    """
+    host = os.environ.get("MASTER_ADDR") or socket.gethostname()
+    has_more = os.environ.get("LOCAL_WORLD_SIZE") != os.environ.get("WORLD_SIZE")
+    for name in (host, _ELSEWHERE):
+        with suppress(OSError):
+            for family, kind, *_, address in socket.getaddrinfo(name, 1, type=socket.SOCK_DGRAM):
+                with suppress(OSError), socket.socket(family, kind) as probe:
+                    probe.connect(address)
+                    mine = str(probe.getsockname()[0])
+                    if not (has_more and name is host and ip_address(mine).is_loopback):
+                        return mine
     return "127.0.0.1"
 
 

@@ -240,8 +240,8 @@ def gpus_suffice(store: dist.Store, rank: int, size: int) -> bool:
 
 
 def _bytes(tensor: torch.Tensor) -> torch.Tensor:
-    """The memory of a contiguous tensor."""
-    return tensor.detach().view(-1).view(torch.uint8)
+    """The memory of a contiguous tensor; one of a single element is contiguous whatever its strides."""
+    return tensor.detach().as_strided((tensor.numel(),), (1,)).view(torch.uint8)
 
 
 def _memory(tensor: torch.Tensor) -> memoryview:

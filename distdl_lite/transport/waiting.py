@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import sys
 import threading
 import time
@@ -95,8 +96,15 @@ class _Watch(threading.Thread):
 def _waiting() -> FrameType | None:
     """The frame in which a thread of this process is in a transport's call, None if none is."""
     idle = {thread.ident for thread in threading.enumerate() if thread.name == _IDLE}
-    frames = (frame for ident, frame in sys._current_frames().items() if ident not in idle)
-    return next((frame for frame in frames if frame.f_code.co_filename in _WAITS), None)
+    frames = [_caller(frame) for ident, frame in sys._current_frames().items() if ident not in idle]
+    return next((frame for frame in frames if frame is not None and frame.f_code.co_filename in _WAITS), None)
+
+
+def _caller(frame: FrameType | None) -> FrameType | None:
+    """The frame that calls what of the standard library waits."""
+    while frame is not None and frame.f_code.co_filename in (socket.__file__, threading.__file__):
+        frame = frame.f_back
+    return frame
 
 
 def _place(frame: FrameType) -> str:
