@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from jobs import mpirun, run
+from ranks import over_mpi
 
 import distdl_lite as dl
 from distdl_lite.bench.table import write_json
@@ -338,6 +339,7 @@ def test_without_an_mpi_library_the_doctor_says_so() -> None:
     assert "pip install mpich" in done.stdout
 
 
+@over_mpi
 @pytest.mark.mpi(min_size=2)
 def test_mpi_takes_memory_where_it_lies() -> None:
     """That of the host, in place of a device's."""
