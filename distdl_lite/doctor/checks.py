@@ -31,11 +31,10 @@ _SIZES = 8, 1 << 10, 1 << 15, 1 << 18, 1 << 20, 1 << 22  # bytes of the messages
 
 
 class Devices:
-    """The CUDA device of a rank: that of its number on the host."""
+    """The CUDA device of a rank: that which its transport has taken."""
 
-    def __init__(self, local_rank: int) -> None:
-        self.device = torch.device("cuda", local_rank % torch.cuda.device_count())
-        torch.cuda.set_device(self.device)
+    def __init__(self) -> None:
+        self.device = torch.device("cuda", torch.cuda.current_device())
         self._work = torch.zeros(4096, 4096, device=self.device)
         self._work = self._work @ self._work  # what the first product sets up would wait for the stream
 

@@ -32,8 +32,7 @@ def child(voice: Voice) -> None:
     facts = world.gather_objects(world.team(range(world.size)), mine)
     if world.rank == 0:
         voice.say(finding="facts", ranks=facts)
-    local_rank = [one["host"] for one in facts[: world.rank]].count(mine["host"])
-    examine(voice, world, checks.Devices(local_rank) if all(one["gpus"] for one in facts) else None)
+    examine(voice, world, checks.Devices() if all(one["gpus"] for one in facts) else None)
     voice.begin("end")
 
 

@@ -64,17 +64,17 @@ def _fail(why: str) -> None:
     abort()
 
 
-def place_in_job() -> tuple[str, int, int]:
-    """By what the job's processes communicate, this one's rank and how many there are; nothing is imported for that.
+def place_in_job() -> tuple[str, int]:
+    """By what the job's processes communicate, and this one's rank; nothing is imported for that.
 
     What is not in use, or has one rank, is "nothing".
     """
     MPI, dist = getattr(sys.modules.get("mpi4py"), "MPI", None), sys.modules.get("torch.distributed")
     if MPI is not None and MPI.Is_initialized() and not MPI.Is_finalized() and MPI.COMM_WORLD.size > 1:
-        return "MPI", MPI.COMM_WORLD.rank, MPI.COMM_WORLD.size
+        return "MPI", MPI.COMM_WORLD.rank
     if dist is not None and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-        return "torch", dist.get_rank(), dist.get_world_size()
-    return "nothing", 0, 1
+        return "torch", dist.get_rank()
+    return "nothing", 0
 
 
 def abort() -> None:

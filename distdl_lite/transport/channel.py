@@ -76,7 +76,7 @@ class PlannedChannel:
         self.plan, self.dtype, self.device = plan, dtype, device
         self._exchange: _Exchange | None = None
         self._collectives: list[_Collective] = []
-        if all(leg.team and transport.has(leg.pattern, _counts(leg), device) for leg in plan.legs):
+        if all(leg.team and transport.has(leg, device) for leg in plan.legs):
             self._collectives = [_COLLECTIVES[leg.pattern](transport, plan, leg, dtype, device) for leg in plan.legs]
         else:
             self._exchange = _Exchange(transport, plan, dtype, device)
@@ -227,7 +227,7 @@ class _Blocks(_Collective):
     ) -> None:
         super().__init__(transport, plan, leg, dtype, device)
         edges, shape = _blocks(leg), self.shape_out if leg.pattern is Pattern.ALL_GATHER else plan.shape_in or ()
-        self._counts = _counts(leg)
+        self._counts = counts_of(leg)
         self._in_order = wire.lie_in_order(edges, shape)
         starts = accumulate((edge.size for edge in edges), initial=0)
         self._places = [
@@ -268,7 +268,7 @@ def _blocks(leg: Leg) -> tuple[Edge, ...]:
     return leg.receives if leg.pattern is Pattern.ALL_GATHER else leg.sends
 
 
-def _counts(leg: Leg) -> list[int]:
+def counts_of(leg: Leg) -> list[int]:
     """How many elements each rank of the team has of them; a rank with an empty block has no edge."""
     sizes = {edge.peer: edge.size for edge in _blocks(leg)}
     return [sizes.get(rank, 0) for rank in leg.team]

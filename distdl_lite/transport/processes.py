@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from distdl_lite.plan import Pattern, Plan
+from distdl_lite.plan import Leg, Plan
 from distdl_lite.transport import Team, Transport, wire
 from distdl_lite.transport.abort import abort
 from distdl_lite.transport.channel import Group, PlannedChannel, Requests
@@ -60,8 +60,8 @@ class ProcessTransport(Transport):
         """A contiguous tensor at home, of a dtype that can be added; the tensor itself where it is one already."""
         return tensor.to(self.home(tensor.device), wire.wire_dtype(tensor.dtype)).contiguous()
 
-    def has(self, pattern: Pattern, counts: Sequence[int], device: torch.device) -> bool:
-        """Whether there is a collective that is better than messages, for blocks of so many elements."""
+    def has(self, leg: Leg, device: torch.device) -> bool:
+        """Whether there is a collective for the leg that is better than messages."""
         return True
 
     def requests(self, sends: Sequence[wire.Message], receives: Sequence[wire.Message]) -> Requests:

@@ -68,6 +68,7 @@ class Switchboard:
                 came.close()
                 continue
             came.settimeout(None)
+            came.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             self._came[name] = came
         return self._came.pop(call)
 
@@ -223,7 +224,6 @@ class Stream:
 
     def __init__(self, rank: int, connection: socket.socket) -> None:
         connection.setblocking(False)
-        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._rank, self._connection, self._lock = rank, connection, threading.Lock()
         self.fileno = connection.fileno
         self.going: deque[Piece] = deque()

@@ -20,9 +20,9 @@ import torch
 import torch.distributed as dist
 import torch.distributed.distributed_c10d as c10d
 
-from distdl_lite.plan import Pattern
+from distdl_lite.plan import Leg, Pattern
 from distdl_lite.transport import RowsByRank, Team, wire
-from distdl_lite.transport.channel import Requests
+from distdl_lite.transport.channel import Requests, counts_of
 from distdl_lite.transport.counts import counted
 from distdl_lite.transport.devices import HOST, gpu, take_gpu
 from distdl_lite.transport.processes import ProcessTransport
@@ -125,12 +125,11 @@ class TorchTransport(ProcessTransport):
         return device if device.type in self._world.backends else HOST
 
     def on_wire(self, tensor: torch.Tensor) -> torch.Tensor:
-        dtype = _ADDED_AS.get(tensor.dtype) or wire.wire_dtype(tensor.dtype)
-        return tensor.to(self.home(tensor.device), dtype).contiguous()
+        return super().on_wire(tensor.to(_ADDED_AS.get(tensor.dtype, tensor.dtype)))
 
-    def has(self, pattern: Pattern, counts: Sequence[int], device: torch.device) -> bool:
+    def has(self, leg: Leg, device: torch.device) -> bool:
         """Gloo's reduce-scatter takes five times as long as messages, and its all-gather twice; NCCL's want equal blocks."""
-        return pattern not in _BY_MESSAGES or (self.home(device) != HOST and len(set(counts)) == 1)
+        return leg.pattern not in _BY_MESSAGES or (self.home(device) != HOST and len(set(counts_of(leg))) == 1)
 
     def requests(self, sends: Sequence[wire.Message], receives: Sequence[wire.Message]) -> Requests:
         if any(not message.buffer.is_cpu for message in (*sends, *receives)):
