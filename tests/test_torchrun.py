@@ -111,7 +111,7 @@ import torch.distributed as dist
 import distdl_lite as dl
 {}
 world = dl.Partition.world()
-print(world.world_transport.name, world.size, flush=True)
+print(f"{{world.world_transport.name}} {{world.size}}", flush=True)
 """
 
 
@@ -136,7 +136,7 @@ def test_which_world_there_is(tmp_path: Path) -> None:
     variables = {"PMI_SIZE": "2", "TORCHELASTIC_RUN_ID": "x"}
     assert "both MPI's launcher (PMI_SIZE=2) and torchrun" in run(sys.executable, str(program), **variables).stderr
     code, out, said = job(tmp_path, 2, JOINS.format(""), PMI_SIZE="2", DISTDL_LITE_TRANSPORT="torch")
-    assert (code, out) == (0, "torch.distributed 2\n" * 2), said
+    assert (code, out.count("torch.distributed 2")) == (0, 2), said
 
 
 BESIDE = """
