@@ -1,6 +1,10 @@
 """PyTorch models cut over ranks, by MPI or torch.distributed: every data movement a linear operator with its exact adjoint."""
 
 from distdl_lite import data, nn, tagi, testing
+from distdl_lite.checkpoint.files import Checkpoint, latest_checkpoint, read_checkpoint
+from distdl_lite.checkpoint.load import Loaded, load
+from distdl_lite.checkpoint.save import save
+from distdl_lite.checkpoint.writing import Saving
 from distdl_lite.heat.daso import DASO
 from distdl_lite.heat.deferred import DataParallelOptimizer
 from distdl_lite.heat.multi_gpu import DataParallelMultiGPU

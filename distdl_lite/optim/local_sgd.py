@@ -338,6 +338,11 @@ class LocalSGD(torch.optim.Optimizer):
             self.drain()
         self._since = self._since_local = 0
 
+    def make_equal(self) -> None:
+        """Average over all ranks now, unless an average was the last thing they did; all ranks call it."""
+        if self._flight is not None or self._since:
+            self.synchronise()
+
     def next_epoch(self, loss: float | torch.Tensor | None = None) -> None:
         """End the epoch, and tell its loss on this rank, the mean of which over the ranks the schedule sees."""
         if loss is not None:

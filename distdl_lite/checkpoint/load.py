@@ -1,0 +1,325 @@
+"""Loading: each rank reads the boxes it holds now, whatever the grid that has saved them."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from itertools import count
+from typing import Any
+
+import torch
+
+from distdl_lite.agreement import check_alike, raise_together, vote_of
+from distdl_lite.checkpoint.files import Checkpoint, read_checkpoint
+from distdl_lite.checkpoint.plain import decoded
+from distdl_lite.checkpoint.state import (
+    Part,
+    groups_of,
+    named,
+    parts_of_model,
+    serial_name,
+    set_generators,
+    torch_optimizer,
+)
+from distdl_lite.factors import feature_axes
+from distdl_lite.model.distributed import Distributed
+from distdl_lite.optim.local_sgd import LocalSGD
+from distdl_lite.partition import partition_of
+
+Rename = Mapping[str, str] | Callable[[str], str]
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """What `load` returns, the same on all ranks.
+
+    Attributes
+    ----------
+    extra
+        What `save` was given.
+    missing, unexpected : tuple of str
+        The model's tensors that the checkpoint has not, and the other way round; empty where `strict`.
+    notes : tuple of str
+        What could not go on as it was, also given as warnings.
+    """
+
+    extra: Any = None
+    missing: tuple[str, ...] = ()
+    unexpected: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+def load(
+    source: str | os.PathLike[str] | Mapping[str, Any],
+    *,
+    model: Any = None,
+    optimizer: Any = None,
+    scheduler: Any = None,
+    scaler: Any = None,
+    data: Any = None,
+    strict: bool = True,
+    names: str | Sequence[str] | None = None,
+    rename: Rename | None = None,
+    dtype: torch.dtype | None = None,
+    P: Any = None,
+) -> Loaded:
+    """Read a checkpoint on any grid and any number of ranks: each rank reads what it holds.
+
+    Parameters
+    ----------
+    source : path or mapping
+        A directory that `save` has written; a safetensors file of a whole model; or a serial ``state_dict()``, which all ranks
+        pass, such as ``torch.load(file, mmap=True)``.
+    model, optimizer, scheduler, scaler, data
+        What is to go on, as in `save`; anything may be left out. An optimizer has its parameters in the groups that it had,
+        in any order. Where there is one, torch's generators go on, too.
+    strict : bool
+        Whether the names of the model's tensors and the checkpoint's must be the same.
+    names : str or sequence of str, optional
+        Patterns such as "encoder.*": of the model's tensors only those whose names match one are loaded.
+    rename : mapping or callable, optional
+        From a tensor's name in the checkpoint to its name in the model; names that a mapping lacks stay.
+    dtype : torch.dtype, optional
+        What floating-point tensors of the checkpoint are converted to. Without it dtypes must be the same.
+    P : Partition or communicator, optional
+        The ranks that call this together, as in `save`.
+
+    Returns
+    -------
+    Loaded
+
+    Raises
+    ------
+    ValueError, TypeError, RuntimeError
+        On all ranks with the same text: if the checkpoint is torn or none, or names, shapes, dtypes or the optimizer's groups
+        do not fit; the model is then as it was. If reading fails later, it is not.
+
+    Notes
+    -----
+    What several ranks hold is read by one of them, and broadcast. On another number of ranks, generators and the inner states of
+    `LocalSGD`, which are each rank's own, go on as those of rank ``r % n`` of the n ranks that saved; the dropout of distributed
+    layers needs those of the first rank alone, so it goes on as before.
+    """
+    team = partition_of(P).team
+    rank = team.world.rank
+    if rank not in team:
+        raise ValueError(f"load: rank {rank} is outside ranks {list(team)}, which are to call it")
+    others = {"scheduler": scheduler, "scaler": scaler, "data": data}
+    loading, error, told = None, None, None
+    try:
+        made = read_checkpoint(source)
+        loading = _Loading(made, team.index(rank), _Names(made, strict, names, rename, dtype))
+        loading.prepare(model, optimizer, others)
+        told = vote_of(str([(name, t.shape, t.dtype) for name, t in made.tensors.items()])), str(source)[:200]
+    except Exception as raised:
+        error = raised
+    raise_together(team, error, "load")
+    assert loading is not None
+    check_alike("checkpoint", dict(zip(team, team.world.gather_objects(team, told), strict=True)), "load")
+    try:
+        loading.read(rank)
+    except Exception as raised:
+        error = RuntimeError(f"rank {rank}: {raised}")
+    raise_together(team, error, "load")
+    loading.broadcast()
+    loading.finish()
+    notes = tuple(loading.notes(team.size))
+    for text in notes if rank == team[0] else ():
+        warnings.warn(text, stacklevel=2)
+    extra = decoded(made.objects.get("extra"))
+    return Loaded(extra, tuple(loading.names.missing), tuple(loading.names.unexpected), notes)
+
+
+@dataclass
+class _Names:
+    """Which tensors of a checkpoint are which of the program's."""
+
+    made: Checkpoint
+    strict: bool
+    patterns: str | Sequence[str] | None
+    rename: Rename | None
+    dtype: torch.dtype | None
+    missing: list[str] = field(default_factory=list)
+    unexpected: list[str] = field(default_factory=list)
+
+    def new(self, name: str) -> str:
+        """A serial name as the model has it."""
+        if self.rename is None:
+            return name
+        return self.rename(name) if callable(self.rename) else self.rename.get(name, name)
+
+    def of_model(self, parts: Sequence[Part]) -> list[tuple[Part, str]]:
+        """The parts that are loaded, each with its name in the checkpoint. Raises if they do not fit."""
+        made, kind = self.made, self.made.kind
+        found = {self.new(name.removeprefix(kind)): name for name in made.tensors if name.startswith(kind)}
+        wanted = {serial_name(part): part for part in parts if self._matches(serial_name(part))}
+        self.missing = [name for name in wanted if name not in found]
+        self.unexpected = [] if self.patterns else [name for name in found if name not in wanted]
+        if self.strict and (self.missing or self.unexpected):
+            raise ValueError(
+                f"the checkpoint does not fit the model: it lacks {_some(self.missing)}, and has {_some(self.unexpected)}, "
+                "which the model has not"
+            )
+        if self.patterns and not wanted:
+            raise ValueError(f"no tensor of the model is named like {self.patterns!r}")
+        pairs = [(part, found[name]) for name, part in wanted.items() if name in found]
+        for part, name in pairs:
+            self.check(part, name)
+        return pairs
+
+    def _matches(self, name: str) -> bool:
+        patterns = [self.patterns] if isinstance(self.patterns, str) else self.patterns
+        return patterns is None or any(fnmatchcase(name, pattern) for pattern in patterns)
+
+    def check(self, part: Part, name: str) -> None:
+        stored = self.made.tensors[name]
+        if stored.shape != tuple(part.shape):
+            raise ValueError(f"{name} has shape {stored.shape} in the checkpoint, {tuple(part.shape)} in the model")
+        if (given := self.dtype_of(name)) != part.tensor.dtype:
+            raise ValueError(f"{name} is {given} in the checkpoint, {part.tensor.dtype} here; dtype= converts it")
+
+    def dtype_of(self, name: str) -> torch.dtype:
+        """What a tensor of the checkpoint is converted to."""
+        stored = self.made.tensors[name].dtype
+        return self.dtype if self.dtype and stored.is_floating_point and self.dtype.is_floating_point else stored
+
+
+def _some(names: Sequence[str]) -> str:
+    return f"{', '.join(names[:5])}{f' and {len(names) - 5} more' if len(names) > 5 else ''}" or "nothing"
+
+
+@dataclass
+class _Loading:
+    """What is read of a checkpoint on this rank, and what is then told to whom."""
+
+    made: Checkpoint
+    position: int
+    names: _Names
+    tensors: list[tuple[Part, str]] = field(default_factory=list)
+    states: list[tuple[Any, Any]] = field(default_factory=list)  # objects with what each will load
+    own: Any = None
+
+    def prepare(self, model: Any, optimizer: Any, others: Mapping[str, Any]) -> None:
+        """Find all that will be read. Raises if something does not fit; nothing has changed then."""
+        models, optimizers = list(named("model", model)), dict(named("optimizer", optimizer))
+        parts = [part for name, module in models for part in parts_of_model(name, module)]
+        if models:
+            self.tensors = self.names.of_model(parts)
+        if optimizers:
+            for _, module in models:
+                _check_cut(module)
+            own = self.made.objects.get(f"rank.{self.position % max(self.made.ranks, 1)}")
+            self.own = own and decoded(own, self.made.own)
+        for name, one in optimizers.items():
+            if isinstance(one, LocalSGD):
+                self.states.append((one, self._own_of(name, one)))
+            else:
+                self._prepare_optimizer(name, torch_optimizer(one), parts)
+        for kind, things in others.items():
+            self.states += [(thing, decoded(self._object(name))) for name, thing in named(kind, things)]
+
+    def _object(self, name: str) -> Any:
+        if name not in self.made.objects:
+            raise ValueError(f"the checkpoint has no {name.removesuffix('.groups')}")
+        return self.made.objects[name]
+
+    def _own_of(self, name: str, optimizer: LocalSGD) -> Any:
+        state = (self.own or {}).get(name)
+        if state is None:
+            raise ValueError(f"the checkpoint has no {name} that averages weights")
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        for number, values in state["state"].items():
+            for key, value in values.items():
+                if isinstance(value, torch.Tensor) and value.dim() and value.shape != parameters[number].shape:
+                    raise ValueError(f"{key} of {name} is of weights that were cut over another grid")
+        return state
+
+    def _prepare_optimizer(self, prefix: str, optimizer: torch.optim.Optimizer, parts: Sequence[Part]) -> None:
+        saved = [
+            {**group, "params": [self.names.new(name) for name in group["params"]]}
+            for group in decoded(self._object(f"{prefix}.groups"))
+        ]
+        groups = groups_of(optimizer, parts)
+        mine = [sorted(serial_name(part) for _, part in group) for group in groups]
+        if mine != [sorted(group["params"]) for group in saved]:
+            raise ValueError(
+                f"{prefix} has groups of {_some([n for g in mine for n in g])}, the checkpoint of "
+                f"{_some([n for g in saved for n in g['params']])}, in {len(mine)} and {len(saved)} groups"
+            )
+        known, numbers, states = self._states(f"{prefix}.state."), count(), {}
+        for group in groups:
+            for parameter, part in group:
+                states[next(numbers)] = {
+                    key: self._state(part, parameter, name) for key, name in known.get(serial_name(part), {}).items()
+                }
+        numbers = count()
+        for group in saved:
+            group["params"] = [next(numbers) for _ in group["params"]]
+        self.states.append((optimizer, {"state": {n: s for n, s in states.items() if s}, "param_groups": saved}))
+
+    def _states(self, prefix: str) -> dict[str, dict[str, str]]:
+        """The names of states by weight and key."""
+        found: dict[str, dict[str, str]] = {}
+        for name in (*self.made.tensors, *self.made.objects):
+            if name.startswith(prefix):
+                weight, _, key = name.removeprefix(prefix).rpartition(".")
+                found.setdefault(self.names.new(weight), {})[key] = name
+        return found
+
+    def _state(self, part: Part, parameter: torch.Tensor, name: str) -> Any:
+        if name in self.made.objects:
+            return decoded(self.made.objects[name])
+        state = torch.empty_like(parameter, dtype=self.names.dtype_of(name), requires_grad=False)
+        self.names.check(part.like(name, state), name)
+        self.tensors.append((part.like(name, state), name))
+        return state
+
+    def _readers(self) -> list[tuple[Part, str, int]]:
+        """The parts that are not empty, with the rank that reads each."""
+        return [
+            (part, name, part.team[number % part.team.size])
+            for number, (part, name) in enumerate(self.tensors)
+            if part.tensor.numel()
+        ]
+
+    @torch.no_grad()
+    def read(self, rank: int) -> None:
+        for part, name, reader in self._readers():
+            if rank == reader:
+                assert part.box is not None
+                self.made.read(name, part.box, part.tensor)
+
+    @torch.no_grad()
+    def broadcast(self) -> None:
+        """Tell those that hold the same what one of them has read."""
+        for part, _, reader in self._readers():
+            if part.team.size > 1:
+                values = part.tensor.detach().contiguous()
+                part.team.world.broadcast(part.team, values.view(-1).view(torch.uint8), reader)
+                part.tensor.copy_(values)
+
+    def finish(self) -> None:
+        for thing, state in self.states:
+            thing.load_state_dict(state)
+        if self.own:
+            set_generators(self.own["random"])
+
+    def notes(self, size: int) -> list[str]:
+        if not self.own or size == self.made.ranks or self.made.objects["random"]:
+            return []
+        return [
+            f"load: {self.made.ranks} ranks had torch's generators in different states, {size} ranks go on: "
+            f"rank r with the state of rank r % {self.made.ranks}"
+        ]
+
+
+def _check_cut(module: Any) -> None:
+    for inner in module.modules():
+        if isinstance(inner, Distributed) and feature_axes(inner.P.grid_of_ranks) and inner._distdl_plan is None:
+            raise ValueError(
+                f"{inner._distdl_label}: call the network once before the state of its optimizer is loaded: "
+                "its weights are cut at the first call"
+            )

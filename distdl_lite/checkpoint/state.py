@@ -1,0 +1,146 @@
+"""What a program has to keep: boxes of tensors under serial names, and what is plain or a rank's own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from distdl_lite.agreement import check_alike
+from distdl_lite.checkpoint.files import box_of
+from distdl_lite.checkpoint.plain import encoded
+from distdl_lite.heat.deferred import DataParallelOptimizer
+from distdl_lite.layout import Box, Shape
+from distdl_lite.model.gradient_norm import check_optimizer
+from distdl_lite.model.weights import check_cut_weights, entries_of, team_of
+from distdl_lite.transport import Team
+
+
+@dataclass(frozen=True)
+class Part:
+    """This rank's box of a tensor.
+
+    Attributes
+    ----------
+    name : str
+        Of the whole tensor in the checkpoint.
+    tensor : torch.Tensor
+    box : Box or None
+        None where this rank holds nothing.
+    shape : tuple of int
+        Of the whole tensor.
+    team : Team
+        The ranks that hold the same box.
+    line : int
+        The first rank of those that hold the whole tensor together.
+    may_be_elsewhere : bool
+        Whether another rank, of the team or of another line, may hold the same.
+    """
+
+    name: str
+    tensor: torch.Tensor
+    box: Box | None
+    shape: Shape
+    team: Team
+    line: int
+    may_be_elsewhere: bool
+
+    def like(self, name: str, tensor: torch.Tensor) -> Part:
+        """The same box of another tensor."""
+        return replace(self, name=name, tensor=tensor)
+
+
+def named(kind: str, things: Any) -> Iterator[tuple[str, Any]]:
+    """What is passed as a kind, one thing or several by name, under the names that stand before theirs in a checkpoint."""
+    if isinstance(things, Mapping) and not isinstance(things, torch.nn.Module):
+        yield from ((f"{kind}.{name}", thing) for name, thing in things.items())
+    elif things is not None:
+        yield kind, things
+
+
+def parts_of_model(prefix: str, module: torch.nn.Module) -> list[Part]:
+    """The model's tensors on this rank, none outside its team."""
+    team = team_of(module)
+    rank = team.world.rank
+    if rank not in team:
+        return []
+    check_cut_weights(module, team)
+    parts = []
+    for name, tensor, place in entries_of(module):
+        shape = place.global_shape if place else tuple(tensor.shape)
+        box = place.layout.box(rank) if place else box_of(shape)
+        line = place.layout.grid.ranks if place else team
+        holders = place.replicas.team if place else team
+        may_be_elsewhere = holders.size > 1 or bool(place and place.line)
+        parts.append(Part(f"{prefix}.{name}", tensor, box, shape, holders, line[0], may_be_elsewhere))
+    return parts
+
+
+def torch_optimizer(optimizer: Any) -> torch.optim.Optimizer:
+    """The optimizer of torch inside one that puts its updates off; refuses one that looks across tensors."""
+    if isinstance(optimizer, DataParallelOptimizer):
+        optimizer = optimizer.torch_optimizer
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise TypeError(f"an optimizer is needed, not {type(optimizer).__name__}")
+    check_optimizer(optimizer)
+    return optimizer
+
+
+def groups_of(optimizer: torch.optim.Optimizer, parts: Sequence[Part]) -> list[list[tuple[torch.Tensor, Part]]]:
+    """The optimizer's parameters by group, each with its part of a model; a tied weight has its first name's."""
+    found = {id(part.tensor): part for part in reversed(parts)}
+    groups = [group["params"] for group in optimizer.param_groups]
+    missing = [number for number, p in enumerate(p for group in groups for p in group) if id(p) not in found]
+    if missing:
+        raise ValueError(f"{type(optimizer).__name__}: parameters {missing} are none of the model's")
+    return [[(p, found[id(p)]) for p in group] for group in groups]
+
+
+def serial_name(part: Part) -> str:
+    return part.name.partition(".")[2]
+
+
+def state_of_optimizer(prefix: str, optimizer: Any, parts: Sequence[Part]) -> tuple[list[Part], dict[str, Any]]:
+    """States that are cut like their weights, and what is plain: numbers by weight, and groups by name.
+
+    A rank without elements of a weight tells nothing of it.
+    """
+    optimizer = torch_optimizer(optimizer)
+    cut, plain, groups = [], {}, []
+    for group, members in zip(optimizer.param_groups, groups_of(optimizer, parts), strict=True):
+        options = {key: value for key, value in group.items() if key not in ("params", "param_names")}
+        groups.append({**options, "params": [serial_name(part) for _, part in members]})
+        for parameter, part in members:
+            for key, value in optimizer.state.get(parameter, {}).items() if parameter.numel() else ():
+                name = f"{prefix}.state.{serial_name(part)}.{key}"
+                if isinstance(value, torch.Tensor) and value.dim():
+                    if value.shape != parameter.shape:
+                        raise ValueError(f"{name} is neither a number nor of its weight's shape")
+                    cut.append(part.like(name, value))
+                else:
+                    plain[name] = encoded(value, name)
+    return cut, {**plain, f"{prefix}.groups": encoded(groups, f"{prefix}.groups")}
+
+
+def generators() -> dict[str, torch.Tensor]:
+    """The states of torch's generators: the CPU's, and that of the GPU in use if there is one."""
+    states = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        states["cuda"] = torch.cuda.get_rng_state()
+    return states
+
+
+def set_generators(states: Mapping[str, torch.Tensor]) -> None:
+    torch.set_rng_state(states["cpu"])
+    if "cuda" in states and torch.cuda.is_available():
+        torch.cuda.set_rng_state(states["cuda"])
+
+
+def merged(told: Mapping[int, Mapping[str, Any]]) -> dict[str, Any]:
+    """What ranks tell by name, which must be the same where several tell it."""
+    names = dict.fromkeys(name for plain in told.values() for name in plain)
+    for name in names:
+        check_alike(name, {rank: plain[name] for rank, plain in told.items() if name in plain})
+    return {name: next(plain[name] for plain in told.values() if name in plain) for name in names}

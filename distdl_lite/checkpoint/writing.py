@@ -1,0 +1,241 @@
+"""Who writes which boxes, and a directory that stands under its name when it is complete."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from threading import Event, get_native_id
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from distdl_lite.agreement import raise_together
+from distdl_lite.checkpoint.files import FORMAT, INDEX, VERSION, alike, hash_of, tensors_of, uncovered
+from distdl_lite.grid import balanced
+from distdl_lite.layout import Box, Shape, shape_of
+from distdl_lite.transport import Team
+
+_SHARED_FROM = 2**16  # bytes for each of several ranks that hold the same box: they write a part each
+_PATIENCE = 600.0  # seconds in which no rank writes anything, after which the first one gives up
+
+
+@dataclass(frozen=True)
+class Held:
+    """What a rank tells of its box of a tensor."""
+
+    shape: Shape
+    dtype: torch.dtype
+    box: Box | None  # None also where it has no elements
+    line: int  # the first rank of those that hold the whole tensor together
+    values: int  # a hash of them where others may hold the same
+
+    def empty(self) -> dict[str, Any]:
+        return {"shape": self.shape, "dtype": _word(self.dtype), "pieces": []}
+
+
+def boxes_to_write(rank: int, told: Mapping[int, Mapping[str, Held]]) -> Iterator[tuple[str, Box]]:
+    """The boxes that a rank writes: its own ones, or its share where others hold the same with the same values."""
+    line: dict[str, int] = {}
+    holders: dict[tuple[str, Box], list[tuple[int, Held]]] = {}
+    for other, tensors in told.items():
+        for name, held in tensors.items():
+            if held.box is not None:
+                line.setdefault(name, held.line)
+                holders.setdefault((name, held.box), []).append((other, held))
+    for number, ((name, box), among) in enumerate(holders.items()):
+        first = next((held for _, held in among if held.line == line[name]), None)
+        ranks = [other for other, held in among if first is not None and held.values == first.values]
+        if first is not None and rank in ranks:
+            yield from ((name, part) for part in _share(box, first.dtype, ranks.index(rank), len(ranks), number))
+
+
+def _share(box: Box, dtype: torch.dtype, position: int, count: int, number: int) -> Iterator[Box]:
+    """The part that one of several ranks writes of a box; all of a small one is written by one of them."""
+    shape = shape_of(box)
+    if math.prod(shape) * dtype.itemsize < count * _SHARED_FROM:
+        if position == number % count:
+            yield box
+        return
+    dim = max(range(len(shape)), key=shape.__getitem__)
+    low, high = (box[dim][0] + cut for cut in balanced(shape[dim], count)[position : position + 2])
+    if low < high:
+        yield (*box[:dim], (low, high), *box[dim + 1 :])
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A box of a tensor that this rank writes."""
+
+    name: str
+    shape: Shape  # of the whole tensor
+    box: Box
+    values: torch.Tensor
+
+    def told(self) -> dict[str, Any]:
+        return {"name": self.name, "shape": self.shape, "dtype": _word(self.values.dtype), "box": self.box}
+
+
+class Saving:
+    """A checkpoint that is being written; made by `save`.
+
+    Attributes
+    ----------
+    path : Path
+        Where it stands when it is complete.
+    """
+
+    def __init__(
+        self, path: Path, team: Team, pieces: Sequence[Piece], index: Mapping[str, Any], keep: int | None, wait: bool
+    ) -> None:
+        self.path, self._team, self._pieces, self._index, self._keep = path, team, pieces, index, keep
+        self._position = team.index(team.world.rank)
+        self._folder = path.with_name(f".{path.name}.partial")
+        self._has_failed, self._is_waited_for = Event(), False
+        self._make_folder()
+        threads = ThreadPoolExecutor(1, "distdl_lite checkpoint", initializer=None if wait else _give_way)
+        work = (self._write, self._complete) if self._position == 0 else (self._write,)
+        self._work: list[Future[None]] = [threads.submit(part) for part in work]
+        threads.shutdown(wait=False)
+
+    def wait(self) -> None:
+        """Return when the checkpoint is complete; all ranks call this together.
+
+        Raises
+        ------
+        RuntimeError
+            On all ranks, if one could not write; the text names it and the file.
+        """
+        if self._is_waited_for:
+            return
+        self._is_waited_for = True
+        for step in range(2):
+            try:
+                raise_together(self._team, self._work[step].exception() if step < len(self._work) else None, "save")
+            except Exception:
+                self._has_failed.set()
+                raise
+
+    def _make_folder(self) -> None:
+        error: Exception | None = None
+        try:
+            if self._position == 0:
+                if self.path.exists():
+                    raise ValueError(f"{self.path} exists already")
+                if self._folder.exists():  # of a job that has ended in the middle
+                    shutil.rmtree(self._folder)
+                self._folder.mkdir(parents=True)
+        except OSError as raised:
+            error = RuntimeError(f"rank {self._team[0]} cannot make {self._folder}: {raised}")
+        except ValueError as raised:
+            error = raised
+        raise_together(self._team, error, "save")
+        if not self._folder.is_dir():
+            rank = self._team.world.rank
+            error = RuntimeError(f"rank {rank} does not see {self._folder}, which rank {self._team[0]} has made")
+        raise_together(self._team, error, "save")
+
+    def _write(self) -> None:
+        """Write this rank's file, then what is in it."""
+        path = self._folder / f"{self._position}.safetensors"
+        told: dict[str, Any] = {"pieces": [piece.told() for piece in self._pieces], "files": {}}
+        try:
+            if self._pieces:
+                save_file(_unshared(self._pieces), path)
+                with path.open("rb+") as file:
+                    os.fsync(file.fileno())
+                told["files"][path.name] = {"bytes": path.stat().st_size, "sha256": hash_of(path)}
+            _write_json(self._folder / f"{self._position}.json", told)
+        except Exception as error:
+            raise RuntimeError(f"rank {self._team.world.rank} cannot write {path}: {error}") from error
+        finally:
+            self._pieces = ()
+
+    def _complete(self) -> None:
+        """Put the index together when all ranks have written, give the directory its name, and remove old ones."""
+        try:
+            tensors, files = dict(self._index["tensors"]), {}
+            for position, told in enumerate(self._parts()):
+                files |= told["files"]
+                for piece in told["pieces"]:
+                    tensor = tensors.setdefault(
+                        piece["name"], {"shape": piece["shape"], "dtype": piece["dtype"], "pieces": []}
+                    )
+                    tensor["pieces"].append([piece["box"], f"{position}.safetensors"])
+            if missing := uncovered(tensors_of(tensors)):
+                raise RuntimeError("; ".join(missing))
+            head = {"format": FORMAT, "version": VERSION, "saved": time.time(), "ranks": self._team.size}
+            _write_json(self._folder / INDEX, {**head, **self._index, "tensors": tensors, "files": files})
+            _flush_folder(self._folder)
+            self._folder.rename(self.path)
+            _flush_folder(self.path.parent)
+        except BaseException as error:
+            shutil.rmtree(self._folder, ignore_errors=True)
+            raise RuntimeError(f"rank {self._team[0]} cannot complete {self.path}: {error}") from error
+        for old in alike(self.path)[self._keep :] if self._keep else ():
+            going = old.with_name(f".{old.name}.removed")
+            old.rename(going)
+            shutil.rmtree(going, ignore_errors=True)
+
+    def _parts(self) -> Iterator[dict[str, Any]]:
+        """What each rank has written, which is waited for while any of them writes."""
+        size, since = 0, time.monotonic()
+        for position in range(self._team.size):
+            path = self._folder / f"{position}.json"
+            while not path.is_file():
+                if self._has_failed.wait(0.01):
+                    raise RuntimeError("another rank has failed")
+                now = sum(file.stat().st_size for file in self._folder.iterdir())
+                if now != size:
+                    size, since = now, time.monotonic()
+                elif time.monotonic() - since > _PATIENCE:
+                    raise RuntimeError(f"rank {self._team[position]} has written nothing for {_PATIENCE:.0f} s")
+            yield json.loads(path.read_text())
+            path.unlink()
+
+
+def _word(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _give_way() -> None:
+    """Let the program's own threads go first."""
+    if sys.platform == "linux":  # where it is of a thread
+        os.setpriority(os.PRIO_PROCESS, get_native_id(), 19)
+
+
+def _unshared(pieces: Sequence[Piece]) -> dict[str, torch.Tensor]:
+    """The pieces by name, in memory of their own, as files cannot hold others."""
+    tensors: dict[str, torch.Tensor] = {}
+    seen: set[int] = set()
+    for piece in pieces:
+        values = piece.values.clone() if piece.values.data_ptr() in seen else piece.values
+        seen.add(values.data_ptr())
+        tensors[piece.name] = torch.view_as_real(values) if values.dtype is torch.complex128 else values
+    return tensors
+
+
+def _write_json(path: Path, value: Any) -> None:
+    """Write a file that is complete where it stands."""
+    partial = path.with_suffix(".partial")
+    with partial.open("w") as file:
+        json.dump(value, file)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.rename(path)
+
+
+def _flush_folder(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
