@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import Any
 
 import torch
+from torch.utils.data import default_collate
 
 from distdl_lite.agreement import check_alike, is_unanimous
 from distdl_lite.data.rows import LocalRows, inverse, line_of, picked, route
-from distdl_lite.data.sampler import ShardBatchSampler, permutation
-from distdl_lite.grid import balanced
+from distdl_lite.data.sampler import Collate, ShardBatchSampler, permutation
 
 
 @dataclass(frozen=True)
@@ -19,6 +20,7 @@ class _Epoch:
     """The rows of an epoch as this rank holds them."""
 
     number: int  # of the epoch, -1 for the rows as they were given
+    start: int  # so many rows of the epoch had been given before: they stand last on each rank
     order: torch.Tensor  # the number, among the rows that were given, of each row of the whole array
     cuts: Sequence[int]  # of the whole array over the ranks
     places: torch.Tensor  # of this rank's rows, in the order of the epoch, in the leaves
@@ -99,7 +101,7 @@ class ShuffledLoader:
         self._rows = LocalRows(type(self).__name__, rows, self._line, arguments)
         self._batches.sampler.length = length = self._rows.length
         leaves, self._rows.leaves = self._rows.leaves, []
-        self._now = _Epoch(-1, torch.arange(length), self._rows.cuts, torch.arange(len(leaves[0])), leaves)
+        self._now = _Epoch(-1, 0, torch.arange(length), self._rows.cuts, torch.arange(len(leaves[0])), leaves)
 
     @property
     def epoch(self) -> int:
@@ -121,42 +123,58 @@ class ShuffledLoader:
     def __len__(self) -> int:
         return len(self._batches)
 
+    def state_dict(self) -> dict[str, Any]:
+        """The epoch, and how many rows of all ranks have been given in it."""
+        return self._batches.position()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on after the rows that had been given, on any number of ranks, with the whole array that it was made with.
+
+        Raises
+        ------
+        ValueError
+            If the number of rows or the seed was another.
+        """
+        self._batches.go_on(state)
+
     def __iter__(self) -> Iterator[Any]:
         if not self._line.active:
             return iter(())
-        epoch = self.epoch
-        self._agree(epoch)
+        epoch, start, steps = self.epoch, self._batches.start, len(self)
+        self._agree((epoch, start))
         self._finish()
-        if self._now.number != epoch:
-            self._begin(epoch)
+        if (self._now.number, self._now.start) != (epoch, start):
+            self._begin(epoch, start)
             self._finish()
-        self._begin(epoch + 1)
-        self.set_epoch(epoch + 1)
-        return self._give(self._now, self._coming)
+        self._begin(epoch + 1, 0)
+        given = self._batches.counted(lambda: self._give(self._now, self._coming, steps))
+        self._batches.sampler.epoch, self._batches.start = epoch + 1, 0
+        return given
 
-    def _give(self, now: _Epoch, coming: _Epoch | None) -> Iterator[Any]:
+    def _give(self, now: _Epoch, coming: _Epoch | None, steps: int) -> Iterator[Any]:
         """The batches of an epoch; at its end the rows of the next are waited for."""
-        size = self._batches.batch_size
-        for step in range(len(self)):
+        size, line = self._batches.batch_size, self._line
+        mine = now.places[: len(range(line.rank, self._batches.sampler.length - now.start, line.size))]
+        for step in range(steps):
             if now is not self._now:
                 raise RuntimeError(f"ShuffledLoader: the rows of epoch {now.number} are gone, a later one has begun")
-            places = now.places[step * size : (step + 1) * size]
+            places = mine[step * size : (step + 1) * size]
             yield self._rows.tree([picked(x, places) for x in now.leaves])
             _ = self.in_flight  # lets MPI move rows
         if coming is self._coming:
             self._finish()
 
     @torch.inference_mode(False)  # type: ignore[untyped-decorator]  # tensors made in it could not be written to again outside
-    def _begin(self, number: int) -> None:
+    def _begin(self, number: int, start: int) -> None:
         """Send each rank its rows of an epoch; the rows of this one are then taken from what is sent."""
         line, sampler = self._line, self._batches.sampler
-        dealt = permutation(sampler.length, sampler.seed, number)
-        order = torch.cat([dealt[shard :: line.size] for shard in range(line.size)])
-        cuts = balanced(sampler.length, line.size)
+        given, rest = permutation(sampler.length, sampler.seed, number).tensor_split([start])
+        dealt = [torch.cat([rows[shard :: line.size] for rows in (rest, given)]) for shard in range(line.size)]
+        order, cuts = torch.cat(dealt), (0, *accumulate(map(len, dealt)))
         way = route(inverse(self._now.order)[order], self._now.cuts, cuts, line.rank)
         leaving = [picked(x, self._now.places[way.leaving]) for x in self._now.leaves]
         self._now = replace(self._now, places=inverse(way.leaving), leaves=leaving)  # lets go of the rows before
-        self._coming = _Epoch(number, order, cuts, way.places, leaves=())
+        self._coming = _Epoch(number, start, order, cuts, way.places, leaves=())
         self._moving = self._rows.start(way, leaving)
 
     def _finish(self) -> None:
@@ -165,9 +183,94 @@ class ShuffledLoader:
             leaves = [part.finish() for part in self._moving]
             self._now, self._coming, self._moving = replace(self._coming, leaves=leaves), None, []
 
-    def _agree(self, epoch: int) -> None:
-        """Raise on all ranks if they are about to exchange rows for different epochs."""
+    def _agree(self, position: tuple[int, int]) -> None:
+        """Raise on all ranks if they are about to exchange rows for different epochs or parts of one."""
         transport, team = self._line.world_transport, self._line.team
-        mine = hash((epoch,)) % 2**64  # of an integer: the same in every process
+        mine = hash(position) % 2**64  # of integers: the same in every process
         if not is_unanimous(team, mine):
-            check_alike("epoch", dict(zip(team, transport.gather_objects(team, epoch), strict=True)))
+            told = dict(zip(team, transport.gather_objects(team, position), strict=True))
+            for number, what in enumerate(("epoch", "first row")):
+                check_alike(what, {rank: one[number] for rank, one in told.items()})
+
+
+class Loader(torch.utils.data.DataLoader[Any]):
+    """A DataLoader whose samples are dealt over ranks as `ShardBatchSampler` deals them, and which can be resumed.
+
+    Parameters
+    ----------
+    dataset : torch.utils.data.Dataset
+        Map-style, the same on all ranks, or of each rank's blocks of the same samples, such as `Blocks`.
+    P, batch_size, shuffle, seed, drop_last, global_batch_size
+        As in `ShardBatchSampler`.
+    collate_fn : callable
+        As in `Collate`, which makes the empty batches.
+    **options
+        Of torch's DataLoader, such as ``num_workers``.
+
+    Notes
+    -----
+    ``state_dict()`` counts the samples of all ranks that have been taken from the loader, whatever its workers have read
+    ahead. After ``load_state_dict`` the next sample is the first that had not been taken, on any number of ranks.
+
+    Examples
+    --------
+    >>> from distdl_lite.testing import spmd
+    >>> def begun(world):
+    ...     loader = Loader(range(10), world, global_batch_size=4, shuffle=False)
+    ...     batch = next(iter(loader))
+    ...     return batch.tolist(), loader.state_dict()
+    >>> taken, states = zip(*spmd(2, begun))
+    >>> taken
+    ([0, 2], [1, 3])
+    >>> def resumed(world):
+    ...     loader = Loader(range(10), world, global_batch_size=4, shuffle=False)
+    ...     loader.load_state_dict(states[0])
+    ...     return [batch.tolist() for batch in loader]
+    >>> spmd(3, resumed)
+    [[[4, 7], [8]], [[5], [9]], [[6], []]]
+    """
+
+    batch_sampler: ShardBatchSampler
+
+    def __init__(
+        self,
+        dataset: Any,
+        P: Any = None,
+        batch_size: int = 1,
+        *,
+        shuffle: bool = True,
+        seed: int = 0,
+        drop_last: bool = False,
+        global_batch_size: int | None = None,
+        collate_fn: Callable[[list[Any]], Any] = default_collate,
+        **options: Any,
+    ) -> None:
+        batches = ShardBatchSampler(
+            dataset, P, batch_size, shuffle=shuffle, seed=seed, drop_last=drop_last, global_batch_size=global_batch_size
+        )
+        super().__init__(dataset, batch_sampler=batches, collate_fn=Collate(dataset, collate_fn), **options)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Let the next iteration be that of this epoch."""
+        self.batch_sampler.set_epoch(epoch)
+
+    def global_size(self, step: int) -> int:
+        """The samples that all ranks together have at a step of the epoch."""
+        return self.batch_sampler.global_size(step)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The epoch, and how many samples of all ranks have been taken in it."""
+        return self.batch_sampler.position()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on after the samples that had been taken.
+
+        Raises
+        ------
+        ValueError
+            If the dataset's length, `shuffle` or the seed was another.
+        """
+        self.batch_sampler.go_on(state)
+
+    def __iter__(self) -> Any:
+        return self.batch_sampler.counted(super().__iter__)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence, Sized
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from typing import Any, TypeVar
 
 import torch
 from torch.utils._pytree import tree_map
 from torch.utils.data import Sampler, default_collate
 
 from distdl_lite.partition import partition_of
+
+Batch = TypeVar("Batch")
 
 
 def permutation(length: int, seed: int = 0, epoch: int = 0) -> torch.Tensor:
@@ -64,12 +66,13 @@ class ShardSampler(Sampler[int]):
         """Let the next iteration be that of this epoch."""
         self.epoch = _natural(type(self).__name__, "epoch", epoch)
 
+    def order(self) -> torch.Tensor:
+        """The samples of the epoch in the order in which they are dealt; int64, the same on all ranks."""
+        return permutation(self.length, self.seed, self.epoch) if self.shuffle else torch.arange(self.length)
+
     def indices(self) -> torch.Tensor:
         """This rank's samples of the epoch, in order; int64 of shape ``(len(self),)``."""
-        if self.shard is None:
-            return torch.empty(0, dtype=torch.int64)
-        order = permutation(self.length, self.seed, self.epoch) if self.shuffle else torch.arange(self.length)
-        return order[self.shard :: self.shards]
+        return torch.empty(0, dtype=torch.int64) if self.shard is None else self.order()[self.shard :: self.shards]
 
     def __iter__(self) -> Iterator[int]:
         # A generator, since a DataLoader with workers asks for two iterators and uses one.
@@ -96,16 +99,20 @@ class ShardBatchSampler(Sampler[list[int]]):
         Samples on each rank.
     drop_last : bool
         Whether to leave out a last run that is shorter.
+    global_batch_size : int, optional
+        In place of `batch_size`, samples on all ranks together: the batches are then the same on any number of ranks.
 
     Attributes
     ----------
     sampler : ShardSampler
         Has the epoch.
+    global_batch_size : int
+        Samples of a step that is not the last.
 
     Raises
     ------
     TypeError, ValueError
-        As in `ShardSampler`, or if `batch_size` is not a positive integer.
+        As in `ShardSampler`, or if a batch's size is not a positive integer.
 
     Examples
     --------
@@ -134,28 +141,72 @@ class ShardBatchSampler(Sampler[list[int]]):
         shuffle: bool = True,
         seed: int = 0,
         drop_last: bool = False,
+        global_batch_size: int | None = None,
     ) -> None:
         self.sampler = ShardSampler(data, P, shuffle=shuffle, seed=seed)
         self.batch_size = _natural(type(self).__name__, "batch_size", batch_size, least=1)
+        if global_batch_size is None:
+            global_batch_size = batch_size * self.sampler.shards
+        self.global_batch_size = _natural(type(self).__name__, "global_batch_size", global_batch_size, least=1)
         self.drop_last = drop_last
+        self.start = 0  # samples of the next iteration's epoch that are left out, as they have been given before
+        self._first = 0  # of the iteration that has begun
+        self._given: tuple[int, int] | None = None
 
-    def set_epoch(self, epoch: int) -> None:
-        """Let the next iteration be that of this epoch."""
+    def set_epoch(self, epoch: int, start: int = 0) -> None:
+        """Let the next iteration be that of this epoch, from its sample number `start` of all ranks on."""
         self.sampler.set_epoch(epoch)
+        self.start, self._given = _natural(type(self).__name__, "start", start), None
 
     def global_size(self, step: int) -> int:
-        """The samples that all ranks together have at a step of the epoch."""
-        run = self.batch_size * self.sampler.shards
-        return min(run, self.sampler.length - step * run)
+        """The samples that all ranks together have at a step of the iteration that has begun."""
+        return min(self.global_batch_size, self.sampler.length - self._first - step * self.global_batch_size)
 
     def __iter__(self) -> Iterator[list[int]]:
-        mine, size = list(self.sampler), self.batch_size
-        for step in range(len(self)):
-            yield mine[step * size : (step + 1) * size]
+        dealt, run = self.sampler, self.global_batch_size
+        order, start, stop = dealt.order().tolist(), self.start, self.start + len(self) * run
+        dealt.epoch += 1
+        self._first, self.start = self.start, 0
+        for first in range(start, stop, run):
+            yield [] if dealt.shard is None else order[first : first + run][dealt.shard :: dealt.shards]
 
     def __len__(self) -> int:
-        run = self.batch_size * self.sampler.shards
-        return self.sampler.length // run if self.drop_last else -(-self.sampler.length // run)
+        rest = max(self.sampler.length - self.start, 0)
+        return rest // self.global_batch_size if self.drop_last else -(-rest // self.global_batch_size)
+
+    def counted(self, make: Callable[[], Iterable[Batch]]) -> Iterator[Batch]:
+        """The batches that `make` returns for the next iteration, of which `position` counts those that have been taken."""
+        epoch, start = self._given = self.sampler.epoch, self.start
+        self._first = start
+
+        def taken(batches: Iterable[Batch]) -> Iterator[Batch]:
+            for step, batch in enumerate(batches, 1):
+                self._given = epoch, min(start + step * self.global_batch_size, self.sampler.length)
+                yield batch
+            self._given = None
+
+        return taken(make())
+
+    def position(self) -> dict[str, Any]:
+        """What has been taken of `counted` batches, in epochs and samples of all ranks, for `go_on`."""
+        epoch, samples = self._given or (self.sampler.epoch, self.start)
+        return {"epoch": epoch, "samples": samples, **self._settings()}
+
+    def go_on(self, position: Mapping[str, Any]) -> None:
+        """Let the next iteration begin with the first sample that had not been taken, on any number of ranks.
+
+        Raises
+        ------
+        ValueError
+            If the order was another.
+        """
+        for name, value in self._settings().items():
+            if position[name] != value:
+                raise ValueError(f"{type(self).__name__}: {name} was {position[name]}, here it is {value}")
+        self.set_epoch(position["epoch"], position["samples"])
+
+    def _settings(self) -> dict[str, Any]:
+        return {name: getattr(self.sampler, name) for name in ("length", "shuffle", "seed")}
 
 
 class Collate:
