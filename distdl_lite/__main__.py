@@ -1,4 +1,4 @@
-"""The command line: `python -m distdl_lite info`, `doctor`, `explain`, `plan` and `bench`."""
+"""The command line: `python -m distdl_lite info`, `doctor`, `explain`, `plan`, `checkpoint` and `bench`."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ import distdl_lite
 from distdl_lite import layout as lay
 from distdl_lite import nn as dnn
 from distdl_lite import show
+from distdl_lite.checkpoint import command as checkpoint
 from distdl_lite.grid import Grid
 from distdl_lite.nn.conv import overlap
 from distdl_lite.partition import Partition
@@ -284,6 +285,7 @@ def parser() -> argparse.ArgumentParser:
     _add_plan(
         commands.add_parser("plan", help="what a model cut over a grid moves, computes and holds; needs no ranks")
     )
+    checkpoint.add(commands)
     timed = commands.add_parser(
         "bench",
         help="our calls beside hand-written ones; start it with mpirun -n 2 or torchrun --nproc-per-node 2",
@@ -353,6 +355,11 @@ def _add_plan(told: argparse.ArgumentParser) -> None:
     told.set_defaults(run=plan_model)
 
 
+_OF_ONE_PROCESS = {explain: "explain", plan_model: "plan"} | dict.fromkeys(
+    (checkpoint.ls, checkpoint.verify, checkpoint.diff, checkpoint.export), "checkpoint"
+)  # whose errors are the user's
+
+
 def main(words: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code."""
     abort_on_exception()
@@ -361,9 +368,9 @@ def main(words: Sequence[str] | None = None) -> int:
     try:
         text = arguments.run(arguments)
     except (OSError, ValueError) as error:
-        if arguments.run not in (explain, plan_model):
+        name = _OF_ONE_PROCESS.get(arguments.run)
+        if name is None:
             raise
-        name = "explain" if arguments.run is explain else "plan"
         grammar.exit(2, f"{grammar.prog} {name}: error: {error}\n")
     if text is not None:
         print(text)

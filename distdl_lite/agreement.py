@@ -86,20 +86,30 @@ def raise_together(team: Team, error: Exception | None, name: str = "") -> None:
 
 
 @contextmanager
-def refused_together(P: Partition, name: str) -> Iterator[None]:
-    """Raise an error of the block on all ranks of `P`, with the same text, which begins with a name.
+def raised_together(team: Team, name: str) -> Iterator[None]:
+    """Raise an error of the block on all ranks of a team, with the same text, which begins with a name.
 
-    They come to it together, and in it communicate before anything may raise, or not at all. A rank outside is alone.
+    They come to it together, and in it communicate before anything may raise, or not at all.
     """
     error = None
     try:
         yield
     except Exception as raised:
-        if not P.active:
-            raise
         error = raised
+    raise_together(team, error, name)
+
+
+@contextmanager
+def refused_together(P: Partition, name: str) -> Iterator[None]:
+    """Raise an error of the block on all ranks of `P`, with the same text, which begins with a name.
+
+    As `raised_together`; a rank outside is alone.
+    """
     if P.active:
-        raise_together(P.team, error, name)
+        with raised_together(P.team, name):
+            yield
+    else:
+        yield
 
 
 def as_raised(error: BaseException | None, name: str) -> tuple[type[Exception], str] | None:

@@ -12,18 +12,10 @@ from typing import Any
 
 import torch
 
-from distdl_lite.agreement import check_alike, raise_together, vote_of
+from distdl_lite.agreement import check_alike, raised_together, vote_of
 from distdl_lite.checkpoint.files import Checkpoint, read_checkpoint
 from distdl_lite.checkpoint.plain import decoded
-from distdl_lite.checkpoint.state import (
-    Part,
-    groups_of,
-    named,
-    parts_of_model,
-    serial_name,
-    set_generators,
-    torch_optimizer,
-)
+from distdl_lite.checkpoint.state import Part, Program, groups_of, serial_name, set_generators
 from distdl_lite.factors import feature_axes
 from distdl_lite.model.distributed import Distributed
 from distdl_lite.optim.local_sgd import LocalSGD
@@ -107,30 +99,24 @@ def load(
     rank = team.world.rank
     if rank not in team:
         raise ValueError(f"load: rank {rank} is outside ranks {list(team)}, which are to call it")
-    others = {"scheduler": scheduler, "scaler": scaler, "data": data}
-    loading, error, told = None, None, None
-    try:
+    with raised_together(team, "load"):
         made = read_checkpoint(source)
-        loading = _Loading(made, team.index(rank), _Names(made, strict, names, rename, dtype))
-        loading.prepare(model, optimizer, others)
-        told = vote_of(str([(name, t.shape, t.dtype) for name, t in made.tensors.items()])), str(source)[:200]
-    except Exception as raised:
-        error = raised
-    raise_together(team, error, "load")
-    assert loading is not None
-    check_alike("checkpoint", dict(zip(team, team.world.gather_objects(team, told), strict=True)), "load")
-    try:
+        program = Program.of(model=model, optimizer=optimizer, scheduler=scheduler, scaler=scaler, data=data)
+    contents = vote_of(str([(name, t.shape, t.dtype) for name, t in made.tensors.items()])), str(source)[:200]
+    check_alike("checkpoint", dict(zip(team, team.world.gather_objects(team, contents), strict=True)), "load")
+    with raised_together(team, "load"):
+        chosen = _Names(made, strict, names, rename, dtype)
+        loading = _Loading(chosen, team.index(rank), program)
+    with raised_together(team, f"load: {made.path}"):
         loading.read(rank)
-    except Exception as raised:
-        error = RuntimeError(f"rank {rank}: {raised}")
-    raise_together(team, error, "load")
     loading.broadcast()
-    loading.finish()
+    with raised_together(team, "load"):
+        loading.finish()
     notes = tuple(loading.notes(team.size))
     for text in notes if rank == team[0] else ():
         warnings.warn(text, stacklevel=2)
     extra = decoded(made.objects.get("extra"))
-    return Loaded(extra, tuple(loading.names.missing), tuple(loading.names.unexpected), notes)
+    return Loaded(extra, tuple(chosen.missing), tuple(chosen.unexpected), notes)
 
 
 @dataclass
@@ -191,35 +177,25 @@ def _some(names: Sequence[str]) -> str:
     return f"{', '.join(names[:5])}{f' and {len(names) - 5} more' if len(names) > 5 else ''}" or "nothing"
 
 
-@dataclass
 class _Loading:
-    """What is read of a checkpoint on this rank, and what is then told to whom."""
+    """What is read of a checkpoint on this rank, and then told to whom. Raises if something does not fit."""
 
-    made: Checkpoint
-    position: int
-    names: _Names
-    tensors: list[tuple[Part, str]] = field(default_factory=list)
-    states: list[tuple[Any, Any]] = field(default_factory=list)  # objects with what each will load
-    own: Any = None
-
-    def prepare(self, model: Any, optimizer: Any, others: Mapping[str, Any]) -> None:
-        """Find all that will be read. Raises if something does not fit; nothing has changed then."""
-        models, optimizers = list(named("model", model)), dict(named("optimizer", optimizer))
-        parts = [part for name, module in models for part in parts_of_model(name, module)]
-        if models:
-            self.tensors = self.names.of_model(parts)
-        if optimizers:
-            for _, module in models:
-                _check_cut(module)
-            own = self.made.objects.get(f"rank.{self.position % max(self.made.ranks, 1)}")
+    def __init__(self, names: _Names, position: int, program: Program) -> None:
+        parts = program.parts()
+        self.made, self.names = names.made, names
+        self.tensors = names.of_model(parts) if program.models else []
+        self.states: list[tuple[Any, Any]] = []  # objects, each with what it will load
+        self.own: Any = None
+        if program.optimizers or program.averaging:
+            for _, model in program.models:
+                _check_cut(model)
+            own = self.made.objects.get(f"rank.{position % max(self.made.ranks, 1)}")
             self.own = own and decoded(own, self.made.own)
-        for name, one in optimizers.items():
-            if isinstance(one, LocalSGD):
-                self.states.append((one, self._own_of(name, one)))
-            else:
-                self._prepare_optimizer(name, torch_optimizer(one), parts)
-        for kind, things in others.items():
-            self.states += [(thing, decoded(self._object(name))) for name, thing in named(kind, things)]
+        for name, optimizer in program.averaging:
+            self.states.append((optimizer, self._own_of(name, optimizer)))
+        for name, optimizer in program.optimizers:
+            self._prepare_optimizer(name, optimizer, parts)
+        self.states += [(thing, decoded(self._object(name))) for name, thing in program.others]
 
     def _object(self, name: str) -> Any:
         if name not in self.made.objects:

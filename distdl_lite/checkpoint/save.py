@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from distdl_lite.agreement import check_alike, raise_together
+from distdl_lite.agreement import check_alike, raised_together
 from distdl_lite.checkpoint.files import box_of, within
 from distdl_lite.checkpoint.plain import encoded
-from distdl_lite.checkpoint.state import Part, generators, merged, named, parts_of_model, state_of_optimizer
+from distdl_lite.checkpoint.state import Part, Program, generators, merged, state_of_optimizer
 from distdl_lite.checkpoint.writing import Held, Piece, Saving, boxes_to_write
 from distdl_lite.layout import Box
 from distdl_lite.model.replicas import checksum
-from distdl_lite.optim.local_sgd import LocalSGD
 from distdl_lite.partition import partition_of
 
 
@@ -100,30 +99,15 @@ def save(
         raise ValueError(f"save: rank {rank} is outside ranks {list(team)}, which are to call it")
     if pending := transport.local.pop("saving", None):
         pending.wait()
-    mine, error = _Kept(), None
-    try:
-        mine = _Kept.of(rank, model, optimizer, {"scheduler": scheduler, "scaler": scaler, "data": data}, extra)
-        mine.arguments = {"path": os.fspath(path), "keep": _checked(keep), "wait": bool(wait), "tied": mine.tied}
-    except Exception as raised:
-        error = raised
-    raise_together(team, error, "save")
-    generator = checksum(mine.own[f"rank.{rank}.random.cpu"])
-    told = dict(
-        zip(team, transport.gather_objects(team, (mine.arguments, mine.held, mine.plain, generator)), strict=True)
-    )
-    for what in mine.arguments:
-        check_alike(what, {other: arguments[what] for other, (arguments, *_) in told.items()}, "save")
-    held = {other: tensors for other, (_, tensors, *_) in told.items()}
-    pieces = [mine.piece(name, box, not wait) for name, box in boxes_to_write(rank, held)]
-    pieces += [Piece(name, tuple(x.shape), box_of(x.shape), x.cpu()) for name, x in mine.own.items()]
-    is_alike = len({checked for *_, checked in told.values()}) == 1
-    empty = {name: one for tensors in held.values() for name, one in tensors.items() if 0 in one.shape}
-    index = {
-        "objects": merged({other: plain for other, (_, _, plain, _) in told.items()}) | {"random": is_alike},
-        "tied": mine.tied,
-        "tensors": {name: one.empty() for name, one in empty.items()},
-    }
-    saving = Saving(Path(path), team, pieces, index, keep, wait)
+    with raised_together(team, "save"):
+        arguments = {"path": os.fspath(path), "keep": _checked(keep), "wait": bool(wait)}
+        program = Program.of(model=model, optimizer=optimizer, scheduler=scheduler, scaler=scaler, data=data)
+    with raised_together(team, "save"):
+        mine = _Kept(team.index(rank), program, extra)
+        mine.told.arguments = arguments
+    told = dict(zip(team, transport.gather_objects(team, mine.told), strict=True))
+    index = _index(told)
+    saving = Saving(Path(path), team, mine.pieces(rank, told, not wait), index, keep, wait)
     transport.local["saving"] = saving
     if wait:
         saving.wait()
@@ -137,50 +121,75 @@ def _checked(keep: Any) -> Any:
 
 
 @dataclass
-class _Kept:
-    """What this rank has to save."""
+class _Told:
+    """What a rank tells the others of what it saves."""
 
-    parts: dict[str, Part] = field(default_factory=dict)
+    arguments: dict[str, Any] = field(default_factory=dict)
     held: dict[str, Held] = field(default_factory=dict)
     tied: dict[str, str] = field(default_factory=dict)  # a tensor's other names, each with the first
     plain: dict[str, Any] = field(default_factory=dict)  # for JSON
-    own: dict[str, torch.Tensor] = field(default_factory=dict)  # of this rank alone
-    arguments: dict[str, Any] = field(default_factory=dict)
+    generator: int = 0  # a hash of its state
 
-    @staticmethod
-    def of(rank: int, model: Any, optimizer: Any, others: Mapping[str, Any], extra: Any) -> _Kept:
-        optimizers = dict(named("optimizer", optimizer))
-        averaged = {name: one for name, one in optimizers.items() if isinstance(one, LocalSGD)}
-        for one in averaged.values():
-            one.make_equal()
-        kept = _Kept(plain={"extra": encoded(extra, "extra")})
-        parts = [part for name, module in named("model", model) for part in parts_of_model(name, module)]
-        for name, one in optimizers.items():
-            if name not in averaged:
-                states, plain = state_of_optimizer(name, one, parts)
-                kept.plain |= plain
-                kept._add(states)
-        kept._add(parts)
-        for kind, things in others.items():
-            kept.plain |= {name: encoded(thing.state_dict(), name) for name, thing in named(kind, things)}
-        own = {name: one.state_dict() for name, one in averaged.items()} | {"random": generators()}
-        kept.plain[f"rank.{rank}"] = encoded(own, f"rank.{rank}", kept.own)
-        return kept
+
+def _index(told: Mapping[int, _Told]) -> dict[str, Any]:
+    """The index but for the pieces. Raises if the ranks disagree."""
+    for what in next(iter(told.values())).arguments:
+        check_alike(what, {rank: one.arguments[what] for rank, one in told.items()}, "save")
+    kinds = {name: held for one in reversed(told.values()) for name, held in one.held.items()}
+    for name in kinds:
+        found = {rank: one.held[name] for rank, one in told.items() if name in one.held}
+        check_alike(f"shape and dtype of {name}", {rank: (h.shape, h.dtype) for rank, h in found.items()}, "save")
+    return {
+        "tensors": {name: held.without_pieces() for name, held in kinds.items()},
+        "tied": {name: first for one in told.values() for name, first in one.tied.items()},
+        "objects": merged({rank: one.plain for rank, one in told.items()})
+        | {"random": len({one.generator for one in told.values()}) == 1},
+    }
+
+
+class _Kept:
+    """What a rank saves. Raises if something cannot be."""
+
+    def __init__(self, position: int, program: Program, extra: Any) -> None:
+        self.told = _Told()
+        self.parts: dict[str, Part] = {}
+        self.own: dict[str, torch.Tensor] = {}  # what no other rank has a part of
+        own: dict[str, Any] = {"random": generators()}
+        for name, optimizer in program.averaging:
+            optimizer.make_equal()
+            own[name] = optimizer.state_dict()
+        parts, plain = program.parts(), self.told.plain
+        for name, optimizer in program.optimizers:
+            states, numbers = state_of_optimizer(name, optimizer, parts)
+            parts += states
+            plain |= numbers
+        plain |= {name: encoded(thing.state_dict(), name) for name, thing in program.others}
+        place = f"rank.{position}"
+        plain |= {"extra": encoded(extra, "extra"), place: encoded(own, place, self.own)}
+        self.told.generator = checksum(own["random"]["cpu"])
+        self._add(parts)
 
     def _add(self, parts: Sequence[Part]) -> None:
         first: dict[int, str] = {}
         for part in parts:
             name = first.setdefault(id(part.tensor), part.name)
-            if name != part.name:
-                self.tied[part.name] = name
-                continue
-            box = part.box if part.tensor.numel() else None
-            values = checksum(part.tensor) if part.may_be_elsewhere else 0
-            self.parts[name] = part
-            self.held[name] = Held(part.shape, part.tensor.dtype, box, part.line, values)
+            if name == part.name:
+                box = part.box if part.tensor.numel() else None
+                values = checksum(part.tensor) if part.may_be_elsewhere else 0
+                self.parts[name] = part
+                self.told.held[name] = Held(part.shape, part.tensor.dtype, box, part.line, values)
+            else:
+                self.told.tied[part.name] = name
 
-    def piece(self, name: str, box: Box, copied: bool) -> Piece:
-        part = self.parts[name]
-        assert part.box is not None
-        values = part.tensor.detach().resolve_conj().resolve_neg()[within(box, part.box)]
-        return Piece(name, part.shape, box, values.to("cpu", copy=copied).contiguous())
+    def pieces(self, rank: int, told: Mapping[int, _Told], copied: bool) -> list[Piece]:
+        """What this rank writes."""
+        chosen = boxes_to_write(rank, {other: one.held for other, one in told.items()})
+        pieces = [_piece(self.parts[name], box) for name, box in chosen]
+        pieces += [Piece(name, tuple(x.shape), box_of(x.shape), x) for name, x in self.own.items()]
+        return [replace(piece, values=piece.values.to("cpu", copy=copied).contiguous()) for piece in pieces]
+
+
+def _piece(part: Part, box: Box) -> Piece:
+    assert part.box is not None
+    values = part.tensor.detach().resolve_conj().resolve_neg()
+    return Piece(part.name, part.shape, box, values[within(box, part.box)])

@@ -15,6 +15,7 @@ from distdl_lite.heat.deferred import DataParallelOptimizer
 from distdl_lite.layout import Box, Shape
 from distdl_lite.model.gradient_norm import check_optimizer
 from distdl_lite.model.weights import check_cut_weights, entries_of, team_of
+from distdl_lite.optim.local_sgd import LocalSGD
 from distdl_lite.transport import Team
 
 
@@ -52,15 +53,48 @@ class Part:
         return replace(self, name=name, tensor=tensor)
 
 
-def named(kind: str, things: Any) -> Iterator[tuple[str, Any]]:
-    """What is passed as a kind, one thing or several by name, under the names that stand before theirs in a checkpoint."""
+Things = list[tuple[str, Any]]  # each with the name that stands before its tensors' in a checkpoint
+
+
+@dataclass(frozen=True)
+class Program:
+    """The parts of a program that a checkpoint holds, by kind; each may be one thing, or several by name."""
+
+    models: Things
+    optimizers: Things  # of torch
+    averaging: Things  # optimizers whose ranks step apart
+    others: Things
+
+    @staticmethod
+    def of(**kinds: Any) -> Program:
+        """Raises TypeError or ValueError if something cannot be saved; communicates nothing."""
+        models = list(_named("model", kinds.pop("model")))
+        for name, model in models:
+            if not isinstance(model, torch.nn.Module):
+                raise TypeError(f"{name} must be a torch.nn.Module, not {type(model).__name__}")
+        optimizers = list(_named("optimizer", kinds.pop("optimizer")))
+        others = [pair for kind, things in kinds.items() for pair in _named(kind, things)]
+        for name, thing in others:
+            if not (hasattr(thing, "state_dict") and hasattr(thing, "load_state_dict")):
+                hint = "; distdl_lite.data.Loader has one" if name.startswith("data") else ""
+                raise TypeError(f"{name}, a {type(thing).__name__}, has no state_dict{hint}")
+        averaging = [pair for pair in optimizers if isinstance(pair[1], LocalSGD)]
+        plain = [(name, _torch_optimizer(one)) for name, one in optimizers if not isinstance(one, LocalSGD)]
+        return Program(models, plain, averaging, others)
+
+    def parts(self) -> list[Part]:
+        """The models' tensors on this rank; all ranks call it."""
+        return [part for name, model in self.models for part in _parts_of_model(name, model)]
+
+
+def _named(kind: str, things: Any) -> Iterator[tuple[str, Any]]:
     if isinstance(things, Mapping) and not isinstance(things, torch.nn.Module):
         yield from ((f"{kind}.{name}", thing) for name, thing in things.items())
     elif things is not None:
         yield kind, things
 
 
-def parts_of_model(prefix: str, module: torch.nn.Module) -> list[Part]:
+def _parts_of_model(prefix: str, module: torch.nn.Module) -> list[Part]:
     """The model's tensors on this rank, none outside its team."""
     team = team_of(module)
     rank = team.world.rank
@@ -78,7 +112,7 @@ def parts_of_model(prefix: str, module: torch.nn.Module) -> list[Part]:
     return parts
 
 
-def torch_optimizer(optimizer: Any) -> torch.optim.Optimizer:
+def _torch_optimizer(optimizer: Any) -> torch.optim.Optimizer:
     """The optimizer of torch inside one that puts its updates off; refuses one that looks across tensors."""
     if isinstance(optimizer, DataParallelOptimizer):
         optimizer = optimizer.torch_optimizer
@@ -102,12 +136,13 @@ def serial_name(part: Part) -> str:
     return part.name.partition(".")[2]
 
 
-def state_of_optimizer(prefix: str, optimizer: Any, parts: Sequence[Part]) -> tuple[list[Part], dict[str, Any]]:
+def state_of_optimizer(
+    prefix: str, optimizer: torch.optim.Optimizer, parts: Sequence[Part]
+) -> tuple[list[Part], dict[str, Any]]:
     """States that are cut like their weights, and what is plain: numbers by weight, and groups by name.
 
     A rank without elements of a weight tells nothing of it.
     """
-    optimizer = torch_optimizer(optimizer)
     cut, plain, groups = [], {}, []
     for group, members in zip(optimizer.param_groups, groups_of(optimizer, parts), strict=True):
         options = {key: value for key, value in group.items() if key not in ("params", "param_names")}

@@ -38,7 +38,7 @@ class Held:
     line: int  # the first rank of those that hold the whole tensor together
     values: int  # a hash of them where others may hold the same
 
-    def empty(self) -> dict[str, Any]:
+    def without_pieces(self) -> dict[str, Any]:
         return {"shape": self.shape, "dtype": _word(self.dtype), "pieces": []}
 
 
