@@ -109,7 +109,8 @@ class Checkpoint(Mapping[str, torch.Tensor]):
 
     def __repr__(self) -> str:
         size = sum(math.prod(t.shape) * t.dtype.itemsize for t in self.tensors.values())
-        return f"Checkpoint({str(self.path)!r}: {len(self)} tensors, {size:,} bytes, of {self.ranks} ranks)"
+        saved = f", saved by {self.ranks} ranks" if self.ranks else ""
+        return f"<checkpoint {self.path or 'in memory'}: {len(self)} tensors, {size:,} bytes{saved}>"
 
 
 class InMemory(Checkpoint):

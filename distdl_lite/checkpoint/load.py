@@ -102,7 +102,7 @@ def load(
     with raised_together(team, "load"):
         made = read_checkpoint(source)
         program = Program.of(model=model, optimizer=optimizer, scheduler=scheduler, scaler=scaler, data=data)
-    contents = vote_of(str([(name, t.shape, t.dtype) for name, t in made.tensors.items()])), str(source)[:200]
+    contents = f"{made!r} with hash {vote_of(str([(n, t.shape, t.dtype) for n, t in made.tensors.items()]))}"
     check_alike("checkpoint", dict(zip(team, team.world.gather_objects(team, contents), strict=True)), "load")
     with raised_together(team, "load"):
         chosen = _Names(made, strict, names, rename, dtype)

@@ -9,7 +9,7 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Event, get_native_id
@@ -94,14 +94,20 @@ class Saving:
     """
 
     def __init__(
-        self, path: Path, team: Team, pieces: Sequence[Piece], index: Mapping[str, Any], keep: int | None, wait: bool
+        self,
+        path: Path,
+        team: Team,
+        pieces: Sequence[Piece],
+        index: Mapping[str, Any],
+        keep: int | None,
+        is_urgent: bool,
     ) -> None:
         self.path, self._team, self._pieces, self._index, self._keep = path, team, pieces, index, keep
         self._position = team.index(team.world.rank)
         self._folder = path.with_name(f".{path.name}.partial")
         self._has_failed, self._is_waited_for = Event(), False
         self._make_folder()
-        threads = ThreadPoolExecutor(1, "distdl_lite checkpoint", initializer=None if wait else _give_way)
+        threads = ThreadPoolExecutor(1, "distdl_lite checkpoint", initializer=None if is_urgent else _give_way)
         work = (self._write, self._complete) if self._position == 0 else (self._write,)
         self._work: list[Future[None]] = [threads.submit(part) for part in work]
         threads.shutdown(wait=False)
@@ -122,6 +128,7 @@ class Saving:
                 raise_together(self._team, self._work[step].exception() if step < len(self._work) else None, "save")
             except Exception:
                 self._has_failed.set()
+                wait(self._work)  # until what was written is gone
                 raise
 
     def _make_folder(self) -> None:

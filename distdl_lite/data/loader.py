@@ -210,7 +210,8 @@ class Loader(torch.utils.data.DataLoader[Any]):
     Notes
     -----
     ``state_dict()`` counts the samples of all ranks that have been taken from the loader, whatever its workers have read
-    ahead. After ``load_state_dict`` the next sample is the first that had not been taken, on any number of ranks.
+    ahead. After ``load_state_dict`` the next sample is the first that had not been taken, on any number of ranks. The seeds of
+    workers are the same on all ranks, and come from a generator of the loader's own.
 
     Examples
     --------
@@ -248,6 +249,8 @@ class Loader(torch.utils.data.DataLoader[Any]):
         batches = ShardBatchSampler(
             dataset, P, batch_size, shuffle=shuffle, seed=seed, drop_last=drop_last, global_batch_size=global_batch_size
         )
+        # One of its own: each epoch draws a seed for workers, which torch's would give in the middle of a resumed run, too.
+        options.setdefault("generator", torch.Generator().manual_seed(seed))
         super().__init__(dataset, batch_sampler=batches, collate_fn=Collate(dataset, collate_fn), **options)
 
     def set_epoch(self, epoch: int) -> None:
