@@ -15,6 +15,9 @@ between the network's output and the clean photograph. The PSNR printed at the e
 trained on. The scene is the one it was trained on, so the gain says how well this photograph can be denoised, not how well
 others can; the weight of the total-variation filter beside it was chosen for this photograph too.
 
+With ``--save FOLDER`` a checkpoint is written every twenty steps while training goes on, and ``--resume`` goes on from the newest, on
+any grid, with the losses that the run would have had.
+
 The network is plain torch. At the end the trained weights go into one that runs on a single rank, as it is.
 """
 
@@ -22,6 +25,7 @@ from __future__ import annotations
 
 import argparse
 import math
+from pathlib import Path
 from time import perf_counter
 from typing import Any
 
@@ -109,7 +113,12 @@ def train(
     measure, losses = dl.distribute(nn.MSELoss(), P), []
     optimizer = torch.optim.Adam(net.parameters(), lr=LEARNING_RATE)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=options.steps)
-    steps = tqdm(range(options.steps), "training", unit="step", disable=P.rank != 0)
+    state = {"model": net, "optimizer": optimizer, "scheduler": schedule, "P": P}
+    if options.resume and (newest := dl.latest_checkpoint(options.save)):
+        losses = dl.load(newest, **state).extra
+        for _ in losses:
+            noise_block(P, options.size, generator)  # those of the steps that are done
+    steps = tqdm(range(len(losses), options.steps), "training", unit="step", disable=P.rank != 0)
     with dl.testing.count() as tally:
         began = perf_counter()
         for _ in steps:
@@ -120,8 +129,10 @@ def train(
             schedule.step()
             losses.append(loss.item())
             steps.set_postfix_str(f"{psnr(losses[-1]):.2f} dB", refresh=False)
+            if options.save and len(losses) % options.every == 0:
+                dl.save(options.save / f"step_{len(losses)}", **state, extra=losses, keep=2, wait=False)
         wall = perf_counter() - began
-    print_cost(P, wall, tally, options.steps)
+    print_cost(P, wall, tally, max(len(steps), 1))
     return losses
 
 
@@ -206,10 +217,15 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--levels", type=int, default=3, help="how often the picture is halved")
     parser.add_argument("--steps", type=int, default=140)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--save", type=Path, metavar="FOLDER", help="for checkpoints")
+    parser.add_argument("--every", type=int, default=20, help="steps between checkpoints (20)")
+    parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint, if there is one")
     parser.add_argument("--out", default="denoise.png", help="the picture to write")
     options = parser.parse_args(arguments)
     if any(n % 2**options.levels for n in options.size):
         parser.error(f"--size {options.size} must be divisible by {2**options.levels}, for {options.levels} halvings")
+    if options.resume and options.save is None:
+        parser.error("--resume needs --save, the folder to look in")
     return options
 
 
