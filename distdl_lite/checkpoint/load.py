@@ -20,6 +20,7 @@ from distdl_lite.factors import feature_axes
 from distdl_lite.model.distributed import Distributed
 from distdl_lite.optim.local_sgd import LocalSGD
 from distdl_lite.partition import partition_of
+from distdl_lite.transport import Team
 
 Rename = Mapping[str, str] | Callable[[str], str]
 
@@ -106,7 +107,7 @@ def load(
     check_alike("checkpoint", dict(zip(team, team.world.gather_objects(team, contents), strict=True)), "load")
     with raised_together(team, "load"):
         chosen = _Names(made, strict, names, rename, dtype)
-        loading = _Loading(chosen, team.index(rank), program)
+        loading = _Loading(chosen, team, program)
     with raised_together(team, f"load: {made.path}"):
         loading.read(rank)
     loading.broadcast()
@@ -180,8 +181,8 @@ def _some(names: Sequence[str]) -> str:
 class _Loading:
     """What is read of a checkpoint on this rank, and then told to whom. Raises if something does not fit."""
 
-    def __init__(self, names: _Names, position: int, program: Program) -> None:
-        parts = program.parts()
+    def __init__(self, names: _Names, team: Team, program: Program) -> None:
+        parts = program.parts(team)
         self.made, self.names = names.made, names
         self.tensors = names.of_model(parts) if program.models else []
         self.states: list[tuple[Any, Any]] = []  # objects, each with what it will load
@@ -189,7 +190,8 @@ class _Loading:
         if program.optimizers or program.averaging:
             for _, model in program.models:
                 _check_cut(model)
-            own = self.made.objects.get(f"rank.{position % max(self.made.ranks, 1)}")
+            position = team.index(team.world.rank) % max(self.made.ranks, 1)
+            own = self.made.objects.get(f"rank.{position}")
             self.own = own and decoded(own, self.made.own)
         for name, optimizer in program.averaging:
             self.states.append((optimizer, self._own_of(name, optimizer)))

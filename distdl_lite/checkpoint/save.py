@@ -18,6 +18,7 @@ from distdl_lite.checkpoint.writing import Held, Piece, Saving, boxes_to_write
 from distdl_lite.layout import Box
 from distdl_lite.model.replicas import checksum
 from distdl_lite.partition import partition_of
+from distdl_lite.transport import Team
 
 
 def save(
@@ -103,7 +104,7 @@ def save(
         arguments = {"path": os.fspath(path), "keep": _checked(keep), "wait": bool(wait)}
         program = Program.of(model=model, optimizer=optimizer, scheduler=scheduler, scaler=scaler, data=data)
     with raised_together(team, "save"):
-        mine = _Kept(team.index(rank), program, extra)
+        mine = _Kept(team, program, extra)
         mine.told.arguments = arguments
     told = dict(zip(team, transport.gather_objects(team, mine.told), strict=True))
     index = _index(told)
@@ -150,7 +151,7 @@ def _index(told: Mapping[int, _Told]) -> dict[str, Any]:
 class _Kept:
     """What a rank saves. Raises if something cannot be."""
 
-    def __init__(self, position: int, program: Program, extra: Any) -> None:
+    def __init__(self, team: Team, program: Program, extra: Any) -> None:
         self.told = _Told()
         self.parts: dict[str, Part] = {}
         self.own: dict[str, torch.Tensor] = {}  # what no other rank has a part of
@@ -158,13 +159,13 @@ class _Kept:
         for name, optimizer in program.averaging:
             optimizer.make_equal()
             own[name] = optimizer.state_dict()
-        parts, plain = program.parts(), self.told.plain
+        parts, plain = program.parts(team), self.told.plain
         for name, optimizer in program.optimizers:
             states, numbers = state_of_optimizer(name, optimizer, parts)
             parts += states
             plain |= numbers
         plain |= {name: encoded(thing.state_dict(), name) for name, thing in program.others}
-        place = f"rank.{position}"
+        place = f"rank.{team.index(team.world.rank)}"
         plain |= {"extra": encoded(extra, "extra"), place: encoded(own, place, self.own)}
         self.told.generator = checksum(own["random"]["cpu"])
         self._add(parts)

@@ -82,9 +82,9 @@ class Program:
         plain = [(name, _torch_optimizer(one)) for name, one in optimizers if not isinstance(one, LocalSGD)]
         return Program(models, plain, averaging, others)
 
-    def parts(self) -> list[Part]:
+    def parts(self, callers: Team) -> list[Part]:
         """The models' tensors on this rank; all ranks call it."""
-        return [part for name, model in self.models for part in _parts_of_model(name, model)]
+        return [part for name, model in self.models for part in _parts_of_model(name, model, callers)]
 
 
 def _named(kind: str, things: Any) -> Iterator[tuple[str, Any]]:
@@ -94,9 +94,11 @@ def _named(kind: str, things: Any) -> Iterator[tuple[str, Any]]:
         yield kind, things
 
 
-def _parts_of_model(prefix: str, module: torch.nn.Module) -> list[Part]:
+def _parts_of_model(prefix: str, module: torch.nn.Module, callers: Team) -> list[Part]:
     """The model's tensors on this rank, none outside its team."""
-    team = team_of(module)
+    team = team_of(module, callers)
+    if team.world is not callers.world or not team.is_inside(callers):
+        raise ValueError(f"{prefix} lies on ranks {list(team)}, ranks {list(callers)} call: P must hold all of them")
     rank = team.world.rank
     if rank not in team:
         return []

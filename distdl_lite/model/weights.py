@@ -34,12 +34,12 @@ def entries_of(module: torch.nn.Module) -> Iterator[Entry]:
             yield name, tensor, places[id(tensor)]
 
 
-def team_of(module: torch.nn.Module) -> Team:
-    """The ranks of the distributed layers inside a module; the whole ambient world if there are none."""
+def team_of(module: torch.nn.Module, callers: Team | None = None) -> Team:
+    """The ranks of the distributed layers inside a module; if there are none, those that call, or the whole ambient world."""
     if not isinstance(module, torch.nn.Module):
         raise TypeError(f"the model is needed, a torch.nn.Module, not {type(module).__name__}")
     partitions = [P for inner in module.modules() if isinstance(inner, Module) for P in inner._distdl_partitions]
-    return union_of_teams(*(partitions or [Partition()]))
+    return callers if callers and not partitions else union_of_teams(*(partitions or [Partition()]))
 
 
 def check_cut_weights(module: torch.nn.Module, team: Team) -> None:
