@@ -15,8 +15,8 @@ between the network's output and the clean photograph. The PSNR printed at the e
 trained on. The scene is the one it was trained on, so the gain says how well this photograph can be denoised, not how well
 others can; the weight of the total-variation filter beside it was chosen for this photograph too.
 
-With ``--save FOLDER`` a checkpoint is written every twenty steps while training goes on, and ``--resume`` goes on from the newest,
-on any grid, with the losses that the run would have had.
+With ``--save FOLDER`` a checkpoint is written every twenty steps while training goes on, and ``--resume`` goes on from the
+newest, on any grid, with the losses that the run would have had.
 
 The network is plain torch. At the end the trained weights go into one that runs on a single rank, as it is.
 """
