@@ -204,7 +204,18 @@ def _made_by(text: str) -> Any:
     return model
 
 
-_BENCHMARKS = ("primitives", "conv", "layers", "unet", "memory", "plan", "data_parallel", "tagi", "machine")
+_BENCHMARKS = (
+    "primitives",
+    "conv",
+    "layers",
+    "unet",
+    "memory",
+    "plan",
+    "data_parallel",
+    "tagi",
+    "machine",
+    "checkpoint",
+)
 
 
 def bench(arguments: argparse.Namespace) -> str | None:

@@ -131,6 +131,11 @@ class Saving:
                 wait(self._work)  # until what was written is gone
                 raise
 
+    @property
+    def is_done(self) -> bool:
+        """Whether this rank has nothing more to do for it; others may have."""
+        return all(work.done() for work in self._work)
+
     def _make_folder(self) -> None:
         error: Exception | None = None
         try:
