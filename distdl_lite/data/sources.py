@@ -14,8 +14,10 @@ import torch
 
 from distdl_lite.data.boxes import part, parts_of
 from distdl_lite.grid import indices
+from distdl_lite.layout import shape_of
 
-MOST_BYTES = 2**24  # that are moved or copied at once
+# That are read at once: the pages of a mapping count as memory, and Zarr holds the chunks of all that it is asked for.
+MOST_BYTES = 2**24
 _NETCDF = (".nc", ".nc4", ".cdf")
 
 
@@ -37,7 +39,7 @@ class Source:
         self.name, self._opened = name, opened
         self._held, self._process = held, os.getpid()
         array = self.array
-        self._is_fresh = _library(array) in ("h5py", "zarr")  # they read into new memory
+        self._is_fresh = _library(array) == "h5py"  # which reads into new memory
         self.shape, self._numpy = tuple(map(int, array.shape)), np.dtype(array.dtype).newbyteorder("=")
         self.dtype = torch_dtype(self._numpy, name)
         self.chunks = _chunks(array)
@@ -53,14 +55,13 @@ class Source:
         """A slice in memory of its own."""
         if self._is_fresh:
             return torch.from_numpy(np.asarray(self.array[slices], self._numpy))
-        shape, ones = tuple(s.stop - s.start for s in slices), (1,) * len(slices)
-        found = np.empty(shape, self._numpy)
-        parts = parts_of(shape, ones, max(1, MOST_BYTES // self._numpy.itemsize))
+        box = [(s.start, s.stop) for s in slices]
+        found = np.empty(shape_of(tuple(box)), self._numpy)
+        parts = parts_of(found.shape, self.chunks, max(1, MOST_BYTES // self._numpy.itemsize))
         for number in indices(parts):
-            place = tuple(slice(*part((0, n), 1, i, k)) for n, i, k in zip(shape, number, parts, strict=True))
-            found[place] = self.array[
-                tuple(slice(s.start + p.start, s.start + p.stop) for s, p in zip(slices, place, strict=True))
-            ]
+            piece = [part(*given) for given in zip(box, self.chunks, number, parts, strict=True)]
+            here = tuple(slice(a - start, b - start) for (a, b), (start, _) in zip(piece, box, strict=True))
+            found[here] = self.array[tuple(slice(*side) for side in piece)]
         return torch.from_numpy(found)
 
     def coords(self, slices: tuple[slice, ...]) -> Any:

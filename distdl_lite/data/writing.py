@@ -11,13 +11,15 @@ import torch
 from distdl_lite import layout as lay
 from distdl_lite.agreement import check_alike, refused_together
 from distdl_lite.data.boxes import Axes, axes_of, part, parts_of, snapped
-from distdl_lite.data.sources import MOST_BYTES, located
+from distdl_lite.data.sources import located
 from distdl_lite.data.targets import Target, target_of
 from distdl_lite.grid import Grid, indices
 from distdl_lite.layout import Box, Dim, Layout, Shape
 from distdl_lite.operator import Operator
 from distdl_lite.partition import Partition, partition_of
 from distdl_lite.plan import plan
+
+MOST_BYTES = 2**22  # of a piece
 
 
 def write_blocks(
@@ -61,9 +63,9 @@ def write_blocks(
 
     Notes
     -----
-    Blocks move to the chunk boundaries next to where they are cut, by one exchange for each piece of about 16 MiB a rank, and
-    each rank writes its chunks alone. One rank writes all of an HDF5 file, whose library takes one writer. A rank holds few pieces
-    beside its block.
+    Blocks move to the chunk boundaries next to where they are cut, by one exchange for each piece of about 4 MiB a rank, and
+    each rank writes its chunks alone. One rank writes all of an HDF5 file, whose library takes one writer. A rank holds some
+    pieces beside its block.
 
     Examples
     --------
@@ -193,21 +195,26 @@ def _write(
     need: Layout,
     chunks: Shape,
 ) -> None:
-    """Move the blocks piece by piece to who writes them; all ranks move on to the end where one cannot write."""
+    """Move the blocks piece by piece to who writes them."""
     rank, units, error = P.world_transport.rank, (1, *chunks[1:]), None
     writes = need.box(rank) is not None
     with refused_together(P, name):
         if writes:
             file.open()
+    stays = have.same_boxes(need)
     counts = parts_of(lay.shape_of(_largest(need)), units, max(1, MOST_BYTES // block.element_size()))
     for number in indices(counts):
         piece = _piece(need, units, number, counts)
-        moved = Operator(plan(have, piece, rank), P.world_transport, "write_blocks").apply(block)
+        moved = _moved(block, have, piece, P, stays)
         try:
             if writes and error is None and moved.numel():
                 _put(file, axes, numbers, piece.box(rank), moved.cpu())
         except Exception as raised:
             error = raised
+        del moved  # before the next one is made
+        # Also lets no rank run ahead, whose pieces would wait in its memory for a slow writer.
+        if not stays and P.world_transport.agree(P.team, int(error is not None)):
+            break
     with refused_together(P, name):
         try:
             if error is not None:
@@ -215,6 +222,15 @@ def _write(
         finally:
             if writes:
                 file.close()
+
+
+def _moved(block: torch.Tensor, have: Layout, piece: Layout, P: Partition, stays: bool) -> torch.Tensor:
+    """This rank's part of a piece."""
+    rank = P.world_transport.rank
+    if not stays:
+        return Operator(plan(have, piece, rank), P.world_transport, "write_blocks").apply(block)
+    sides = zip(piece.box(rank) or (), have.box(rank) or (), strict=True)
+    return block[tuple(slice(a - start, b - start) for (a, b), (start, _) in sides)]
 
 
 def _piece(need: Layout, units: Sequence[int], number: Sequence[int], counts: Sequence[int]) -> Layout:
