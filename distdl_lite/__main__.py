@@ -204,18 +204,7 @@ def _made_by(text: str) -> Any:
     return model
 
 
-_BENCHMARKS = (
-    "primitives",
-    "conv",
-    "layers",
-    "unet",
-    "memory",
-    "plan",
-    "data_parallel",
-    "tagi",
-    "machine",
-    "checkpoint",
-)
+_BENCHMARKS = "primitives conv layers unet memory plan data_parallel tagi machine data checkpoint".split()
 
 
 def bench(arguments: argparse.Namespace) -> str | None:
@@ -228,6 +217,8 @@ def bench(arguments: argparse.Namespace) -> str | None:
         overlap.LEAST_BYTES = sys.maxsize
     P = Partition.world()
     which = import_module(f"distdl_lite.bench.{arguments.which}")
+    if arguments.gib is not None:
+        which.GIB = arguments.gib
     allowed = which.RANKS or (P.size,)
     if P.size not in allowed:
         counts, start = ", ".join(map(str, allowed)), P.world_transport.launcher.format(2)
@@ -307,6 +298,7 @@ def parser() -> argparse.ArgumentParser:
     timed.add_argument(
         "--overlap", choices=("on", "off"), default="on", help="whether halos travel during convolutions (on)"
     )
+    timed.add_argument("--gib", type=float, help="of the file that `bench data` writes (2)")
     timed.add_argument("--seconds", type=float, default=1.0, help="to spend on each row (1)")
     timed.set_defaults(run=bench)
     return made

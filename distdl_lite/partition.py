@@ -368,6 +368,36 @@ class CartesianPartition(Partition):
         at = [0 if a is None else self.index[a] for a in chosen]
         return tuple(slice(*cut[i : i + 2]) for cut, i in zip(cuts, at, strict=True))
 
+    def cut(self, x: Any, axes: Sequence[int | None] | None = None) -> Any:
+        """This rank's balanced block of a tensor that every rank has or can make; zero-volume on a rank outside.
+
+        Parameters
+        ----------
+        x : torch.Tensor
+            The whole tensor, the same on all ranks.
+        axes
+            As for `block`.
+
+        Returns
+        -------
+        torch.Tensor
+            In memory of its own, so that the whole tensor can go; of the same dtype and device, and of shape ``(0,)`` outside.
+
+        Raises
+        ------
+        ValueError
+            As for `block`.
+
+        Examples
+        --------
+        >>> import torch
+        >>> from distdl_lite.testing import spmd
+        >>> spmd(3, lambda world: world.grid((2,)).cut(torch.arange(5)).tolist())
+        [[0, 1, 2], [3, 4], []]
+        """
+        slices = self.block(x.shape, axes)
+        return x.new_empty(0) if slices is None else x[slices].clone()
+
 
 def _unpickle(
     kind: type, ranks: tuple[int, ...], shape: tuple[int, ...], periods: tuple[bool, ...], line: Line | None = None

@@ -148,11 +148,8 @@ def _leaf(x: torch.Tensor) -> torch.Tensor:
 
 
 def _block(x: torch.Tensor | None, P: Partition) -> torch.Tensor | None:
-    """This rank's block of a whole tensor, zero-volume outside `P`."""
-    if x is None or not x.dim():
-        return x
-    slices = P.block(x.shape)  # type: ignore[attr-defined]
-    return x.new_empty(0) if slices is None else x[slices]
+    """This rank's block of a whole tensor; a 0-dim one is not cut."""
+    return x if x is None or not x.dim() else P.cut(x)  # type: ignore[attr-defined]
 
 
 def _weights(distributed: torch.nn.Module, serial: torch.nn.Module, rank: int) -> dict[str, tuple[Any, Any]]:

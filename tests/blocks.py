@@ -64,12 +64,6 @@ def check_held(
             torch.testing.assert_close(mine.grad, held(layer, name, wanted.grad, rank), rtol=rtol, atol=atol)
 
 
-def local(P: Partition, x: torch.Tensor) -> torch.Tensor:
-    """This rank's block."""
-    slices = P.block(x.shape)
-    return NOTHING.clone() if slices is None else x[slices].clone()
-
-
 def grown(P: Partition, x: torch.Tensor, halo: tuple, boundary: str) -> torch.Tensor:
     """This rank's block with its halo, cut out of the padded whole tensor."""
     box = [(s.start, s.stop) for s in P.block(x.shape)]

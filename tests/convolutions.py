@@ -44,8 +44,7 @@ def check_refused(world: dl.Partition, case: Case, text: str = "dim ") -> None:
     """An input that does not fit is refused on all ranks of the input's partition with the same text."""
     P_x, P_y, P_w = (None if grid is None else world.grid(grid) for grid in case.grids)
     layer = layer_type(case.name)(P_x, *case.arguments, dtype=torch.float64, P_y=P_y, P_w=P_w, **case.options)
-    block = P_x.block(case.shape)
-    x = dl.zero_volume_tensor() if block is None else integers(*case.shape)[block]
+    x = P_x.cut(integers(*case.shape))
     assert_refused(world, P_x, lambda: layer(x), text)
 
 

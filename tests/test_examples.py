@@ -53,6 +53,20 @@ def test_denoise_takes_only_sizes_that_can_be_halved(capsys: pytest.CaptureFixtu
     assert "must be divisible by 8" in capsys.readouterr().err
 
 
+def test_objects_are_found_in_blocks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    in_blocks, found = example("in_blocks"), []
+    for ranks in (1, 4):
+        folder = tmp_path / str(ranks)
+        folder.mkdir()
+        grid = (1, 1, *in_blocks.GRIDS[ranks])
+        result, *others = spmd(ranks, lambda world, grid=grid, folder=folder: in_blocks.run(world.grid(grid), folder))
+        assert not any(others)
+        assert result[1] < 1e-4
+        found.append(result[0])
+    assert 300 < found[0] == found[1] < 3000
+    assert "blocks end at ((0, 384, 872), (0, 512, 1000)); read for each byte needed: 1.0" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 def test_lenet_learns_as_the_serial_network(ranks: int) -> None:
     lenet = example("lenet")

@@ -8,7 +8,7 @@ from typing import Any
 import numpy
 import pytest
 import torch
-from blocks import NOTHING, grown, local
+from blocks import NOTHING, grown
 from cases import integers
 from ranks import on_ranks
 from torch.autograd import forward_ad
@@ -116,14 +116,14 @@ def test_all_gather_and_reduce_scatter(world: Partition) -> None:
             block = P.block(shape)
             wanted = x[tuple(block[a] if a in keep else slice(None) for a in range(2))]
             gather, scatter = dnn.AllGather(P, axes), dnn.ReduceScatter(P, axes)
-            assert torch.equal(gather(local(P, x)), wanted)
-            check_adjoint(gather, local(P, x), world)
+            assert torch.equal(gather(P.cut(x)), wanted)
+            check_adjoint(gather, P.cut(x), world)
 
             parts = wanted * (P.rank + 1)
             factor = sum(
                 r + 1 for r in range(4) if all(unravel(r, (2, 2))[a] == P.index[a] for a in range(2) if a in keep)
             )
-            assert torch.equal(scatter(parts), local(P, x) * factor)
+            assert torch.equal(scatter(parts), P.cut(x) * factor)
             check_adjoint(scatter, parts, world)
 
 
@@ -138,20 +138,20 @@ def test_repartition(world: Partition) -> None:
     for P_x in grids:
         for P_y in grids:
             layer = dnn.Repartition(P_x, P_y)
-            y = layer(local(P_x, x))
+            y = layer(P_x.cut(x))
             if P_y.active:
-                assert torch.equal(y, local(P_y, x)), (P_x, P_y)
+                assert torch.equal(y, P_y.cut(x)), (P_x, P_y)
             else:
                 assert y.numel() == 0
-        check_adjoint(layer, local(P_x, x), world)
+        check_adjoint(layer, P_x.cut(x), world)
     P = world.grid((4,))
     x, cuts = integers((10,)), (0, 7, 7, 8, 10)
     uneven = x[cuts[P.rank] : cuts[P.rank + 1]].clone()
-    assert torch.equal(dnn.Repartition(P, P)(uneven), local(P, x))
-    assert torch.equal(dnn.Repartition(P, P, bounds=[cuts])(local(P, x)), uneven)
+    assert torch.equal(dnn.Repartition(P, P)(uneven), P.cut(x))
+    assert torch.equal(dnn.Repartition(P, P, bounds=[cuts])(P.cut(x)), uneven)
     for shape in ((0,), (1,), (3,)):
-        assert torch.equal(dnn.Repartition(P, world.grid((2,), [3, 1]))(integers(shape)[P.block(shape)]).reshape(-1),
-                           integers(shape)[world.grid((2,), [3, 1]).block(shape) or slice(0, 0)])  # fmt: skip
+        x, pair = integers(shape), world.grid((2,), [3, 1])
+        assert torch.equal(dnn.Repartition(P, pair)(P.cut(x)).reshape(-1), pair.cut(x))
 
 
 @on_ranks(4)
@@ -168,10 +168,10 @@ def test_halo_exchange(world: Partition) -> None:
         x = integers(shape)
         for boundary in ("none", "zeros", "circular", "reflect", "replicate"):
             layer = dnn.HaloExchange(P, halo, boundary)
-            y = layer(local(P, x))
+            y = layer(P.cut(x))
             if P.active:
                 assert torch.equal(y, grown(P, x, halo, boundary)), (P, boundary)
-            check_adjoint(layer, local(P, x), world)
+            check_adjoint(layer, P.cut(x), world)
     assert torch.equal(dnn.HaloExchange(world.grid((4,)), [1])(integers((2,))), grown_line(world.rank))
 
 
@@ -187,7 +187,7 @@ def test_scatter_and_gather(world: Partition) -> None:
     for root in (0, 3):
         whole = x.clone().requires_grad_() if world.rank == root else None
         block = dl.scatter(whole, P, root)
-        assert torch.equal(block.to(x), local(P, x)) if P.active else block.numel() == 0
+        assert torch.equal(block.to(x), P.cut(x)) if P.active else block.numel() == 0
         back = dl.gather(2 * block, P, root)  # not None outside P, which would leave the block out of the graph
         assert back.shape == ((5, 3) if world.rank == root else (0,))
         if back.requires_grad:  # not on a rank that has no part in it
@@ -230,7 +230,7 @@ def test_data_on_the_wrong_ranks(world: Partition) -> None:
         else:
             assert attempt().shape == (0,)
     block = dl.scatter(at_root(x), P)  # the ranks are still together
-    assert torch.equal(block.to(x), local(P, x)) if P.active else block.numel() == 0
+    assert torch.equal(block.to(x), P.cut(x)) if P.active else block.numel() == 0
 
 
 # ---- who holds nothing -----------------------------------------------------------------------------------------------
@@ -239,7 +239,7 @@ def test_data_on_the_wrong_ranks(world: Partition) -> None:
 @on_ranks(4)
 def test_what_ranks_without_data_get(world: Partition) -> None:
     P_x, P_y = world.grid((2, 1), [0, 1]), world.grid((1, 2), [1, 2])
-    x = local(P_x, integers((5, 3))) if P_x.active else dl.zero_volume_tensor(7, dtype=torch.float64)
+    x = P_x.cut(integers((5, 3))) if P_x.active else dl.zero_volume_tensor(7, dtype=torch.float64)
     for preserve, shapes in ((True, {0: (3, 0), 3: (7, 0)}), (False, {0: (0,), 3: (7, 0)})):
         y = dnn.Repartition(P_x, P_y, preserve_batch=preserve)(x)
         assert y.shape == {1: (5, 2), 2: (5, 1), **shapes}[world.rank]
@@ -247,7 +247,7 @@ def test_what_ranks_without_data_get(world: Partition) -> None:
     assert dl.zero_volume_tensor().shape == (0,)
     assert dl.zero_volume_tensor(3, torch.int8).dtype is torch.int8
     # a rank outside P_x need not know the dtype
-    x = local(P_x, integers((5, 3))) if P_x.active else torch.empty(0, dtype=torch.float32)
+    x = P_x.cut(integers((5, 3))) if P_x.active else torch.empty(0, dtype=torch.float32)
     y = dnn.Repartition(P_x, P_y)(x)
     assert y.dtype is (torch.float64 if world.rank < 3 else torch.float32)
 
@@ -279,7 +279,7 @@ def test_empty_blocks_and_batches(world: Partition) -> None:
     """A rank inside a partition whose block is empty takes part, and gets a zero-volume gradient, not None."""
     P_x, P_y = world.grid((1, 4)), world.grid((2, 2))
     for shape in ((0, 5), (3, 2), (3, 0), (1, 1)):
-        x = local(P_x, integers(shape)).requires_grad_()
+        x = P_x.cut(integers(shape)).requires_grad_()
         for layer in (dnn.Repartition(P_x, P_y), dnn.AllGather(P_x, [1]), dnn.HaloExchange(P_x, [0, 1], "zeros")):
             y = layer(x)
             x.grad = None
@@ -287,7 +287,7 @@ def test_empty_blocks_and_batches(world: Partition) -> None:
             assert x.grad is not None
             assert x.grad.shape == x.shape
         y = dnn.Repartition(P_x, P_y)(x)
-        assert torch.equal(y, local(P_y, integers(shape)))
+        assert torch.equal(y, P_y.cut(integers(shape)))
     total = dnn.AllSumReduce(P_x, [1])(torch.empty(0, 3, dtype=torch.float64))
     assert total.shape == (0, 3)
 

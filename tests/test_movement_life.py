@@ -8,7 +8,7 @@ import pickle
 
 import pytest
 import torch
-from blocks import NOTHING, grown, local
+from blocks import NOTHING, grown
 from cases import integers
 from ranks import on_ranks, over_mpi
 from torch.utils.checkpoint import checkpoint
@@ -28,8 +28,8 @@ def test_a_change_that_one_rank_cannot_see(world: Partition) -> None:
     layers = [dnn.Repartition(P, line), dnn.HaloExchange(P, [1, (0, 1)], "circular")]
     for shape in ((7, 5), (8, 6), (7, 5), (8, 5)):
         x = integers(shape)
-        assert torch.equal(layers[0](local(P, x)), local(line, x))
-        assert torch.equal(layers[1](local(P, x)), grown(P, x, ((1, 1), (0, 1)), "circular"))
+        assert torch.equal(layers[0](P.cut(x)), line.cut(x))
+        assert torch.equal(layers[1](P.cut(x)), grown(P, x, ((1, 1), (0, 1)), "circular"))
 
 
 @on_ranks(4, mpi=True)
@@ -38,12 +38,12 @@ def test_two_forwards_then_two_backwards(world: Partition) -> None:
     P, line = world.grid((2, 2)), world.grid((4, 1))
     layer = dnn.Repartition(P, line)
     shapes = [(7, 5), (8, 6), (2, 9)]
-    xs = [local(P, integers(shape)).requires_grad_() for shape in shapes]
+    xs = [P.cut(integers(shape)).requires_grad_() for shape in shapes]
     ys = [layer(x) for x in xs]
     for shape, y in reversed(list(zip(shapes, ys, strict=True))):
-        y.backward(local(line, integers(shape, seed=1)))
+        y.backward(line.cut(integers(shape, seed=1)))
     for shape, x in zip(shapes, xs, strict=True):
-        assert torch.equal(x.grad, local(P, integers(shape, seed=1)))
+        assert torch.equal(x.grad, P.cut(integers(shape, seed=1)))
 
 
 @on_ranks(4)
@@ -72,7 +72,7 @@ def test_inputs_and_gradients_are_left_alone(world: Partition) -> None:
         dnn.Broadcast(P, P),
     ]
     for layer in layers:
-        x = local(P, integers((4, 6))).requires_grad_()
+        x = P.cut(integers((4, 6))).requires_grad_()
         before = x.detach().clone()
         y = layer(x)
         y.detach().add_(1)  # the output is fresh memory
@@ -95,7 +95,7 @@ def test_copies_and_pickles(world: Partition) -> None:
         dnn.HaloExchange(P, [1, 1], "reflect"),
     ]
     for layer in layers:
-        block = local(layer.P_x, x)
+        block = layer.P_x.cut(x)
         wanted = layer(block)
         for twin in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
             assert torch.equal(twin(block), wanted)
@@ -115,7 +115,7 @@ def test_checkpointing(world: Partition) -> None:
     for asking in (range(4), [2]):
         results = []
         for run in (body, lambda x: checkpoint(body, x, use_reentrant=False)):
-            x = local(P, integers((7, 5))).requires_grad_(world.rank in asking)
+            x = P.cut(integers((7, 5))).requires_grad_(world.rank in asking)
             run(x).sum().backward()
             results.append(x.grad)
         assert results[0] is results[1] is None or torch.equal(*results)
@@ -171,7 +171,7 @@ def test_hundreds_of_forwards_hold_on_to_nothing(world: Partition) -> None:
 
     def run(times: int) -> None:
         for number in range(times):
-            x = local(P, integers((5 + number % 80, 3))).requires_grad_()
+            x = P.cut(integers((5 + number % 80, 3))).requires_grad_()
             layer(x).sum().backward()
             assert bool((x.grad == 1).all())
 

@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from blocks import local
 from hypothesis import given
 from hypothesis import strategies as st
 from ranks import on_ranks, over_mpi
@@ -100,6 +99,14 @@ def test_blocks(world: Partition) -> None:
     assert P.bounds((5, 7)) == ((0, 5), (0, 3, 5, 7))
     wanted = {2: slice(0, 3), 0: slice(3, 5), 3: slice(5, 7)}
     assert P.block((5, 7)) == ((slice(0, 5), wanted[world.rank]) if P.active else None)
+    x = torch.arange(35, dtype=torch.int16).view(5, 7)
+    for axes, slices in ((None, P.block((5, 7))), ((1, None), P.block((5, 7), (1, None)))):
+        mine = P.cut(x, axes)
+        assert mine.dtype is torch.int16
+        assert torch.equal(mine, x[slices] if P.active else torch.empty(0))
+        assert mine.is_contiguous()
+        assert mine.untyped_storage().nbytes() == mine.nbytes
+    assert P.cut(torch.empty(5, 7, device="meta")).device.type == "meta"
 
 
 REFUSALS: dict[str, Callable[[Partition], object]] = {
@@ -225,7 +232,7 @@ def test_deactivated(world: Partition) -> None:
         torch.manual_seed(0)
         P, P_w, pair = world.grid((1, 2, 1, 1)), world.grid((2, 2, 1, 1)), world.grid((1, 2))
         square, line = world.grid((2, 2)), world.grid((4,))
-        block, rows, half = local(P, x), local(square, x.flatten(1)), local(pair, x.flatten(1))
+        block, rows, half = P.cut(x), square.cut(x.flatten(1)), pair.cut(x.flatten(1))
         calls: list[tuple[torch.nn.Module, list[torch.Tensor]]] = [
             (dnn.DistributedConv2d(P, 2, 2, 3, padding=1, P_y=P, P_w=P_w), [block]),
             (dnn.DistributedLinear(pair, pair, square, 16, 3), [half]),

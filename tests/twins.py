@@ -63,10 +63,7 @@ def assert_second_gradients(layer: torch.nn.Module, serial: torch.nn.Module, x: 
     """Check the gradient of a squared input gradient against the serial layer's, for a layer without weights."""
     block = P.block(x.shape)
     found = []
-    for module, start in (
-        (layer, x[block] if block is not None else dl.zero_volume_tensor(dtype=x.dtype)),
-        (serial, x),
-    ):
+    for module, start in ((layer, P.cut(x)), (serial, x)):
         leaf = start.clone().requires_grad_()
         (g,) = torch.autograd.grad(module(leaf).pow(3).sum(), leaf, create_graph=True)
         g.square().sum().backward()

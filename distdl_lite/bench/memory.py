@@ -37,7 +37,7 @@ def rows(P: Partition, seconds: float) -> list[Row]:
 
 def _two_passes(P: Partition, size: tuple[int, int]) -> None:
     net, loss, shape = distribute(UNet(), P), distribute(torch.nn.MSELoss(), P), (1, 3, *size)
-    x = torch.rand(shape)[P.block(shape)].clone()  # without the rest of the picture
+    x = P.cut(torch.rand(shape))
     for _ in range(2):
         net.zero_grad()
         loss(net(x), x).backward()

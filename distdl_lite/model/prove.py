@@ -245,7 +245,7 @@ def _block(x: torch.Tensor, P: Partition, given: Given, number: int) -> torch.Te
     """This rank's block of the tensor of a number among the arguments' or the outputs'."""
     axes = given[number] if given is not None and number < len(given) else None
     axes = fitting_axes(axes, x.dim(), x.dtype, P.grid_of_ranks)
-    return x[P.block(x.shape, axes)].clone()  # type: ignore[attr-defined]
+    return P.cut(x, axes)  # type: ignore[attr-defined]
 
 
 def _held(net: Distributed, name: str, whole: torch.Tensor) -> torch.Tensor:

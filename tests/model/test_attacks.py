@@ -33,7 +33,7 @@ class Scaled(nn.Module):
 def grid(world: dl.Partition, shape: tuple[int, ...] = (1, 1, 2, 1)) -> tuple[dl.Partition, torch.Tensor, torch.Tensor]:
     """A grid, a whole input and this rank's block."""
     P, x = world.grid(shape), torch.randn(1, 2, 6, 4, generator=torch.Generator().manual_seed(1))
-    return P, x, x[P.block(x.shape)].clone()
+    return P, x, P.cut(x)
 
 
 def eval_inside(net: Any) -> None:

@@ -186,7 +186,7 @@ def test_dropout(kind: str, grid: tuple[int, ...], axes: Any, monkeypatch: pytes
 
     def body(world: dl.Partition) -> None:
         P = world.grid(grid)
-        blocks = [t[P.block(t.shape, axes)].clone().requires_grad_() for t in (q, k)]
+        blocks = [P.cut(t, axes).requires_grad_() for t in (q, k)]
         y = Distributed(Dropped(), P, (axes, axes), (TOKENS,))(*blocks)
         mine = P.block(wanted.shape, TOKENS)
         torch.testing.assert_close(y, wanted[mine], rtol=1e-12, atol=1e-12)
@@ -198,7 +198,7 @@ def test_dropout(kind: str, grid: tuple[int, ...], axes: Any, monkeypatch: pytes
 
 
 def ring_of(P: dl.Partition, shape: tuple[int, ...], **options: Any) -> tuple[Distributed, list[torch.Tensor]]:
-    blocks = [torch.randn(shape, dtype=torch.float64)[P.block(shape, TOKENS)].requires_grad_() for _ in range(3)]
+    blocks = [P.cut(torch.randn(shape, dtype=torch.float64), TOKENS).requires_grad_() for _ in range(3)]
     net = Distributed(Attention(**options), P, (TOKENS,) * 3, (TOKENS,))
     return net, blocks
 

@@ -52,7 +52,7 @@ def pair(world: dl.Partition, norm: bool = False, dtype: torch.dtype = torch.flo
     torch.manual_seed(0)
     model = Net(norm).to(dtype)
     x = torch.randn(2, 4, 13, 9, dtype=dtype, generator=torch.Generator().manual_seed(1))
-    return P, model, dl.distribute(copy.deepcopy(model), P), x, x[P.block(x.shape)].clone()
+    return P, model, dl.distribute(copy.deepcopy(model), P), x, P.cut(x)
 
 
 def assert_same_gradients(net: nn.Module, model: nn.Module, tolerance: float = 1e-12) -> None:
@@ -164,7 +164,7 @@ def test_second_gradients_on_a_rank_without_points(world: dl.Partition) -> None:
     for make, shape, grid in PENALISED:
         model, P, whole = make(), world.grid(grid), torch.ones(shape)
         net = dl.distribute(copy.deepcopy(model), P)
-        for of, x in ((net, whole[P.block(shape)].clone()), (model, whole)):
+        for of, x in ((net, P.cut(whole)), (model, whole)):
             (gradient,) = torch.autograd.grad(of(x.requires_grad_()).sum(), x, create_graph=True)
             gradient.square().sum().backward()
         for mine, wanted in zip(net.parameters(), model.parameters(), strict=True):

@@ -149,7 +149,7 @@ def test_refusals(world: dl.Partition) -> None:
     line = world.create_partition_inclusive([0, 2]).grid((2,))
 
     def given(x: torch.Tensor, P: dl.CartesianPartition, *options: Any) -> Any:
-        return lambda: dnn.DistributedFFT(P, *options)(x[P.block(x.shape)] if P.active else dl.zero_volume_tensor())
+        return lambda: dnn.DistributedFFT(P, *options)(P.cut(x))
 
     attempts: list[tuple[Any, str]] = [
         (lambda: dnn.DistributedFFT(P, "dct"), "function 'dct' is none of"),

@@ -387,7 +387,7 @@ def test_some_ranks_have_nothing_to_differentiate(world: Partition) -> None:
         for holder in (0, 1):
             found = []
             for way in ("everywhere", "inputs", "grad"):
-                x = whole[P.block(whole.shape)].clone().requires_grad_(way == "everywhere" or world.rank == holder)
+                x = P.cut(whole).requires_grad_(way == "everywhere" or world.rank == holder)
                 y = net(x) ** 2
                 value = loss(y, torch.zeros_like(y))
                 if way == "inputs" and x.requires_grad:

@@ -92,7 +92,7 @@ def test_indices_where_nothing_is_pooled(world: dl.Partition) -> None:
     for name, size in (("MaxPool1d", {"kernel_size": 3}), ("AdaptiveMaxPool1d", {"output_size": 1})):
         layer, serial = twin(name, P, {**size, "return_indices": True})
         x = integers(1, 2, 4, dtype=torch.int64 if name == "MaxPool1d" else torch.float64)
-        y, places = layer(x[P.block(x.shape)] if P.active else dl.zero_volume_tensor())
+        y, places = layer(P.cut(x))
         assert places.dtype is torch.int64
         if P.active:
             assert all(torch.equal(a, b[P.block(b.shape)]) for a, b in zip((y, places), serial(x), strict=True))
@@ -157,7 +157,7 @@ def test_refusals(world: dl.Partition) -> None:
     square = world.create_partition_inclusive([0, 2]).grid((1, 1, 1, 2))
 
     def with_input(make: Any, x: torch.Tensor) -> Any:
-        return lambda: make()(x[P.block(x.shape)] if P.active else dl.zero_volume_tensor())
+        return lambda: make()(P.cut(x))
 
     x = integers(1, 1, 7)
     attempts: list[tuple[Any, str]] = [
@@ -184,7 +184,7 @@ def test_refusals(world: dl.Partition) -> None:
     assert_refused(world, cube, lambda: layer(short), "smaller than kernel size")
     cube = world.create_partition_inclusive([0, 2]).grid((1, 1, 2, 1, 1))
     half = torch.ones(1, 1, 1, 2, 2).bfloat16()  # rank 2 has no outputs, and would call nothing of torch that refuses
-    block = half[cube.block(half.shape)] if cube.active else dl.zero_volume_tensor()
+    block = cube.cut(half)
     assert_refused(world, cube, lambda: pool.DistributedAvgPool3d(cube, 1)(block), "torch.bfloat16", TypeError)
     whole = with_input(lambda: pool.DistributedAvgPool1d(P, 2), integers(1, 1, 7, dtype=torch.int64))
     assert_refused(world, P, whole, "torch.int64", TypeError)
