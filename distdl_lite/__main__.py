@@ -204,7 +204,9 @@ def _made_by(text: str) -> Any:
     return model
 
 
-_BENCHMARKS = "primitives conv layers unet memory plan data_parallel tagi machine data checkpoint".split()
+_BENCHMARKS = (
+    "primitives", "conv", "layers", "unet", "memory", "plan", "data_parallel", "tagi", "machine", "data", "checkpoint",
+)  # fmt: skip
 
 
 def bench(arguments: argparse.Namespace) -> str | None:
