@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from distdl_lite.checkpoint.files import Checkpoint, Stored, faults, read_checkpoint
+from distdl_lite.show import columns
 
 
 def add(commands: Any) -> None:
@@ -34,7 +35,7 @@ def ls(arguments: argparse.Namespace) -> str:
     made = read_checkpoint(arguments.dir)
     rows = [(name, _kind(t), f"pieces: {len(t.pieces)}", f"{_bytes(t):,} bytes") for name, t in made.tensors.items()]
     plain = [(name, str(value)[:100]) for name, value in made.objects.items() if not name.startswith("rank.")]
-    return "\n".join([repr(made), "", *_aligned(rows), "", *_aligned(plain)])
+    return "\n\n".join([repr(made), *(columns(lines) for lines in (rows, plain) if lines)])
 
 
 def verify(arguments: argparse.Namespace) -> str:
@@ -49,7 +50,7 @@ def diff(arguments: argparse.Namespace) -> str:
     names = dict.fromkeys((*one, *other, *one.objects, *other.objects))
     rows = [(name, text) for name in names if (text := _difference(name, one, other))]
     if rows:
-        print("\n".join(_aligned(rows)))
+        print(columns(rows))
         sys.exit(1)
     return f"{len(one)} tensors are equal"
 
@@ -87,8 +88,3 @@ def _kind(stored: Stored) -> str:
 
 def _bytes(stored: Stored) -> int:
     return math.prod(stored.shape) * stored.dtype.itemsize
-
-
-def _aligned(rows: list[tuple[str, ...]]) -> list[str]:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]

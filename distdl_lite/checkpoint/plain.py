@@ -33,8 +33,8 @@ def encoded(value: Any, where: str, tensors: MutableMapping[str, torch.Tensor] |
         kind = "Counter" if isinstance(value, Counter) else "dict"
         return {f"~{kind}": [[encoded(key, where), item] for key, item in items.items()]}
     if isinstance(value, (list, tuple)):
-        items = [encoded(item, f"{where}.{number}", tensors) for number, item in enumerate(value)]
-        return items if isinstance(value, list) else {"~tuple": items}
+        listed = [encoded(item, f"{where}.{number}", tensors) for number, item in enumerate(value)]
+        return listed if isinstance(value, list) else {"~tuple": listed}
     raise TypeError(
         f"{where} is a {type(value).__name__}: a checkpoint holds numbers, texts, None, lists, tuples and dicts of such"
     )
