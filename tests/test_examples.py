@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import shutil
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -45,6 +46,22 @@ def test_denoise_has_one_loss_curve_on_every_grid(tmp_path: Path, capsys: pytest
         printed = capsys.readouterr().out
         assert "rank 1:" in printed
         assert float(printed.split("serial network's output: ")[1]) < 1e-5
+
+
+def test_denoise_goes_on_on_another_grid(tmp_path: Path) -> None:
+    denoise = example("denoise")
+    words = ["--size", "16x24", "--levels", "1", "--steps", "5", "--out", str(tmp_path / "denoise.png")]
+    saved = [*words, "--save", str(tmp_path / "run"), "--every", "2"]
+
+    def losses(ranks: int, words: list[str]) -> list[float]:
+        return spmd(ranks, lambda world: denoise.run(world.grid((1, 1, 1, ranks)), denoise.parse(words)))[0]
+
+    unbroken = losses(2, saved)
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["step_2", "step_4"]
+    shutil.rmtree(tmp_path / "run/step_4")
+    resumed = losses(3, [*saved, "--resume"])
+    assert resumed[:2] == unbroken[:2]
+    torch.testing.assert_close(torch.tensor(resumed), torch.tensor(unbroken), rtol=1e-4, atol=0)
 
 
 def test_denoise_takes_only_sizes_that_can_be_halved(capsys: pytest.CaptureFixture[str]) -> None:
