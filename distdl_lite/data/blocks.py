@@ -252,7 +252,7 @@ def statistics(blocks: Blocks, dim: int | None = None) -> Statistics:
 
     Raises
     ------
-    TypeError, ValueError, RuntimeError
+    IndexError, ValueError, RuntimeError
         On all ranks, naming the rank and the file: if there is no such dim, values are complex, `transform` changes the shape, or
         a file cannot be read.
 

@@ -167,7 +167,7 @@ def opened(path: Path, name: str) -> Any:
 
 def _hdf5(path: Any, name: str) -> Any:
     file = needed("h5py", "hdf5").File(path, "r")
-    if name not in file:
+    if not hasattr(file.get(name), "shape"):
         raise ValueError(f"{path} has no dataset {name!r}, but {sorted(file)}")
     return file[name]
 

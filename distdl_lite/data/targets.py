@@ -57,14 +57,18 @@ class _Npy(Target):
         if chunks is not None:
             raise ValueError("a .npy file has no chunks")
         header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
-        try:
-            with open(self.path, "xb") as file:
+        with open(self.path, "xb") as file:
+            try:
                 np.lib.format.write_array_header_1_0(file, header)
-                # On a full disk this raises, where writing to a mapping would end the process.
-                os.posix_fallocate(file.fileno(), 0, file.tell() + math.prod(shape) * dtype.itemsize)
-        except OSError:
-            self.path.unlink(missing_ok=True)
-            raise
+                size = file.tell() + math.prod(shape) * dtype.itemsize
+                file.truncate(size)
+                if hasattr(
+                    os, "posix_fallocate"
+                ):  # on a full disk it raises; writing to a mapping would end the process
+                    os.posix_fallocate(file.fileno(), 0, size)
+            except OSError:
+                self.path.unlink()
+                raise
 
     def open(self) -> None:
         np.load(self.path, mmap_mode="r+")

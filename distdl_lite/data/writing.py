@@ -89,10 +89,10 @@ def write_blocks(
     with refused_together(P, name):
         file, dtype = target_of(*located(target)), _numpy_dtype(block)
         rows = sample if isinstance(sample, int) or sample is None else [int(i) for i in sample]
-    told = P.allgather_data((tuple(block.shape), dtype, str(target), (dims, samples, chunks), rows)) or ()
-    shapes, *same, rows_of = (dict(zip(P.ranks, values, strict=True)) for values in zip(*told, strict=True))
-    for what, values in zip(("dtype", "target", "dims, samples and chunks"), same, strict=True):
-        check_alike(what, values, "write_blocks")
+    told = P.allgather_data((str(target), tuple(block.shape), rows, dtype, (dims, samples, chunks))) or ()
+    targets, shapes, rows_of, *same = (dict(zip(P.ranks, values, strict=True)) for values in zip(*told, strict=True))
+    for what, values in zip(("target", "dtype", "dims, samples and chunks"), (targets, *same), strict=True):
+        check_alike(what, values, f"write_blocks: {targets[P.ranks[0]]}")
     with refused_together(P, name):
         have = lay.blocks_from_shapes(P.grid_of_ranks, shapes)
         numbers = _numbers(have, rows_of)
