@@ -46,7 +46,7 @@ class Run:
         weights = list(net.parameters())
         self.optimizer = optimizer([{"params": weights[:2]}, {"params": weights[2:], "lr": torch.tensor(0.02)}])
         self.scheduler = torch.optim.lr_scheduler.MultiStepLR(self.optimizer, [2, 4])
-        self.loader = dl.data.Loader(DATA, P, global_batch_size=batch, seed=1)
+        self.loader = dl.data.Loader(dl.data.Blocks(DATA, P), P, global_batch_size=batch, seed=1)
 
     @property
     def parts(self) -> dict[str, Any]:
@@ -55,9 +55,7 @@ class Run:
     def steps(self, count: int) -> list[float]:
         losses: list[float] = []
         while len(losses) < count:
-            for samples in self.loader:
-                block = self.P.block((1, *DATA.shape[1:]))
-                x = samples[(slice(None), *block[1:])] if block else dl.zero_volume_tensor(dtype=DATA.dtype)
+            for x in self.loader:
                 self.optimizer.zero_grad()
                 loss = self.measure(self.net(x), x.flip(1))
                 loss.backward()
