@@ -57,7 +57,7 @@ def save(
         it is complete the oldest others are removed.
     wait : bool
         Whether to return when the checkpoint is complete. Else tensors are copied, and written while the program goes on;
-        the next `save` waits for it, and so does the end of the program.
+        the next `save` waits for it, and raises its error; the end of the program waits, too.
 
     Returns
     -------

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Event, get_native_id
@@ -103,6 +104,7 @@ class Saving:
         is_urgent: bool,
     ) -> None:
         self.path, self._team, self._pieces, self._index, self._keep = path, team, pieces, index, keep
+        self._is_urgent = is_urgent
         self._position = team.index(team.world.rank)
         self._folder = path.with_name(f".{path.name}.partial")
         self._has_failed, self._is_waited_for = Event(), False
@@ -167,7 +169,7 @@ class Saving:
                 told["files"][path.name] = {"bytes": path.stat().st_size, "sha256": hash_of(path)}
             _write_json(self._folder / f"{self._position}.json", told)
         except Exception as error:
-            raise RuntimeError(f"rank {self._team.world.rank} cannot write {path}: {error}") from error
+            raise self._told(f"rank {self._team.world.rank} cannot write {path}: {error}") from error
         finally:
             self._pieces = ()
 
@@ -191,27 +193,37 @@ class Saving:
             _flush_folder(self.path.parent)
         except BaseException as error:
             shutil.rmtree(self._folder, ignore_errors=True)
-            raise RuntimeError(f"rank {self._team[0]} cannot complete {self.path}: {error}") from error
-        for old in alike(self.path)[self._keep :] if self._keep else ():
-            going = old.with_name(f".{old.name}.removed")
-            old.rename(going)
-            shutil.rmtree(going, ignore_errors=True)
+            raise self._told(f"rank {self._team[0]} cannot complete {self.path}: {error}") from error
+        with suppress(FileNotFoundError):  # somebody else removes them
+            for old in alike(self.path)[self._keep :] if self._keep else ():
+                shutil.rmtree(old.rename(old.with_name(f".{old.name}.removed")), ignore_errors=True)
+
+    def _told(self, text: str) -> RuntimeError:
+        """An error, printed where it may be that nobody waits for it."""
+        if not self._is_urgent:
+            print(f"distdl_lite.save: {text}", file=sys.stderr)
+        return RuntimeError(text)
 
     def _parts(self) -> Iterator[dict[str, Any]]:
         """What each rank has written, which is waited for while any of them writes."""
-        size, since = 0, time.monotonic()
+        size, since = -1, time.monotonic()
         for position in range(self._team.size):
             path = self._folder / f"{position}.json"
             while not path.is_file():
                 if self._has_failed.wait(0.01):
                     raise RuntimeError("another rank has failed")
-                now = sum(file.stat().st_size for file in self._folder.iterdir())
-                if now != size:
+                if time.monotonic() - since > _PATIENCE:
+                    if (now := _bytes_in(self._folder)) == size:
+                        raise RuntimeError(f"rank {self._team[position]} has written nothing for {_PATIENCE:.0f} s")
                     size, since = now, time.monotonic()
-                elif time.monotonic() - since > _PATIENCE:
-                    raise RuntimeError(f"rank {self._team[position]} has written nothing for {_PATIENCE:.0f} s")
             yield json.loads(path.read_text())
             path.unlink()
+
+
+def _bytes_in(folder: Path) -> int:
+    with suppress(FileNotFoundError):  # of a file that gets its name in this moment
+        return sum(file.stat().st_size for file in folder.iterdir())
+    return -1
 
 
 def _word(dtype: torch.dtype) -> str:
