@@ -196,7 +196,9 @@ class Saving:
             raise self._told(f"rank {self._team[0]} cannot complete {self.path}: {error}") from error
         with suppress(FileNotFoundError):  # somebody else removes them
             for old in alike(self.path)[self._keep :] if self._keep else ():
-                shutil.rmtree(old.rename(old.with_name(f".{old.name}.removed")), ignore_errors=True)
+                old.rename(old.with_name(f".{old.name}.{time.time_ns()}.removed"))
+        for gone in self.path.parent.glob(".*.removed"):  # also of a job that was killed meanwhile
+            shutil.rmtree(gone, ignore_errors=True)
 
     def _told(self, text: str) -> RuntimeError:
         """An error, printed where it may be that nobody waits for it."""
