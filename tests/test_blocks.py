@@ -484,8 +484,11 @@ def test_refusals(world: Partition) -> None:
         assert_refused(world, P, lambda: Blocks(shorter, P, share_chunks=True), text)
         if rank == 0:
             np.save(folder / "0.npy", np.zeros((5, 4)))
+            np.save(folder / "1.npy", np.zeros((5, 4)))
         world.allgather_data(None)
         blocks = Blocks([folder / "0.npy", folder / ("0.npy" if not odd else "1.npy")], P, share_chunks=True)
+        if odd:
+            (folder / "1.npy").unlink()
         assert_refused(world, P, lambda: blocks[1], "Blocks: rank 1, 2 files like ", RuntimeError)
         assert_refused(world, P, lambda: blocks[int(odd)], "Blocks: the ranks disagree: rank")
         assert not P.active or blocks[0].any().item() is False
@@ -504,7 +507,7 @@ def test_refusals(world: Partition) -> None:
         (
             np.zeros((2, 3, 4)),
             {"halo": (1, 0, 0)},
-            r"halo=\(1, 0, 0\) does not have a number or pair for each of 3 axes",
+            r"halo=\(1, 0, 0\) does not have a number from 0 on, or a pair, for each of 3 axes",
         ),
         (np.zeros((2, 3, 4)), {"halo": (0, -1, 0)}, r"halo=\(0, -1, 0\)"),
         (np.zeros((2, 3, 4)), {"align": "chunk"}, "align='chunk' is neither None nor 'chunks'"),

@@ -31,6 +31,21 @@ def cut(whole: torch.Tensor, counts: list[int], rank: int) -> torch.Tensor:
 # ---- samplers --------------------------------------------------------------------------------------------------------
 
 
+def test_blocks_are_dealt_over_their_own_partition() -> None:
+    """Ranks that share a sample's space get the same samples, also where nobody says so; another partition is refused."""
+
+    def body(world: Partition) -> list[int]:
+        P = world.grid((1, 2, 2))
+        blocks = dl.data.Blocks(torch.zeros(8, 4, 4), P)
+        assert list(ShardSampler(blocks)) == list(ShardSampler(8, P))
+        assert len(next(iter(dl.data.Loader(blocks, global_batch_size=4)))) == 4
+        with pytest.raises(ValueError, match="ShardSampler: blocks that are cut over .* cannot be dealt over"):
+            ShardBatchSampler(blocks, world)
+        return list(ShardSampler(blocks))
+
+    assert len({tuple(samples) for samples in spmd(4, body)}) == 1
+
+
 @pytest.mark.check("A43")
 @on_ranks(3, mpi=True)
 def test_no_sample_is_lost_or_doubled(world: Partition) -> None:

@@ -6,6 +6,7 @@ import argparse
 import math
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -47,6 +48,8 @@ def verify(arguments: argparse.Namespace) -> str:
 
 def diff(arguments: argparse.Namespace) -> str:
     one, other = read_checkpoint(arguments.dir), read_checkpoint(arguments.other)
+    if one.kind != other.kind:
+        one, other = one.of_model(), other.of_model()
     names = dict.fromkeys((*one, *other, *one.objects, *other.objects))
     rows = [(name, text) for name in names if (text := _difference(name, one, other))]
     if rows:
@@ -73,8 +76,9 @@ def _difference(name: str, one: Checkpoint, other: Checkpoint) -> str:
 
 
 def export(arguments: argparse.Namespace) -> str:
-    made = read_checkpoint(arguments.dir)
-    tensors = {name.removeprefix(made.kind): made[name] for name in made if name.startswith(made.kind)}
+    if Path(arguments.file).suffix != ".safetensors" or Path(arguments.file).exists():
+        raise ValueError(f"{arguments.file} exists already, or is no name of a .safetensors file")
+    tensors = dict(read_checkpoint(arguments.dir).of_model())
     wide = [name for name, tensor in tensors.items() if tensor.dtype is torch.complex128]
     if wide:
         raise ValueError(f"safetensors files hold no complex128, which {wide[0]} is")

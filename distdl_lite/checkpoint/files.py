@@ -96,6 +96,13 @@ class Checkpoint(Mapping[str, torch.Tensor]):
             if both is not None:
                 into[within(both, box)].copy_(self._slice(file, key, within(both, piece), self.tensors[name].dtype))
 
+    def of_model(self) -> Checkpoint:
+        """The model's tensors alone, under the names of its ``state_dict()``."""
+        kind = self.kind
+        made = Checkpoint({name.removeprefix(kind): t for name, t in self.tensors.items() if name.startswith(kind)})
+        made.path = self.path
+        return made
+
     def _slice(self, file: str, key: str, where: tuple[slice, ...], dtype: torch.dtype) -> torch.Tensor:
         assert self.path is not None
         path = self.path / file if file else self.path
@@ -144,6 +151,8 @@ def read_checkpoint(source: str | os.PathLike[str] | Mapping[str, Any]) -> Check
     """
     if isinstance(source, Mapping):
         return InMemory(source)
+    if source is None:
+        raise ValueError("there is no checkpoint: None is what latest_checkpoint returns of a folder without one")
     path = Path(source)
     if path.is_dir():
         return _of_directory(path)
@@ -152,7 +161,9 @@ def read_checkpoint(source: str | os.PathLike[str] | Mapping[str, Any]) -> Check
             names = file.keys()
             found = {name: (tuple(file.get_slice(name).get_shape()), _dtype(file, name)) for name in names}
     except (OSError, SafetensorError) as error:
-        raise ValueError(f"{path} is no checkpoint directory and no safetensors file: {error}") from error
+        raise ValueError(
+            f"{path} is no checkpoint directory and no safetensors file: {error}; of other files pass the state_dict"
+        ) from error
     made = Checkpoint({name: Stored(*kind, [(box_of(kind[0]), "", name)]) for name, kind in found.items()})
     made.path = path
     return made
@@ -167,7 +178,9 @@ def _of_directory(path: Path) -> Checkpoint:
     try:
         index = json.loads((path / INDEX).read_text())
     except (OSError, ValueError) as error:
-        raise ValueError(f"{path} is no checkpoint: its {INDEX} cannot be read: {error}") from error
+        inside = [str(found) for found in _newest_first(path, lambda name: True)]
+        hint = f"; but these are: {', '.join(inside)}" if inside else ""
+        raise ValueError(f"{path} is no checkpoint: its {INDEX} cannot be read: {error}{hint}") from error
     if not isinstance(index, dict) or (index.get("format"), index.get("version")) != (FORMAT, VERSION):
         raise ValueError(f"{path / INDEX} is not of a {FORMAT} of version {VERSION}")
     for name, file in index["files"].items():
@@ -229,7 +242,7 @@ def uncovered(tensors: Mapping[str, Stored]) -> list[str]:
 
 
 def latest_checkpoint(folder: str | os.PathLike[str]) -> Path | None:
-    """The newest complete checkpoint in a folder, None if there is none; one that was being written does not count.
+    """The complete checkpoint in a folder that was written last, whatever its number; None if there is none.
 
     >>> latest_checkpoint("/no/such/folder") is None
     True

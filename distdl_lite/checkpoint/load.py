@@ -70,7 +70,7 @@ def load(
         What is to go on, as in `save`; anything may be left out. An optimizer has its parameters in the groups that it had,
         in any order. Where there is one, torch's generators go on, too.
     strict : bool
-        Whether the names of the model's tensors and the checkpoint's must be the same.
+        Whether the names of the model's tensors and the checkpoint's must be the same, and the optimizer of the same class.
     names : str or sequence of str, optional
         Patterns such as "encoder.*": of the model's tensors only those whose names match one are loaded.
     rename : mapping or callable, optional
@@ -147,8 +147,8 @@ class _Names:
         self.unexpected = [] if self.patterns else [name for name in found if name not in wanted]
         if self.strict and (self.missing or self.unexpected):
             raise ValueError(
-                f"the checkpoint does not fit the model: it lacks {_some(self.missing)}, and has {_some(self.unexpected)}, "
-                "which the model has not"
+                f"the checkpoint does not fit the model: only the model has {_some(self.missing)}; "
+                f"only the checkpoint has {_some(self.unexpected)}"
             )
         if self.patterns and not wanted:
             raise ValueError(f"no tensor of the model is named like {self.patterns!r}")
@@ -201,7 +201,7 @@ class _Loading:
 
     def _object(self, name: str) -> Any:
         if name not in self.made.objects:
-            raise ValueError(f"the checkpoint has no {name.removesuffix('.groups')}")
+            raise ValueError(f"the checkpoint has no {name.removesuffix('.groups').removesuffix('.type')}")
         return self.made.objects[name]
 
     def _own_of(self, name: str, optimizer: LocalSGD) -> Any:
@@ -220,6 +220,8 @@ class _Loading:
             {**group, "params": [self.names.new(name) for name in group["params"]]}
             for group in decoded(self._object(f"{prefix}.groups"))
         ]
+        if (kind := self._object(f"{prefix}.type")) != type(optimizer).__name__ and self.names.strict:
+            raise ValueError(f"{prefix} was {kind} when it was saved, here it is {type(optimizer).__name__}")
         groups = groups_of(optimizer, parts)
         mine = [sorted(serial_name(part) for _, part in group) for group in groups]
         if mine != [sorted(group["params"]) for group in saved]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -158,7 +159,8 @@ def state_of_optimizer(
                     cut.append(part.like(name, value))
                 else:
                     plain[name] = encoded(value, name)
-    return cut, {**plain, f"{prefix}.groups": encoded(groups, f"{prefix}.groups")}
+    kind = type(optimizer).__name__
+    return cut, {**plain, f"{prefix}.type": kind, f"{prefix}.groups": encoded(groups, f"{prefix}.groups")}
 
 
 def generators() -> dict[str, torch.Tensor]:
@@ -178,6 +180,6 @@ def set_generators(states: Mapping[str, torch.Tensor]) -> None:
 def merged(told: Mapping[int, Mapping[str, Any]]) -> dict[str, Any]:
     """What ranks tell by name, which must be the same where several tell it."""
     names = dict.fromkeys(name for plain in told.values() for name in plain)
-    for name in names:
-        check_alike(name, {rank: plain[name] for rank, plain in told.items() if name in plain})
+    for name in names:  # as texts: nan is not equal to itself
+        check_alike(name, {rank: json.dumps(plain[name]) for rank, plain in told.items() if name in plain}, "save")
     return {name: next(plain[name] for plain in told.values() if name in plain) for name in names}

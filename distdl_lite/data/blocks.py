@@ -123,7 +123,7 @@ class Blocks(Dataset[Any]):
         pairs = [listed(h, 2) for h in (halo or [0] * P.dim)]
         if len(pairs) != P.dim or any(len(pair) != 2 or min(pair) < 0 for pair in pairs) or any(pairs[0]):
             raise ValueError(
-                f"Blocks: halo={halo} does not have a number or pair for each of {P.dim} axes, and 0 for the first"
+                f"Blocks: halo={halo} does not have a number from 0 on, or a pair, for each of {P.dim} axes, and 0 for the first"
             )
         even = [balanced(n, p) for n, p in zip(self.shape, P.shape[1:], strict=True)]
         whole_chunks = [snapped(cut, chunk) for cut, chunk in zip(even, self._chunks[1:], strict=True)]
@@ -171,6 +171,8 @@ class Blocks(Dataset[Any]):
         return self._whole[0]
 
     def __getitem__(self, index: int) -> Any:
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"Blocks: there is no sample {index} of {len(self)}")
         number = range(len(self))[index]
         if self.box is None:
             return zero_volume_tensor(dtype=self.dtype)

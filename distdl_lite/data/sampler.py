@@ -9,7 +9,7 @@ import torch
 from torch.utils._pytree import tree_map
 from torch.utils.data import Sampler, default_collate
 
-from distdl_lite.partition import partition_of
+from distdl_lite.partition import Partition, partition_of
 
 Batch = TypeVar("Batch")
 
@@ -35,7 +35,8 @@ class ShardSampler(Sampler[int]):
         The dataset or its length, the same on all ranks.
     P : Partition or communicator, optional
         The shards lie along its first axis; ranks that differ in other axes alone, as those that share a sample's space,
-        take the same samples. A rank outside takes none. None is the ambient world.
+        take the same samples. A rank outside takes none. None is that of the dataset, if it has one, as `Blocks`, else the
+        ambient world.
     shuffle : bool
         Whether each epoch has an order of its own, `permutation` of seed and epoch; else the order is that of the dataset.
     seed : int
@@ -58,8 +59,11 @@ class ShardSampler(Sampler[int]):
         self.length = _natural(type(self).__name__, "length", len(data) if isinstance(data, Sized) else data)
         if isinstance(seed, bool) or not isinstance(seed, int):
             raise TypeError(f"{type(self).__name__}: seed={seed!r} is not an integer")
-        P = partition_of(P)
-        self.shard, self.shards = (None if P.index is None else P.index[0]), P.shape[0]
+        own = getattr(data, "P", None)  # that of `Blocks`
+        P = partition_of(own if P is None else P)
+        self.shard, self.shards = _shard(P)
+        if isinstance(own, Partition) and _shard(own) != (self.shard, self.shards):
+            raise ValueError(f"{type(self).__name__}: blocks that are cut over {own} cannot be dealt over {P}")
         self.shuffle, self.seed, self.epoch = shuffle, seed, 0
 
     def set_epoch(self, epoch: int) -> None:
@@ -248,6 +252,10 @@ def _are_strings(value: Any) -> bool:
     return (
         isinstance(value, Sequence) and not isinstance(value, str) and all(isinstance(v, (str, bytes)) for v in value)
     )
+
+
+def _shard(P: Partition) -> tuple[int | None, int]:
+    return (None if P.index is None else P.index[0]), P.shape[0]
 
 
 def _natural(name: str, what: str, value: Any, least: int = 0) -> int:

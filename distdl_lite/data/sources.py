@@ -86,6 +86,9 @@ class _Files(Source):
     def __init__(self, files: list[Any]) -> None:
         if not files:
             raise ValueError("Blocks: a list of no files has no samples")
+        for file in files:
+            if isinstance(file, (str, os.PathLike, tuple)) and not located(file)[0].exists():
+                raise FileNotFoundError(f"{located(file)[0]} does not exist")
         first = source_of(files[0])
         self.files, self.name, self.dtype = files, f"{len(files)} files like {first.name}", first.dtype
         self.shape, self.chunks = (len(files), *first.shape), (1, *first.chunks)
@@ -120,6 +123,8 @@ def source_of(given: Any) -> Source:
         return kind(f"{path}::{name}" if name else str(path), partial(opened, path, name))
     if isinstance(given, torch.Tensor):
         given = given.numpy()
+    if not hasattr(given, "shape") or not hasattr(given, "dtype"):
+        raise TypeError(f"Blocks: {type(given).__name__} is neither an array nor the path of one, nor a list of them")
     library = _library(given)
     if library == "h5py":
         return Source(f"{given.file.filename}::{given.name}", partial(_hdf5, given.file.filename, given.name), given)
@@ -130,8 +135,6 @@ def source_of(given: Any) -> Source:
         order = "C" if given.flags.c_contiguous else "F"
         again = partial(np.memmap, given.filename, given.dtype, "r", given.offset, given.shape, order)
         return Source(str(given.filename), again, given)
-    if not hasattr(given, "shape") or not hasattr(given, "dtype"):
-        raise TypeError(f"Blocks: {type(given).__name__} is neither an array nor the path of one, nor a list of them")
     return Source(library, partial(_reopened, given), given)
 
 
@@ -166,6 +169,8 @@ def opened(path: Path, name: str) -> Any:
 
 
 def _hdf5(path: Any, name: str) -> Any:
+    if not os.path.exists(path):
+        raise FileNotFoundError(f"{path} does not exist")
     file = needed("h5py", "hdf5").File(path, "r")
     if not hasattr(file.get(name), "shape"):
         raise ValueError(f"{path} has no dataset {name!r}, but {sorted(file)}")
