@@ -85,6 +85,13 @@ def raise_together(team: Team, error: Exception | None, name: str = "") -> None:
     raise kind(text) from (None if isinstance(error, (TypeError, ValueError)) else error)
 
 
+def same_arguments(team: Team, mine: Mapping[str, Any], name: str) -> None:
+    """Raise ValueError on all ranks of a team, with a text that begins with a name, unless all pass the same arguments."""
+    told = dict(zip(team, team.world.gather_objects(team, mine), strict=True))
+    for what in mine:
+        check_alike(what, {rank: one[what] for rank, one in told.items()}, name)
+
+
 @contextmanager
 def raised_together(team: Team, name: str) -> Iterator[None]:
     """Raise an error of the block on all ranks of a team, with the same text, which begins with a name.

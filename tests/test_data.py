@@ -39,7 +39,7 @@ def test_blocks_are_dealt_over_their_own_partition() -> None:
         blocks = dl.data.Blocks(torch.zeros(8, 4, 4), P)
         assert list(ShardSampler(blocks)) == list(ShardSampler(8, P))
         assert len(next(iter(dl.data.Loader(blocks, global_batch_size=4)))) == 4
-        with pytest.raises(ValueError, match="ShardSampler: blocks that are cut over .* cannot be dealt over"):
+        with pytest.raises(ValueError, match="ShardSampler: blocks that are cut over"):
             ShardBatchSampler(blocks, world)
         return list(ShardSampler(blocks))
 

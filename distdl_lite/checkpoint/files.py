@@ -7,7 +7,8 @@ import json
 import math
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -65,6 +66,8 @@ class Checkpoint(Mapping[str, torch.Tensor]):
         What is kept beside tensors, as JSON.
     ranks : int
         That have saved it; 0 for a single file.
+    contents : str
+        The same on all ranks that read the same.
     """
 
     path: Path | None = None
@@ -75,6 +78,7 @@ class Checkpoint(Mapping[str, torch.Tensor]):
     def __init__(self, tensors: dict[str, Stored], objects: dict[str, Any] | None = None) -> None:
         self.tensors, self.objects = tensors, objects or {}
         self.files: dict[str, dict[str, Any]] = {}
+        self.contents = str([(name, t.shape, t.dtype) for name, t in tensors.items()])
         self._open: dict[str, Any] = {}
 
     def __getitem__(self, name: str) -> torch.Tensor:
@@ -176,9 +180,10 @@ def _dtype(file: Any, name: str) -> torch.dtype:
 
 def _of_directory(path: Path) -> Checkpoint:
     try:
-        index = json.loads((path / INDEX).read_text())
+        text = (path / INDEX).read_text()
+        index = json.loads(text)
     except (OSError, ValueError) as error:
-        inside = [str(found) for found in _newest_first(path, lambda name: True)]
+        inside = [str(found) for _, found in _newest_first(path)]
         hint = f"; but these are: {', '.join(inside)}" if inside else ""
         raise ValueError(f"{path} is no checkpoint: its {INDEX} cannot be read: {error}{hint}") from error
     if not isinstance(index, dict) or (index.get("format"), index.get("version")) != (FORMAT, VERSION):
@@ -195,6 +200,7 @@ def _of_directory(path: Path) -> Checkpoint:
     made.own = Checkpoint(own)
     made.path = made.own.path = path
     made.files, made.ranks, made.kind = index["files"], index["ranks"], "model."
+    made.contents = text
     return made
 
 
@@ -247,18 +253,22 @@ def latest_checkpoint(folder: str | os.PathLike[str]) -> Path | None:
     >>> latest_checkpoint("/no/such/folder") is None
     True
     """
-    return next(iter(_newest_first(Path(folder), lambda name: True)), None)
+    return next((path for _, path in _newest_first(Path(folder))), None)
 
 
-def _newest_first(folder: Path, fits: Callable[[str], bool]) -> list[Path]:
+def _newest_first(folder: Path) -> list[tuple[float, Path]]:
     found = []
     for index in folder.glob(f"*/{INDEX}") if folder.is_dir() else ():
-        if index.parent.name[0] != "." and fits(index.parent.name):
-            found.append((json.loads(index.read_text())["saved"], index.parent))
-    return [path for _, path in sorted(found, reverse=True)]
+        with suppress(OSError, ValueError, TypeError, KeyError):  # of others, or being removed
+            told = json.loads(index.read_text())
+            if told["format"] == FORMAT and index.parent.name[0] != ".":
+                found.append((float(told["saved"]), index.parent))
+    return sorted(found, reverse=True)
 
 
-def alike(path: Path) -> list[Path]:
-    """The checkpoints beside one, newest first, whose names differ in numbers alone, this one among them."""
+def alike(path: Path) -> list[tuple[float, Path]]:
+    """The other checkpoints beside one whose names differ in numbers alone, newest first, with the time of each."""
     pattern = re.sub(r"\d+", "#", path.name)
-    return _newest_first(path.parent, lambda name: re.sub(r"\d+", "#", name) == pattern)
+    return [
+        (saved, p) for saved, p in _newest_first(path.parent) if p != path and re.sub(r"\d+", "#", p.name) == pattern
+    ]

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from itertools import count
 from typing import Any
 
 import torch
 
-from distdl_lite.agreement import check_alike, raised_together, vote_of
+from distdl_lite.agreement import raised_together, same_arguments, vote_of
 from distdl_lite.checkpoint.files import Checkpoint, read_checkpoint
 from distdl_lite.checkpoint.plain import decoded
 from distdl_lite.checkpoint.state import Part, Program, groups_of, serial_name, set_generators
@@ -103,11 +103,21 @@ def load(
     with raised_together(team, "load"):
         made = read_checkpoint(source)
         program = Program.of(model=model, optimizer=optimizer, scheduler=scheduler, scaler=scaler, data=data)
-    contents = f"{made!r} with hash {vote_of(str([(n, t.shape, t.dtype) for n, t in made.tensors.items()]))}"
-    check_alike("checkpoint", dict(zip(team, team.world.gather_objects(team, contents), strict=True)), "load")
-    with raised_together(team, "load"):
         chosen = _Names(made, strict, names, rename, dtype)
-        loading = _Loading(chosen, team, program)
+    arguments = {
+        "checkpoint": f"{made!r} with hash {vote_of(made.contents)}",
+        "things to load": program.names,
+        "strict, names and dtype": (strict, names, dtype),
+        "hash of new names": vote_of(str(list(chosen.found.items()))),
+    }
+    same_arguments(team, arguments, "load")
+    with raised_together(team, "load"):
+        parts = program.parts(team)
+    told = team.world.gather_objects(team, [serial_name(part) for part in parts])
+    with raised_together(team, "load"):
+        if program.models:
+            chosen.compare(dict.fromkeys(name for one in told for name in one))
+        loading = _Loading(chosen, team, program, parts)
     with raised_together(team, f"load: {made.path}"):
         loading.read(rank)
     loading.broadcast()
@@ -120,58 +130,75 @@ def load(
     return Loaded(extra, tuple(chosen.missing), tuple(chosen.unexpected), notes)
 
 
-@dataclass
 class _Names:
-    """Which tensors of a checkpoint are which of the program's."""
+    """Which tensors of a checkpoint are which of the program's. Raises if an argument is none."""
 
-    made: Checkpoint
-    strict: bool
-    patterns: str | Sequence[str] | None
-    rename: Rename | None
-    dtype: torch.dtype | None
-    missing: list[str] = field(default_factory=list)
-    unexpected: list[str] = field(default_factory=list)
+    def __init__(
+        self, made: Checkpoint, strict: bool, patterns: Any, rename: Rename | None, dtype: torch.dtype | None
+    ) -> None:
+        self.made, self.strict, self.rename, self.dtype = made, strict, rename, dtype
+        self.patterns = [patterns] if isinstance(patterns, str) else patterns
+        if self.patterns is not None and not _are_texts(self.patterns):
+            raise TypeError(f"names={patterns!r} must be a pattern or several")
+        if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+            raise TypeError(f"dtype={dtype!r} is no floating-point dtype of torch")
+        if rename is not None and not callable(rename) and not isinstance(rename, Mapping):
+            raise TypeError(f"rename={rename!r} is neither a mapping nor callable")
+        self.found: dict[str, str] = {}  # by name in the model, the name in the checkpoint
+        self.missing: list[str] = []
+        self.unexpected: list[str] = []
+        for name in made.tensors:
+            if name.startswith(made.kind):
+                new = self.new(name.removeprefix(made.kind))
+                if self.found.setdefault(new, name) != name:
+                    raise ValueError(f"rename makes {new!r} of both {self.found[new]} and {name}")
 
     def new(self, name: str) -> str:
         """A serial name as the model has it."""
         if self.rename is None:
             return name
-        return self.rename(name) if callable(self.rename) else self.rename.get(name, name)
+        return str(self.rename(name)) if callable(self.rename) else self.rename.get(name, name)
 
-    def of_model(self, parts: Sequence[Part]) -> list[tuple[Part, str]]:
-        """The parts that are loaded, each with its name in the checkpoint. Raises if they do not fit."""
-        made, kind = self.made, self.made.kind
-        found = {self.new(name.removeprefix(kind)): name for name in made.tensors if name.startswith(kind)}
-        wanted = {serial_name(part): part for part in parts if self._matches(serial_name(part))}
-        self.missing = [name for name in wanted if name not in found]
-        self.unexpected = [] if self.patterns else [name for name in found if name not in wanted]
+    def compare(self, names: Collection[str]) -> None:
+        """Compare with the names of all ranks' models. Raises if they do not fit."""
+        wanted = [name for name in names if self._matches(name)]
+        if names and not wanted:
+            raise ValueError(f"no tensor of the model is named like {self.patterns!r}")
+        self.missing = [name for name in wanted if name not in self.found]
+        self.unexpected = [name for name in self.found if name not in wanted] if self.patterns is None else []
         if self.strict and (self.missing or self.unexpected):
             raise ValueError(
                 f"the checkpoint does not fit the model: only the model has {_some(self.missing)}; "
                 f"only the checkpoint has {_some(self.unexpected)}"
             )
-        if self.patterns and not wanted:
-            raise ValueError(f"no tensor of the model is named like {self.patterns!r}")
-        pairs = [(part, found[name]) for name, part in wanted.items() if name in found]
+
+    def of_model(self, parts: Sequence[Part]) -> list[tuple[Part, str]]:
+        """The parts that are loaded, each with its name in the checkpoint. Raises if one does not fit."""
+        names = [(part, serial_name(part)) for part in parts]
+        pairs = [(part, self.found[name]) for part, name in names if self._matches(name) and name in self.found]
         for part, name in pairs:
             self.check(part, name)
         return pairs
 
     def _matches(self, name: str) -> bool:
-        patterns = [self.patterns] if isinstance(self.patterns, str) else self.patterns
-        return patterns is None or any(fnmatchcase(name, pattern) for pattern in patterns)
+        return self.patterns is None or any(fnmatchcase(name, pattern) for pattern in self.patterns)
 
     def check(self, part: Part, name: str) -> None:
         stored = self.made.tensors[name]
         if stored.shape != tuple(part.shape):
             raise ValueError(f"{name} has shape {stored.shape} in the checkpoint, {tuple(part.shape)} in the model")
-        if (given := self.dtype_of(name)) != part.tensor.dtype:
-            raise ValueError(f"{name} is {given} in the checkpoint, {part.tensor.dtype} here; dtype= converts it")
+        if self.dtype_of(name) != part.tensor.dtype:
+            asked = f" and dtype={self.dtype}" if self.dtype else "; dtype= converts it"
+            raise ValueError(f"{name} is {stored.dtype} in the checkpoint, {part.tensor.dtype} here{asked}")
 
     def dtype_of(self, name: str) -> torch.dtype:
         """What a tensor of the checkpoint is converted to."""
         stored = self.made.tensors[name].dtype
-        return self.dtype if self.dtype and stored.is_floating_point and self.dtype.is_floating_point else stored
+        return self.dtype if self.dtype and stored.is_floating_point else stored
+
+
+def _are_texts(values: Any) -> bool:
+    return isinstance(values, Collection) and all(isinstance(value, str) for value in values)
 
 
 def _some(names: Sequence[str]) -> str:
@@ -181,10 +208,9 @@ def _some(names: Sequence[str]) -> str:
 class _Loading:
     """What is read of a checkpoint on this rank, and then told to whom. Raises if something does not fit."""
 
-    def __init__(self, names: _Names, team: Team, program: Program) -> None:
-        parts = program.parts(team)
+    def __init__(self, names: _Names, team: Team, program: Program, parts: Sequence[Part]) -> None:
         self.made, self.names = names.made, names
-        self.tensors = names.of_model(parts) if program.models else []
+        self.tensors = names.of_model(parts)
         self.states: list[tuple[Any, Any]] = []  # objects, each with what it will load
         self.own: Any = None
         if program.optimizers or program.averaging:
@@ -258,12 +284,10 @@ class _Loading:
         return state
 
     def _readers(self) -> list[tuple[Part, str, int]]:
-        """The parts that are not empty, with the rank that reads each."""
-        return [
-            (part, name, part.team[number % part.team.size])
-            for number, (part, name) in enumerate(self.tensors)
-            if part.tensor.numel()
-        ]
+        """The parts that are not empty, in an order that all ranks share, each with the rank that reads it."""
+        order = {name: number for number, name in enumerate(self.made.tensors)}
+        pairs = sorted(self.tensors, key=lambda pair: order[pair[1]])
+        return [(part, name, part.team[order[name] % part.team.size]) for part, name in pairs if part.box is not None]
 
     @torch.no_grad()
     def read(self, rank: int) -> None:

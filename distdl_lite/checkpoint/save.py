@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from distdl_lite.agreement import check_alike, raised_together
+from distdl_lite.agreement import check_alike, raised_together, same_arguments
 from distdl_lite.checkpoint.files import box_of, within
 from distdl_lite.checkpoint.plain import encoded
 from distdl_lite.checkpoint.state import Part, Program, generators, merged, state_of_optimizer
@@ -47,7 +47,7 @@ def save(
         Of parameters of the model. `LocalSGD` and `DASO` make the weights of all ranks equal first, if they are not.
     scheduler, scaler, data
         With a ``state_dict()`` of numbers, texts, lists and dicts, the same on all ranks: a scheduler of torch, a GradScaler, a
-        sampler or loader of `distdl_lite.data`. Of these, the model and the optimizer a dict gives several, by name.
+        loader of `distdl_lite.data`. Of these, the model and the optimizer a dict gives several, by name.
     extra
         Numbers, texts, None, and lists, tuples and dicts of such, the same on all ranks.
     P : Partition or communicator, optional
@@ -98,18 +98,21 @@ def save(
     transport, rank = team.world, team.world.rank
     if rank not in team:
         raise ValueError(f"save: rank {rank} is outside ranks {list(team)}, which are to call it")
-    if pending := transport.local.pop("saving", None):
-        pending.wait()
+    pending: dict[Team, Saving] = transport.local.setdefault("saving", {})
+    if team in pending:
+        pending.pop(team).wait()
     with raised_together(team, "save"):
         arguments = {"path": os.fspath(path), "keep": _checked(keep), "wait": bool(wait)}
         program = Program.of(model=model, optimizer=optimizer, scheduler=scheduler, scaler=scaler, data=data)
+        arguments["things to save"] = program.names
+    same_arguments(team, arguments, "save")
     with raised_together(team, "save"):
         mine = _Kept(team, program, extra)
-        mine.told.arguments = arguments
     told = dict(zip(team, transport.gather_objects(team, mine.told), strict=True))
     index = _index(told)
-    saving = Saving(Path(path), team, mine.pieces(rank, told, not wait), index, keep, wait)
-    transport.local["saving"] = saving
+    with raised_together(team, "save"):
+        pieces = mine.pieces(rank, told, not wait)
+    saving = pending[team] = Saving(Path(path).absolute(), team, pieces, index, keep, wait)
     if wait:
         saving.wait()
     return saving
@@ -125,7 +128,6 @@ def _checked(keep: Any) -> Any:
 class _Told:
     """What a rank tells the others of what it saves."""
 
-    arguments: dict[str, Any] = field(default_factory=dict)
     held: dict[str, Held] = field(default_factory=dict)
     tied: dict[str, str] = field(default_factory=dict)  # a tensor's other names, each with the first
     plain: dict[str, Any] = field(default_factory=dict)  # for JSON
@@ -134,8 +136,6 @@ class _Told:
 
 def _index(told: Mapping[int, _Told]) -> dict[str, Any]:
     """The index but for the pieces. Raises if the ranks disagree."""
-    for what in next(iter(told.values())).arguments:
-        check_alike(what, {rank: one.arguments[what] for rank, one in told.items()}, "save")
     kinds = {name: held for one in reversed(told.values()) for name, held in one.held.items()}
     for name in kinds:
         found = {rank: one.held[name] for rank, one in told.items() if name in one.held}
@@ -156,7 +156,7 @@ class _Kept:
         self.parts: dict[str, Part] = {}
         self.own: dict[str, torch.Tensor] = {}  # what no other rank has a part of
         own: dict[str, Any] = {"random": generators()}
-        for name, optimizer in program.averaging:
+        for name, optimizer in program.averaging:  # in which ranks communicate, before anything may raise
             optimizer.make_equal()
             own[name] = optimizer.state_dict()
         parts, plain = program.parts(team), self.told.plain
@@ -164,7 +164,7 @@ class _Kept:
             states, numbers = state_of_optimizer(name, optimizer, parts)
             parts += states
             plain |= numbers
-        plain |= {name: encoded(thing.state_dict(), name) for name, thing in program.others}
+        plain |= {name: encoded(state, name) for name, thing in program.others if (state := thing.state_dict())}
         place = f"rank.{team.index(team.world.rank)}"
         plain |= {"extra": encoded(extra, "extra"), place: encoded(own, place, self.own)}
         self.told.generator = checksum(own["random"]["cpu"])
@@ -175,10 +175,9 @@ class _Kept:
         for part in parts:
             name = first.setdefault(id(part.tensor), part.name)
             if name == part.name:
-                box = part.box if part.tensor.numel() else None
-                values = checksum(part.tensor) if part.may_be_elsewhere else 0
+                values = checksum(part.tensor) if part.may_be_elsewhere and part.box is not None else 0
                 self.parts[name] = part
-                self.told.held[name] = Held(part.shape, part.tensor.dtype, box, part.line, values)
+                self.told.held[name] = Held(part.shape, part.tensor.dtype, part.box, part.line, values)
             else:
                 self.told.tied[part.name] = name
 

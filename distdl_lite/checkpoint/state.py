@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -15,7 +16,7 @@ from distdl_lite.checkpoint.plain import encoded
 from distdl_lite.heat.deferred import DataParallelOptimizer
 from distdl_lite.layout import Box, Shape
 from distdl_lite.model.gradient_norm import check_optimizer
-from distdl_lite.model.weights import check_cut_weights, entries_of, team_of
+from distdl_lite.model.weights import entries_of, replaced_weight, team_of
 from distdl_lite.optim.local_sgd import LocalSGD
 from distdl_lite.transport import Team
 
@@ -30,7 +31,7 @@ class Part:
         Of the whole tensor in the checkpoint.
     tensor : torch.Tensor
     box : Box or None
-        None where this rank holds nothing.
+        None where this rank holds no elements of it.
     shape : tuple of int
         Of the whole tensor.
     team : Team
@@ -83,9 +84,17 @@ class Program:
         plain = [(name, _torch_optimizer(one)) for name, one in optimizers if not isinstance(one, LocalSGD)]
         return Program(models, plain, averaging, others)
 
+    @property
+    def names(self) -> list[str]:
+        """Of all that is there."""
+        return [name for things in (self.models, self.optimizers, self.averaging, self.others) for name, _ in things]
+
     def parts(self, callers: Team) -> list[Part]:
-        """The models' tensors on this rank; all ranks call it."""
-        return [part for name, model in self.models for part in _parts_of_model(name, model, callers)]
+        """The models' tensors on this rank. Raises ValueError if one cannot be kept."""
+        parts = [part for name, model in self.models for part in _parts_of_model(name, model, callers)]
+        if twice := [name for name, count in Counter(part.name for part in parts).items() if count > 1]:
+            raise ValueError(f"several tensors have the name {twice[0]}")
+        return parts
 
 
 def _named(kind: str, things: Any) -> Iterator[tuple[str, Any]]:
@@ -96,18 +105,24 @@ def _named(kind: str, things: Any) -> Iterator[tuple[str, Any]]:
 
 
 def _parts_of_model(prefix: str, module: torch.nn.Module, callers: Team) -> list[Part]:
-    """The model's tensors on this rank, none outside its team."""
+    """The model's tensors, of which a rank outside its team holds nothing."""
     team = team_of(module, callers)
     if team.world is not callers.world or not team.is_inside(callers):
         raise ValueError(f"{prefix} lies on ranks {list(team)}, ranks {list(callers)} call: P must hold all of them")
-    rank = team.world.rank
-    if rank not in team:
-        return []
-    check_cut_weights(module, team)
+    if error := replaced_weight(module):
+        raise error
+    rank, entries = team.world.rank, list(entries_of(module))
+    known = {name for name, _, _ in entries}
+    strange = [name for name, value in module.state_dict().items() if name not in known and value is not None]
+    if strange:
+        raise ValueError(f"{prefix}.{strange[0]} is in its state_dict, but is none of its parameters and buffers")
     parts = []
-    for name, tensor, place in entries_of(module):
+    for name, tensor, place in entries:
+        if tensor.layout is not torch.strided or tensor.is_nested or tensor.is_quantized or tensor.is_meta:
+            raise ValueError(f"{prefix}.{name} is no dense tensor with values")
         shape = place.global_shape if place else tuple(tensor.shape)
         box = place.layout.box(rank) if place else box_of(shape)
+        box = box if rank in team and tensor.numel() else None
         line = place.layout.grid.ranks if place else team
         holders = place.replicas.team if place else team
         may_be_elsewhere = holders.size > 1 or bool(place and place.line)
@@ -151,7 +166,7 @@ def state_of_optimizer(
         options = {key: value for key, value in group.items() if key not in ("params", "param_names")}
         groups.append({**options, "params": [serial_name(part) for _, part in members]})
         for parameter, part in members:
-            for key, value in optimizer.state.get(parameter, {}).items() if parameter.numel() else ():
+            for key, value in optimizer.state.get(parameter, {}).items() if part.box is not None else ():
                 name = f"{prefix}.state.{serial_name(part)}.{key}"
                 if isinstance(value, torch.Tensor) and value.dim():
                     if value.shape != parameter.shape:

@@ -12,9 +12,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from dataclasses import dataclass
+from glob import escape
 from pathlib import Path
 from threading import Event, get_native_id
 from typing import Any
+from uuid import uuid4
 
 import torch
 from safetensors.torch import save_file
@@ -54,7 +56,12 @@ def boxes_to_write(rank: int, told: Mapping[int, Mapping[str, Held]]) -> Iterato
                 holders.setdefault((name, held.box), []).append((other, held))
     for number, ((name, box), among) in enumerate(holders.items()):
         first = next((held for _, held in among if held.line == line[name]), None)
-        ranks = [other for other, held in among if first is not None and held.values == first.values]
+        # Of lines that do not know of each other nothing says that they hold the same: there the first alone writes.
+        ranks = [
+            other
+            for other, held in among
+            if first is not None and held.values == first.values and (held.values or held.line == first.line)
+        ]
         if first is not None and rank in ranks:
             yield from ((name, part) for part in _share(box, first.dtype, ranks.index(rank), len(ranks), number))
 
@@ -106,9 +113,9 @@ class Saving:
         self.path, self._team, self._pieces, self._index, self._keep = path, team, pieces, index, keep
         self._is_urgent = is_urgent
         self._position = team.index(team.world.rank)
-        self._folder = path.with_name(f".{path.name}.partial")
-        self._has_failed, self._is_waited_for = Event(), False
-        self._make_folder()
+        self._has_failed, self._error = Event(), None
+        self._is_waited_for = False
+        self._folder = self._made_folder()
         threads = ThreadPoolExecutor(1, "distdl_lite checkpoint", initializer=None if is_urgent else _give_way)
         work = (self._write, self._complete) if self._position == 0 else (self._write,)
         self._work: list[Future[None]] = [threads.submit(part) for part in work]
@@ -122,40 +129,48 @@ class Saving:
         RuntimeError
             On all ranks, if one could not write; the text names it and the file.
         """
-        if self._is_waited_for:
-            return
-        self._is_waited_for = True
-        for step in range(2):
+        if not self._is_waited_for:
+            self._is_waited_for = True
             try:
-                raise_together(self._team, self._work[step].exception() if step < len(self._work) else None, "save")
-            except Exception:
+                for step in range(2):
+                    raise_together(self._team, self._work[step].exception() if step < len(self._work) else None, "save")
+            except Exception as error:
+                self._error = error
                 self._has_failed.set()
                 wait(self._work)  # until what was written is gone
-                raise
+        if self._error is not None:
+            raise self._error
 
     @property
     def is_done(self) -> bool:
         """Whether this rank has nothing more to do for it; others may have."""
         return all(work.done() for work in self._work)
 
-    def _make_folder(self) -> None:
-        error: Exception | None = None
+    def _made_folder(self) -> Path:
+        """The folder to write in, which the first rank makes; its name is of this call alone."""
+        folder, error = None, None
         try:
             if self._position == 0:
+                folder = self.path.with_name(f".{self.path.name}.{uuid4().hex[:8]}.partial")
                 if self.path.exists():
                     raise ValueError(f"{self.path} exists already")
-                if self._folder.exists():  # of a job that has ended in the middle
-                    shutil.rmtree(self._folder)
-                self._folder.mkdir(parents=True)
+                for left in self.path.parent.glob(
+                    f".{escape(self.path.name)}.*.partial"
+                ):  # by a job that has ended in the middle
+                    shutil.rmtree(left)
+                folder.mkdir(parents=True)
         except OSError as raised:
-            error = RuntimeError(f"rank {self._team[0]} cannot make {self._folder}: {raised}")
+            error = RuntimeError(f"rank {self._team[0]} cannot make {folder}: {raised}")
         except ValueError as raised:
             error = raised
         raise_together(self._team, error, "save")
-        if not self._folder.is_dir():
-            rank = self._team.world.rank
-            error = RuntimeError(f"rank {rank} does not see {self._folder}, which rank {self._team[0]} has made")
+        folder = self._team.world.gather_objects(self._team, folder)[0]
+        if not folder.is_dir():
+            error = RuntimeError(
+                f"rank {self._team.world.rank} does not see {folder}, which rank {self._team[0]} has made"
+            )
         raise_together(self._team, error, "save")
+        return folder
 
     def _write(self) -> None:
         """Write this rank's file, then what is in it."""
@@ -169,6 +184,8 @@ class Saving:
                 told["files"][path.name] = {"bytes": path.stat().st_size, "sha256": hash_of(path)}
             _write_json(self._folder / f"{self._position}.json", told)
         except Exception as error:
+            with suppress(OSError):
+                (self._folder / f"{self._position}.failed").touch()
             raise self._told(f"rank {self._team.world.rank} cannot write {path}: {error}") from error
         finally:
             self._pieces = ()
@@ -186,7 +203,9 @@ class Saving:
                     tensor["pieces"].append([piece["box"], f"{position}.safetensors"])
             if missing := uncovered(tensors_of(tensors)):
                 raise RuntimeError("; ".join(missing))
-            head = {"format": FORMAT, "version": VERSION, "saved": time.time(), "ranks": self._team.size}
+            # Later than others, also where these were saved by a clock that is ahead.
+            saved = max([time.time(), *(saved + 1e-3 for saved, _ in alike(self.path))])
+            head = {"format": FORMAT, "version": VERSION, "saved": saved, "ranks": self._team.size}
             _write_json(self._folder / INDEX, {**head, **self._index, "tensors": tensors, "files": files})
             _flush_folder(self._folder)
             self._folder.rename(self.path)
@@ -195,7 +214,7 @@ class Saving:
             shutil.rmtree(self._folder, ignore_errors=True)
             raise self._told(f"rank {self._team[0]} cannot complete {self.path}: {error}") from error
         with suppress(FileNotFoundError):  # somebody else removes them
-            for old in alike(self.path)[self._keep :] if self._keep else ():
+            for _, old in alike(self.path)[self._keep - 1 :] if self._keep else ():
                 old.rename(old.with_name(f".{old.name}.{time.time_ns()}.removed"))
         for gone in self.path.parent.glob(".*.removed"):  # also of a job that was killed meanwhile
             shutil.rmtree(gone, ignore_errors=True)
@@ -212,7 +231,7 @@ class Saving:
         for position in range(self._team.size):
             path = self._folder / f"{position}.json"
             while not path.is_file():
-                if self._has_failed.wait(0.01):
+                if self._has_failed.wait(0.01) or path.with_suffix(".failed").exists():
                     raise RuntimeError("another rank has failed")
                 if time.monotonic() - since > _PATIENCE:
                     if (now := _bytes_in(self._folder)) == size:
@@ -241,10 +260,10 @@ def _give_way() -> None:
 def _unshared(pieces: Sequence[Piece]) -> dict[str, torch.Tensor]:
     """The pieces by name, in memory of their own, as files cannot hold others."""
     tensors: dict[str, torch.Tensor] = {}
-    seen: set[int] = set()
-    for piece in pieces:
-        values = piece.values.clone() if piece.values.data_ptr() in seen else piece.values
-        seen.add(values.data_ptr())
+    taken = 0  # up to this address
+    for piece in sorted(pieces, key=lambda piece: piece.values.data_ptr()):
+        values = piece.values.clone() if piece.values.data_ptr() < taken else piece.values
+        taken = max(taken, piece.values.data_ptr() + piece.values.nbytes)
         tensors[piece.name] = torch.view_as_real(values) if values.dtype is torch.complex128 else values
     return tensors
 

@@ -124,8 +124,8 @@ class ShuffledLoader:
         return len(self._batches)
 
     def state_dict(self) -> dict[str, Any]:
-        """The epoch, and how many rows of all ranks have been given in it."""
-        return self._batches.position()
+        """The epoch, and how many rows of all ranks have been given in it; empty on a rank outside."""
+        return self._batches.position() if self._line.active else {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on after the rows that had been given, on any number of ranks, with the whole array that it was made with.
@@ -135,7 +135,8 @@ class ShuffledLoader:
         ValueError
             If the number of rows or the seed was another.
         """
-        self._batches.go_on(state)
+        if self._line.active:
+            self._batches.go_on(state)
 
     def __iter__(self) -> Iterator[Any]:
         if not self._line.active:

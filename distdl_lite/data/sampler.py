@@ -157,10 +157,12 @@ class ShardBatchSampler(Sampler[list[int]]):
         self._first = 0  # of the iteration that has begun
         self._given: tuple[int, int] | None = None
 
-    def set_epoch(self, epoch: int, start: int = 0) -> None:
-        """Let the next iteration be that of this epoch, from its sample number `start` of all ranks on."""
-        self.sampler.set_epoch(epoch)
-        self.start, self._given = _natural(type(self).__name__, "start", start), None
+    def set_epoch(self, epoch: int) -> None:
+        """Let the next iteration be that of this epoch; one that is to be gone on with stays as it is."""
+        if epoch != self.sampler.epoch:
+            self.sampler.set_epoch(epoch)
+            self.start = 0
+        self._given = None
 
     def global_size(self, step: int) -> int:
         """The samples that all ranks together have at a step of the iteration that has begun."""
@@ -207,7 +209,8 @@ class ShardBatchSampler(Sampler[list[int]]):
         for name, value in self._settings().items():
             if position[name] != value:
                 raise ValueError(f"{type(self).__name__}: {name} was {position[name]}, here it is {value}")
-        self.set_epoch(position["epoch"], position["samples"])
+        self.set_epoch(position["epoch"])
+        self.start = position["samples"]
 
     def _settings(self) -> dict[str, Any]:
         return {name: getattr(self.sampler, name) for name in ("length", "shuffle", "seed")}

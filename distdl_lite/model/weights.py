@@ -43,7 +43,12 @@ def team_of(module: torch.nn.Module, callers: Team | None = None) -> Team:
 
 
 def check_cut_weights(module: torch.nn.Module, team: Team) -> None:
-    """Raise ValueError on all ranks if another tensor is in the place of a cut weight, as after a parametrization or pruning.
+    """Raise ValueError on all ranks if another tensor is in the place of a cut weight, as after a parametrization or pruning."""
+    raise_together(team, replaced_weight(module))
+
+
+def replaced_weight(module: torch.nn.Module) -> ValueError | None:
+    """An error if another tensor is in the place of a cut weight.
 
     Of the tensors from which the weight is made now nobody knows how they are cut. Those of a weight that every rank holds
     whole are whole too.
@@ -60,7 +65,7 @@ def check_cut_weights(module: torch.nn.Module, team: Team) -> None:
         f"{text} is cut over ranks, and is no parameter any more: how what a parametrization or pruning has put in its "
         "place is cut is not known"
     )
-    raise_together(team, ValueError(error) if text else None)
+    return ValueError(error) if text else None
 
 
 def load_serial_state_dict(module: torch.nn.Module, state: Mapping[str, torch.Tensor] | None, root: int = 0) -> None:

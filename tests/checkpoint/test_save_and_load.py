@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import random
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -260,14 +262,20 @@ def test_a_full_disk_on_one_rank(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
     def body(world: dl.Partition) -> None:
         saving = dl.save(tmp_path / "step_2", model=Net(world), wait=wait)
-        saving.wait()
+        for _ in range(2):  # an error stays one
+            with pytest.raises(RuntimeError, match="rank 1 cannot write") if fails else nullcontext():
+                saving.wait()
+        if fails:
+            saving.wait()
 
+    fails = True
     with monkeypatch.context() as patch:
         fails_on_one(patch, "1.safetensors")
         with pytest.raises(RuntimeError, match=r"save: rank 1 cannot write .*1.safetensors: .*No space left on device"):
             spmd(3, body)
     assert [found.name for found in tmp_path.iterdir()] == ["step_1"]
     assert dl.latest_checkpoint(tmp_path) == path
+    fails = False
     spmd(3, body)
     assert dl.latest_checkpoint(tmp_path) == tmp_path / "step_2"
     (tmp_path / "file").touch()
@@ -300,9 +308,38 @@ def test_while_training_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert sorted(found.name for found in tmp_path.iterdir()) == ["best_1", "step_11", "step_12"]
 
 
+def test_the_new_one_is_kept_whatever_the_clock_says(tmp_path: Path) -> None:
+    """One that was saved by a clock that is ahead is not newer than the one that is being saved."""
+    index = saved(tmp_path) / "index.json"
+    told = json.loads(index.read_text())
+    index.write_text(json.dumps({**told, "saved": told["saved"] + 3600}))
+    (tmp_path / "step_0").mkdir()
+    (tmp_path / "step_0/index.json").write_text("[1]")  # of something else
+    (tmp_path / ".step_1.9.removed").mkdir()
+    spmd(2, lambda world: dl.save(tmp_path / "step_2", model=Net(world), keep=2))
+    assert dl.latest_checkpoint(tmp_path) == tmp_path / "step_2"
+    spmd(2, lambda world: dl.save(tmp_path / "step_3", model=Net(world), keep=1))
+    assert sorted(found.name for found in tmp_path.iterdir()) == ["step_0", "step_3"]
+
+
+def test_files_get_their_names_while_the_first_rank_looks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, listed = writing.save_file, Path.iterdir
+
+    def later(tensors: Any, path: Path) -> None:
+        time.sleep(0.1 * (path.name != "0.safetensors"))
+        real(tensors, path)
+
+    monkeypatch.setattr(writing, "save_file", later)
+    monkeypatch.setattr(writing, "_PATIENCE", 0.0)
+    monkeypatch.setattr(Path, "iterdir", lambda self: iter([*listed(self), self / str(random.random())]))
+    monkeypatch.setattr(writing, "_bytes_in", lambda folder, real=writing._bytes_in: real(folder) + random.random())
+    spmd(2, lambda world: dl.save(tmp_path / "step_1", model=Net(world)))
+    assert dl.latest_checkpoint(tmp_path) == tmp_path / "step_1"
+
+
 def test_a_job_that_ended_in_the_middle(tmp_path: Path) -> None:
     """What it has left is no checkpoint, and is replaced by the next of that name."""
-    left = tmp_path / ".step_1.partial"
+    left = tmp_path / ".step_1.0123.partial"
     left.mkdir()
     (left / "0.json").write_text("{}")
     (left / "index.json").write_text("{}")
