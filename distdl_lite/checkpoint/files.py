@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
+import mmap
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import xxhash
 from safetensors import SafetensorError, safe_open
 
 from distdl_lite.layout import Box, Shape, shape_of
@@ -217,12 +218,9 @@ def tensors_of(told: Mapping[str, Any]) -> dict[str, Stored]:
 
 
 def hash_of(path: Path) -> str:
-    """The SHA-256 of a file."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(2**20):
-            digest.update(block)
-    return digest.hexdigest()
+    """The XXH3 hash of a file, of 128 bits: a tenth of the time that SHA-256 takes, which for a GiB is that of writing it."""
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        return xxhash.xxh3_128_hexdigest(content)
 
 
 def faults(path: str | os.PathLike[str]) -> list[str]:
@@ -232,7 +230,9 @@ def faults(path: str | os.PathLike[str]) -> list[str]:
     except ValueError as error:
         return [str(error)]
     texts = [
-        f"{made.path}/{name} has changed" for name, f in made.files.items() if hash_of(Path(path) / name) != f["sha256"]
+        f"{made.path}/{name} has changed"
+        for name, f in made.files.items()
+        if hash_of(Path(path) / name) != f["xxh3_128"]
     ]
     return texts + uncovered(made.tensors | made.own.tensors)
 

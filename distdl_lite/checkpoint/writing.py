@@ -181,7 +181,7 @@ class Saving:
                 save_file(_unshared(self._pieces), path)
                 with path.open("rb+") as file:
                     os.fsync(file.fileno())
-                told["files"][path.name] = {"bytes": path.stat().st_size, "sha256": hash_of(path)}
+                told["files"][path.name] = {"bytes": path.stat().st_size, "xxh3_128": hash_of(path)}
             _write_json(self._folder / f"{self._position}.json", told)
         except Exception as error:
             with suppress(OSError):
