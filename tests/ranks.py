@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -46,3 +50,13 @@ def _first(size: int) -> Transport | None:
     """The transport of a world of so many processes, None on the others; all make it together."""
     ranks = dl.Partition().create_partition_inclusive(range(size))
     return of_communicator(ranks.comm) if ranks.active else None
+
+
+@contextmanager
+def shared_folder(world: dl.Partition) -> Iterator[Path]:
+    """A folder that all ranks see, and that is gone when all are done."""
+    folder = Path(world.broadcast_data(tempfile.mkdtemp() if world.rank == 0 else None))
+    yield folder
+    world.allgather_data(None)
+    if world.rank == 0:
+        shutil.rmtree(folder)

@@ -6,12 +6,9 @@ import errno
 import os
 import pickle
 import random
-import shutil
 import sys
-import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -19,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from ranks import on_ranks
+from ranks import on_ranks, shared_folder
 from torch.utils.data import DataLoader
 from twins import assert_refused, uneven
 
@@ -34,16 +31,6 @@ h5py, zarr, xarray = (pytest.importorskip(name) for name in ("h5py", "zarr", "xa
 pytest.importorskip("netCDF4")
 
 SHAPE, CHUNKS = (4, 7, 10, 3), (1, 3, 4, 3)
-
-
-@contextmanager
-def folder_of(world: Partition) -> Iterator[Path]:
-    """A folder that all ranks see."""
-    folder = world.broadcast_data(tempfile.mkdtemp() if world.rank == 0 else None)
-    yield Path(folder)
-    world.allgather_data(None)
-    if world.rank == 0:
-        shutil.rmtree(folder)
 
 
 def whole(dtype: str = "<i4", shape: tuple[int, ...] = SHAPE) -> np.ndarray:
@@ -140,7 +127,7 @@ GRIDS = (
 @on_ranks(4, mpi=True)
 def test_each_kind_of_source(world: Partition) -> None:
     """Blocks are slices of the whole, balanced or whole chunks, read by each rank or once; also after a pickle."""
-    with folder_of(world) as folder:
+    with shared_folder(world) as folder:
         if world.rank == 0:
             write_all(folder, whole())
         world.allgather_data(None)
@@ -176,7 +163,7 @@ def test_each_kind_of_source(world: Partition) -> None:
 def test_each_chunk_is_read_once(world: Partition) -> None:
     """The chunks that reads touch, by their slices; what is counted is what `amplification` says."""
     P, read = world.grid((1, 2, 2, 1)), []
-    with folder_of(world) as folder:
+    with shared_folder(world) as folder:
         if world.rank == 0:
             write_all(folder, whole())
         world.allgather_data(None)
@@ -224,7 +211,7 @@ DTYPES = ("<f2", ">f4", ">f8", "|b1", "|i1", ">i2", "<u2", ">u4", "<u8", "<c8", 
 @on_ranks(2, mpi=True)
 def test_dtypes(world: Partition) -> None:
     P, shape = world.grid((1, 2, 1)), (2, 5, 3)
-    with folder_of(world) as folder:
+    with shared_folder(world) as folder:
         for dtype in DTYPES:
             array, path = whole(dtype, shape), folder / dtype.strip("<>|")
             if world.rank == 0:
@@ -339,7 +326,7 @@ def block_of(x: torch.Tensor, P: Any, cuts: Any) -> torch.Tensor:
 def test_written_blocks(world: Partition) -> None:
     """Uneven, some empty, over any grid, in pieces; again into the same file."""
     rng = random.Random(1)
-    with folder_of(world) as folder:
+    with shared_folder(world) as folder:
         for number in range(8):
             grid = rng.choice(((1, 2, 2, 1), (2, 1, 2, 1), (1, 1, 1, 4), (4, 1, 1, 1), (1, 1, 3, 1)))
             P, shape, target = world.grid(grid), (rng.randint(1, 4), 5, 9, 6), f"{folder}/{number}{TARGETS[number % 4]}"
@@ -358,7 +345,7 @@ def test_written_blocks(world: Partition) -> None:
 def test_sample_after_sample(world: Partition) -> None:
     """From one on, or where a sampler says, with the batch cut; volumes without samples; chunks of several samples."""
     x = torch.arange(6 * 4 * 5).view(6, 4, 5)
-    with folder_of(world) as folder:
+    with shared_folder(world) as folder:
         for (number, name), grid in product(enumerate(TARGETS), ((2, 2, 1), (1, 1, 3))):
             P, targets = world.grid(grid), [f"{folder}/{number}{sum(grid)}{i}{name}" for i in range(4)]
             for i in range(0, 6, 2):
@@ -412,7 +399,7 @@ def test_refusals(world: Partition) -> None:
     P, odd, rank = world.grid((1, 2, 1)), world.rank == 1, world.rank
     x = torch.zeros(2, 5, 4)
     mine = P.cut(x)
-    with folder_of(world) as folder:
+    with shared_folder(world) as folder:
         if rank == 0:
             np.save(folder / "there.npy", np.ones((2, 5, 4), "f4"))
             (folder / "broken.h5").write_text("this is no HDF5")

@@ -84,10 +84,7 @@ def _medians(P: Partition, calls: Sequence[Callable[[], None]]) -> list[float]:
     times: list[list[float]] = [[] for _ in calls]
     for _ in range(_REPETITIONS + 1):
         for call, seen in zip(calls, times, strict=True):
-            P.world_transport.agree(P.team, 0)
-            began = perf_counter()
-            call()
-            seen.append(max(P.allgather_data(perf_counter() - began) or ()))
+            seen.append(max(P.allgather_data(_timed(P, call)) or ()))
     return [median(seen[1:]) for seen in times]
 
 

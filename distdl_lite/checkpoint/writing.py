@@ -21,7 +21,7 @@ from uuid import uuid4
 import torch
 from safetensors.torch import save_file
 
-from distdl_lite.agreement import raise_together
+from distdl_lite.agreement import raise_together, raised_together
 from distdl_lite.checkpoint.files import FORMAT, INDEX, VERSION, alike, hash_of, tensors_of, uncovered
 from distdl_lite.grid import balanced
 from distdl_lite.layout import Box, Shape, shape_of
@@ -148,28 +148,26 @@ class Saving:
 
     def _made_folder(self) -> Path:
         """The folder to write in, which the first rank makes; its name is of this call alone."""
-        folder, error = None, None
+        with raised_together(self._team, "save"):
+            made = self._new_folder() if self._position == 0 else None
+        folder: Path = self._team.world.gather_objects(self._team, made)[0]
+        with raised_together(self._team, "save"):
+            if not folder.is_dir():
+                rank, first = self._team.world.rank, self._team[0]
+                raise RuntimeError(f"rank {rank} does not see {folder}, which rank {first} has made")
+        return folder
+
+    def _new_folder(self) -> Path:
+        name, parent = self.path.name, self.path.parent
+        folder = self.path.with_name(f".{name}.{uuid4().hex[:8]}.partial")
         try:
-            if self._position == 0:
-                folder = self.path.with_name(f".{self.path.name}.{uuid4().hex[:8]}.partial")
-                if self.path.exists():
-                    raise ValueError(f"{self.path} exists already")
-                for left in self.path.parent.glob(
-                    f".{escape(self.path.name)}.*.partial"
-                ):  # by a job that has ended in the middle
-                    shutil.rmtree(left)
-                folder.mkdir(parents=True)
-        except OSError as raised:
-            error = RuntimeError(f"rank {self._team[0]} cannot make {folder}: {raised}")
-        except ValueError as raised:
-            error = raised
-        raise_together(self._team, error, "save")
-        folder = self._team.world.gather_objects(self._team, folder)[0]
-        if not folder.is_dir():
-            error = RuntimeError(
-                f"rank {self._team.world.rank} does not see {folder}, which rank {self._team[0]} has made"
-            )
-        raise_together(self._team, error, "save")
+            if self.path.exists():
+                raise ValueError(f"{self.path} exists already")
+            for left in parent.glob(f".{escape(name)}.*.partial"):  # by a job that has ended in the middle
+                shutil.rmtree(left)
+            folder.mkdir(parents=True)
+        except OSError as error:
+            raise RuntimeError(f"rank {self._team[0]} cannot make {folder}: {error}") from error
         return folder
 
     def _write(self) -> None:

@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import json
 import random
-import shutil
-import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from ranks import on_ranks
+from ranks import on_ranks, shared_folder
 from safetensors.torch import load_file, save_file
 
 import distdl_lite as dl
@@ -24,16 +21,6 @@ from distdl_lite.checkpoint import writing
 from distdl_lite.checkpoint.files import faults
 from distdl_lite.checkpoint.plain import decoded, encoded
 from distdl_lite.testing import spmd
-
-
-@contextmanager
-def shared_folder(world: dl.Partition) -> Iterator[Path]:
-    """A folder that all ranks see, and that is gone when all are done."""
-    folder = Path(world.broadcast_data(tempfile.mkdtemp() if world.rank == 0 else None))
-    yield folder
-    world.allgather_data(None)
-    if world.rank == 0:
-        shutil.rmtree(folder)
 
 
 class Net(torch.nn.Module):
