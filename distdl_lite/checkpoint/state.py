@@ -120,6 +120,8 @@ def _parts_of_model(prefix: str, module: torch.nn.Module, callers: Team) -> list
     for name, tensor, place in entries:
         if tensor.layout is not torch.strided or tensor.is_nested or tensor.is_quantized or tensor.is_meta:
             raise ValueError(f"{prefix}.{name} is no dense tensor with values")
+        if hasattr(tensor, "device_mesh"):
+            raise ValueError(f"{prefix}.{name} is a DTensor: torch.distributed.checkpoint saves these")
         shape = place.global_shape if place else tuple(tensor.shape)
         box = place.layout.box(rank) if place else box_of(shape)
         box = box if rank in team and tensor.numel() else None
