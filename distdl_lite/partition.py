@@ -54,6 +54,8 @@ class Partition:
         Cartesian index of this rank, None if inactive.
     ranks : sequence of int
         The members' ranks in the world, in row-major order.
+    names : tuple of str or None
+        Of the axes, where `grid` was given some.
     """
 
     def __init__(self, comm: Any = None) -> None:
@@ -66,7 +68,8 @@ class Partition:
         self.world_transport = world
         self.grid_of_ranks = grid
         self.periods = periods or (False,) * grid.dim
-        self.line: Line | None = None  # what this partition was made from, if each line of a grid makes its own
+        self.names: tuple[str, ...] | None = None  # of the axes
+        self.origin: Line | None = None  # what this partition was made from, if each line of a grid makes its own
         position = grid.position(world.rank)
         self.active = position is not None
         self.rank = -1 if position is None else position
@@ -80,7 +83,7 @@ class Partition:
         made: Any = object.__new__(Partition if shape is None else CartesianPartition)
         grid = Grid((len(ranks),) if shape is None else tuple(shape), ranks)
         made._set(self.world_transport, grid, None if periods is None else tuple(map(bool, periods)))
-        made.line = self.line
+        made.origin = self.origin
         return made  # type: ignore[no-any-return]
 
     @staticmethod
@@ -153,7 +156,7 @@ class Partition:
         check_same_world(self, other)
         mine = set(self.ranks)
         made = self._derive([*self.ranks, *(rank for rank in other.ranks if rank not in mine)])
-        made.line = line_of(self, other)
+        made.origin = line_of(self, other)
         return made
 
     def create_cartesian_topology_partition(
@@ -174,25 +177,65 @@ class Partition:
         return self._derive(self.ranks, shape, periods)
 
     def grid(
-        self, shape: Iterable[int], ranks: Iterable[int] | None = None, periods: Sequence[bool] | None = None
+        self,
+        shape: Iterable[int] | None = None,
+        ranks: Iterable[int] | None = None,
+        periods: Sequence[bool] | None = None,
+        *,
+        of: str | Sequence[str] | None = None,
+        **axes: int,
     ) -> CartesianPartition:
         """A grid over the first ``prod(shape)`` ranks of this partition, or over `ranks`.
+
+        Parameters
+        ----------
+        shape : sequence of int, optional
+        ranks, periods : sequence, optional
+        of : str or sequence of str, optional
+            Names of the axes, such as ``"n c h w"``.
+        **axes : int
+            In place of `shape`, the ranks along each named axis; an axis of `of` that is not among them has one. Without `of` the
+            axes are these.
 
         Raises
         ------
         TypeError
-            If `shape` or `ranks` is one number.
+            If `shape` or `ranks` is one number, or both `shape` and `axes` are given.
         ValueError
-            If there are too few ranks, or `ranks` does not fill the shape.
+            If there are too few ranks, or `ranks` does not fill the shape, or names do not fit.
+
+        Examples
+        --------
+        >>> from distdl_lite.testing import spmd
+        >>> spmd(4, lambda world: str(world.grid(h=2, w=2, of="n c h w")))[3]
+        'CartesianPartition(n=1, c=1, h=2, w=2, ranks=0..3, index=(0, 0, 1, 1))'
         """
+        names = (
+            None
+            if of is None and not axes
+            else tuple(axes if of is None else of.split() if isinstance(of, str) else of)
+        )
+        if (shape is None) != bool(axes):
+            raise TypeError(f"a grid has either a shape or named axes, not shape={shape} and axes {axes}")
+        if shape is None:
+            shape = [axes.get(name, 1) for name in names or ()]
         shape = tuple(integers_of("shape", shape))
+        if names is not None and (len({*names, *axes}) != len(shape) or len(names) != len(shape)):
+            raise ValueError(f"the names {names} do not fit the axes {axes or shape}")
         needed = math.prod(shape)
         if ranks is None and needed > self.size:
             start = self.world_transport.launcher.format(needed)
             hint = f": start it with {start}" if self.size == self.world_transport.size else ""
             raise ValueError(f"a grid of shape {shape} needs {needed} ranks, the partition has {self.size}{hint}")
         team = self.create_partition_inclusive(range(needed) if ranks is None else ranks)
-        return team.create_cartesian_topology_partition(shape, periods)
+        made = team.create_cartesian_topology_partition(shape, periods)
+        made.names = names
+        return made
+
+    def print(self, *values: Any, root: int = 0, **options: Any) -> None:
+        """Print on one rank of this partition; `options` are those of the built-in ``print``."""
+        if self.rank == root:
+            print(*values, **{"flush": True, **options})
 
     def allgather_data(self, data: Any) -> list[Any] | None:
         """The values that the members passed, in team order; None on a rank outside. For small host data."""
@@ -248,14 +291,15 @@ class Partition:
     __copy__ = __deepcopy__
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _unpickle, (type(self), tuple(self.ranks), self.shape, self.periods, self.line)
+        return _unpickle, (type(self), tuple(self.ranks), self.shape, self.periods, self.origin, self.names)
 
     @property
     def _members(self) -> str:
         """Shape and ranks, in words that are the same on all ranks."""
         ranks = self.ranks
         listed = f"{ranks[0]}..{ranks[-1]}" if isinstance(ranks, range) and len(ranks) > 2 else str(list(ranks))
-        return f"shape={self.shape}, ranks={listed}"
+        named = zip(self.names, self.shape, strict=True) if self.names else (("shape", self.shape),)
+        return ", ".join([*(f"{name}={n}" for name, n in named), f"ranks={listed}"])
 
     def __repr__(self) -> str:
         where = f"index={self.index}" if self.active else "inactive"
@@ -313,10 +357,24 @@ class CartesianPartition(Partition):
         fixed = {a: i for a, i in enumerate(self.index or ()) if not keep[a]}
         ranks = self.grid_of_ranks.members(fixed) if self.active else ()
         made = self._derive(ranks, [self.shape[a] for a in kept], [self.periods[a] for a in kept])
+        made.names = self.names and tuple(self.names[a] for a in kept)
         if any(n > 1 and a not in kept for a, n in enumerate(self.shape)):
-            everywhere = self.line.everywhere if self.line else tuple(sorted(self.ranks))
-            made.line = Line(tuple(sorted(made.ranks)), everywhere)
+            everywhere = self.origin.everywhere if self.origin else tuple(sorted(self.ranks))
+            made.origin = Line(tuple(sorted(made.ranks)), everywhere)
         return made
+
+    def line(self, *names: str) -> CartesianPartition:
+        """The line, or plane, of the grid through this rank along named axes.
+
+        Raises
+        ------
+        ValueError
+            If the grid has no axes of these names.
+        """
+        known = self.names or ()
+        if missing := [name for name in names if name not in known]:
+            raise ValueError(f"{self._members} has no axis {missing[0]!r}: its axes are {known or 'not named'}")
+        return self.create_cartesian_subtopology_partition(name in names for name in known)
 
     def create_allreduction_partition(self, axes: Iterable[int]) -> CartesianPartition:
         """The ranks this one is summed with when a sum runs over `axes`.
@@ -400,13 +458,19 @@ class CartesianPartition(Partition):
 
 
 def _unpickle(
-    kind: type, ranks: tuple[int, ...], shape: tuple[int, ...], periods: tuple[bool, ...], line: Line | None = None
+    kind: type,
+    ranks: tuple[int, ...],
+    shape: tuple[int, ...],
+    periods: tuple[bool, ...],
+    origin: Line | None = None,
+    names: tuple[str, ...] | None = None,
 ) -> Partition:
     world = Partition()
     if ranks and max(ranks) >= world.size:
         raise ValueError(f"a pickled partition over ranks {list(ranks)} does not fit a world of {world.size} ranks")
     made = world._derive(ranks, shape if issubclass(kind, CartesianPartition) else None, periods)
-    made.line = line
+    made.origin = origin
+    made.names = names
     return made
 
 
@@ -457,7 +521,7 @@ def union_of_teams(*partitions: Partition) -> Any:
 
 def line_of(*partitions: Partition) -> Line | None:
     """The lines that partitions were made from, put together; None if none was made from a line."""
-    lines = [P.line for P in partitions if P.line is not None]
+    lines = [P.origin for P in partitions if P.origin is not None]
     if not lines:
         return None
     ranks, everywhere = ({rank for part in parts for rank in part} for parts in zip(*lines, strict=True))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import re
 from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
@@ -254,3 +255,48 @@ def test_deactivated(world: Partition) -> None:
     found, expected = outcomes(True), outcomes(False)
     assert len(found) == len(expected)
     assert all(map(torch.equal, found, expected))
+
+
+def test_named_axes() -> None:
+    """Names stand in reprs and errors, give lines, and go with a pickle; numbers go on working."""
+
+    def body(world: Partition) -> None:
+        P = world.grid(h=2, w=2, of="n c h w")
+        assert (P.shape, P.names) == ((1, 1, 2, 2), ("n", "c", "h", "w"))
+        assert P == world.grid((1, 1, 2, 2)) == world.grid((1, 1, 2, 2), of=["n", "c", "h", "w"])
+        assert repr(P).startswith("CartesianPartition(n=1, c=1, h=2, w=2, ranks=0..3, index=(0, 0, ")
+        assert pickle.loads(pickle.dumps(P)).names == P.names
+        line = P.line("h")
+        assert (line.shape, line.names) == ((2,), ("h",))
+        assert list(line.ranks) == [world.rank % 2, world.rank % 2 + 2]
+        assert P.line("h", "w").shape == (2, 2)
+        assert world.grid(rows=2).names == ("rows",)
+        for wrong, text in (
+            (lambda: world.grid((2,), h=2), "either a shape or named axes"),
+            (lambda: world.grid(), "either a shape or named axes"),
+            (lambda: world.grid(x=2, of="h w"), "the names"),
+            (lambda: world.grid((2, 2), of="h w c"), "the names"),
+            (lambda: world.grid((1, 2), of="h h"), "the names"),
+            (lambda: P.line("z"), "n=1, c=1, h=2, w=2, ranks=0..3 has no axis 'z'"),
+            (lambda: world.grid((4,)).line("h"), "its axes are not named"),
+        ):
+            with pytest.raises((TypeError, ValueError), match=re.escape(text)):
+                wrong()
+
+    spmd(4, body)
+
+
+def test_print_on_one_rank(capsys: pytest.CaptureFixture[str]) -> None:
+    spmd(3, lambda world: world.print("rank", world.rank, root=1, sep="="))
+    spmd(3, lambda world: world.create_partition_inclusive([2]).print("alone"))
+    assert capsys.readouterr().out == "rank=1\nalone\n"
+
+
+def test_a_layer_shows_what_it_holds() -> None:
+    def body(world: Partition) -> str:
+        line = world.grid((1, 2))
+        return repr(dnn.DistributedLinear(world.grid((1, 1)), line, world.grid((2, 1)), 3, 5))
+
+    shown = spmd(2, body)
+    assert shown[1].endswith("; here weight (2, 3) of (5, 3), bias (2,) of (5,))")
+    assert "here" not in spmd(1, lambda world: repr(dnn.DistributedLinear(*[world.grid((1, 1))] * 3, 3, 5)))[0]

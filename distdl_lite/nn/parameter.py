@@ -94,6 +94,18 @@ class Layer(Module):
         else:
             self.register_parameter(name, torch.nn.Parameter(block))
 
+    def __repr__(self) -> str:
+        """That of torch's modules; of weights that are cut this rank's shape stands beside the whole one."""
+        held = {name: self.held(name) for name in self._distdl_places}
+        shapes = {name: tuple(t.shape) for name, t in held.items() if isinstance(t, torch.Tensor)}
+        cut = [
+            f"{name} {shape} of {whole}"
+            for name, shape in shapes.items()
+            if shape != (whole := self._distdl_places[name].global_shape)
+        ]
+        text = super().__repr__()
+        return f"{text[:-1]}; here {', '.join(cut)})" if cut else text
+
     def _distdl_check_weights(self) -> None:
         if len(self._distdl_team) == 1:  # where torch's function takes what it takes
             return
