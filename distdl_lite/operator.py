@@ -14,6 +14,7 @@ import torch
 from distdl_lite.autograd import ANCHOR, NOTHING, Node, check_unbatched, is_recording
 from distdl_lite.plan import Plan
 from distdl_lite.transport import Channel, Transport
+from distdl_lite.transport.calls import CALLS
 from distdl_lite.transport.counts import record
 from distdl_lite.transport.wire import wire_dtype
 
@@ -72,6 +73,7 @@ class Operator:
         if self._moving is not None:
             raise RuntimeError(f"{self.label}: started again before it was finished")
         channel = self._channels.get((x.dtype, x.device)) or self._bind(x)
+        CALLS.append((perf_counter(), self.label, self.transport, self.plan, x.itemsize))
         pending = self._counted_start(channel, x) if self.transport.local["tallies"] else channel.start(x)
         self._moving = channel
         return pending

@@ -14,6 +14,7 @@ ROOT = Path(distdl_lite.__file__).parent
 FILES = {path.relative_to(ROOT).with_suffix("").as_posix(): path for path in sorted(ROOT.rglob("*.py"))}
 # Each may import itself and what stands below it.
 LEVELS = [
+    "text",
     "tagi/states",
     "tagi/layers",
     "tagi/sequential",

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from distdl_lite.nn.value import Value
+from distdl_lite.transport.frames import PROGRAM
 
 
 @dataclass
@@ -97,5 +98,5 @@ class Source:
     def compiled(self, inputs: Sequence[Value], outputs: Sequence[Value]) -> Callable[..., tuple[torch.Tensor, ...]]:
         """The program as a function of this rank's blocks."""
         source, names = self.source(inputs, outputs), dict(self.names)  # in this order: it names what it makes late
-        exec(compile(source, "<distdl_lite program>", "exec"), names)
+        exec(compile(source, PROGRAM, "exec"), names)
         return names["forward"]  # type: ignore[no-any-return]

@@ -17,10 +17,10 @@ import torch
 
 from distdl_lite.grid import compact
 from distdl_lite.plan import Plan
+from distdl_lite.transport.calls import begin
 from distdl_lite.transport.counts import Tally, of_process, record
 from distdl_lite.transport.sums import Done, Pending
 from distdl_lite.transport.team import Team
-from distdl_lite.transport.waiting import BEGUN
 
 
 class RowsByRank(NamedTuple):
@@ -113,12 +113,12 @@ class Transport(Protocol):
         The team's ranks start those of one lane in the same order, wherever each of them stands, and with the same engine,
         one of `ENGINES` or "auto".
         """
-        BEGUN[0] += 1
         if team.size == 1 or not tensor.numel():
             for call in (fill, then):
                 if call is not None:
                     call()
             return Done()
+        begin("sum", self, team)
         record(self.local, 1, tensor.nbytes, 0.0, 1, "sums")
         return self._sum(team, tensor, engine, lane, fill, then)
 
@@ -137,10 +137,10 @@ class Transport(Protocol):
         of float16's range is cut to it.
         `left` gets what this rank kept: the sums, and what is left on all ranks, add up to the exact sums.
         """
-        BEGUN[0] += 1
         if team.size == 1 or not tensor.numel():
             left.zero_()
             return Done()
+        begin("sum", self, team)
         record(self.local, 1, tensor.numel() * dtype.itemsize, 0.0, 1, "sums")
         return self._rounded_sum(team, tensor, left, dtype, engine, lane)
 

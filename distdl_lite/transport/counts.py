@@ -8,7 +8,7 @@ from functools import wraps
 from time import perf_counter
 from typing import Any
 
-from distdl_lite.transport.waiting import BEGUN
+from distdl_lite.transport.calls import begin
 
 
 @dataclass(eq=False)
@@ -47,8 +47,10 @@ def counted(label: str | None = None) -> Callable[[Callable[..., Any]], Callable
     def decorate(method: Callable[..., Any]) -> Callable[..., Any]:
         @wraps(method)
         def call(self: Any, team: Sequence[int], value: Any, *args: Any) -> Any:
-            BEGUN[0] += 1
-            if not self.local["tallies"] or len(team) == 1:
+            if len(team) == 1:
+                return method(self, team, value, *args)
+            begin(method.__name__.replace("_", " "), self, team)
+            if not self.local["tallies"]:
                 return method(self, team, value, *args)
             began = perf_counter()
             result = method(self, team, value, *args)

@@ -25,8 +25,8 @@ import torch
 from distdl_lite.plan import Plan
 from distdl_lite.transport import RowsByRank, Team, Transport, enter, wire
 from distdl_lite.transport.counts import counted, record
+from distdl_lite.transport.frames import frames_of_library
 from distdl_lite.transport.sums import Pending
-from distdl_lite.transport.waiting import frames_of_library
 
 _Meeting = tuple[
     tuple[int, ...], int, dict[int, Any]
