@@ -89,7 +89,7 @@ class Operator:
         began = perf_counter() if self.transport.local["tallies"] else 0.0
         y = channel.finish(pending, into)
         if began:
-            record(self.transport.local, 0, 0, perf_counter() - began, 0, self.label)
+            record(self.transport, "finish", self.plan, began, self.label)
         return y
 
     def apply(self, x: torch.Tensor) -> torch.Tensor:
@@ -118,7 +118,7 @@ class Operator:
         began = perf_counter()
         pending = channel.start(x)
         size = elements * wire_itemsize(self.plan, x.dtype)
-        record(self.transport.local, messages, size, perf_counter() - began, collectives, self.label)
+        record(self.transport, "start", self.plan, began, self.label, (messages, size, collectives))
         return pending
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Operator:

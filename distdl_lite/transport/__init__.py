@@ -11,6 +11,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from functools import cache
+from time import perf_counter
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -18,8 +19,8 @@ import torch
 from distdl_lite.grid import compact
 from distdl_lite.plan import Plan
 from distdl_lite.transport.calls import begin
-from distdl_lite.transport.counts import Tally, of_process, record
-from distdl_lite.transport.sums import Done, Pending
+from distdl_lite.transport.counts import Listener, of_process, record
+from distdl_lite.transport.sums import Done, Pending, Timed
 from distdl_lite.transport.team import Team
 
 
@@ -119,8 +120,7 @@ class Transport(Protocol):
                     call()
             return Done()
         begin("sum", self, team)
-        record(self.local, 1, tensor.nbytes, 0.0, 1, "sums")
-        return self._sum(team, tensor, engine, lane, fill, then)
+        return self._told(team, tensor.nbytes, lambda: self._sum(team, tensor, engine, lane, fill, then))
 
     def start_rounded_sum(
         self,
@@ -141,8 +141,16 @@ class Transport(Protocol):
             left.zero_()
             return Done()
         begin("sum", self, team)
-        record(self.local, 1, tensor.numel() * dtype.itemsize, 0.0, 1, "sums")
-        return self._rounded_sum(team, tensor, left, dtype, engine, lane)
+        size = tensor.numel() * dtype.itemsize
+        return self._told(team, size, lambda: self._rounded_sum(team, tensor, left, dtype, engine, lane))
+
+    def _told(self, team: Team, size: int, start: Callable[[], Pending]) -> Pending:
+        """Start a sum, and tell who listens of it and of the wait for it."""
+        if not self.local["tallies"]:
+            return start()
+        posted = perf_counter()
+        record(self, "start sum", team, posted, "sums", (1, size, 1))
+        return Timed(start(), lambda began: record(self, "sum", team, began, posted=posted))
 
     def _sum(self, team: Team, tensor: torch.Tensor, engine: str, lane: str, fill: Any, then: Any) -> Pending:
         """Carry out `start_sum` of elements over several ranks."""
@@ -175,7 +183,7 @@ def current() -> Transport:
     return transport if transport is not None else of_communicator(None)
 
 
-def tallies() -> list[Tally]:
+def tallies() -> list[Listener]:
     """The tallies open on this rank, which all of its transports add to. The call makes no transport."""
     transport = getattr(_ambient, "transport", None)
     return of_process if transport is None else transport.local["tallies"]

@@ -85,7 +85,7 @@ class ProcessTransport(Transport):
     def agreed(self, team: Team) -> int:
         began = perf_counter()
         value: int = team.vote.finish()
-        record(self.local, 0, 0, perf_counter() - began, 0, None)
+        record(self, "agreement", team, began)
         return value
 
     @counted("sums")

@@ -28,6 +28,7 @@ from distdl_lite.transport.sockets import own_address
 _MOST_RANKS = 4096  # of a world whose ranks learn where all listen
 _PATIENCE = 3.0  # seconds for an answer
 _TURN = 5.0  # seconds in which one rank reports, and no other
+_PINGS = 20
 _TRIES = 3  # ranks that are asked for the turn, or told of an error, until one answers
 
 
@@ -107,12 +108,16 @@ class Desk:
         is_free, self._turn_ends = now > self._turn_ends, max(self._turn_ends, now + _TURN)
         return is_free
 
+    def _time(self, world: int, _: Any) -> float:
+        return time.perf_counter()
+
     def _remember(self, world: int, told: tuple[int, str]) -> None:
         self._ended.append((world, *told))
 
     def _close(self) -> None:
         """Answer no more. A rank after this one learns of the error that ends it."""
         self._listener.shutdown(socket.SHUT_RDWR)  # which wakes the thread, unlike close
+        self._listener.close()
         error = getattr(sys, "last_value", None)
         for world in self.worlds if error is not None else ():
             place, _ = place_of([frame for frame, _ in traceback.walk_tb(error.__traceback__)][::-1])
@@ -144,6 +149,20 @@ def join(world: Any) -> None:
             _desk.append(Desk())
         mine = _desk[0].address(world)
         world.local["addresses"] = world.gather_objects(world.team(range(world.size)), mine)
+
+
+def clock_ahead(world: Any, rank: int) -> float:
+    """The seconds by which a rank's clock, `time.perf_counter`, is ahead of this process's; 0 on one host."""
+    address = world.local.get("addresses", ())[rank : rank + 1]
+    if not address or address[0].host == platform.node():
+        return 0.0
+    found = []
+    for _ in range(_PINGS):
+        began = time.perf_counter()
+        there = address[0].ask("time", None)
+        ended = time.perf_counter()
+        found.append((ended - began, there - (began + ended) / 2))
+    return min(found)[1]
 
 
 def _answers(addresses: Sequence[Address], question: str, value: Any = None) -> list[Any]:

@@ -185,7 +185,7 @@ class ThreadTransport(Transport):
         began = perf_counter()
         vote, team.vote = team.vote, None
         values = self._met_all(vote, "agreement")
-        record(self.local, 0, 0, perf_counter() - began, 0, None)
+        record(self, "agreement", team, began)
         return sum(values) % 2**64
 
     @counted()
