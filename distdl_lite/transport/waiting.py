@@ -16,8 +16,8 @@ from distdl_lite.transport.reports import end_with_report
 def abort_on_timeout(seconds: float | None = 600.0) -> None:
     """Let a rank that waits for others in one call for longer than this end all ranks with exit code 1.
 
-    It prints where it waits: the layer, if it is in one, the line of the program, and the stack. Where ranks wait for each other,
-    each of them does so. A thread looks once a second, or more often; calls take no longer for it.
+    It asks all ranks where they are, and prints who waits in which module for whom, and on which line of the program those are.
+    A thread looks once a second, or more often; calls take no longer for it.
 
     Parameters
     ----------
