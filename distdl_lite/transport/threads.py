@@ -71,21 +71,28 @@ def _set_random_states(states: tuple[Any, ...]) -> None:
 
 
 class World:
-    """The shared side of `size` ranks: whose turn it is, the mail between them, and their meetings."""
+    """The shared side of `size` ranks: whose turn it is, the mail between them, and their meetings.
 
-    def __init__(self, size: int) -> None:
-        self.size = size
+    Where only some ranks are `present`, these meet without the others, who would bring what the first of them does.
+    """
+
+    def __init__(self, size: int, present: Sequence[int] | None = None) -> None:
+        self.size, self.present = size, range(size) if present is None else sorted(present)
         self.mail: dict[tuple[int, int, int], Any] = {}  # by sender, receiver and number, until it is fetched
         self.posted: Counter[tuple[str, int, int]] = Counter()  # how many were sent, and how many asked for, so far
         # By team, lane and number, until the last rank has come.
         self.meetings: dict[tuple[tuple[int, ...], str, int], dict[int, Any]] = defaultdict(dict)
         self.errors: dict[int, BaseException] = {}
-        self.results: list[Any] = [None] * size
+        self.results: dict[int, Any] = {}
         self._condition = threading.Condition()
-        self._turn = 0
-        self._waits: dict[int, tuple[Callable[[], bool], str] | None] = dict.fromkeys(range(size))
+        self._turn = self.present[0]
+        self._waits: dict[int, tuple[Callable[[], bool], str] | None] = dict.fromkeys(self.present)
         self._ended: set[int] = set()
         self._deadlock: str | None = None
+
+    def among(self, team: Sequence[int]) -> Sequence[int]:
+        """The ranks of a team that are present."""
+        return team if len(self.present) == self.size else [rank for rank in self.present if rank in team]
 
     def run(self, rank: int, body: Callable[[], Any], states: tuple[Any, ...]) -> None:
         """The life of one rank's thread."""
@@ -119,7 +126,7 @@ class World:
 
     def _hand_over(self, rank: int) -> None:
         """Give the turn to the next rank that can go on; if none can, to the next that must be told so."""
-        order = [(rank + step) % self.size for step in range(1, self.size + 1)]
+        order = sorted(self.present, key=lambda other: (other <= rank, other))
         alive = [r for r in order if r not in self._ended]
         ready = [r for r in alive if (wait := self._waits[r]) is None or wait[0]()]
         if alive and not ready and not self.errors:
@@ -163,9 +170,10 @@ class ThreadTransport(Transport):
         self._met[ranks, lane] += 1
         present = self.world.meetings[ranks, lane, number]
         present[self.rank] = (what, value)
-        if len(present) == len(ranks):
+        team = tuple(self.world.among(ranks))
+        if len(present) == len(team):
             del self.world.meetings[ranks, lane, number]
-        return ranks, number, present
+        return team, number, present
 
     def _met_all(self, meeting: _Meeting, what: str) -> list[Any]:
         """Wait for the others."""
@@ -186,7 +194,7 @@ class ThreadTransport(Transport):
         vote, team.vote = team.vote, None
         values = self._met_all(vote, "agreement")
         record(self.local, 0, 0, perf_counter() - began, 0, None)
-        return sum(values) % 2**64
+        return (sum(values) + (team.size - len(values)) * values[0]) % 2**64
 
     @counted()
     def gather_objects(self, team: Team, value: Any) -> list[Any]:
@@ -359,14 +367,18 @@ def spmd(size: int, body: Callable[..., Any]) -> list[Any]:
 
     if size < 1:
         raise ValueError(f"spmd needs at least one rank, not {size}")
-    world = World(size)
+    return list(in_turn(World(size), ThreadTransport, lambda: body(Partition())).values())
+
+
+def in_turn(world: World, transport: Callable[[World, int], Transport], body: Callable[[], Any]) -> dict[int, Any]:
+    """Run a function on the ranks of a world that are present, each with its transport; their results, by rank."""
     states = _random_states()
 
     def life(rank: int) -> None:
-        enter(ThreadTransport(world, rank))
-        world.run(rank, lambda: body(Partition()), states)
+        enter(transport(world, rank))
+        world.run(rank, body, states)
 
-    threads = [threading.Thread(target=life, args=(rank,), name=f"rank {rank}", daemon=True) for rank in range(size)]
+    threads = [threading.Thread(target=life, args=(r,), name=f"rank {r}", daemon=True) for r in world.present]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -375,4 +387,4 @@ def spmd(size: int, body: Callable[..., Any]) -> list[Any]:
     genuine = {rank: error for rank, error in world.errors.items() if not isinstance(error, _Abandoned)}
     if genuine:
         raise genuine[min(genuine)]
-    return world.results
+    return {rank: world.results[rank] for rank in world.present}
