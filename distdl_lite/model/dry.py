@@ -36,7 +36,7 @@ class DryTransport(Transport):
     Its ranks agree by another transport, `meets`, where there is one.
     """
 
-    launcher = "P={}"
+    launcher = "a grid of {} ranks"
 
     def __init__(self, rank: int, size: int, meets: Transport | None = None) -> None:
         self.rank, self.size, self.proc_null, self.meets = rank, size, -1, meets
@@ -132,6 +132,16 @@ def entered(transport: Transport) -> Iterator[None]:
         enter(outer)
 
 
+@contextmanager
+def without_numbers() -> Iterator[None]:
+    """Let tensors that are made inside have shapes alone."""
+    # Here, since it takes a quarter of a second that programs without a captured model need not spend.
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        yield
+
+
 class DryChannel:
     """A channel that counts its runs in forward and in backward."""
 
@@ -163,13 +173,10 @@ class DryRun:
 
 def dry_run(program: Program) -> DryRun:
     """Run a program that was compiled over a `DryTransport` forward and, where it has gradients, backward."""
-    # Here, since it takes a quarter of a second that programs without a captured model need not spend.
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
     inputs, outputs = program.arguments
     transport: Any = program.compiler.transport
     meter = Meter(transport)
-    with FakeTensorMode(allow_non_fake_inputs=True):
+    with without_numbers():
         blocks = [torch.empty(program.compiler.local(v.dims), dtype=v.dtype).requires_grad_(v.grad) for v in inputs]
         for (feed, _), block in zip(program.feeds, blocks, strict=True):
             meter.hold(block, "inputs", counts=feed.kind == "user_input")
@@ -274,7 +281,7 @@ def _with_or_without_numbers(func: Any, args: Any, kwargs: Any) -> Any:
     except DynamicOutputShapeException:
         x, name = args[0], str(func)
         if name == "aten.bincount.default":
-            return x.new_empty(kwargs.get("minlength", args[-1]))
+            return x.new_empty(kwargs.get("minlength", args[-1]), dtype=torch.long)
         if name == "aten.index.Tensor" and len(args[1]) == 1:  # a mask of all dims it has
             return x.new_empty(0, *x.shape[args[1][0].dim() :])
         if name == "aten.nonzero.default":
