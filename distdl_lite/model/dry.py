@@ -110,8 +110,8 @@ class DryTransport(Transport):
         told = self._met.gather_objects(self._met.team(team.ranks), value)
         if len(told) < team.size and not any(isinstance(v, tuple) and isinstance(v[0], type) for v in told):
             raise RuntimeError(
-                f"{team.size} ranks tell each other {value!r}, which follows from no axis of a grid; of so many only some are "
-                "looked at: ask for a smaller grid"
+                f"of {team.size} ranks, which tell each other more than lengths along axes, as those of dl.distribute do, only "
+                f"{len(told)} are looked at: ask for fewer ranks"
             )
         return told
 

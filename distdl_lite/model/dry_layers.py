@@ -16,9 +16,10 @@ import torch
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import _disable_current_modes
 
-from distdl_lite.factors import Dims, Factors, cut, dims_of, local_shape, shape_of_dims, uncut
+from distdl_lite.factors import Dims, Factors, blocks, cut, dims_of, local_shape, merged, shape_of_dims, uncut
 from distdl_lite.grid import Grid
 from distdl_lite.layout import Shape
+from distdl_lite.model.distributed import Distributed
 from distdl_lite.model.dry import DryTransport, Meter, without_numbers
 from distdl_lite.model.report import Both, Traffic, cut_text, of_plan, summed
 from distdl_lite.nn.inputs import agreed_inputs
@@ -27,6 +28,8 @@ from distdl_lite.nn.linear.parallel_linear import DistributedColumnParallelLinea
 from distdl_lite.nn.module import Module
 from distdl_lite.nn.movement import Movement
 from distdl_lite.nn.rule_layer import Running
+from distdl_lite.nn.shape.flatten import DistributedFlatten
+from distdl_lite.nn.value import Value
 from distdl_lite.nn.work_grid import WorkGridLayer
 from distdl_lite.partition import Partition
 from distdl_lite.reducer import EARLY_BYTES
@@ -112,7 +115,10 @@ class _Watched:
         for grid, dims in feeds:
             if (index := grid.index(transport.rank)) is not None:
                 self.lies[local_shape(dims, grid, index)] = grid, dims
+        compiled = [f"{path}." for path, module in net.named_modules() if isinstance(module, Distributed)]
         for path, module in net.named_modules():
+            if path.startswith(tuple(compiled)):  # it is not called: the program is
+                continue
             module.register_forward_pre_hook(lambda module, args, path=path: transport.enter(path))
             module.register_forward_hook(partial(self._left, path))
             if isinstance(module, Module):
@@ -195,9 +201,19 @@ def _lies(module: torch.nn.Module, x: Lies | None, shape: Shape) -> Lies | None:
     call = module._distdl_plan if isinstance(module, Module) else None
     if isinstance(call, Running):
         return call.compiler.grid, call.outputs[0].dims
+    if call is not None and isinstance(module, Distributed):
+        made = next((value for buffer, value in call.program.outputs if buffer is None), None)
+        return (module.P.grid_of_ranks, made.dims) if isinstance(made, Value) else None
     if call is not None and isinstance(module, (Movement, WorkGridLayer)):
         *_, Y = module.layouts(agreed_inputs(module, module.P_x).shapes)
         return Y.grid, dims_of(Y.dims)
+    if x is not None and isinstance(module, DistributedFlatten):
+        first, last, grid, dims = module._first, module._last, x[0], x[1]
+        if module.P_y is not None:
+            grid, ones = module.P_y.grid_of_ranks, [None] * (last - first)
+            axes = [*range(first + 1), *ones, *range(first + 1, grid.dim)]
+            dims = blocks(shape_of_dims(dims), axes, grid)
+        return grid, (*dims[:first], merged(f for of_dim in dims[first : last + 1] for f in of_dim), *dims[last + 1 :])
     if x is not None and isinstance(module, DistributedEmbedding):
         return x[0], (*x[1], _features(module.embedding_dim, x[0], shape))
     if x is not None and isinstance(module, (DistributedColumnParallelLinear, DistributedRowParallelLinear)):

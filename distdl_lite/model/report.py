@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
+import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -120,10 +122,12 @@ class Row:
         Under "inputs" are the blocks that come in, and sums of their gradients where several ranks hold them; under
         "gradients" the sums of those of weights; under "outputs" outputs go into their layouts.
     operations : tuple of str
+        In a network of layers the class of the module.
     output : str
-        The global shape of its last output with its cuts: ``37/2`` is cut in two, ``18*37/2`` are two dims made one.
+        The global shape of its last output with its cuts: ``37/2`` is cut in two, ``18*37/2`` are two dims made one. Where
+        nobody knows how it lies, the shape of a block.
     movements : dict
-        How many of each kind.
+        How many of each kind in forward; in a network of layers by their pattern.
     forward, backward : Traffic
         The most that any rank sends.
     multiply_adds : int
@@ -148,7 +152,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Report:
-    """What a model over a grid moves, computes and holds; `print` shows it as a table.
+    """What a model or a network over a grid moves, computes and holds; `print` shows it as a table.
 
     Attributes
     ----------
@@ -221,6 +225,14 @@ class Report:
 
     def __str__(self) -> str:
         return "\n".join([in_columns(_cells(self)), "", *_summary(self)])
+
+    def print(self, file: Any = None) -> None:
+        """Print it; on a terminal with the head, the total and the peak bold, and red what is gathered."""
+        text, file = str(self), sys.stdout if file is None else file
+        if file.isatty():
+            text = re.sub(r"(?m)^(module|total|peak) .*", "\033[1m\\g<0>\033[m", text)
+            text = re.sub(r"(?m)^.*GATHERED.*", "\033[31m\\g<0>\033[m", text)
+        print(text, file=file)
 
 
 def in_markdown(lines: Sequence[Sequence[str]]) -> str:
