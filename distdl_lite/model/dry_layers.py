@@ -120,7 +120,7 @@ class _Watched:
             if path.startswith(tuple(compiled)):  # it is not called: the program is
                 continue
             module.register_forward_pre_hook(lambda module, args, path=path: transport.enter(path))
-            module.register_forward_hook(partial(self._left, path))
+            module.register_forward_hook(partial(self._left, path), always_call=True)
             if isinstance(module, Module):
                 module.__dict__["_distdl_module_setup"] = partial(_with_numbers, module._distdl_module_setup)
 

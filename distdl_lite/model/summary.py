@@ -91,9 +91,9 @@ def summary(
     >>> import distdl_lite.nn as dnn
     >>> def build(P):
     ...     return torch.nn.Sequential(dnn.DistributedConv2d(P, 3, 8, 3, padding=1), torch.nn.ReLU())
-    >>> found = dl.summary(build, (1, 3, 64000, 64000), (1, 1, 32, 32))
+    >>> found = dl.summary(build, (1, 3, 32000, 32000), (1, 1, 16, 16))
     >>> found.ranks, found.forward.messages, found.rows[1].path, found.rows[1].output
-    (1024, 8, '0', '(1, 8, 64000/32, 64000/32)')
+    (256, 8, '0', '(1, 8, 32000/16, 32000/16)')
     """
     one = isinstance(inputs, torch.Tensor) or (isinstance(inputs, tuple) and all(isinstance(n, int) for n in inputs))
     given, shape = (
