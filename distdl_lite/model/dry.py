@@ -271,19 +271,15 @@ def _with_or_without_numbers(func: Any, args: Any, kwargs: Any) -> Any:
 
     So no element of a mask is true, a flag is false, and a number is one.
     """
-    from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
-
     try:
         return func(*args, **kwargs)
-    except DataDependentOutputException:
-        dtype = args[0].dtype
-        return False if dtype is torch.bool else 1.0 if dtype.is_floating_point else 1
-    except DynamicOutputShapeException:
-        x, name = args[0], str(func)
-        if name == "aten.bincount.default":
-            return x.new_empty(kwargs.get("minlength", args[-1]), dtype=torch.long)
-        if name == "aten.index.Tensor" and len(args[1]) == 1:  # a mask of all dims it has
-            return x.new_empty(0, *x.shape[args[1][0].dim() :])
-        if name == "aten.nonzero.default":
-            return x.new_empty(0, x.dim(), dtype=torch.long)
+    except RuntimeError as error:
+        kind, name, x = type(error).__name__, str(func), args[0]
+        if kind == "DataDependentOutputException":
+            return False if x.dtype is torch.bool else 1.0 if x.dtype.is_floating_point else 1
+        if kind == "DynamicOutputShapeException":
+            if name == "aten.bincount.default":
+                return x.new_empty(kwargs.get("minlength", args[-1]), dtype=torch.long)
+            if name == "aten.index.Tensor" and len(args[1]) == 1:  # by a mask
+                return x.new_empty(0, *x.shape[args[1][0].dim() :])
         raise

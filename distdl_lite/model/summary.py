@@ -96,13 +96,16 @@ def summary(
     (256, 8, '0', '(1, 8, 32000/16, 32000/16)')
     """
     one = isinstance(inputs, torch.Tensor) or (isinstance(inputs, tuple) and all(isinstance(n, int) for n in inputs))
-    given, shape = (
-        [inputs] if one else list(inputs),
-        P.shape if isinstance(P, Partition) else tuple(integers_of("P", P)),
-    )
+    given = [inputs] if one else list(inputs)
+    shape = P.shape if isinstance(P, Partition) else tuple(integers_of("P", P))
     if not callable(net):
         raise TypeError(f"summary: a network, or a function that builds one, is needed, not {net!r}")
-    built = net if isinstance(net, torch.nn.Module) else _on_first(net, shape)
+
+    def build() -> Any:
+        named = {"periods": P.periods, "of": P.names} if isinstance(P, CartesianPartition) else {}
+        return net(Partition().grid(shape, **named))
+
+    built = net if isinstance(net, torch.nn.Module) else _on_first(build, math.prod(shape))
     if isinstance(built, Distributed):
         if built.P.shape != shape:
             raise ValueError(f"summary: the network is compiled for a grid of shape {built.P.shape}, not {shape}")
@@ -112,7 +115,7 @@ def summary(
     args = [example(x, built) for x in given]
     if built is not net:
         grids = [P.grid_of_ranks for P in partitions_of(built)]
-        ranks = _of_grid(net, args, Grid(shape, range(math.prod(shape))), in_axes, grids)
+        ranks = _of_grid(build, args, Grid(shape, range(math.prod(shape))), in_axes, grids)
     elif isinstance(P, Partition):
         ranks = _together(built, args, P, in_axes)
     else:
@@ -122,14 +125,14 @@ def summary(
     return _reported(ranks, shape, machine)
 
 
-def _on_first(build: Callable[..., Any], shape: Shape) -> torch.nn.Module:
-    """The network as the first rank of a grid builds it."""
+def _on_first(build: Callable[[], Any], size: int) -> torch.nn.Module:
+    """The network as the first of so many ranks builds it."""
 
     def body() -> Any:
         with without_numbers():
-            return build(Partition().grid(shape))
+            return build()
 
-    (net,) = run(math.prod(shape), [0], body).values()
+    (net,) = run(size, [0], body).values()
     if not isinstance(net, torch.nn.Module):
         raise TypeError(f"summary: a function of a partition that returns a network is needed; it returns {net!r}")
     return net
@@ -144,13 +147,15 @@ def run(size: int, present: Sequence[int] | None, body: Callable[[], Any]) -> di
     return in_turn(World(size, present), transport, body)
 
 
-def _of_grid(build: Any, args: Sequence[Any], grid: Grid, in_axes: Any, grids: Iterable[Grid]) -> list[Seen]:
+def _of_grid(
+    build: Callable[[], Any], args: Sequence[Any], grid: Grid, in_axes: Any, grids: Iterable[Grid]
+) -> list[Seen]:
     """What the ranks of a grid do, all or some of them; `grids` are those of the network's layers."""
     present = None if grid.size <= ALL_UP_TO else sorted(_enough(grid, grids))
 
     def body() -> Seen:
         P = Partition().grid(grid.shape)
-        return _seen(lambda: build(P), args, P, P.team, in_axes, present)
+        return _seen(build, args, P, P.team, in_axes, present)
 
     return list(run(grid.size, present, body).values())
 

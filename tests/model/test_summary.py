@@ -323,6 +323,31 @@ def test_a_layer_for_each_line_of_a_grid() -> None:
         dl.summary(build, x, (1, 1, 9, 9), in_axes=axes)
 
 
+def test_several_inputs_and_named_axes() -> None:
+    """Also where ranks run of which a function needs none."""
+
+    class Loss(dnn.Module):
+        def __init__(self, P: dl.CartesianPartition) -> None:
+            super().__init__()
+            self.conv, self.loss = dnn.DistributedConv2d(P, 2, 5, 3), dnn.DistributedCrossEntropyLoss(P)
+            self.line = P.line("h")
+
+        def forward(self, x: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+            return self.loss(self.conv(x), target)
+
+    args = [torch.zeros(2, 2, 14, 9), torch.zeros(2, 12, 7, dtype=torch.long)]
+
+    def body(world: dl.Partition) -> None:
+        P = world.grid(h=3, of="n c h w")
+        counts = counted(Loss(P), [P.cut(args[0]), P.cut(args[1], (0, 2, 3))])
+        for net in (Loss, Loss(P)):
+            found = dl.summary(net, args, P)
+            told = found.forward.messages, found.forward.bytes, found.backward.messages, found.backward.bytes
+            assert told == tuple(max(column) for column in zip(*(P.allgather_data(counts) or ()), strict=True))
+
+    spmd(3, body)
+
+
 def test_colours_on_a_terminal_alone() -> None:
     class Terminal(io.StringIO):
         def isatty(self) -> bool:
