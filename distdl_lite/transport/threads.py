@@ -29,7 +29,7 @@ from distdl_lite.transport.sums import Pending
 from distdl_lite.transport.waiting import frames_of_library
 
 _Meeting = tuple[
-    tuple[int, ...], int, dict[int, Any]
+    Sequence[int], int, dict[int, Any]
 ]  # the team, the number of the meeting, and what each rank has brought
 
 
@@ -81,29 +81,36 @@ class World:
         self.mail: dict[tuple[int, int, int], Any] = {}  # by sender, receiver and number, until it is fetched
         self.posted: Counter[tuple[str, int, int]] = Counter()  # how many were sent, and how many asked for, so far
         # By team, lane and number, until the last rank has come.
-        self.meetings: dict[tuple[tuple[int, ...], str, int], dict[int, Any]] = defaultdict(dict)
+        self.meetings: dict[tuple[Sequence[int], str, int], dict[int, Any]] = defaultdict(dict)
         self.errors: dict[int, BaseException] = {}
         self.results: dict[int, Any] = {}
-        self._condition = threading.Condition()
+        lock = threading.Lock()
+        self._turns = {rank: threading.Condition(lock) for rank in self.present}  # told when it is theirs
         self._turn = self.present[0]
+        self._among: dict[Sequence[int], Sequence[int]] = {}
         self._waits: dict[int, tuple[Callable[[], bool], str] | None] = dict.fromkeys(self.present)
         self._ended: set[int] = set()
         self._deadlock: str | None = None
 
     def among(self, team: Sequence[int]) -> Sequence[int]:
         """The ranks of a team that are present."""
-        return team if len(self.present) == self.size else [rank for rank in self.present if rank in team]
+        if len(self.present) == self.size:
+            return team
+        if team not in self._among:
+            members = team if isinstance(team, range) else set(team)
+            self._among[team] = tuple(rank for rank in self.present if rank in members)
+        return self._among[team]
 
     def run(self, rank: int, body: Callable[[], Any], states: tuple[Any, ...]) -> None:
         """The life of one rank's thread."""
-        with self._condition:
-            self._condition.wait_for(lambda: self._turn == rank)
+        with self._turns[rank]:
+            self._turns[rank].wait_for(lambda: self._turn == rank)
         _set_random_states(states)
         try:
             self.results[rank] = body()
         except BaseException as error:
             self.errors[rank] = error
-        with self._condition:
+        with self._turns[rank]:
             self._ended.add(rank)
             self._hand_over(rank)
 
@@ -112,10 +119,10 @@ class World:
         if ready():
             return
         states = _random_states()
-        with self._condition:
+        with self._turns[rank]:
             self._waits[rank] = (ready, f"{what}{_inside(sys._getframe(1))}")
             self._hand_over(rank)
-            self._condition.wait_for(lambda: self._turn == rank)
+            self._turns[rank].wait_for(lambda: self._turn == rank)
             self._waits[rank] = None
         _set_random_states(states)
         if not ready():
@@ -135,7 +142,7 @@ class World:
             self._deadlock = "deadlock: " + "; ".join(lines)
         if alive:
             self._turn = (ready or alive)[0]
-            self._condition.notify_all()
+            self._turns[self._turn].notify()
 
 
 def _inside(frame: FrameType | None) -> str:
@@ -154,7 +161,7 @@ class ThreadTransport(Transport):
     def __init__(self, world: World, rank: int) -> None:
         self.world, self.rank, self.size = world, rank, world.size
         self.local: dict[str, Any] = {"tallies": []}
-        self._met: dict[tuple[tuple[int, ...], str], int] = defaultdict(int)
+        self._met: dict[tuple[Sequence[int], str], int] = defaultdict(int)
 
     def bind(self, plan: Plan, dtype: torch.dtype, device: torch.device) -> ThreadChannel:
         return ThreadChannel(self, plan, dtype, device)
@@ -165,15 +172,15 @@ class ThreadTransport(Transport):
 
     def _arrive(self, team: Sequence[int], value: Any, what: str, lane: str = "") -> _Meeting:
         """Bring something to the team's next meeting; those of different lanes may come in any order."""
-        ranks = tuple(team)
+        ranks = team.ranks if isinstance(team, Team) else tuple(team)
         number = self._met[ranks, lane]
         self._met[ranks, lane] += 1
         present = self.world.meetings[ranks, lane, number]
         present[self.rank] = (what, value)
-        team = tuple(self.world.among(ranks))
-        if len(present) == len(team):
+        here = self.world.among(ranks)
+        if len(present) == len(here):
             del self.world.meetings[ranks, lane, number]
-        return team, number, present
+        return here, number, present
 
     def _met_all(self, meeting: _Meeting, what: str) -> list[Any]:
         """Wait for the others."""
