@@ -16,6 +16,7 @@ from distdl_lite.model.prove import Proof, prove
 from distdl_lite.model.replicas import check_replicas, synchronise_replicas
 from distdl_lite.model.report import Machine, Report, report
 from distdl_lite.model.suggest import suggest
+from distdl_lite.model.summary import summary
 from distdl_lite.model.weights import load_serial_state_dict, serial_state_dict
 from distdl_lite.nn.inputs import zero_volume_tensor
 from distdl_lite.nn.norm.sync_batch_norm import SyncBatchNorm

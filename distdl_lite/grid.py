@@ -80,6 +80,8 @@ class Grid:
 
     def members(self, fixed: dict[int, int]) -> Iterator[int]:
         """The ranks whose index has the given values on the given axes, in row-major order."""
+        if not fixed:
+            return iter(self.ranks)
         choices = [(fixed[a],) if a in fixed else range(n) for a, n in enumerate(self.shape)]
         return (self.rank(index) for index in product(*choices))
 

@@ -15,6 +15,7 @@ transforms_are_active = torch._C._are_functorch_transforms_active
 
 running_backward = torch._C._current_graph_task_id  # its number, -1 outside one
 running_node = torch._C._current_autograd_node
+next_node = torch._C._autograd._get_sequence_nr  # type: ignore[attr-defined]  # the number of the node that is made next
 engine_will_run = torch._C._will_engine_execute_node  # whether the backward that runs comes to a node
 backward_keeps_graph = torch._C._autograd._get_current_graph_task_keep_graph  # type: ignore[attr-defined]
 top_saved_tensors_hooks = torch._C._autograd._top_saved_tensors_default_hooks  # type: ignore[attr-defined]

@@ -44,6 +44,8 @@ LEVELS = [
     "model",
     "model/rules",
     "model/distributed",
+    "model/dry_layers",
+    "model/summary",
     "model/prove",
     "data",
     "optim",

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
+import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -27,7 +29,7 @@ from distdl_lite.operator import wire_itemsize
 from distdl_lite.plan import Pattern, Plan, plan
 from distdl_lite.reducer import BUCKET_BYTES, EARLY_BYTES, Replicas
 
-_ALL_UP_TO = 64  # ranks of a grid are looked at; of a larger one some
+ALL_UP_TO = 64  # ranks of a grid are looked at; of a larger one some
 
 
 @dataclass(frozen=True)
@@ -120,10 +122,12 @@ class Row:
         Under "inputs" are the blocks that come in, and sums of their gradients where several ranks hold them; under
         "gradients" the sums of those of weights; under "outputs" outputs go into their layouts.
     operations : tuple of str
+        In a network of layers the class of the module.
     output : str
-        The global shape of its last output with its cuts: ``37/2`` is cut in two, ``18*37/2`` are two dims made one.
+        The global shape of its last output with its cuts: ``37/2`` is cut in two, ``18*37/2`` are two dims made one. Where
+        nobody knows how it lies, the shape of a block.
     movements : dict
-        How many of each kind.
+        How many of each kind in forward; in a network of layers by their pattern.
     forward, backward : Traffic
         The most that any rank sends.
     multiply_adds : int
@@ -148,7 +152,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Report:
-    """What a model over a grid moves, computes and holds; `print` shows it as a table.
+    """What a model or a network over a grid moves, computes and holds; `print` shows it as a table.
 
     Attributes
     ----------
@@ -221,6 +225,14 @@ class Report:
 
     def __str__(self) -> str:
         return "\n".join([in_columns(_cells(self)), "", *_summary(self)])
+
+    def print(self, file: Any = None) -> None:
+        """Print it; on a terminal with the head, the total and the peak bold, and red what is gathered."""
+        text, file = str(self), sys.stdout if file is None else file
+        if file.isatty():
+            text = re.sub(r"(?m)^(module|total|peak) .*", "\033[1m\\g<0>\033[m", text)
+            text = re.sub(r"(?m)^.*GATHERED.*", "\033[31m\\g<0>\033[m", text)
+        print(text, file=file)
 
 
 def in_markdown(lines: Sequence[Sequence[str]]) -> str:
@@ -388,7 +400,7 @@ def reported(
 
 def representatives(grid: Grid) -> list[Index]:
     """The indices of the ranks that are looked at: all of a small grid, else corners, edges, their neighbours and the middle."""
-    if grid.size <= _ALL_UP_TO:
+    if grid.size <= ALL_UP_TO:
         return [unravel(i, grid.shape) for i in range(grid.size)]
     return list(product(*(sorted({0, 1, n // 2, n - 2, n - 1} & set(range(n))) for n in grid.shape)))
 
@@ -432,12 +444,12 @@ class _Account:
         """All of it; `elements` are those that operations make on the fullest rank."""
         work, dry = self.dry.multiply_adds, self.dry
         forward, backward = (
-            _most([sum((sent[index][side] for sent in self.sent.values()), Traffic()) for index in self.chosen])
+            most([sum((sent[index][side] for sent in self.sent.values()), Traffic()) for index in self.chosen])
             for side in (0, 1)
         )
         weights, sums = sum(self.tensors.values()), self._sums(self.c.index)
         gradients = sum(math.prod(self.c.local(dims)) * dtype.itemsize for dims, dtype in self.learned)
-        summed = gradients + max((one.bytes for one in sums), default=0)
+        after = gradients + max((one.bytes for one in sums), default=0)
         optimizer = int(machine.optimizer * gradients)
         total = sum(math.prod(value.shape) for value in _made(self.program))
         return Report(
@@ -452,7 +464,7 @@ class _Account:
             gradients=gradients,
             optimizer=optimizer,
             kept=dry.kept.total(),
-            peak=weights + optimizer + max(dry.peak, summed),
+            peak=weights + optimizer + max(dry.peak, after),
             ratio=elements * self.grid.size / total if total else 1.0,
             machine=machine,
         )
@@ -461,15 +473,15 @@ class _Account:
         """What each movement, and each sum outside the program, sends from the ranks looked at, forward and backward."""
         for movement, *runs in self.dry.runs:
             yield movement.path, self._of_movement(movement, *runs)
-        for path, size, ranks in self.dry.sums:
-            both = (Traffic(), _summed(size, ranks))[:: -1 if path is not None else 1]
-            yield "gradients" if path is None else path, dict.fromkeys(self.chosen, both)
+        for path, is_back, size, ranks in self.dry.sums:
+            both = (Traffic(), summed(size, ranks))[:: 1 if is_back else -1]
+            yield path, dict.fromkeys(self.chosen, both)
         for number in self.dry.reached:
             feed, value = self.program.feeds[number]
             copies = self.c.parts(self.c.free_axes(all_axes(value.dims)))
             if feed.kind == "user_input" and copies > 1:
                 sizes = {i: math.prod(local_shape(value.dims, self.grid, i)) for i in self.chosen}
-                yield "inputs", {i: (Traffic(), _summed(n * value.dtype.itemsize, copies)) for i, n in sizes.items()}
+                yield "inputs", {i: (Traffic(), summed(n * value.dtype.itemsize, copies)) for i, n in sizes.items()}
         if self._sums(self.c.index):
             yield "gradients", {i: (Traffic(), sum(self._sums(i), Traffic())) for i in self.chosen}
 
@@ -486,7 +498,7 @@ class _Account:
             short = tuple(i if a in used else 0 for a, i in enumerate(index))
             if short not in known:
                 mine = plan(X, Y, self.grid.rank(short))
-                known[short] = _of_plan(mine, movement.dtype), _of_plan(mine.adjoint(), movement.dtype)
+                known[short] = of_plan(mine, movement.dtype), of_plan(mine.adjoint(), movement.dtype)
             there, back = known[short]
             found[index] = there * own[0] + back * of_adjoint[0], there * own[1] + back * of_adjoint[1]
         return found
@@ -501,7 +513,7 @@ class _Account:
             early = sum(size for _, size in group) >= EARLY_BYTES
             order, most = (group[::-1], EARLY_BYTES) if early else (group, BUCKET_BYTES)
             made = cut(order, lambda one: one[0], lambda one: one[1], most) if free else []
-            found += [_summed(sum(size for _, size in bucket), self.c.parts(free)) for bucket in made]
+            found += [summed(sum(size for _, size in bucket), self.c.parts(free)) for bucket in made]
         return found
 
     def _rows(self) -> Iterator[Row]:
@@ -522,8 +534,8 @@ class _Account:
                 operations=tuple(f"{n} {name}" if n > 1 else name for name, n in Counter(n for n, _ in done).items()),
                 output=cut_text(values[-1].dims, self.grid) if values else "",
                 movements=dict(moves),
-                forward=_most([forward for forward, _ in sent]),
-                backward=_most([backward for _, backward in sent]),
+                forward=most([forward for forward, _ in sent]),
+                backward=most([backward for _, backward in sent]),
                 multiply_adds=self.dry.multiply_adds[path],
                 weights=weights[path],
                 kept=self.dry.kept[path],
@@ -541,13 +553,13 @@ class _Account:
         return found
 
 
-def _most(traffic: Sequence[Traffic]) -> Traffic:
+def most(traffic: Sequence[Traffic]) -> Traffic:
     """The largest of each number."""
     each = ("messages", "bytes", "latencies", "wire")
     return Traffic(*(max((getattr(t, name) for t in traffic), default=0) for name in each))
 
 
-def _of_plan(mine: Plan, dtype: torch.dtype) -> Traffic:
+def of_plan(mine: Plan, dtype: torch.dtype) -> Traffic:
     """What one rank sends in one run."""
     _, messages, elements = mine.traffic
     size, latencies, wire = wire_itemsize(mine, dtype), messages, float(elements)
@@ -562,7 +574,7 @@ def _size(shape: Shape | None) -> int:
     return 0 if shape is None else math.prod(shape)
 
 
-def _summed(size: int, ranks: int) -> Traffic:
+def summed(size: int, ranks: int) -> Traffic:
     """What one rank sends in a sum that is no operator's."""
     return Traffic(1, size, 2 * math.ceil(math.log2(ranks)), 2.0 * size * (ranks - 1) / ranks)
 

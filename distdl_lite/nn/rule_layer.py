@@ -30,6 +30,7 @@ class Running:
     dtype: torch.dtype
     graph: bool
     one: bool
+    outputs: tuple[Value, ...]
 
     def __call__(self, layer: Layer, x: torch.Tensor, *others: torch.Tensor) -> Any:
         # Anchored also where nothing moves: a checkpoint around it runs the layer again on the ranks that have a graph.
@@ -87,4 +88,5 @@ class RuleLayer(Layer):
         if not self.keeps_blocks:
             outputs = [c.move(y, blocks(y.shape, range(y.ndim), grid)) for y in outputs]
         run = c.compiled([x, *others, *held.values()], outputs)
-        return Running(c, run, tuple(held), dtype, graph and not self.overwrites, isinstance(made, Value))
+        graph = graph and not self.overwrites
+        return Running(c, run, tuple(held), dtype, graph, isinstance(made, Value), tuple(outputs))

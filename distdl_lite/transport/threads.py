@@ -29,7 +29,7 @@ from distdl_lite.transport.frames import frames_of_library
 from distdl_lite.transport.sums import Pending
 
 _Meeting = tuple[
-    tuple[int, ...], int, dict[int, Any]
+    Sequence[int], int, dict[int, Any]
 ]  # the team, the number of the meeting, and what each rank has brought
 
 
@@ -71,32 +71,46 @@ def _set_random_states(states: tuple[Any, ...]) -> None:
 
 
 class World:
-    """The shared side of `size` ranks: whose turn it is, the mail between them, and their meetings."""
+    """The shared side of `size` ranks: whose turn it is, the mail between them, and their meetings.
 
-    def __init__(self, size: int) -> None:
-        self.size = size
+    Where only some ranks are `present`, these meet without the others, who would bring what the first of them does.
+    """
+
+    def __init__(self, size: int, present: Sequence[int] | None = None) -> None:
+        self.size, self.present = size, range(size) if present is None else sorted(present)
         self.mail: dict[tuple[int, int, int], Any] = {}  # by sender, receiver and number, until it is fetched
         self.posted: Counter[tuple[str, int, int]] = Counter()  # how many were sent, and how many asked for, so far
         # By team, lane and number, until the last rank has come.
-        self.meetings: dict[tuple[tuple[int, ...], str, int], dict[int, Any]] = defaultdict(dict)
+        self.meetings: dict[tuple[Sequence[int], str, int], dict[int, Any]] = defaultdict(dict)
         self.errors: dict[int, BaseException] = {}
-        self.results: list[Any] = [None] * size
-        self._condition = threading.Condition()
-        self._turn = 0
-        self._waits: dict[int, tuple[Callable[[], bool], str] | None] = dict.fromkeys(range(size))
+        self.results: dict[int, Any] = {}
+        lock = threading.Lock()
+        self._turns = {rank: threading.Condition(lock) for rank in self.present}  # told when it is theirs
+        self._turn = self.present[0]
+        self._among: dict[Sequence[int], Sequence[int]] = {}
+        self._waits: dict[int, tuple[Callable[[], bool], str] | None] = dict.fromkeys(self.present)
         self._ended: set[int] = set()
         self._deadlock: str | None = None
 
+    def among(self, team: Sequence[int]) -> Sequence[int]:
+        """The ranks of a team that are present."""
+        if len(self.present) == self.size:
+            return team
+        if team not in self._among:
+            members = team if isinstance(team, range) else set(team)
+            self._among[team] = tuple(rank for rank in self.present if rank in members)
+        return self._among[team]
+
     def run(self, rank: int, body: Callable[[], Any], states: tuple[Any, ...]) -> None:
         """The life of one rank's thread."""
-        with self._condition:
-            self._condition.wait_for(lambda: self._turn == rank)
+        with self._turns[rank]:
+            self._turns[rank].wait_for(lambda: self._turn == rank)
         _set_random_states(states)
         try:
             self.results[rank] = body()
         except BaseException as error:
             self.errors[rank] = error
-        with self._condition:
+        with self._turns[rank]:
             self._ended.add(rank)
             self._hand_over(rank)
 
@@ -105,10 +119,10 @@ class World:
         if ready():
             return
         states = _random_states()
-        with self._condition:
+        with self._turns[rank]:
             self._waits[rank] = (ready, f"{what}{_inside(sys._getframe(1))}")
             self._hand_over(rank)
-            self._condition.wait_for(lambda: self._turn == rank)
+            self._turns[rank].wait_for(lambda: self._turn == rank)
             self._waits[rank] = None
         _set_random_states(states)
         if not ready():
@@ -119,7 +133,7 @@ class World:
 
     def _hand_over(self, rank: int) -> None:
         """Give the turn to the next rank that can go on; if none can, to the next that must be told so."""
-        order = [(rank + step) % self.size for step in range(1, self.size + 1)]
+        order = sorted(self.present, key=lambda other: (other <= rank, other))
         alive = [r for r in order if r not in self._ended]
         ready = [r for r in alive if (wait := self._waits[r]) is None or wait[0]()]
         if alive and not ready and not self.errors:
@@ -128,7 +142,7 @@ class World:
             self._deadlock = "deadlock: " + "; ".join(lines)
         if alive:
             self._turn = (ready or alive)[0]
-            self._condition.notify_all()
+            self._turns[self._turn].notify()
 
 
 def _inside(frame: FrameType | None) -> str:
@@ -147,7 +161,7 @@ class ThreadTransport(Transport):
     def __init__(self, world: World, rank: int) -> None:
         self.world, self.rank, self.size = world, rank, world.size
         self.local: dict[str, Any] = {"tallies": []}
-        self._met: dict[tuple[tuple[int, ...], str], int] = defaultdict(int)
+        self._met: dict[tuple[Sequence[int], str], int] = defaultdict(int)
 
     def bind(self, plan: Plan, dtype: torch.dtype, device: torch.device) -> ThreadChannel:
         return ThreadChannel(self, plan, dtype, device)
@@ -158,14 +172,15 @@ class ThreadTransport(Transport):
 
     def _arrive(self, team: Sequence[int], value: Any, what: str, lane: str = "") -> _Meeting:
         """Bring something to the team's next meeting; those of different lanes may come in any order."""
-        ranks = tuple(team)
+        ranks = team.ranks if isinstance(team, Team) else tuple(team)
         number = self._met[ranks, lane]
         self._met[ranks, lane] += 1
         present = self.world.meetings[ranks, lane, number]
         present[self.rank] = (what, value)
-        if len(present) == len(ranks):
+        here = self.world.among(ranks)
+        if len(present) == len(here):
             del self.world.meetings[ranks, lane, number]
-        return ranks, number, present
+        return here, number, present
 
     def _met_all(self, meeting: _Meeting, what: str) -> list[Any]:
         """Wait for the others."""
@@ -186,7 +201,7 @@ class ThreadTransport(Transport):
         vote, team.vote = team.vote, None
         values = self._met_all(vote, "agreement")
         record(self, "agreement", team, began)
-        return sum(values) % 2**64
+        return (sum(values) + (team.size - len(values)) * values[0]) % 2**64
 
     @counted()
     def gather_objects(self, team: Team, value: Any) -> list[Any]:
@@ -359,14 +374,18 @@ def spmd(size: int, body: Callable[..., Any]) -> list[Any]:
 
     if size < 1:
         raise ValueError(f"spmd needs at least one rank, not {size}")
-    world = World(size)
+    return list(in_turn(World(size), ThreadTransport, lambda: body(Partition())).values())
+
+
+def in_turn(world: World, transport: Callable[[World, int], Transport], body: Callable[[], Any]) -> dict[int, Any]:
+    """Run a function on the ranks of a world that are present, each with its transport; their results, by rank."""
     states = _random_states()
 
     def life(rank: int) -> None:
-        enter(ThreadTransport(world, rank))
-        world.run(rank, lambda: body(Partition()), states)
+        enter(transport(world, rank))
+        world.run(rank, body, states)
 
-    threads = [threading.Thread(target=life, args=(rank,), name=f"rank {rank}", daemon=True) for rank in range(size)]
+    threads = [threading.Thread(target=life, args=(r,), name=f"rank {r}", daemon=True) for r in world.present]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -375,4 +394,4 @@ def spmd(size: int, body: Callable[..., Any]) -> list[Any]:
     genuine = {rank: error for rank, error in world.errors.items() if not isinstance(error, _Abandoned)}
     if genuine:
         raise genuine[min(genuine)]
-    return world.results
+    return {rank: world.results[rank] for rank in world.present}
