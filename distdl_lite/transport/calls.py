@@ -23,6 +23,8 @@ class Call(NamedTuple):
         The ranks that make the call together, or what is moved.
     itemsize : int
         Of what is moved.
+    number : int
+        How many calls this rank had begun with a team.
     """
 
     began: float
@@ -30,6 +32,7 @@ class Call(NamedTuple):
     world: Any
     whom: Any
     itemsize: int = 1
+    number: int = 0
 
 
 CALLS: deque[tuple[Any, ...]] = deque(maxlen=32)  # fields of `Call`, which itself takes twice as long to make
@@ -37,6 +40,7 @@ CALLS: deque[tuple[Any, ...]] = deque(maxlen=32)  # fields of `Call`, which itse
 
 def begin(what: str, world: Any, ranks: Any) -> None:
     """Note a call that ranks make together."""
+    number = 0
     if type(ranks) is Team:
-        ranks.calls += 1
-    CALLS.append((perf_counter(), what, world, ranks))
+        ranks.calls = number = ranks.calls + 1
+    CALLS.append((perf_counter(), what, world, ranks, 1, number))

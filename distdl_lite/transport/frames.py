@@ -163,4 +163,4 @@ def _said(call: Call) -> str:
     ago = f"{perf_counter() - call.began:.1f} s ago"
     if isinstance(call.whom, Plan):
         return f"{call.what} {ago}"
-    return f"{call.what} of {team_text(call.whom)} {ago}"
+    return f"{call.what} of {team_text(call.whom)}, their call {call.number}, {ago}"
