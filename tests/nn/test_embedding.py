@@ -78,7 +78,10 @@ def test_life(world: Partition) -> None:
             assert layer(index).dtype is torch.float32
         assert layer.bfloat16()(index).dtype is torch.bfloat16
         assert not layer.requires_grad_(False)(index).requires_grad
-    assert repr(layer) == "DistributedEmbedding(6, 4, padding_idx=5, scale_grad_by_freq=True, cut='feature', P=(1, 2))"
+    assert repr(layer) == (
+        "DistributedEmbedding(6, 4, padding_idx=5, scale_grad_by_freq=True, cut='feature', P=(1, 2); "
+        "here weight (6, 2) of (6, 4))"
+    )
 
 
 @on_ranks(4)

@@ -131,7 +131,7 @@ def test_life(world: Partition) -> None:
     assert torch.equal(row.bias.grad, torch.full_like(row.bias, 4.0)) if world.rank == 0 else row.bias.grad is None
     assert repr(Column(P, 6, 4, False)) == (
         "DistributedColumnParallelLinear(in_features=6, out_features=4, P=(1, 2), gather_output=False, "
-        "sequence_parallel=False)"
+        "sequence_parallel=False; here weight (2, 6) of (4, 6))"
     )
 
 
