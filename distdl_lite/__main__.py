@@ -11,7 +11,6 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
 from importlib import import_module
-from pathlib import Path
 from typing import Any
 
 import numpy
@@ -20,10 +19,12 @@ import torch
 import distdl_lite
 from distdl_lite import layout as lay
 from distdl_lite import nn as dnn
-from distdl_lite import show
+from distdl_lite.show import messages
+from distdl_lite.show.text import MPI_NAMES, layout_text, plan_text, traffic
 from distdl_lite.checkpoint import command as checkpoint
 from distdl_lite.grid import Grid
 from distdl_lite.nn.conv import overlap
+from distdl_lite.operator import wire_itemsize
 from distdl_lite.partition import Partition
 from distdl_lite.plan import plan
 from distdl_lite.transport import enter
@@ -93,7 +94,9 @@ def explain(arguments: argparse.Namespace) -> str:
     finally:
         enter(None)
     if arguments.svg:
-        Path(arguments.svg).write_text(show.svg([("input", X), ("output", Y)]), encoding="utf-8")
+        itemsize = wire_itemsize(plan(X, Y, rank), getattr(torch, arguments.dtype))
+        drawn = messages(X, Y, ranks=None if arguments.rank is None else [rank], itemsize=itemsize)
+        drawn.figure.savefig(arguments.svg)
     return _explanation(arguments, X, Y, ranks)
 
 
@@ -139,12 +142,12 @@ def _explanation(arguments: argparse.Namespace, X: lay.Layout, Y: lay.Layout, ra
     each = "a tensor on each rank" if arguments.primitive in _WHOLE else "blocks"
     lines = [
         f"{arguments.primitive} of {shape} {arguments.dtype} ({each}), grid {grids}, {ranks} ranks",
-        f"runs as {show.MPI_NAMES[pattern]}, its adjoint as {show.MPI_NAMES[pattern.adjoint]}",
+        f"runs as {MPI_NAMES[pattern]}, its adjoint as {MPI_NAMES[pattern.adjoint]}",
     ]
     for title, layout in (("input", X), ("output", Y)):
-        lines += ["", f"{title}:", show.layout_text(layout, chosen) or "nothing"]
-    lines += ["", "traffic:", *(show.plan_text(p, X, Y, itemsize) for p in plans), ""]
-    counted = [show.traffic(p, itemsize) for p in plans]
+        lines += ["", f"{title}:", layout_text(layout, chosen) or "nothing"]
+    lines += ["", "traffic:", *(plan_text(p, X, Y, itemsize) for p in plans), ""]
+    counted = [traffic(p, itemsize) for p in plans]
     what = "messages" if not any(leg.team for p in plans for leg in p.legs) else "calls of collectives, one a rank"
     whose = "all ranks together" if few else f"rank {rank} of {ranks}"
     lines.append(f"{whose}: {sum(n for n, _ in counted)} {what}, {sum(b for _, b in counted)} bytes for others")

@@ -108,6 +108,7 @@ class Traffic:
 
 Index = tuple[int, ...]
 Both = tuple[Traffic, Traffic]  # forward and backward
+Cuts = tuple[tuple[tuple[int, tuple[int, ...]], ...], ...]  # length and axes of each factor of each dim
 
 
 @dataclass(frozen=True)
@@ -132,6 +133,9 @@ class Row:
         Bytes of its own parameters and buffers, and of what it leaves behind for backward on the fullest rank.
     gathered : tuple of str
         Its operations whose inputs are made whole on every rank, with their lines.
+    cuts : tuple
+        The same as `output`, in numbers: for each dim the factors that it is a product of, each the length and the axes of
+        the grid that cut it.
     """
 
     path: str
@@ -144,6 +148,7 @@ class Row:
     weights: int
     kept: int
     gathered: tuple[str, ...]
+    cuts: Cuts = ()
 
 
 @dataclass(frozen=True)
@@ -528,6 +533,7 @@ class _Account:
                 weights=weights[path],
                 kept=self.dry.kept[path],
                 gathered=tuple(f"{name}, {place}" for where, name, place in self.program.gathered if where == path),
+                cuts=tuple(tuple((length_of(dim), dim.axes) for dim in of_dim) for of_dim in values[-1].dims) if values else (),
             )
 
     def _weights(self) -> Counter[str]:

@@ -1,12 +1,11 @@
-"""Drawings of grids, layouts and plans, as text and SVG. Standard library only."""
+"""Drawings of grids, layouts and plans as text. Standard library only."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from html import escape
 
 from distdl_lite.grid import Grid, indices
-from distdl_lite.layout import Box, Layout, global_shape_of
+from distdl_lite.layout import Box, Layout
 from distdl_lite.plan import Edge, Leg, Pattern, Plan
 
 MPI_NAMES = {
@@ -17,8 +16,6 @@ MPI_NAMES = {
     Pattern.REDUCE_SCATTER: "Reduce_scatter",
     Pattern.EXCHANGE: "packed messages",
 }
-
-_MOST_DRAWN = 1024
 
 
 def grid_text(grid: Grid) -> str:
@@ -97,73 +94,3 @@ def traffic(plan: Plan, itemsize: int) -> tuple[int, int]:
     """How many messages to others a rank has in an exchange or how many collectives, and the bytes it gives there."""
     _, messages, elements = plan.traffic
     return messages, elements * itemsize
-
-
-def svg(layouts: Sequence[tuple[str, Layout]], side: int = 320) -> str:
-    """The boxes of layouts, each under its title, beside each other.
-
-    Two dims are drawn, downwards and to the right: those that are cut, else the last; of the others the first position.
-
-    Raises
-    ------
-    ValueError
-        If a layout has no dims or more than 1024 ranks.
-    """
-    for title, layout in layouts:
-        if not layout.dims or layout.grid.size > _MOST_DRAWN:
-            raise ValueError(f"{title}: a picture needs a dim and at most {_MOST_DRAWN} ranks, not {layout.grid.size}")
-    dims = _drawn_dims([layout for _, layout in layouts])
-    panels = [
-        f'<g transform="translate({i * (side + 40) + 20}, 40)">\n<text x="0" y="-12">{escape(title, quote=False)}</text>\n'
-        f"{_panel(layout, dims, side)}</g>"
-        for i, (title, layout) in enumerate(layouts)
-    ]
-    width, height = len(layouts) * (side + 40), side + 80
-    style = "text{font:13px sans-serif}rect{stroke:#333}"
-    head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}">'
-    return "\n".join([head, f"<style>{style}</style>", *panels, "</svg>\n"])
-
-
-def _drawn_dims(layouts: Sequence[Layout]) -> tuple[int | None, int]:
-    """The dims drawn downwards (None: the tensor has only one) and to the right."""
-    count = len(layouts[0].dims)
-    if count == 1:
-        return None, 0
-    cut = [d for d in range(count) if any(len(set(layout.dims[d].ranges)) > 1 for layout in layouts)]
-    others = [d for d in reversed(range(count)) if d not in cut]
-    down, right = sorted((cut + others)[:2])
-    return down, right
-
-
-def _panel(layout: Layout, dims: tuple[int | None, int], side: int) -> str:
-    down, right = dims
-    spans = [((0, 1) if d is None else _span(layout, d)) for d in (down, right)]
-    scale = side / max(stop - start for start, stop in spans)
-    labels: dict[tuple[float, float, float, float], list[int]] = {}
-    for rank in layout.grid.ranks:
-        box = layout.box(rank)
-        assert box is not None
-        sides = [((0, 1) if d is None else box[d]) for d in (down, right)]
-        (y, height), (x, width) = [
-            ((a - start) * scale, (b - a) * scale) for (a, b), (start, _) in zip(sides, spans, strict=True)
-        ]
-        labels.setdefault((x, y, width, height), []).append(rank)
-    return "".join(_rect(*place, ranks, layout.grid.size) for place, ranks in labels.items())
-
-
-def _span(layout: Layout, dim: int) -> tuple[int, int]:
-    ranges = layout.dims[dim].ranges
-    low = min(start for start, _ in ranges)
-    return low, max(low + 1, global_shape_of(layout)[dim])
-
-
-def _rect(x: float, y: float, width: float, height: float, ranks: Sequence[int], count: int) -> str:
-    """A box and its holders; overlapping boxes shine through."""
-    if width <= 0 or height <= 0:
-        return ""
-    hue = 360 * ranks[0] // max(count, 1)
-    label = ",".join(map(str, ranks)) if len(ranks) <= 4 else f"{ranks[0]}..{ranks[-1]}"
-    return (
-        f'<rect x="{x:.1f}" y="{y:.1f}" width="{width:.1f}" height="{height:.1f}" fill="hsl({hue},70%,70%)" '
-        f'fill-opacity="0.5"/>\n<text x="{x + width / 2:.1f}" y="{y + height / 2 + 4:.1f}" text-anchor="middle">{label}</text>\n'
-    )
