@@ -19,14 +19,14 @@ import torch
 import distdl_lite
 from distdl_lite import layout as lay
 from distdl_lite import nn as dnn
-from distdl_lite.show import messages
-from distdl_lite.show.text import MPI_NAMES, layout_text, plan_text, traffic
 from distdl_lite.checkpoint import command as checkpoint
 from distdl_lite.grid import Grid
 from distdl_lite.nn.conv import overlap
 from distdl_lite.operator import wire_itemsize
 from distdl_lite.partition import Partition
 from distdl_lite.plan import plan
+from distdl_lite.show import messages
+from distdl_lite.show.text import MPI_NAMES, layout_text, plan_text, traffic
 from distdl_lite.transport import enter
 from distdl_lite.transport.abort import abort_on_exception
 from distdl_lite.transport.threads import ThreadTransport, World
@@ -337,7 +337,7 @@ def _add_explain(told: argparse.ArgumentParser) -> None:
     told.add_argument("--axes", type=_numbers(",", 0), help="summed, gathered or scattered along (all)")
     told.add_argument("--rank", type=int, help=f"show this rank alone; 0 for more than {_MOST_LISTED} ranks")
     told.add_argument("--dtype", type=_dtype, default="float32", help="of torch, for the bytes (float32)")
-    told.add_argument("--svg", metavar="FILE", help="draw input and output blocks there")
+    told.add_argument("--svg", metavar="FILE", help="draw the messages there; .png, .pdf and others do too")
     told.set_defaults(run=explain)
 
 
@@ -375,7 +375,7 @@ def main(words: Sequence[str] | None = None) -> int:
     arguments = grammar.parse_args(words)
     try:
         text = arguments.run(arguments)
-    except (OSError, ValueError) as error:
+    except (ImportError, OSError, ValueError) as error:
         name = _OF_ONE_PROCESS.get(arguments.run)
         if name is None:
             raise

@@ -533,7 +533,9 @@ class _Account:
                 weights=weights[path],
                 kept=self.dry.kept[path],
                 gathered=tuple(f"{name}, {place}" for where, name, place in self.program.gathered if where == path),
-                cuts=tuple(tuple((length_of(dim), dim.axes) for dim in of_dim) for of_dim in values[-1].dims) if values else (),
+                cuts=tuple(tuple((length_of(dim), dim.axes) for dim in of_dim) for of_dim in values[-1].dims)
+                if values
+                else (),
             )
 
     def _weights(self) -> Counter[str]:

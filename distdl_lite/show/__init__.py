@@ -4,6 +4,8 @@ They need no ranks. Each draws into the Axes it is given or into a new figure of
 it returns is saved, or changed, as any other of matplotlib. A rank has the same colour in all of them.
 """
 
+from distdl_lite.show.arrows import messages
+from distdl_lite.show.blocks import partition
 from distdl_lite.show.drawing import colour
-from distdl_lite.show.layouts import halos, messages, partition
+from distdl_lite.show.neighbours import halos
 from distdl_lite.show.reports import cuts, layers, scaling
