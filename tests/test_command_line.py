@@ -78,7 +78,7 @@ def test_names_in_any_case(capsys: pytest.CaptureFixture[str]) -> None:
 def test_explain_draws(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     explained(capsys, "Repartition", *CASES["Repartition"], "--svg", str(tmp_path / "blocks.svg"))
     picture = (tmp_path / "blocks.svg").read_text()
-    assert [picture.count(f'id="{kind}-') for kind in ("input", "output", "message")] == [4, 4, 16]
+    assert [picture.count(f'id="{kind}-') for kind in ("input", "output", "message")] == [4, 4, 8]
     explained(capsys, "Repartition", *CASES["Repartition"], "--rank", "1", "--svg", str(tmp_path / "blocks.png"))
     assert (tmp_path / "blocks.png").read_bytes().startswith(b"\x89PNG")
 

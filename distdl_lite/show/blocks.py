@@ -95,7 +95,7 @@ def partition(
 
 def draw_plane(layout: Layout, dims: DrawnDims, ax: Axes | None) -> Axes:
     overlaps = any(layout.dims[d].overlaps for d in dims if d is not None)
-    places, boxes = placed(layout, dims, GAP if overlaps else 0), full_boxes(layout)
+    places, boxes = placed(layout, dims, 2 * GAP if overlaps else 0), full_boxes(layout)
     (top, left), (height, width) = places.low, places.sizes
     ax = axes_of(ax, height / width)
     frame(ax, left, left + width, top, top + height)

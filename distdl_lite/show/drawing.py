@@ -16,7 +16,7 @@ DARK = (0.2, 0.2, 0.2)
 BLACK, WHITE = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
 # Those of Okabe and Ito, which also people who see few colours tell apart.
 _HUES = (0x56B4E9, 0xE69F00, 0x009E73, 0xCC79A7, 0xF0E442, 0x0072B2, 0xD55E00, 0x888888)
-_SHADES = ((WHITE, 0.0), (WHITE, 0.5), (BLACK, 0.4), (WHITE, 0.72))
+_SHADES = ((WHITE, 0.0), (BLACK, 0.3), (WHITE, 0.5), (BLACK, 0.6))
 _FLATTEST = 0.2  # a picture's height over its width, or the other way round; what is longer is squeezed
 
 
@@ -38,7 +38,7 @@ def pyplot() -> Any:
 def colour(rank: int) -> Colour:
     """The colour of a rank in all pictures, as red, green and blue from 0 to 1.
 
-    The first eight are those of Okabe and Ito (2008), which colour-blind people tell apart too; then come lighter and darker
+    The first eight are those of Okabe and Ito (2008), which colour-blind people tell apart too; then come darker and lighter
     ones, and from rank 32 on they begin again.
 
     Raises

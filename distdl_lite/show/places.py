@@ -181,7 +181,7 @@ def placed(layout: Layout, dims: DrawnDims, gap: float) -> Places:
             for line, d, times in zip(lines, dims, moved, strict=True)
         )
     times = (math.ceil(count / columns), columns) if len(dims) == 2 else (1, 1, count)
-    sizes = tuple(n * (line.size + apart) - apart for n, line in zip(times, lines, strict=True))
+    sizes = tuple((n - 1) * (line.size + apart) + line.size for n, line in zip(times, lines, strict=True))
     return Places(dims, starts, tuple(lines), sizes, thickness)
 
 
