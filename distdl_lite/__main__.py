@@ -95,9 +95,13 @@ def explain(arguments: argparse.Namespace) -> str:
         enter(None)
     if arguments.svg:
         itemsize = wire_itemsize(plan(X, Y, rank), getattr(torch, arguments.dtype))
-        drawn = messages(X, Y, ranks=None if arguments.rank is None else [rank], itemsize=itemsize)
+        drawn = messages(X, Y, ranks=None if _shows_all(arguments, ranks) else [rank], itemsize=itemsize)
         drawn.figure.savefig(arguments.svg)
     return _explanation(arguments, X, Y, ranks)
+
+
+def _shows_all(arguments: argparse.Namespace, ranks: int) -> bool:
+    return ranks <= _MOST_LISTED and arguments.rank is None
 
 
 def _primitive(arguments: argparse.Namespace) -> Any:
@@ -132,7 +136,7 @@ def _local_shapes(arguments: argparse.Namespace, grid: Grid) -> dict[int, tuple[
 
 
 def _explanation(arguments: argparse.Namespace, X: lay.Layout, Y: lay.Layout, ranks: int) -> str:
-    few, rank = ranks <= _MOST_LISTED and arguments.rank is None, arguments.rank or 0
+    few, rank = _shows_all(arguments, ranks), arguments.rank or 0
     chosen = range(ranks) if few else [rank]
     plans = [plan(X, Y, rank) for rank in chosen]
     pattern, shape = plans[0].pattern, "x".join(map(str, arguments.shape))

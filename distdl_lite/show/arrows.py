@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from distdl_lite import layout as lay
 from distdl_lite.grid import Grid
-from distdl_lite.layout import Box, Layout
+from distdl_lite.layout import Box, Layout, Shape
 from distdl_lite.operator import Operator
 from distdl_lite.partition import Partition
 from distdl_lite.plan import Edge, Pattern, Plan, classify, plan
@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 _MOST_ARROWS = 2048
+Place = tuple[float, float]
 
 
 def messages(
@@ -126,7 +127,7 @@ class _Scene:
     pattern: Pattern
     adds: bool
     told: Collection[int]  # the ranks all of whose messages are there
-    nothing: str
+    nothing: str = ""  # who holds nothing
 
 
 def _down_and_right(layouts: Sequence[Layout], dims: Sequence[int] | None) -> DrawnDims:
@@ -184,7 +185,7 @@ def _own_scene(mine: Plan, dims: Sequence[int] | None) -> _Scene:
     rank, alone = mine.rank, Grid((1,), (mine.rank,))
     shapes = [shape for shape in (mine.shape_in, mine.shape_out) if shape is not None and 0 not in shape]
     if not shapes:
-        return _Scene([], [], (1.0, 1.0), (1.0, 1.0), [], mine.pattern, False, (), f"rank {rank}: nothing")
+        return _Scene([], [], (0.2, 1.0), (0.2, 1.0), [], mine.pattern, False, (), f"rank {rank}: nothing")
     down, right = _down_and_right([lay.whole(alone, shape) for shape in shapes], dims)
     thickness = 0.2 * max(n for shape in shapes for d, n in enumerate(shape) if d in (down, right))
 
@@ -192,25 +193,24 @@ def _own_scene(mine: Plan, dims: Sequence[int] | None) -> _Scene:
         (top, bottom), (left, stop) = ((0, thickness) if d is None else box[d] for d in (down, right))
         return left, top, stop - left, bottom - top
 
+    def beside(shape: Shape | None, edges: Sequence[Edge]) -> list[tuple[int, Rectangle]]:
+        """The rank's own block, and what each edge to another is, below it."""
+        own = [(rank, drawn(tuple((0, n) for n in shape)))] if shape is not None and 0 not in shape else []
+        size = own[0][1][2:] if own else (0.0, 0.0)
+        stubs = _in_rows([drawn(edge.box) for edge in edges], *size)
+        return own + list(zip((edge.peer for edge in edges), stubs, strict=True))
+
     sends = [edge for leg in mine.legs for edge in leg.sends]
     receives = [edge for leg in mine.legs for edge in leg.receives]
-    sides = []
-    for shape, others in ((mine.shape_in, receives), (mine.shape_out, sends)):
-        own = [(rank, drawn(tuple((0, n) for n in shape)))] if shape is not None and 0 not in shape else []
-        stubs = _in_rows(
-            [drawn(edge.box) for edge in others if edge.peer != rank], *own[0][1][2:] if own else (0.0, 0.0)
-        )
-        sides.append((own, list(zip((edge.peer for edge in others if edge.peer != rank), stubs, strict=True))))
-    (own_in, givers), (own_out, takers) = sides
     kept = zip([e for e in sends if e.peer == rank], [e for e in receives if e.peer == rank], strict=True)
-    sent, received = ([e for e in edges if e.peer != rank] for edges in (sends, receives))
+    sent, received = ([edge for edge in edges if edge.peer != rank] for edges in (sends, receives))
+    left, right_side = beside(mine.shape_in, received), beside(mine.shape_out, sent)
+    givers, takers = left[len(left) - len(received) :], right_side[len(right_side) - len(sent) :]
     arrows = [_Arrow(rank, rank, drawn(one.box), drawn(other.box), one.size) for one, other in kept]
     arrows += [_Arrow(rank, peer, drawn(e.box), stub, e.size) for e, (peer, stub) in zip(sent, takers, strict=True)]
     arrows += [_Arrow(peer, rank, stub, drawn(e.box), e.size) for e, (peer, stub) in zip(received, givers, strict=True)]
-    left, right_side = own_in + givers, own_out + takers
-    return _Scene(
-        left, right_side, _size_of(left), _size_of(right_side), arrows, mine.pattern, mine.adds_out, (rank,), ""
-    )
+    sizes = _size_of(left), _size_of(right_side)
+    return _Scene(left, right_side, *sizes, arrows, mine.pattern, mine.adds_out, (rank,))
 
 
 def _in_rows(boxes: Sequence[Rectangle], width: float, height: float) -> list[Rectangle]:
@@ -236,48 +236,53 @@ def _size_of(boxes: Sequence[tuple[int, Rectangle]]) -> tuple[float, float]:
 
 def _draw_scene(scene: _Scene, itemsize: int, ax: Axes | None) -> Axes:
     height = max(scene.left_size[0], scene.right_size[0])
-    widths = scene.left_size[1], scene.right_size[1]
-    between = max(0.6 * max(widths), 0.35 * height)
-    width = sum(widths) + between
+    between = max(0.6 * max(scene.left_size[1], scene.right_size[1]), 0.35 * height)
+    width = scene.left_size[1] + between + scene.right_size[1]
     at_left = (0.0, (height - scene.left_size[0]) / 2)
-    at_right = (widths[0] + between, (height - scene.right_size[0]) / 2)
-    margin = 0.02 * max(width, height)
-    ax = axes_of(ax, height / width, 6.5)
+    at_right = (scene.left_size[1] + between, (height - scene.right_size[0]) / 2)
+    ax, margin = axes_of(ax, height / width, 6.5), 0.02 * max(width, height)
     frame(ax, -margin, width + margin, -margin, height + margin)
     ax.set_axis_off()
-    if not scene.left and not scene.right:
-        ax.set_title(scene.nothing, fontsize=10)
-        return ax
-    scale = points(ax)
-    for rank, box in scene.left:
-        border = {"edgecolor": DARK, "linewidth": line_width(box, scale)}
-        rectangle(ax, _moved(box, at_left), facecolor=pale(rank), gid=f"input-{rank}", **border)
-    for rank, box in scene.right:
-        face = pale(rank) if scene.adds else "white" if rank in scene.told else (0.93, 0.93, 0.93)
-        border = {"edgecolor": DARK, "linewidth": line_width(box, scale)}
-        rectangle(ax, _moved(box, at_right), facecolor=face, gid=f"output-{rank}", **border)
-    for arrow in () if scene.adds else scene.arrows:
-        border = {"edgecolor": DARK, "linewidth": line_width(arrow.end, scale, 0.3)}
-        rectangle(ax, _moved(arrow.end, at_right), facecolor=pale(arrow.source), gid="part", **border)
+    _draw_boxes(ax, scene, at_left, at_right)
     _draw_arrows(ax, scene.arrows, at_left, at_right)
-    for boxes, by in ((scene.left, at_left), (scene.right, at_right)):
-        for rank, box in boxes:
-            _badge(ax, rank, _moved(box, by), scale)
-    sent = [arrow for arrow in scene.arrows if arrow.source != arrow.target]
-    count = len({(arrow.source, arrow.target) for arrow in sent})
-    what = f"{count} message{'s' * (count != 1)}" if scene.pattern is Pattern.EXCHANGE else MPI_NAMES[scene.pattern]
-    ax.set_title(f"{what}, {sum(arrow.size for arrow in sent) * itemsize} bytes", fontsize=10, pad=20)
-    for (x, y), text, boxes in ((at_left, "input", scene.left), (at_right, "output", scene.right)):
-        if boxes:
-            ax.annotate(text, (x, y), (0, 4), textcoords="offset points", fontsize=9, color=DARK, va="bottom")
+    _write_words(ax, scene, at_left, at_right, itemsize)
     if scene.nothing:
         ax.annotate(scene.nothing, (0, height), (0, -6), textcoords="offset points", fontsize=9, color=DARK, va="top")
     return ax
 
 
-def _draw_arrows(
-    ax: Axes, arrows: Sequence[_Arrow], at_left: tuple[float, float], at_right: tuple[float, float]
-) -> None:
+def _draw_boxes(ax: Axes, scene: _Scene, at_left: Place, at_right: Place) -> None:
+    """Those of the input in their ranks' colours, those of the output in parts of their senders'."""
+    scale = points(ax)
+
+    def bordered(box: Rectangle, by: Place, most: float, **style: Any) -> None:
+        rectangle(ax, _moved(box, by), edgecolor=DARK, linewidth=line_width(box, scale, most), **style)
+
+    for rank, box in scene.left:
+        bordered(box, at_left, 0.8, facecolor=pale(rank), gid=f"input-{rank}")
+    for rank, box in scene.right:
+        face = pale(rank) if scene.adds else "white" if rank in scene.told else (0.93, 0.93, 0.93)
+        bordered(box, at_right, 0.8, facecolor=face, gid=f"output-{rank}")
+    for arrow in () if scene.adds else scene.arrows:
+        bordered(arrow.end, at_right, 0.3, facecolor=pale(arrow.source), gid="part")
+
+
+def _write_words(ax: Axes, scene: _Scene, at_left: Place, at_right: Place, itemsize: int) -> None:
+    """The ranks in their boxes, and above them what is what and how much moves."""
+    scale = points(ax)
+    for boxes, by, text in ((scene.left, at_left, "input"), (scene.right, at_right, "output")):
+        for rank, box in boxes:
+            _badge(ax, rank, _moved(box, by), scale)
+        if boxes:
+            ax.annotate(text, by, (0, 4), textcoords="offset points", fontsize=9, color=DARK, va="bottom")
+    sent = [arrow for arrow in scene.arrows if arrow.source != arrow.target]
+    count = len({(arrow.source, arrow.target) for arrow in sent})
+    what = f"{count} message{'s' * (count != 1)}" if scene.pattern is Pattern.EXCHANGE else MPI_NAMES[scene.pattern]
+    size = sum(arrow.size for arrow in sent) * itemsize
+    ax.set_title(f"{what}, {size} byte{'s' * (size != 1)}", fontsize=10, pad=20)
+
+
+def _draw_arrows(ax: Axes, arrows: Sequence[_Arrow], at_left: Place, at_right: Place) -> None:
     """Those of a rank to itself thin, below the others, whose width is as their bytes."""
     from matplotlib.patches import FancyArrowPatch
 
@@ -326,6 +331,6 @@ def _badge(ax: Axes, rank: int, box: Rectangle, scale: tuple[float, float]) -> N
         )
 
 
-def _moved(box: Rectangle, by: tuple[float, float]) -> Rectangle:
+def _moved(box: Rectangle, by: Place) -> Rectangle:
     x, y, width, height = box
     return x + by[0], y + by[1], width, height

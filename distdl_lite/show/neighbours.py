@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from distdl_lite import layout as lay
@@ -37,6 +37,8 @@ from distdl_lite.show.places import (
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+
+_GREY = (0.6, 0.6, 0.6)
 
 
 def halos(
@@ -152,44 +154,59 @@ def _draw_halos(X: Layout, Y: Layout, rank: int, dims: DrawnDims, ax: Axes | Non
         ax = draw_plane(X, dims, ax)
         ax.set_title(f"rank {rank}: needs nothing", fontsize=9, color=DARK, loc="left")
         return ax
-    at = tuple(None if d in dims else start for d, (start, _) in enumerate(needed))
-
-    def seen(box: Box) -> Rectangle | None:
-        """Where a box is drawn, None if the slice does not meet it."""
-        if 0 in shape_of(box) or any(p is not None and not a <= p < b for p, (a, b) in zip(at, box, strict=True)):
-            return None
-        (top, bottom), (left, right) = ((0, thickness) if d is None else box[d] for d in dims)
-        return left, top, right - left, bottom - top
-
-    window = _window(X, [box for box in (own, needed) if 0 not in shape_of(box)], dims)
-    thickness = max(0.2 * max(b - a for d, (a, b) in enumerate(window) if d in dims), 1)
-    everything = tuple(r if d in dims else (p, p + 1) for d, (r, p) in enumerate(zip(window, at, strict=True)))
-    x, y, width, height = seen(everything) or (0, 0, 1, 1)
+    view = _view(X, [box for box in (own, needed) if 0 not in shape_of(box)], needed, dims)
+    x, y, width, height = view.shown(view.window) or (0, 0, 1, 1)
     ax = axes_of(ax, height / width)
     frame(ax, x, x + width, y, y + height)
     scale, mine = points(ax), plan(X, Y, rank)
     for other, box in full_boxes(X).items():
-        _draw_neighbour(ax, other, box, needed, everything, seen, scale)
-    globally = [(edge.peer, _in_global(edge.box, needed)) for leg in mine.legs for edge in leg.receives]
-    for peer, box in globally:
-        place = seen(box)
-        if place is not None:
-            border = {"edgecolor": "white", "linewidth": 0.6}
-            rectangle(ax, place, facecolor=colour(peer), gid=f"from-{peer}", **border)
+        _draw_neighbour(ax, other, box, needed, view, scale)
+    for peer, local in ((edge.peer, edge.box) for leg in mine.legs for edge in leg.receives):
+        place = view.shown(_in_global(local, needed))
+        if place:
+            rectangle(ax, place, facecolor=colour(peer), edgecolor="white", linewidth=0.6, gid=f"from-{peer}")
             label(ax, str(peer), place, colour(peer), scale, fontweight="bold")
     for slices in mine.gaps:
-        place = seen(_in_global(tuple((part.start, part.stop) for part in slices), needed))
-        if place is not None:
-            rectangle(ax, place, facecolor="white", edgecolor=(0.6, 0.6, 0.6), linewidth=0, hatch="////", gid="zeros")
-    for box, gid, style in (
-        (own, "own", {"linewidth": 2.4}),
-        (needed, "needed", {"linewidth": 1.4, "linestyle": (0, (4, 2))}),
-    ):
-        place = seen(box)
-        if place is not None:
-            rectangle(ax, place, fill=False, edgecolor="black", clip_on=False, gid=gid, **style)
-    _mark_ends(ax, X, dims, window, scale)
+        place = view.shown(_in_global(tuple((part.start, part.stop) for part in slices), needed))
+        if place:
+            rectangle(ax, place, facecolor="white", edgecolor=_GREY, linewidth=0, hatch="////", gid="zeros")
+    for box, gid, thick, line in ((own, "own", 2.4, "-"), (needed, "needed", 1.4, (0, (4, 2)))):
+        place = view.shown(box)
+        if place:
+            style = {"linewidth": thick, "linestyle": line, "gid": gid}
+            rectangle(ax, place, fill=False, edgecolor="black", clip_on=False, **style)
+    _mark_ends(ax, X, dims, view.window, scale)
     return ax
+
+
+@dataclass(frozen=True)
+class _View:
+    """What is seen of a tensor: a window, which is a slice one point thick in the dims that are not drawn."""
+
+    dims: DrawnDims
+    window: Box
+    thickness: float
+
+    def shown(self, box: Box) -> Rectangle | None:
+        """Where a box is drawn, None if it is empty or does not meet the slice."""
+        sliced = [d for d in range(len(box)) if d not in self.dims]
+        if 0 in shape_of(box) or any(not box[d][0] <= self.window[d][0] < box[d][1] for d in sliced):
+            return None
+        (top, bottom), (left, right) = ((0, self.thickness) if d is None else box[d] for d in self.dims)
+        return left, top, right - left, bottom - top
+
+
+def _view(X: Layout, boxes: Sequence[Box], needed: Box, dims: DrawnDims) -> _View:
+    """A view of some boxes that lets their neighbours be seen; beyond the tensor it reaches no farther than the boxes."""
+    window = []
+    for d, dim in enumerate(X.dims):
+        start, stop = min(box[d][0] for box in boxes), max(box[d][1] for box in boxes)
+        low, high = span(dim)
+        more = max((stop - start) // 3, 1)
+        seen = min(max(start - more, low), start), max(min(stop + more, high), stop)
+        window.append(seen if d in dims else (needed[d][0], needed[d][0] + 1))
+    longest = max(stop - start for d, (start, stop) in enumerate(window) if d in dims)
+    return _View(dims, tuple(window), max(0.2 * longest, 1))
 
 
 def _in_global(local: Box, origin: Box) -> Box:
@@ -197,33 +214,14 @@ def _in_global(local: Box, origin: Box) -> Box:
     return tuple((a + start, b + start) for (a, b), (start, _) in zip(local, origin, strict=True))
 
 
-def _window(X: Layout, boxes: Sequence[Box], dims: DrawnDims) -> Box:
-    """The part of the tensor round some boxes that lets their neighbours be seen; beyond the tensor no more than the boxes."""
-    found = []
-    for d, dim in enumerate(X.dims):
-        start, stop = min(box[d][0] for box in boxes), max(box[d][1] for box in boxes)
-        low, high = span(dim)
-        more = max((stop - start) // 3, 1)
-        found.append((min(max(start - more, low), start), max(min(stop + more, high), stop)))
-    return tuple(found)
-
-
-def _draw_neighbour(
-    ax: Axes,
-    rank: int,
-    box: Box,
-    needed: Box,
-    window: Box,
-    seen: Callable[[Box], Rectangle | None],
-    scale: tuple[float, float],
-) -> None:
+def _draw_neighbour(ax: Axes, rank: int, box: Box, needed: Box, view: _View, scale: tuple[float, float]) -> None:
     """A block of the tensor, pale, with its rank where most of it is seen beside what is needed."""
-    place, ground = seen(box), mixed(colour(rank), WHITE, 0.75)
+    place, ground = view.shown(box), mixed(colour(rank), WHITE, 0.75)
     if place is None:
         return
     rectangle(ax, place, facecolor=ground, edgecolor="white", linewidth=1.2, gid=f"rank-{rank}")
-    inside = tuple((max(a, c), min(b, d)) for (a, b), (c, d) in zip(box, window, strict=True))
-    parts = [place for part in lay.uncovered(inside, [needed]) if (place := seen(part))]
+    inside = tuple((max(a, c), min(b, d)) for (a, b), (c, d) in zip(box, view.window, strict=True))
+    parts = [place for part in lay.uncovered(inside, [needed]) if (place := view.shown(part))]
     if parts:
         label(ax, str(rank), max(parts, key=lambda part: part[2] * part[3]), ground, scale, color=DARK)
 
