@@ -90,7 +90,7 @@ def halos(
     >>> import distdl_lite as dl
     >>> ax = dl.show.halos((3,), (12,), rank=1, widths=(2,))
     >>> [(part.get_gid(), part.get_x(), part.get_width()) for part in ax.patches if part.get_gid().startswith("from")]
-    [('from-0', 2.0, 2), ('from-1', 4.0, 4), ('from-2', 8.0, 2)]
+    [('from-0', 2, 2), ('from-1', 4, 4), ('from-2', 8, 2)]
     """
     X = layout_of(P, shape)
     if X.box(rank) is None:

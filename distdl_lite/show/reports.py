@@ -160,7 +160,7 @@ def layers(report: Report, most: int = 40) -> Figure:
     >>> import torch
     >>> import distdl_lite as dl
     >>> figure = dl.show.layers(dl.report(torch.nn.Conv2d(3, 8, 3, padding=1), (1, 1, 2, 2), (2, 3, 37, 29)))
-    >>> [ax.get_title() for ax in figure.axes]
+    >>> [ax.get_title(loc="left") for ax in figure.axes]
     ['memory a rank', 'bytes sent a rank']
     """
     _check(report)
