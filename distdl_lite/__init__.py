@@ -29,6 +29,7 @@ from distdl_lite.parallel.root.root_data_parallel import RootDataParallel
 from distdl_lite.partition import CartesianPartition, Partition
 from distdl_lite.plan import Plan, plan
 from distdl_lite.testing import count
+from distdl_lite.timeline.trace import trace
 from distdl_lite.transport.abort import abort_on_exception
 from distdl_lite.transport.waiting import abort_on_timeout
 

@@ -1,4 +1,4 @@
-"""The command line: `python -m distdl_lite info`, `doctor`, `explain`, `plan`, `checkpoint` and `bench`."""
+"""The command line: `python -m distdl_lite info`, `doctor`, `explain`, `plan`, `checkpoint`, `report` and `bench`."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from distdl_lite.partition import Partition
 from distdl_lite.plan import plan
 from distdl_lite.show import messages
 from distdl_lite.show.text import MPI_NAMES, layout_text, plan_text, traffic
-from distdl_lite.transport import enter
+from distdl_lite.transport import enter, reports
 from distdl_lite.transport.abort import abort_on_exception
 from distdl_lite.transport.threads import ThreadTransport, World
 from distdl_lite.transport.wire import wire_dtype
@@ -285,6 +285,11 @@ def _primitive_named(text: str) -> str:
     return {name.lower(): name for name in PRIMITIVES}.get(text.lower(), text)
 
 
+def report(arguments: argparse.Namespace) -> str:
+    """Why a job hung."""
+    return reports.in_words(reports.read(arguments.folder), arguments.stacks)
+
+
 def parser() -> argparse.ArgumentParser:
     """The command line's grammar."""
     made = argparse.ArgumentParser(prog="python -m distdl_lite", description=distdl_lite.__doc__)
@@ -297,6 +302,10 @@ def parser() -> argparse.ArgumentParser:
         commands.add_parser("plan", help="what a model cut over a grid moves, computes and holds; needs no ranks")
     )
     checkpoint.add(commands)
+    hung = commands.add_parser("report", help="print again why a job hung, as its ranks told in a folder")
+    hung.add_argument("folder", metavar="FOLDER", help="that the report named")
+    hung.add_argument("--stacks", action="store_true", help="and the stack of each rank")
+    hung.set_defaults(run=report)
     timed = commands.add_parser(
         "bench",
         help="our calls beside hand-written ones; start it with mpirun -n 2 or torchrun --nproc-per-node 2",
@@ -367,7 +376,7 @@ def _add_plan(told: argparse.ArgumentParser) -> None:
     told.set_defaults(run=plan_model)
 
 
-_OF_ONE_PROCESS = {explain: "explain", plan_model: "plan"} | dict.fromkeys(
+_OF_ONE_PROCESS = {explain: "explain", plan_model: "plan", report: "report"} | dict.fromkeys(
     (checkpoint.ls, checkpoint.verify, checkpoint.diff, checkpoint.export), "checkpoint"
 )  # whose errors are the user's
 

@@ -14,6 +14,7 @@ import torch
 from distdl_lite.autograd import ANCHOR, NOTHING, Node, check_unbatched, is_recording
 from distdl_lite.plan import Plan
 from distdl_lite.transport import Channel, Transport
+from distdl_lite.transport.calls import CALLS
 from distdl_lite.transport.counts import record
 from distdl_lite.transport.wire import wire_dtype
 
@@ -72,6 +73,7 @@ class Operator:
         if self._moving is not None:
             raise RuntimeError(f"{self.label}: started again before it was finished")
         channel = self._channels.get((x.dtype, x.device)) or self._bind(x)
+        CALLS.append((perf_counter(), self.label, self.transport, self.plan, x.itemsize))
         pending = self._counted_start(channel, x) if self.transport.local["tallies"] else channel.start(x)
         self._moving = channel
         return pending
@@ -87,7 +89,7 @@ class Operator:
         began = perf_counter() if self.transport.local["tallies"] else 0.0
         y = channel.finish(pending, into)
         if began:
-            record(self.transport.local, 0, 0, perf_counter() - began, 0, self.label)
+            record(self.transport, "finish", self.plan, began, self.label)
         return y
 
     def apply(self, x: torch.Tensor) -> torch.Tensor:
@@ -116,7 +118,7 @@ class Operator:
         began = perf_counter()
         pending = channel.start(x)
         size = elements * wire_itemsize(self.plan, x.dtype)
-        record(self.transport.local, messages, size, perf_counter() - began, collectives, self.label)
+        record(self.transport, "start", self.plan, began, self.label, (messages, size, collectives))
         return pending
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Operator:

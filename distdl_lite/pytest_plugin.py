@@ -15,6 +15,7 @@ from __future__ import annotations
 import faulthandler
 import os
 import pickle
+import sys
 import tempfile
 import threading
 import time
@@ -130,17 +131,24 @@ class Watchdog:
         self._end_job(f"rank {self.rank}: {what} took more than {limit:g} s {self.doing}")
 
     def _end_job(self, message: str) -> None:
+        channel, reports = (sys.modules.get(f"distdl_lite.transport.{name}") for name in ("sidechannel", "reports"))
+        if channel is not None and reports is not None:
+            reports.end_with_report(channel.worlds(), message, self._write, lambda: self.abort(EXIT_STATUS))
+        self._write(message)
+        # The first abort takes the other ranks' words, and may itself wait for a call that holds MPI's lock.
+        threading.Timer(10, os._exit, (EXIT_STATUS,)).start()
+        time.sleep(1)
+        self.abort(EXIT_STATUS)
+
+    def _write(self, text: str) -> None:
+        """Write a text and the stacks of all threads."""
         with tempfile.TemporaryFile() as file:
-            file.write(f"\n{message}\n".encode())
+            file.write(f"\n{text}\n".encode())
             file.flush()
             faulthandler.dump_traceback(file, all_threads=True)
             file.seek(0)
             with suppress(OSError):
                 os.write(self.stderr, file.read())
-        # The first abort takes the other ranks' words, and may itself wait for a call that holds MPI's lock.
-        threading.Timer(10, os._exit, (EXIT_STATUS,)).start()
-        time.sleep(1)
-        self.abort(EXIT_STATUS)
 
 
 class Ranks:

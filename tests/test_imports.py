@@ -14,6 +14,7 @@ ROOT = Path(distdl_lite.__file__).parent
 FILES = {path.relative_to(ROOT).with_suffix("").as_posix(): path for path in sorted(ROOT.rglob("*.py"))}
 # Each may import itself and what stands below it.
 LEVELS = [
+    "text",
     "tagi/states",
     "tagi/layers",
     "tagi/sequential",
@@ -57,7 +58,7 @@ LEVELS = [
 PURE = ["grid", "partition", "layout", "factors", "plan", "optim/schedule"]
 ANYTHING = ["__init__", "__main__", "testing", "pytest_plugin"]
 BESIDE_TORCH = ["bench/primitives", "bench/handwritten", "bench/gloo", "bench/data_parallel"]
-FRONT = ["bench", "parallel", "optim", "heat", "tagi", "checkpoint", "data", "show", "doctor"]
+FRONT = ["bench", "parallel", "optim", "heat", "tagi", "checkpoint", "data", "show", "doctor", "timeline"]
 
 
 def imported(path: Path, inside_functions: bool = True) -> set[str]:

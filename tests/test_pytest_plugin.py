@@ -88,16 +88,17 @@ def test_ranks_agree_on_each_outcome(tmp_path: Path) -> None:
 
 
 HANGS = """
-import pytest, time
-from mpi4py import MPI
-world = MPI.COMM_WORLD
+import pytest, time, torch
+import distdl_lite as dl
+world = dl.Partition.world()
+layer = dl.nn.AllSumReduce(world.grid((2,)), [0])
 
 @pytest.mark.mpi_timeout(30)
 def test_may_take_longer(): time.sleep(2.5)
 def test_raises_inside_a_collective():
     if world.rank == 1:
         raise ValueError("left the others waiting")
-    world.Barrier()
+    layer(torch.ones(1))
 """
 
 
@@ -113,6 +114,7 @@ def test_time_limit_ends_a_job_whose_ranks_wait_for_a_failed_one(tmp_path: Path)
     assert "left the others waiting" in said
     assert "in test_raises_inside_a_collective" in said  # the stack of rank 0
     assert "most recent call first" in said
+    assert "rank 0 waits in layer (test_it.py:12) for rank 1; rank 1 is at " in said
 
 
 UNREADABLE_ON_ONE = """

@@ -194,6 +194,6 @@ def test_other_hosts_are_not_told_an_address_that_leads_to_themselves(monkeypatc
     monkeypatch.setattr(sockets, "_ELSEWHERE", "127.0.0.1")
     for name, value in (("MASTER_ADDR", "127.0.1.1"), ("LOCAL_WORLD_SIZE", "2"), ("WORLD_SIZE", "4")):
         monkeypatch.setenv(name, value)
-    assert sockets._own_address() == "127.0.0.1"  # as that of the default route
+    assert sockets.own_address() == "127.0.0.1"  # as that of the default route
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert sockets._own_address() == "127.0.0.1"
+    assert sockets.own_address() == "127.0.0.1"

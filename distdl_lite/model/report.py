@@ -26,6 +26,7 @@ from distdl_lite.nn.value import Movement, Value
 from distdl_lite.operator import wire_itemsize
 from distdl_lite.plan import Pattern, Plan, plan
 from distdl_lite.reducer import BUCKET_BYTES, EARLY_BYTES, Replicas
+from distdl_lite.text import columns
 
 _ALL_UP_TO = 64  # ranks of a grid are looked at; of a larger one some
 
@@ -225,7 +226,7 @@ class Report:
         return "\n".join([in_markdown(_cells(self)), "", *(f"* {line}" for line in _summary(self))])
 
     def __str__(self) -> str:
-        return "\n".join([in_columns(_cells(self)), "", *_summary(self)])
+        return "\n".join([columns(_cells(self)), "", *_summary(self)])
 
 
 def in_markdown(lines: Sequence[Sequence[str]]) -> str:
@@ -233,12 +234,6 @@ def in_markdown(lines: Sequence[Sequence[str]]) -> str:
     head, *rest = lines
     cells = [head, ["---"] * len(head), *rest]
     return "\n".join(f"| {' | '.join(cell.replace('|', '/') for cell in line)} |" for line in cells)
-
-
-def in_columns(lines: Sequence[Sequence[str]]) -> str:
-    """A table in aligned columns."""
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
 
 
 def _cells(made: Report) -> list[list[str]]:

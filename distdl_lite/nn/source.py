@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from distdl_lite.nn.value import Value
+from distdl_lite.transport.frames import PROGRAM
 
 
 @dataclass
@@ -82,20 +83,28 @@ class Source:
             used = {name for name in (*line.reads, *line.writes) if last.get(name, number) == number}
             yield line, sorted(used - kept)
 
-    def source(self, inputs: Sequence[Value], outputs: Sequence[Value]) -> str:
-        """The program as Python; a variable goes as soon as it is used up."""
-        path, text = "", [f"def forward({', '.join(v.given for v in inputs)}):"]
+    def source(self, inputs: Sequence[Value], outputs: Sequence[Value], marks: bool = False) -> str:
+        """The program as Python; a variable goes as soon as it is used up.
+
+        Where a module begins there is its path, in a comment or a call of `mark`.
+        """
+        path, last, text = "", "", [f"def forward({', '.join(v.given for v in inputs)}):"]
         for line, dead in self.steps(outputs):
             if line.path != path:
                 path = line.path
-                text.append(f"    # {path}")
+                text.append(f"    mark({path!r}{last})" if marks else f"    # {path}")
             text.append(f"    {line.text}")
+            last = "" if line.writes[-1] in dead else f", {line.writes[-1]}"
             if dead:
                 text.append(f"    del {', '.join(dead)}")
         return "\n".join([*text, f"    return ({''.join(f'{v.name}, ' for v in outputs)})"])
 
+    def mark(self, path: str, value: Any = None) -> None:
+        """Take note that the forward of a module begins, after the one that ended with a value."""
+
     def compiled(self, inputs: Sequence[Value], outputs: Sequence[Value]) -> Callable[..., tuple[torch.Tensor, ...]]:
         """The program as a function of this rank's blocks."""
-        source, names = self.source(inputs, outputs), dict(self.names)  # in this order: it names what it makes late
-        exec(compile(source, "<distdl_lite program>", "exec"), names)
+        source = self.source(inputs, outputs, marks=True)  # before names are copied: it names what it makes late
+        names = {"mark": self.mark, **self.names}
+        exec(compile(source, PROGRAM, "exec"), names)
         return names["forward"]  # type: ignore[no-any-return]

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from distdl_lite.grid import Grid, indices
 from distdl_lite.layout import Box, Layout
 from distdl_lite.plan import Edge, Leg, Pattern, Plan
+from distdl_lite.text import columns
 
 MPI_NAMES = {
     Pattern.BROADCAST: "Bcast",
@@ -54,12 +55,6 @@ def layout_text(layout: Layout, ranks: Iterable[int] | None = None) -> str:
         assert box is not None
         lines.append((f"rank {rank}", "at " + ",".join(map(str, index)), "holds " + box_text(box)))
     return columns(lines)
-
-
-def columns(lines: Sequence[Sequence[str]]) -> str:
-    """Lines of words in aligned columns."""
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
 
 
 def plan_text(plan: Plan, X: Layout, Y: Layout, itemsize: int) -> str:

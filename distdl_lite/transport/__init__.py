@@ -11,16 +11,17 @@ import sys
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from functools import cache
+from time import perf_counter
 from typing import Any, NamedTuple, Protocol
 
 import torch
 
 from distdl_lite.grid import compact
 from distdl_lite.plan import Plan
-from distdl_lite.transport.counts import Tally, of_process, record
-from distdl_lite.transport.sums import Done, Pending
+from distdl_lite.transport.calls import begin
+from distdl_lite.transport.counts import Listener, of_process, record
+from distdl_lite.transport.sums import Done, Pending, Timed
 from distdl_lite.transport.team import Team
-from distdl_lite.transport.waiting import BEGUN
 
 
 class RowsByRank(NamedTuple):
@@ -113,14 +114,13 @@ class Transport(Protocol):
         The team's ranks start those of one lane in the same order, wherever each of them stands, and with the same engine,
         one of `ENGINES` or "auto".
         """
-        BEGUN[0] += 1
         if team.size == 1 or not tensor.numel():
             for call in (fill, then):
                 if call is not None:
                     call()
             return Done()
-        record(self.local, 1, tensor.nbytes, 0.0, 1, "sums")
-        return self._sum(team, tensor, engine, lane, fill, then)
+        begin("sum", self, team)
+        return self._told(team, tensor.nbytes, lambda: self._sum(team, tensor, engine, lane, fill, then))
 
     def start_rounded_sum(
         self,
@@ -137,12 +137,20 @@ class Transport(Protocol):
         of float16's range is cut to it.
         `left` gets what this rank kept: the sums, and what is left on all ranks, add up to the exact sums.
         """
-        BEGUN[0] += 1
         if team.size == 1 or not tensor.numel():
             left.zero_()
             return Done()
-        record(self.local, 1, tensor.numel() * dtype.itemsize, 0.0, 1, "sums")
-        return self._rounded_sum(team, tensor, left, dtype, engine, lane)
+        begin("sum", self, team)
+        size = tensor.numel() * dtype.itemsize
+        return self._told(team, size, lambda: self._rounded_sum(team, tensor, left, dtype, engine, lane))
+
+    def _told(self, team: Team, size: int, start: Callable[[], Pending]) -> Pending:
+        """Start a sum, and tell who listens of it and of the wait for it."""
+        if not self.local["tallies"]:
+            return start()
+        posted = perf_counter()
+        record(self, "start sum", team, posted, "sums", (1, size, 1))
+        return Timed(start(), lambda began: record(self, "sum", team, began, posted=posted))
 
     def _sum(self, team: Team, tensor: torch.Tensor, engine: str, lane: str, fill: Any, then: Any) -> Pending:
         """Carry out `start_sum` of elements over several ranks."""
@@ -175,7 +183,7 @@ def current() -> Transport:
     return transport if transport is not None else of_communicator(None)
 
 
-def tallies() -> list[Tally]:
+def tallies() -> list[Listener]:
     """The tallies open on this rank, which all of its transports add to. The call makes no transport."""
     transport = getattr(_ambient, "transport", None)
     return of_process if transport is None else transport.local["tallies"]

@@ -11,7 +11,6 @@ import torch
 from distdl_lite.layout import shape_of
 from distdl_lite.plan import Edge, Leg, Pattern, Plan
 from distdl_lite.transport import wire
-from distdl_lite.transport.waiting import BEGUN
 
 if TYPE_CHECKING:
     from distdl_lite.transport.processes import ProcessTransport
@@ -82,7 +81,6 @@ class PlannedChannel:
             self._exchange = _Exchange(transport, plan, dtype, device)
 
     def start(self, x: torch.Tensor) -> torch.Tensor | None:
-        BEGUN[0] += 1
         if x.is_conj() or x.is_neg():  # lazily conjugated or negated: the memory does not hold the values
             x = x.resolve_conj().resolve_neg()
         y = None

@@ -5,9 +5,10 @@ Standard library only; nothing here communicates.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+_MOST_NAMED = 4  # late ranks in the sentence
 
 
 @dataclass(frozen=True)
@@ -20,19 +21,22 @@ class Told:
     waits : bool
         Whether it is in a call that waits for others.
     call : str
-        That call, or the last one: the layer, by its path in the model where that is known, and what is awaited.
+        The layer that it is in, by its path in the model where that is known, or else the kind of call.
     place : str
-        The line of the program where its main thread is.
-    doing : str
-        The function that it is in there, where it does not wait.
-    team : tuple of int
-        The ranks of the call.
-    counts : dict
-        Of each team, as text, the calls that this rank has made with it.
+        The line of the program where it is.
+    text : str
+        What stands there.
     awaited : dict
-        Bytes that are to come from each rank, where the call is an exchange of messages.
+        Bytes that are to come from each rank, where it waits for messages.
+    team : tuple of int
+        The ranks of the call, where it waits for what they do together.
+    counts : dict
+        Of each team, as text, how many calls this rank has begun with it.
     seconds : float
-        Since the call began.
+        Since the last call began.
+    calls : tuple of str
+        The last calls of transports, the latest first.
+    stack : str
     silent : str
         If it tells nothing: what is known of its process.
     """
@@ -41,97 +45,102 @@ class Told:
     waits: bool = False
     call: str = ""
     place: str = ""
-    doing: str = ""
+    text: str = ""
+    awaited: Mapping[int, int] = field(default_factory=dict)
     team: tuple[int, ...] = ()
     counts: Mapping[str, int] = field(default_factory=dict)
-    awaited: Mapping[int, int] = field(default_factory=dict)
     seconds: float = 0.0
+    calls: tuple[str, ...] = ()
+    stack: str = ""
     silent: str = ""
 
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
-    @staticmethod
-    def from_dict(told: Mapping[str, Any]) -> Told:
-        """As JSON gives it back."""
-        awaited = {int(rank): size for rank, size in told["awaited"].items()}
-        return Told(**{**told, "team": tuple(told["team"]), "awaited": awaited})
+def team_text(ranks: Sequence[int]) -> str:
+    """The name of a team, the same on all its ranks.
+
+    >>> team_text(range(4)), team_text([0, 2])
+    ('ranks 0 to 3', 'ranks 0, 2')
+    """
+    if len(ranks) > 2 and ranks[-1] - ranks[0] + 1 == len(ranks):
+        return f"ranks {ranks[0]} to {ranks[-1]}"
+    return named(ranks)
+
+
+def named(ranks: Iterable[int]) -> str:
+    numbers = sorted(ranks)
+    return f"rank{'s' * (len(numbers) != 1)} {', '.join(map(str, numbers))}"
 
 
 def sentence(told: Sequence[Told]) -> str:
-    """Who waits in what for whom, and what those do instead.
+    """Who waits in what for whom, and where those are.
 
     >>> first, last = (Told(rank, True, "net.conv", "train.py:41", team=(0, 1, 2), seconds=17.0) for rank in (0, 2))
-    >>> for part in sentence([first, Told(1, place="train.py:57", doing="sleep"), last]).split("; "):
+    >>> for part in sentence([first, Told(1, place="train.py:57", text="sleep(60)"), last]).split("; "):
     ...     print(part)
     ranks 0, 2 wait in net.conv (train.py:41) for rank 1
-    rank 1 is in sleep (train.py:57): it has not called net.conv, which the others called 17 s ago
+    rank 1 is at train.py:57, `sleep(60)`: it has not called net.conv, which the others called 17 s ago
     """
-    waiting = [one for one in told if one.waits]
-    if not waiting:
-        return "no rank waits for another"
-    late = _late(told, waiting)
-    first = _first_to_wait(waiting, late)
-    there = [one for one in waiting if (one.call, one.place) == (first.call, first.place) and one.rank not in late]
-    head = f"{_ranks(one.rank for one in there)} in {first.call} ({first.place}) for {_ranks(late, '')}"
-    return "; ".join([head, *_described([one for one in told if one.rank in late], first)])
-
-
-def _late(told: Sequence[Told], waiting: Sequence[Told]) -> list[int]:
-    """The ranks that others wait for: those that do not wait; else those that have made fewer calls with a team than others."""
     by_rank = {one.rank: one for one in told}
-    awaited = {rank for one in waiting for rank in (one.awaited or one.team)}
-    idle = [rank for rank in sorted(awaited) if rank in by_rank and not by_rank[rank].waits]
-    if idle:
-        return idle
-    behind = set()
+    blamed = {one.rank: _blamed(one, by_rank) for one in told if one.waits}
+    if not blamed:
+        return "no rank waits for another"
+    absent = {rank for late in blamed.values() for rank in late if not by_rank[rank].waits}
+    waiting = [by_rank[rank] for rank, late in blamed.items() if (late & absent if absent else late)]
+    if not waiting:
+        return f"{named(blamed)} wait, each in the same call as those it waits for, in {by_rank[min(blamed)].call}"
+    groups: dict[tuple[str, str, tuple[int, ...]], list[Told]] = {}
     for one in waiting:
-        team, key = one.awaited or one.team, str(list(one.team))
-        counts = {rank: by_rank[rank].counts.get(key, 0) for rank in one.team if rank in by_rank}
-        most = max(counts.values(), default=0)
-        behind |= {rank for rank, count in counts.items() if count < most and rank in team}
-    others = {one.rank for one in waiting} - behind
-    return sorted(behind) if behind and others else _minority(waiting)
+        groups.setdefault((one.call, one.place, one.team), []).append(one)
+    # Of the ranks that wait for absent ones those that do so longest; else the most that wait in one call.
+    head = max(groups.values(), key=lambda group: (0 if absent else len(group), max(one.seconds for one in group)))
+    late = set.union(*(blamed[one.rank] for one in head)) & (absent or by_rank.keys())
+    parts, order = [_waits(head, late)], sorted(late)
+    for rank in order:  # which grows by those that these wait for
+        order += sorted(blamed.get(rank, set()) - {*order, *(one.rank for one in head)})
+    parts += [_described(by_rank[rank], blamed.get(rank, set()), head[0]) for rank in order[:_MOST_NAMED]]
+    return "; ".join(parts) + (f"; and {len(order) - _MOST_NAMED} more" if len(order) > _MOST_NAMED else "")
 
 
-def _minority(waiting: Sequence[Told]) -> list[int]:
-    """The ranks that wait elsewhere than most."""
-    places = [(one.call, one.place) for one in waiting]
-    usual = max(places, key=places.count)
-    return [one.rank for one, place in zip(waiting, places, strict=True) if place != usual]
+def _blamed(one: Told, by_rank: Mapping[int, Told]) -> set[int]:
+    """The ranks that have not come to the call in which one waits."""
+    team, late = team_text(one.team) if one.team else "", set()
+    for other in (by_rank[rank] for rank in (one.awaited or one.team) if rank != one.rank and rank in by_rank):
+        if other.waits and (other.call, other.team) == (one.call, one.team):
+            continue
+        has_come = not other.silent and 0 < one.counts.get(team, 0) <= other.counts.get(team, 0)
+        if not has_come:
+            late.add(other.rank)
+    return late
 
 
-def _first_to_wait(waiting: Sequence[Told], late: Sequence[int]) -> Told:
-    """Of the ranks that are not late the one that waits longest for one that is."""
-    others = [one for one in waiting if one.rank not in late] or list(waiting)
-    theirs = [one for one in others if set(late) & {*one.awaited, *one.team}] or others
-    return max(theirs, key=lambda one: one.seconds)
+def _waits(group: Sequence[Told], late: Iterable[int]) -> str:
+    one = group[0]
+    words = "messages of " if one.awaited else ""
+    verb = "wait" if len(group) > 1 else "waits"
+    return f"{named(other.rank for other in group)} {verb} in {one.call} ({one.place}) for {words}{named(late)}"
 
 
-def _described(late: Sequence[Told], first: Told) -> Iterator[str]:
-    for one in late:
-        if one.silent:
-            yield f"rank {one.rank} {one.silent}"
-        elif one.waits:
-            yield f"rank {one.rank} waits in {one.call} ({one.place})"
-        else:
-            where = f"in {one.doing} ({one.place})" if one.doing else f"at {one.place}"
-            yield (
-                f"rank {one.rank} is {where}: it has not called {first.call}, which the others called {first.seconds:.0f} s ago"
-            )
-
-
-def _ranks(ranks: Any, verb: str = "wait") -> str:
-    ranks = sorted(ranks)
-    one = len(ranks) == 1
-    return f"rank{'' if one else 's'} {', '.join(map(str, ranks))} {verb and verb + 's' * one}".rstrip()
+def _described(one: Told, its_late: set[int], first: Told) -> str:
+    """Where a rank is that others wait for."""
+    if one.silent:
+        return f"rank {one.rank} {one.silent}"
+    if one.waits:
+        return _waits([one], its_late)
+    where = f"{one.place}, `{one.text}`" if one.text else one.place
+    inside = f", in {one.call}" if one.call else ""
+    return (
+        f"rank {one.rank} is at {where}{inside}: it has not called {first.call}, "
+        f"which the others called {first.seconds:.0f} s ago"
+    )
 
 
 def table(told: Sequence[Told]) -> list[tuple[str, ...]]:
     """A line a rank, under a head."""
-    lines: list[tuple[str, ...]] = [("rank", "state", "call", "line", "since", "awaits")]
+    lines: list[tuple[str, ...]] = [("rank", "state", "in", "line", "since", "awaits", "last calls")]
     for one in told:
-        state = one.silent or ("waits" if one.waits else one.doing or "works")
-        awaited = ", ".join(f"{size} bytes of {rank}" for rank, size in one.awaited.items())
-        lines.append((str(one.rank), state, one.call, one.place, f"{one.seconds:.1f} s", awaited))
+        state = one.silent or ("waits" if one.waits else "works")
+        awaited = [f"{size} bytes of rank {rank}" for rank, size in one.awaited.items()]
+        awaits = ", ".join(awaited) or (team_text(one.team) if one.waits and one.team else "")
+        since = "" if one.silent else f"{one.seconds:.1f} s"
+        lines.append((str(one.rank), state, one.call, one.place, since, awaits, "; ".join(one.calls[:3])))
     return lines

@@ -13,6 +13,7 @@ import torch
 from distdl_lite.plan import Leg, Plan
 from distdl_lite.transport import Team, Transport, wire
 from distdl_lite.transport.abort import abort
+from distdl_lite.transport.calls import begin
 from distdl_lite.transport.channel import Group, PlannedChannel, Requests
 from distdl_lite.transport.counts import counted, of_process, record
 from distdl_lite.transport.devices import HOST, event_of, take_gpu
@@ -26,7 +27,6 @@ from distdl_lite.transport.sums import (
     take_both_home,
     take_home,
 )
-from distdl_lite.transport.waiting import BEGUN
 
 _SECONDS_AT_END = 5.0  # for sums that were started and never waited for
 
@@ -77,7 +77,7 @@ class ProcessTransport(Transport):
         return PlannedChannel(self, plan, dtype, device)
 
     def start_agreeing(self, team: Team, value: int) -> None:
-        BEGUN[0] += 1
+        begin("agreement", self, team)
         if team.vote is None:
             team.vote = self.make_vote(team)
         team.vote.start(value)
@@ -85,7 +85,7 @@ class ProcessTransport(Transport):
     def agreed(self, team: Team) -> int:
         began = perf_counter()
         value: int = team.vote.finish()
-        record(self.local, 0, 0, perf_counter() - began, 0, None)
+        record(self, "agreement", team, began)
         return value
 
     @counted("sums")

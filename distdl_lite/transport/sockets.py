@@ -34,7 +34,7 @@ class Switchboard:
 
     def __init__(self, store: Any, rank: int) -> None:
         self.rank, self._store, self._secret = rank, store, secrets.token_bytes(16)
-        address = _own_address()
+        address = own_address()
         family = socket.AF_INET6 if ":" in address else socket.AF_INET
         self._listener = socket.create_server((address, 0), family=family, backlog=128)
         self._listener.settimeout(_WAIT)
@@ -73,7 +73,7 @@ class Switchboard:
         return self._came.pop(call)
 
 
-def _own_address() -> str:
+def own_address() -> str:
     """The address of this host in the network in which it reaches the job's first, to which nothing is sent for that.
 
     Where there are more hosts, and the first's name leads back to itself, it is the address of the default route.

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 
 from distdl_lite.transport import wire
+from distdl_lite.transport.counts import record
 
 if TYPE_CHECKING:
     from distdl_lite.transport.channel import Group, Request
@@ -36,6 +37,19 @@ class Done:
 
     def wait(self, timeout: float | None = None) -> bool:
         return True
+
+
+class Timed:
+    """A sum whose wait is told of."""
+
+    def __init__(self, pending: Pending, tell: Callable[[float], None]) -> None:
+        self._pending, self._tell = pending, tell
+
+    def wait(self, timeout: float | None = None) -> bool:
+        began = perf_counter()
+        is_there = self._pending.wait(timeout)
+        self._tell(began)
+        return is_there
 
 
 class Job:
@@ -104,10 +118,13 @@ def summed(
     then: Callable[[], Any] | None = None,
 ) -> torch.Tensor:
     """The sum where tensors travel, in the tensor itself if it can be: `then` is called there, and nothing is to take home."""
+    began = perf_counter()
     if before is not None:
         before()
     sent = transport.on_wire(tensor)
     group.all_reduce(sent, sent)
+    if transport.local["tallies"]:
+        record(transport, "thread", None, began, traffic=(0, sent.nbytes, 0))
     if sent is tensor and then is not None:
         then()
     return sent

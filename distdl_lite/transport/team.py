@@ -27,6 +27,8 @@ class Team(Sequence[int]):
     size : int
     made : Counter
         How many things of a kind the ranks have made together, such as layers: the same on all of them.
+    calls : int
+        How many calls this rank has begun with the others.
     comm, vote, lanes
         The transport's own: what it sends on, agrees by, and sums beside the computation with.
     """
@@ -34,6 +36,7 @@ class Team(Sequence[int]):
     def __init__(self, world: Transport, ranks: Sequence[int]) -> None:
         self.world, self.ranks, self.size = world, ranks, len(ranks)
         self.made: Counter[str] = Counter()
+        self.calls = 0
         self.comm: Any = None
         self.vote: Any = None
         self.lanes: dict[str, Any] = {}

@@ -25,8 +25,8 @@ import torch
 from distdl_lite.plan import Plan
 from distdl_lite.transport import RowsByRank, Team, Transport, enter, wire
 from distdl_lite.transport.counts import counted, record
+from distdl_lite.transport.frames import frames_of_library
 from distdl_lite.transport.sums import Pending
-from distdl_lite.transport.waiting import frames_of_library
 
 _Meeting = tuple[
     tuple[int, ...], int, dict[int, Any]
@@ -185,7 +185,7 @@ class ThreadTransport(Transport):
         began = perf_counter()
         vote, team.vote = team.vote, None
         values = self._met_all(vote, "agreement")
-        record(self.local, 0, 0, perf_counter() - began, 0, None)
+        record(self, "agreement", team, began)
         return sum(values) % 2**64
 
     @counted()

@@ -26,6 +26,7 @@ from distdl_lite.transport.channel import Requests, counts_of
 from distdl_lite.transport.counts import counted
 from distdl_lite.transport.devices import HOST, gpu, take_gpu
 from distdl_lite.transport.processes import ProcessTransport
+from distdl_lite.transport.reports import take_part
 from distdl_lite.transport.sockets import Line, Piece, Stream, Streams, Switchboard
 
 _TIMEOUT = timedelta(minutes=30)  # torch's own for Gloo
@@ -105,6 +106,7 @@ class TorchTransport(ProcessTransport):
         self._board = Switchboard(dist.PrefixStore(job.new_name(ranks), job.store), self.rank)
         self._streams, self._lines = Streams(self._board), dict[Team, Line]()
         self._world = self.team(range(self.size)).comm = self.make_group(range(self.size))
+        take_part(self)
 
     def make_group(self, ranks: Sequence[int]) -> TorchGroup:
         known = tuple(self._ranks[rank] for rank in ranks)

@@ -16,6 +16,7 @@ from distdl_lite.transport.mpi.group import MPIGroup, PersistentMessages
 from distdl_lite.transport.mpi.rows import RowsMoving
 from distdl_lite.transport.mpi.vote import Vote
 from distdl_lite.transport.processes import ProcessTransport
+from distdl_lite.transport.reports import take_part
 
 _transports: list[tuple[MPI.Comm, MPITransport]] = []
 
@@ -42,6 +43,7 @@ class MPITransport(ProcessTransport):
         self.comm = comm.Dup()
         self._begin(self.comm.rank, self.comm.size, MPI.PROC_NULL)
         self.team(range(self.size)).comm = MPIGroup(self.comm)
+        take_part(self)
 
     @property
     def threads_may_call(self) -> bool:

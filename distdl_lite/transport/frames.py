@@ -1,0 +1,166 @@
+"""Where this process is: the frames of its threads, the layer that they are in, and the line of the program."""
+
+from __future__ import annotations
+
+import linecache
+import os
+import socket
+import sys
+import sysconfig
+import threading
+import traceback
+from collections.abc import Iterator, Sequence
+from inspect import CO_OPTIMIZED
+from pathlib import Path
+from time import perf_counter
+from types import FrameType
+from typing import Any
+
+import torch
+
+from distdl_lite.plan import Plan
+from distdl_lite.transport.calls import CALLS, Call
+from distdl_lite.transport.hang import Told, team_text
+
+OWN_THREADS = "distdl_lite"  # how the names of the library's threads begin: they wait for something to do
+PROGRAM = "<distdl_lite program>"  # the file that compiled programs name
+_LIBRARY = str(Path(__file__).parents[1]) + os.sep
+_TRANSPORT = str(Path(__file__).parent) + os.sep
+_TORCH = f"{os.sep}torch{os.sep}"
+_INSTALLED = tuple({sysconfig.get_path(name) + os.sep for name in ("stdlib", "purelib", "platlib")})
+_LONGEST_TEXT = 60
+
+
+def waiting() -> FrameType | None:
+    """The frame in which a thread of this process is in a transport's call, the main thread first; None if none is."""
+    by_thread, main = sys._current_frames(), threading.main_thread()
+    threads = sorted(threading.enumerate(), key=lambda thread: thread is not main)
+    frames = [by_thread.get(thread.ident or 0) for thread in threads if not thread.name.startswith(OWN_THREADS)]
+    callers = [_caller(frame) for frame in frames]
+    return next((f for f in callers if f is not None and _is_transport(f.f_code.co_filename)), None)
+
+
+def _is_transport(name: str) -> bool:
+    return name.startswith(_TRANSPORT) and not name.endswith("sidechannel.py")
+
+
+def _caller(frame: FrameType | None) -> FrameType | None:
+    """The frame that calls what of the standard library waits."""
+    while frame is not None and frame.f_code.co_filename in (socket.__file__, threading.__file__):
+        frame = frame.f_back
+    return frame
+
+
+def outward(frame: FrameType | None) -> Iterator[FrameType]:
+    """A frame and those that called it."""
+    while frame is not None:
+        yield frame
+        frame = frame.f_back
+
+
+def frames_of_library(frame: FrameType | None) -> Iterator[FrameType]:
+    """The frames from one of the library's outwards up to the program's, whose locals would live on if they were read."""
+    for inner in outward(frame):
+        name = inner.f_code.co_filename
+        if not (name.startswith(_LIBRARY) or _TORCH in name or name == PROGRAM):
+            return
+        yield inner
+
+
+def _variables(frame: FrameType) -> dict[str, Any]:
+    """The variables of a frame, none of which lives longer for having been read."""
+    found = frame.f_locals
+    variables = dict(found)
+    if frame.f_code.co_flags & CO_OPTIMIZED and isinstance(found, dict):  # a snapshot, which the frame would keep
+        found.clear()
+    return variables
+
+
+def _is_program(frame: FrameType) -> bool:
+    name = frame.f_code.co_filename
+    return not (name.startswith((_LIBRARY, "<frozen", *_INSTALLED)) or _TORCH in name or name == PROGRAM)
+
+
+def place_of(frames: Sequence[FrameType]) -> tuple[str, str]:
+    """The innermost line of the program among frames, from the innermost outwards, and what stands there."""
+    if not frames:
+        return "nowhere", ""
+    inner = next(filter(_is_program, frames), frames[0])
+    name, line = inner.f_code.co_filename, inner.f_lineno
+    text = linecache.getline(name, line, inner.f_globals).strip()
+    here = os.getcwd() + os.sep
+    return f"{name.removeprefix(here)}:{line}", text[:_LONGEST_TEXT]
+
+
+def layer_of(frame: FrameType | None) -> str:
+    """The module that a frame is in, by its path from the outermost one around it, whose name is the program's variable.
+
+    Of a compiled program, and in backward, an operator knows the path or the kind of layer.
+    """
+    frames = list(outward(frame))
+    variables = [_variables(inner) for inner in frames]
+    owners = [names.get("self") for names in variables]
+    modules = [(at, owner) for at, owner in enumerate(owners) if isinstance(owner, torch.nn.Module)]
+    label = next((str(owner.label) for owner in owners if type(owner).__name__ == "Operator"), "")
+    is_backward = any(names.get("ctx") is not None for names in variables)
+    if not modules:
+        return f"backward of {label}" if label and is_backward else label
+    layer, (at, root) = modules[0][1], modules[-1]
+    path = next((name for name, module in root.named_modules() if module is layer), "")
+    program = [(names, inner) for inner, names in zip(frames[at:], variables[at:], strict=True) if _is_program(inner)]
+    around = [some for names, inner in program for some in (names, inner.f_globals)]
+    named = next((name for names in around for name, value in names.items() if value is root and name != "self"), "")
+    own = "" if label in ("", type(layer).__name__) else label
+    return ".".join(filter(None, [named or type(root).__name__, path, own]))
+
+
+def _call_of(frame: FrameType) -> Call | None:
+    """The call that waits in a frame: an operator's, or the last one that began."""
+    known = [Call(*entry) for entry in reversed(CALLS)]
+    plan = next(
+        (v["self"].plan for v in map(_variables, frames_of_library(frame)) if hasattr(v.get("self"), "plan")), None
+    )
+    return next((call for call in known if call.whom is plan), known[0] if known else None)
+
+
+def here(world: Any) -> Told:
+    """What this process tells of itself to the ranks of a world."""
+    frame = waiting()
+    shown = frame or sys._current_frames().get(threading.main_thread().ident or 0)
+    known = [Call(*entry) for entry in reversed(CALLS)]
+    call = (_call_of(frame) if frame else None) or (known[0] if known else None)
+    place, text = place_of(list(outward(shown)))
+    layer = layer_of(shown)
+    awaited, team = _awaited(call) if call and frame and call.world is world else ({}, ())
+    return Told(
+        rank=world.rank,
+        waits=frame is not None,
+        call=layer or (call.what if call and frame else ""),
+        place=place,
+        text=text,
+        awaited=awaited,
+        team=team,
+        counts={team_text(t.ranks): t.calls for t in world.local["teams"].values() if t.calls},
+        seconds=perf_counter() - call.began if call else 0.0,
+        calls=tuple(_said(one) for one in known),
+        stack="".join(traceback.format_stack(shown)),
+    )
+
+
+def _awaited(call: Call) -> tuple[dict[int, int], tuple[int, ...]]:
+    """The bytes that are to come from each rank, if these are messages; else the ranks of the call."""
+    if not isinstance(call.whom, Plan):
+        return {}, tuple(call.whom)
+    awaited = dict[int, int]()
+    for edge in (edge for leg in call.whom.legs if not leg.team for edge in leg.receives):
+        if edge.peer != call.whom.rank:
+            awaited[edge.peer] = awaited.get(edge.peer, 0) + edge.size * call.itemsize
+    return awaited, next((leg.team for leg in call.whom.legs if leg.team), ())
+
+
+def _said(call: Call) -> str:
+    """A call as a report lists it."""
+    ago = f"{perf_counter() - call.began:.1f} s ago"
+    if isinstance(call.whom, Plan):
+        return f"{call.what} {ago}"
+    return f"{call.what} of {team_text(call.whom)} {ago}"
