@@ -158,11 +158,11 @@ def test_traces_that_cannot_be() -> None:
         with dl.trace(P=world), pytest.raises(RuntimeError, match="a trace is on already"), dl.trace(P=world):
             pass
         with (
-            pytest.raises(RuntimeError, match="trace: FileNotFoundError: .* No such file"),
+            pytest.raises(RuntimeError, match="trace: FileNotFoundError"),
             dl.trace("/no/such/folder/trace.json", world),
         ):
             pass
-        with pytest.raises(RuntimeError, match="profiler runs already"), dl.trace(P=world, profile=True):
+        with pytest.raises(RuntimeError, match="needs ranks that are processes"), dl.trace(P=world, profile=True):
             pass
         with pytest.raises(ArithmeticError), dl.trace(P=world):
             raise ArithmeticError
@@ -174,6 +174,5 @@ def test_traces_that_cannot_be() -> None:
         assert "trace" not in world.world_transport.local
 
     spmd(3, body)
-    assert not torch.autograd._profiler_enabled()
     assert not torch.nn.modules.module._global_forward_hooks
     assert not torch.nn.modules.module._global_forward_pre_hooks

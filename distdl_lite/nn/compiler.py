@@ -73,13 +73,13 @@ class Compiler(Source):
         self.movements: list[Movement] = []
         self.values: dict[str, Value] = {}  # by the names of variables
         self._plans: dict[tuple[Layout, Layout], Plan] = {}
+        self.shared: dict[str, Any] = {}  # what operations of one program share, by a word of their family's
+        self._moved: dict[tuple[Value, Dims], Value] = {}
 
     def mark(self, path: str, value: Any = None) -> None:
         trace = self.transport and self.transport.local.get("trace")
         if trace:
             trace.mark(path, value)
-        self.shared: dict[str, Any] = {}  # what operations of one program share, by a word of their family's
-        self._moved: dict[tuple[Value, Dims], Value] = {}
 
     # Names
 

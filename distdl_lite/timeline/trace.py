@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import tempfile
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -50,7 +51,7 @@ class trace:
     Raises
     ------
     RuntimeError
-        On all ranks, if a trace is on, or with `profile` torch's profiler, or if the file cannot be written.
+        On all ranks, if a trace is on or the file cannot be written, or where `profile` is asked for and ranks are threads.
 
     Notes
     -----
@@ -82,23 +83,14 @@ class trace:
         if not self.P.active:
             return self
         world = self._world = self.P.world_transport
-        profiler = None
-        try:
-            with raised_together(self.P.team, "trace"):
-                if world.local.get("trace"):
-                    raise RuntimeError("a trace is on already")
-                if self._is_profiled:
-                    if torch.autograd._profiler_enabled():
-                        raise RuntimeError(
-                            "torch's profiler runs already in this process, of which all ranks may be threads"
-                        )
-                    profiler = torch.profiler.profile()
-                    profiler.start()
-        except RuntimeError:
-            if profiler is not None:
-                profiler.stop()
-            raise
-        self._profiler, self._recorder = profiler, Recorder(world)
+        with raised_together(self.P.team, "trace"):
+            if world.local.get("trace"):
+                raise RuntimeError("a trace is on already")
+            if self._is_profiled and threading.current_thread() is not threading.main_thread():
+                raise RuntimeError("profile=True needs ranks that are processes, each in its main thread")
+        self._profiler, self._recorder = torch.profiler.profile() if self._is_profiled else None, Recorder(world)
+        if self._profiler is not None:
+            self._profiler.start()
         world.local["trace"] = self._recorder
         self._hooks = [
             register_module_forward_pre_hook(lambda module, args: self._recorder.enter(module)),
