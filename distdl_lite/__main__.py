@@ -26,7 +26,7 @@ from distdl_lite.operator import wire_itemsize
 from distdl_lite.partition import Partition
 from distdl_lite.plan import plan
 from distdl_lite.show import messages
-from distdl_lite.show.text import MPI_NAMES, layout_text, plan_text, traffic
+from distdl_lite.show.text import MPI_NAMES, layout_text, plan_text
 from distdl_lite.transport import enter, reports
 from distdl_lite.transport.abort import abort_on_exception
 from distdl_lite.transport.threads import ThreadTransport, World
@@ -151,10 +151,11 @@ def _explanation(arguments: argparse.Namespace, X: lay.Layout, Y: lay.Layout, ra
     for title, layout in (("input", X), ("output", Y)):
         lines += ["", f"{title}:", layout_text(layout, chosen) or "nothing"]
     lines += ["", "traffic:", *(plan_text(p, X, Y, itemsize) for p in plans), ""]
-    counted = [traffic(p, itemsize) for p in plans]
     what = "messages" if not any(leg.team for p in plans for leg in p.legs) else "calls of collectives, one a rank"
     whose = "all ranks together" if few else f"rank {rank} of {ranks}"
-    lines.append(f"{whose}: {sum(n for n, _ in counted)} {what}, {sum(b for _, b in counted)} bytes for others")
+    lines.append(
+        f"{whose}: {sum(p.traffic[1] for p in plans)} {what}, {sum(p.traffic[2] for p in plans) * itemsize} bytes for others"
+    )
     return "\n".join(lines)
 
 

@@ -101,7 +101,7 @@ def test_explain_draws(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
         (["AllSumReduce", "--grid", "2", "--shape", "3", "--dtype", "bool"], "AllSumReduce: bool tensors can be moved"),
         (["AllSumReduce", "--grid", "2", "--shape", "3", "--svg", "/no/such/folder.svg"], "No such file or directory"),
         (["AllSumReduce", "--grid", "2", "--shape", "3", "--svg", "blocks.word"], "Format 'word' is not supported"),
-        (["AllSumReduce", "--grid", "2048", "--shape", "3", "--svg", "a.svg"], "room for 1024 ranks, not for 2048"),
+        (["AllSumReduce", "--grid", "2048", "--shape", "3", "--svg", "a.svg"], "room for 2048 messages"),
         (["HaloExchange", "--grid", "2", "--shape", "3", "--halo", "1:2:3"], "argument --halo: invalid halo, such as"),
         (
             ["AllSumReduce", "--grid", "8192x8192", "--shape", "3"],
