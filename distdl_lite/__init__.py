@@ -1,6 +1,6 @@
 """PyTorch models cut over ranks, by MPI or torch.distributed: every data movement a linear operator with its exact adjoint."""
 
-from distdl_lite import data, nn, tagi, testing
+from distdl_lite import data, nn, show, tagi, testing
 from distdl_lite.checkpoint.files import Checkpoint, latest_checkpoint, read_checkpoint
 from distdl_lite.checkpoint.load import Loaded, load
 from distdl_lite.checkpoint.save import save

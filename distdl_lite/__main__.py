@@ -11,7 +11,6 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
 from importlib import import_module
-from pathlib import Path
 from typing import Any
 
 import numpy
@@ -20,12 +19,14 @@ import torch
 import distdl_lite
 from distdl_lite import layout as lay
 from distdl_lite import nn as dnn
-from distdl_lite import show
 from distdl_lite.checkpoint import command as checkpoint
 from distdl_lite.grid import Grid
 from distdl_lite.nn.conv import overlap
+from distdl_lite.operator import wire_itemsize
 from distdl_lite.partition import Partition
 from distdl_lite.plan import plan
+from distdl_lite.show import messages
+from distdl_lite.show.text import MPI_NAMES, layout_text, plan_text
 from distdl_lite.transport import enter, reports
 from distdl_lite.transport.abort import abort_on_exception
 from distdl_lite.transport.threads import ThreadTransport, World
@@ -93,8 +94,14 @@ def explain(arguments: argparse.Namespace) -> str:
     finally:
         enter(None)
     if arguments.svg:
-        Path(arguments.svg).write_text(show.svg([("input", X), ("output", Y)]), encoding="utf-8")
+        itemsize = wire_itemsize(plan(X, Y, rank), getattr(torch, arguments.dtype))
+        drawn = messages(X, Y, ranks=None if _shows_all(arguments, ranks) else [rank], itemsize=itemsize)
+        drawn.figure.savefig(arguments.svg)
     return _explanation(arguments, X, Y, ranks)
+
+
+def _shows_all(arguments: argparse.Namespace, ranks: int) -> bool:
+    return ranks <= _MOST_LISTED and arguments.rank is None
 
 
 def _primitive(arguments: argparse.Namespace) -> Any:
@@ -129,7 +136,7 @@ def _local_shapes(arguments: argparse.Namespace, grid: Grid) -> dict[int, tuple[
 
 
 def _explanation(arguments: argparse.Namespace, X: lay.Layout, Y: lay.Layout, ranks: int) -> str:
-    few, rank = ranks <= _MOST_LISTED and arguments.rank is None, arguments.rank or 0
+    few, rank = _shows_all(arguments, ranks), arguments.rank or 0
     chosen = range(ranks) if few else [rank]
     plans = [plan(X, Y, rank) for rank in chosen]
     pattern, shape = plans[0].pattern, "x".join(map(str, arguments.shape))
@@ -139,15 +146,16 @@ def _explanation(arguments: argparse.Namespace, X: lay.Layout, Y: lay.Layout, ra
     each = "a tensor on each rank" if arguments.primitive in _WHOLE else "blocks"
     lines = [
         f"{arguments.primitive} of {shape} {arguments.dtype} ({each}), grid {grids}, {ranks} ranks",
-        f"runs as {show.MPI_NAMES[pattern]}, its adjoint as {show.MPI_NAMES[pattern.adjoint]}",
+        f"runs as {MPI_NAMES[pattern]}, its adjoint as {MPI_NAMES[pattern.adjoint]}",
     ]
     for title, layout in (("input", X), ("output", Y)):
-        lines += ["", f"{title}:", show.layout_text(layout, chosen) or "nothing"]
-    lines += ["", "traffic:", *(show.plan_text(p, X, Y, itemsize) for p in plans), ""]
-    counted = [show.traffic(p, itemsize) for p in plans]
+        lines += ["", f"{title}:", layout_text(layout, chosen) or "nothing"]
+    lines += ["", "traffic:", *(plan_text(p, X, Y, itemsize) for p in plans), ""]
     what = "messages" if not any(leg.team for p in plans for leg in p.legs) else "calls of collectives, one a rank"
     whose = "all ranks together" if few else f"rank {rank} of {ranks}"
-    lines.append(f"{whose}: {sum(n for n, _ in counted)} {what}, {sum(b for _, b in counted)} bytes for others")
+    lines.append(
+        f"{whose}: {sum(p.traffic[1] for p in plans)} {what}, {sum(p.traffic[2] for p in plans) * itemsize} bytes for others"
+    )
     return "\n".join(lines)
 
 
@@ -343,7 +351,7 @@ def _add_explain(told: argparse.ArgumentParser) -> None:
     told.add_argument("--axes", type=_numbers(",", 0), help="summed, gathered or scattered along (all)")
     told.add_argument("--rank", type=int, help=f"show this rank alone; 0 for more than {_MOST_LISTED} ranks")
     told.add_argument("--dtype", type=_dtype, default="float32", help="of torch, for the bytes (float32)")
-    told.add_argument("--svg", metavar="FILE", help="draw input and output blocks there")
+    told.add_argument("--svg", metavar="FILE", help="draw the messages there; .png, .pdf and others do too")
     told.set_defaults(run=explain)
 
 
@@ -381,7 +389,7 @@ def main(words: Sequence[str] | None = None) -> int:
     arguments = grammar.parse_args(words)
     try:
         text = arguments.run(arguments)
-    except (OSError, ValueError) as error:
+    except (ImportError, OSError, ValueError) as error:
         name = _OF_ONE_PROCESS.get(arguments.run)
         if name is None:
             raise

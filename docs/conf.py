@@ -9,7 +9,13 @@ author = "the distdl_lite developers"
 project_copyright = f"2026, {author}"
 release = version = version_of("distdl_lite")
 
-extensions = ["sphinx.ext.autodoc", "sphinx.ext.autosummary", "sphinx.ext.doctest", "sphinx.ext.napoleon"]
+extensions = [
+    "sphinx.ext.autodoc",
+    "sphinx.ext.autosummary",
+    "sphinx.ext.doctest",
+    "sphinx.ext.napoleon",
+    "matplotlib.sphinxext.plot_directive",
+]
 exclude_patterns = ["_build"]
 templates_path = ["_templates"]
 html_theme = "furo"
@@ -21,6 +27,10 @@ autodoc_default_options = {"members": True, "member-order": "bysource", "ignore-
 autodoc_typehints = "signature"
 python_maximum_signature_line_length = 100
 python_use_unqualified_type_names = True
+# Pictures are drawn when the manual is built, from the code that stands above them.
+plot_include_source = True
+plot_html_show_source_link = plot_html_show_formats = False
+plot_formats = ["svg"]
 napoleon_google_docstring = False
 # Names that share a line of a docstring share it here too.
 napoleon_use_param = False

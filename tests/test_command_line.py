@@ -77,7 +77,10 @@ def test_names_in_any_case(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_explain_draws(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     explained(capsys, "Repartition", *CASES["Repartition"], "--svg", str(tmp_path / "blocks.svg"))
-    assert (tmp_path / "blocks.svg").read_text().count("<rect") == 8
+    picture = (tmp_path / "blocks.svg").read_text()
+    assert [picture.count(f'id="{kind}-') for kind in ("input", "output", "message")] == [4, 4, 8]
+    explained(capsys, "Repartition", *CASES["Repartition"], "--rank", "1", "--svg", str(tmp_path / "blocks.png"))
+    assert (tmp_path / "blocks.png").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize(
@@ -97,6 +100,8 @@ def test_explain_draws(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
         (["Repartition", "--grid", "2", "--to", "2", "--shape", "3", "--dtype", "nn"], "argument --dtype: invalid"),
         (["AllSumReduce", "--grid", "2", "--shape", "3", "--dtype", "bool"], "AllSumReduce: bool tensors can be moved"),
         (["AllSumReduce", "--grid", "2", "--shape", "3", "--svg", "/no/such/folder.svg"], "No such file or directory"),
+        (["AllSumReduce", "--grid", "2", "--shape", "3", "--svg", "blocks.word"], "Format 'word' is not supported"),
+        (["AllSumReduce", "--grid", "2048", "--shape", "3", "--svg", "a.svg"], "room for 2048 messages"),
         (["HaloExchange", "--grid", "2", "--shape", "3", "--halo", "1:2:3"], "argument --halo: invalid halo, such as"),
         (
             ["AllSumReduce", "--grid", "8192x8192", "--shape", "3"],

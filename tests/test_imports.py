@@ -138,5 +138,13 @@ def test_torch_distributed_is_imported_in_its_place_alone() -> None:
     assert users - set(ANYTHING) <= {"transport/torch_dist", "parallel/process_group", *BESIDE_TORCH}
 
 
+def test_matplotlib_is_imported_by_pictures_alone_and_when_one_is_drawn() -> None:
+    def reads(path: Path, **options: bool) -> bool:
+        return any(name.split(".")[0] in ("matplotlib", "mpl_toolkits") for name in imported(path, **options))
+
+    assert all(name.startswith("show/") for name, path in FILES.items() if reads(path))
+    assert not any(reads(path, inside_functions=False) for path in FILES.values())
+
+
 def test_no_star_imports() -> None:
     assert not {name for name, path in FILES.items() if any(n.endswith(".*") for n in imported(path))}

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from distdl_lite.partition import Partition
-from distdl_lite.show import columns
+from distdl_lite.text import columns
 
 Call = Callable[[], Any]
 

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 from distdl_lite.checkpoint.files import Checkpoint, Stored, faults, read_checkpoint
-from distdl_lite.show import columns
+from distdl_lite.text import columns
 
 
 def add(commands: Any) -> None:

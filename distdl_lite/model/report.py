@@ -28,6 +28,7 @@ from distdl_lite.nn.value import Movement, Value
 from distdl_lite.operator import wire_itemsize
 from distdl_lite.plan import Pattern, Plan, plan
 from distdl_lite.reducer import BUCKET_BYTES, EARLY_BYTES, Replicas
+from distdl_lite.text import columns
 
 ALL_UP_TO = 64  # ranks of a grid are looked at; of a larger one some
 
@@ -110,6 +111,7 @@ class Traffic:
 
 Index = tuple[int, ...]
 Both = tuple[Traffic, Traffic]  # forward and backward
+Cuts = tuple[tuple[tuple[int, tuple[int, ...]], ...], ...]  # length and axes of each factor of each dim
 
 
 @dataclass(frozen=True)
@@ -136,6 +138,9 @@ class Row:
         Bytes of its own parameters and buffers, and of what it leaves behind for backward on the fullest rank.
     gathered : tuple of str
         Its operations whose inputs are made whole on every rank, with their lines.
+    cuts : tuple
+        The same as `output`, in numbers: for each dim the factors that it is a product of, each the length and the axes of
+        the grid that cut it.
     """
 
     path: str
@@ -148,6 +153,7 @@ class Row:
     weights: int
     kept: int
     gathered: tuple[str, ...]
+    cuts: Cuts = ()
 
 
 @dataclass(frozen=True)
@@ -224,7 +230,7 @@ class Report:
         return "\n".join([in_markdown(_cells(self)), "", *(f"* {line}" for line in _summary(self))])
 
     def __str__(self) -> str:
-        return "\n".join([in_columns(_cells(self)), "", *_summary(self)])
+        return "\n".join([columns(_cells(self)), "", *_summary(self)])
 
     def print(self, file: Any = None) -> None:
         """Print it; on a terminal with the head, the total and the peak bold, and red what is gathered."""
@@ -240,12 +246,6 @@ def in_markdown(lines: Sequence[Sequence[str]]) -> str:
     head, *rest = lines
     cells = [head, ["---"] * len(head), *rest]
     return "\n".join(f"| {' | '.join(cell.replace('|', '/') for cell in line)} |" for line in cells)
-
-
-def in_columns(lines: Sequence[Sequence[str]]) -> str:
-    """A table in aligned columns."""
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
 
 
 def _cells(made: Report) -> list[list[str]]:
@@ -540,6 +540,9 @@ class _Account:
                 weights=weights[path],
                 kept=self.dry.kept[path],
                 gathered=tuple(f"{name}, {place}" for where, name, place in self.program.gathered if where == path),
+                cuts=tuple(tuple((length_of(dim), dim.axes) for dim in of_dim) for of_dim in values[-1].dims)
+                if values
+                else (),
             )
 
     def _weights(self) -> Counter[str]:

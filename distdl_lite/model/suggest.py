@@ -11,7 +11,8 @@ import torch
 from torch.utils import _pytree as pytree
 
 from distdl_lite.layout import Shape
-from distdl_lite.model.report import TYPICAL, Machine, Report, example, in_columns, in_markdown, number, reports
+from distdl_lite.model.report import TYPICAL, Machine, Report, example, in_markdown, number, reports
+from distdl_lite.text import columns
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class Suggestions(list[Suggestion]):
         return in_markdown([("grid", "reason"), *self._lines()])
 
     def __str__(self) -> str:
-        return in_columns(self._lines())
+        return columns(self._lines())
 
 
 def suggest(
