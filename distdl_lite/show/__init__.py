@@ -1,7 +1,6 @@
 """Pictures of partitions, halos, messages, networks' cuts and reports, by matplotlib: ``dl.show.partition((2, 2), (7, 5))``.
 
-They need no ranks. Each draws into the Axes it is given or into a new figure of pyplot, and returns what it drew into. A rank
-has the same colour in all of them.
+They need no ranks. Each draws into the Axes given or a new figure, and returns it. A rank has the same colour in all of them.
 """
 
 from distdl_lite.show.blocks import halos, partition

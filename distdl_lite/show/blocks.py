@@ -58,7 +58,7 @@ def partition(
     >>> import distdl_lite as dl
     >>> ax = dl.show.partition((2, 1), (7, 5))
     >>> [(patch.get_y(), patch.get_height()) for patch in ax.patches]
-    [(0, 4), (4, 3)]
+    [(0.0, 4.0), (4.0, 3.0)]
     """
     layout = drawing.layout_of(P, shape, axes)
     drawn = drawing.drawn_dims([layout], dims, 3)
@@ -161,8 +161,8 @@ def halos(
     X = drawing.layout_of(P, shape)
     if X.box(rank) is None:
         raise ValueError(f"rank {rank} is not on the grid of shape {X.grid.shape}")
-    if (widths is None) == (kernel_size is None):
-        raise ValueError("exactly one of widths and kernel_size must be given")
+    if (widths is None) == (kernel_size is None) or len(widths or X.dims) != len(X.dims):
+        raise ValueError(f"either kernel_size or widths must be given, these for each of {len(X.dims)} dims")
     boundary = boundary or ("zeros" if widths is None else "none")
     if boundary not in lay.BOUNDARIES:
         raise ValueError(f"boundary {boundary!r} is none of {', '.join(lay.BOUNDARIES)}")

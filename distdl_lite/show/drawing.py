@@ -65,6 +65,8 @@ def layout_of(P: Any, shape: Sequence[int] | None = None, axes: Sequence[int | N
         raise ValueError(f"a grid of shape {P.shape} needs the shape of a tensor to cut")
     if axes is None:
         return lay.balanced_blocks(P, shape)
+    if len(axes) != len(shape) or not {*axes} <= {None, *range(-P.dim, P.dim)}:
+        raise ValueError(f"axes {axes} do not fit a tensor of shape {tuple(shape)} and a grid of shape {P.shape}")
     return Layout(P, tuple(dim for (dim,) in blocks(tuple(shape), axes, P)))
 
 
@@ -94,8 +96,7 @@ def places(layout: Layout, dims: Dims, gap: float = 0) -> tuple[dict[int, Place]
         moves.append({r: number * step for number, r in enumerate(ranges)})
     found = {}
     for rank in layout.grid.ranks:
-        box = layout.box(rank) or ()
-        if 0 not in lay.shape_of(box):
+        if 0 not in lay.shape_of(box := layout.box(rank) or ()):
             sides = zip(picked(box, dims), moves, strict=True)
             found[rank] = tuple((r[0] + move[r], r[1] + move[r]) for r, move in sides)
     return found, moves

@@ -23,11 +23,10 @@ def box_text(box: Box) -> str:
     return "[" + ", ".join(f"{start}:{stop}" for start, stop in box) + "]"
 
 
-def layout_text(layout: Layout, ranks: Iterable[int] | None = None) -> str:
-    """Which box each rank holds, one line per rank; `ranks` chooses among them."""
-    chosen = layout.grid.ranks if ranks is None else [rank for rank in ranks if layout.grid.index(rank) is not None]
+def layout_text(layout: Layout, ranks: Iterable[int]) -> str:
+    """Which boxes some ranks hold, one line per rank that the grid has."""
     lines = []
-    for rank in chosen:
+    for rank in (rank for rank in ranks if layout.grid.index(rank) is not None):
         index, box = layout.grid.index(rank) or (), layout.box(rank) or ()
         lines.append((f"rank {rank}", "at " + ",".join(map(str, index)), "holds " + box_text(box)))
     return columns(lines)
