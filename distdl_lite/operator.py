@@ -14,7 +14,7 @@ import torch
 from distdl_lite.autograd import ANCHOR, NOTHING, Node, check_unbatched, is_recording
 from distdl_lite.plan import Plan
 from distdl_lite.transport import Channel, Transport
-from distdl_lite.transport.calls import CALLS
+from distdl_lite.transport.calls import move
 from distdl_lite.transport.counts import record
 from distdl_lite.transport.wire import wire_dtype
 
@@ -46,6 +46,7 @@ class Operator:
         self._channels: dict[tuple[torch.dtype, torch.device], Channel] = {}
         self._adjoint: Operator | None = None
         self._moving: Channel | None = None
+        self._name = label  # in reports
 
     @property
     def channels(self) -> Collection[Channel]:
@@ -57,7 +58,7 @@ class Operator:
         """The operator of the swapped plan; its own adjoint is this operator."""
         if self._adjoint is None:
             self._adjoint = Operator(self.plan.adjoint(), self.transport, self.label, self.graph)
-            self._adjoint._adjoint = self
+            self._adjoint._adjoint, self._adjoint._name = self, f"backward of {self.label}"
         return self._adjoint
 
     def start(self, x: torch.Tensor) -> Any:
@@ -73,7 +74,7 @@ class Operator:
         if self._moving is not None:
             raise RuntimeError(f"{self.label}: started again before it was finished")
         channel = self._channels.get((x.dtype, x.device)) or self._bind(x)
-        CALLS.append((perf_counter(), self.label, self.transport, self.plan, x.itemsize))
+        move(self._name, self.transport, self.plan, x.itemsize)
         pending = self._counted_start(channel, x) if self.transport.local["tallies"] else channel.start(x)
         self._moving = channel
         return pending

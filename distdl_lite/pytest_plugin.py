@@ -111,7 +111,7 @@ class Watchdog:
         self.doing = ""
         self._changed = threading.Condition()
         self._what, self._limit, self._deadline = "", 0.0, float("inf")
-        threading.Thread(target=self._watch, name="mpi time limit", daemon=True).start()
+        threading.Thread(target=self._watch, name="distdl_lite time limit of tests", daemon=True).start()
 
     def watch(self, what: str, limit: float) -> None:
         """Give `what` so many seconds from now, 0 for no limit."""

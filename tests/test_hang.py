@@ -2,21 +2,31 @@
 
 from __future__ import annotations
 
+import atexit
+import os
 import re
+from multiprocessing import AuthenticationError
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from jobs import mpirun, torchrun
 
 from distdl_lite.__main__ import main
+from distdl_lite.transport import sidechannel
 from distdl_lite.transport.abort import abort_on_exception
+from distdl_lite.transport.frames import here
 from distdl_lite.transport.hang import Told, sentence, table, team_text
 
 ALL = (0, 1, 2, 3)
 
 
 def waits(rank: int, call: str = "net.a", **more: object) -> Told:
-    return Told(rank, True, call, "t.py:1", **{"team": ALL, "seconds": 5.0, **more})  # type: ignore[arg-type]
+    team = more.get("team", ALL)
+    return Told(
+        rank, True, call, "t.py:1", **{"team": ALL, "meeting": team and team_text(team), "seconds": 5.0, **more}
+    )  # type: ignore
 
 
 def test_who_is_named() -> None:
@@ -32,7 +42,9 @@ def test_who_is_named() -> None:
     assert "for rank 1;" in said
     # Nor is one that waits for another in turn: the last of the chain is.
     chain = [waits(0, team=(0, 1)), waits(1, "net.b", team=(1, 2)), Told(2, silent="is stopped")]
-    assert sentence(chain) == "rank 1 waits in net.b (t.py:1) for rank 2; rank 2 is stopped"
+    assert sentence(chain) == (
+        "rank 1 waits in net.b (t.py:1) for rank 2; rank 2 is stopped; rank 0 waits in net.a (t.py:1) for rank 1"
+    )
     circle = [waits(0, team=(0, 1), counts={"ranks 0, 1": 2}), waits(1, team=(1, 2), counts={"ranks 1, 2": 2})]
     circle.append(waits(2, team=(0, 2), counts={"ranks 0, 2": 2}, seconds=6.0))
     assert [part.split()[1] for part in sentence(circle).split("; ")] == ["2", "0", "1"]
@@ -43,12 +55,79 @@ def test_who_is_named() -> None:
     assert sentence(swapped).startswith(
         "ranks 0, 2 wait in net.a (t.py:1) for messages of rank 1; rank 1 waits in net.b"
     )
-    assert "each in the same call" in sentence([waits(0), waits(1)])
+    assert "none of them has left a call out, in net.a" in sentence([waits(0), waits(1)])
+    # Two calls of one team, each the third, of which some make one and some the other.
+    three = {"ranks 0 to 3": 3}
+    differ = [waits(r, "net" if r == 2 else "save", counts=three) for r in range(4)]
+    assert sentence(differ).startswith(
+        "ranks 0, 1, 3 wait in save (t.py:1) for rank 2; rank 2 waits in net (t.py:1) for ranks"
+    )
+    # Messages: rank 0 has sent its own and gone on; rank 2 has not, and waits in another layer.
+    halos = {"team": (), "meeting": "messages of a", "awaited": {0: 8, 2: 8}, "counts": {"messages of a": 4}}
+    others = {
+        "team": (),
+        "meeting": "messages of b",
+        "awaited": {1: 8},
+        "counts": {"messages of a": 3, "messages of b": 1},
+    }
+    gone_on = Told(0, place="t.py:9", counts={"messages of a": 4})
+    said = sentence([gone_on, waits(1, **halos), waits(2, "net.b", **others)])
+    assert said.startswith(
+        "rank 1 waits in net.a (t.py:1) for messages of rank 2; rank 2 waits in net.b (t.py:1) for"
+    ), said
     many = [waits(0, team=tuple(range(9))), *(Told(r, place="t.py:9") for r in range(1, 9))]
     assert sentence(many).endswith("; and 4 more")
     assert table(circle)[1][5] == "ranks 0, 1"
     assert table(swapped)[1][5] == "8 bytes of rank 1, 8 bytes of rank 2"
     assert team_text((3, 4, 5)) == "ranks 3 to 5"
+
+
+class Odd:
+    """An object that does not say what it is."""
+
+    @property
+    def __class__(self) -> type:
+        raise ArithmeticError
+
+    def told(self, world: Any) -> Told:
+        return here(world)
+
+
+def test_what_a_process_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    world: Any = SimpleNamespace(rank=1, size=2, local={"teams": {}})
+    assert Odd().told(world).place.startswith(("tests/test_hang.py:", __file__))
+    desk = sidechannel.Desk()
+    try:
+        address = desk.address(world)
+        assert address.ask("tell")[0].rank == 1
+        assert [address.ask("turn"), address.ask("turn")] == [True, False]
+        monkeypatch.setattr(sidechannel, "_TURN", 0.0)
+        assert desk._turn(7, None)
+        assert desk._turn(7, None)
+        assert abs(address.clock_ahead()) < 0.01
+        with pytest.raises(AuthenticationError):
+            address._replace(key=b"of a stranger").ask("tell")
+        child = os.fork()
+        if child == 0:  # which goes the way of any child that ends as a program
+            desk._close()
+            os._exit(0)
+        os.waitpid(child, 0)
+        address.ask("remember", (0, "has ended"))
+        monkeypatch.setattr(sidechannel, "here", lambda world: 1 / 0)
+        told, ended = address.ask("tell")
+        assert told.silent == "cannot say where it is: ZeroDivisionError: division by zero"
+        assert ended == [(0, "has ended")]
+    finally:
+        atexit.unregister(desk._close)
+        desk._close()
+    world.local["addresses"] = [
+        address,
+        address._replace(pid=2**30),
+        address._replace(host="elsewhere", network="127.0.0.1"),
+    ]
+    world.size = 3
+    silent = [one.silent for one in sidechannel.told_by_all(world) or ()]
+    assert silent == ["has ended its program", "has ended", "on elsewhere does not answer"]
 
 
 # A thread of rank 0 asks while rank 1 is late; then the job goes on, up to a deadlock and its end.

@@ -97,10 +97,9 @@ def test_a_rank_that_comes_late(world: dl.Partition) -> None:
                 net(x).sum().backward()
         lasted = time.perf_counter() - began
         found = t.times
-        worst = found.late[0]
-        assert worst.rank == 2
-        assert worst.layers["2"] > 0.1  # threads wait in turn
-        assert worst.layers["2"] < 3 * lasted
+        worst = next(late for late in found.late if late.rank == 2)
+        assert 0.1 < worst.layers["2"] < 3 * lasted
+        assert worst is found.late[0] or not profile, str(found)  # threads wait for their turns as well
         assert [row.layer for row in found.layers if row.layer.isdigit()] == ["0", "1", "2"]
         assert world.allgather_data(str(found)) == [str(found)] * 4
         if world.rank == 0:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from distdl_lite.private import at_end_of_backward
+from distdl_lite.private import at_end_of_backward, running_backward
 from distdl_lite.timeline.notes import Key, Notes, Span, Wait
 from distdl_lite.transport.counts import Event
 from distdl_lite.transport.hang import team_text
@@ -44,6 +44,7 @@ class Recorder:
         self._texts: dict[Any, str] = {}
         self._stack: list[_Open] = []
         self._backward: _Open | None = None
+        self._task = -1  # the number of the backward whose end is awaited
         self._marked: _Open | None = None
         self._paths: dict[int, str] = {}
         self._roots = list[torch.nn.Module]()  # kept, so that no other module gets its address
@@ -65,7 +66,7 @@ class Recorder:
         if threading.get_ident() == self.thread and self._stack:
             self._end_marked(output)
             opened = self._stack.pop()
-            self._close(opened, "forward", self._stack[-1:])
+            self._close(opened, "forward")
             if not opened.has_modules:  # else it is found as its modules
                 self._find_again(opened.layer, output)
 
@@ -77,16 +78,24 @@ class Recorder:
     def _end_marked(self, value: Any) -> None:
         opened, self._marked = self._marked, None
         if opened is not None:
-            self._close(opened, "forward", self._stack[-1:])
+            self._close(opened, "forward")
             self._find_again(opened.layer, value)
 
-    def _close(self, opened: _Open, kind: str, around: list[_Open]) -> None:
+    def _innermost(self) -> _Open | None:
+        """The forward or backward that runs now: a checkpoint runs forwards in backward, and a forward may ask for gradients."""
+        if self._backward is not None and running_backward() < 0:
+            self._backward = None  # an error has ended it
+        opened = [one for one in (*self._stack[-1:], self._marked, self._backward) if one is not None]
+        return max(opened, key=lambda one: one.began, default=None)
+
+    def _close(self, opened: _Open, kind: str) -> None:
         now = perf_counter()
         own = max(0.0, now - opened.began - opened.inner)
         self.notes.spans.append(Span(opened.layer, opened.layer, kind, opened.began, now, own))
-        for outer in around:
+        outer = self._innermost()
+        if outer is not None:
             outer.inner += now - opened.began
-            outer.has_modules = True
+            outer.has_modules |= kind == "forward"
 
     def _find_again(self, layer: str, output: Any) -> None:
         """Let the backward that comes to an output note that the layer's backward begins."""
@@ -97,15 +106,16 @@ class Recorder:
     def _begin_backward(self, layer: str) -> None:
         if not self.is_on:
             return
-        if self._backward is None:
-            at_end_of_backward(self._end_backward)
         self._end_backward()
+        if self._task != running_backward():
+            self._task = running_backward()
+            at_end_of_backward(self._end_backward)
         self._backward = _Open(layer, perf_counter())
 
     def _end_backward(self) -> None:
         opened, self._backward = self._backward, None
         if opened is not None:
-            self._close(opened, "backward", [])
+            self._close(opened, "backward")
 
     # Calls
 
@@ -114,8 +124,9 @@ class Recorder:
         if event.kind == "thread":
             self.notes.in_threads.append(Span("sum", GRADIENTS, "thread", event.began, event.ended))
             return
-        opened = self._backward or self._marked or (self._stack[-1] if self._stack else None)
-        layer = GRADIENTS if event.label == "sums" or event.kind == "sum" else opened.layer if opened else OUTSIDE
+        opened = self._innermost()
+        is_of_gradients = event.label == "sums" or event.kind == "sum" or (opened is None and running_backward() >= 0)
+        layer = GRADIENTS if is_of_gradients else opened.layer if opened else OUTSIDE
         if opened is not None:
             opened.inner += event.ended - event.began
         posted, keys = self._awaits(event) if event.world is self.world else (0.0, [])

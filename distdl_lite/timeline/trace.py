@@ -68,7 +68,7 @@ class trace:
     ...         layer(torch.ones(1, 1, 4, 2)).sum().backward()
     ...     return [row.layer for row in t.times.layers]
     >>> spmd(2, body)[0]
-    ['DistributedConv2d', 'outside', 'gradients']
+    ['DistributedConv2d', 'gradients']
     """
 
     times: Times

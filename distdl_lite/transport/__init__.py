@@ -150,7 +150,11 @@ class Transport(Protocol):
             return start()
         posted = perf_counter()
         record(self, "start sum", team, posted, "sums", (1, size, 1))
-        return Timed(start(), lambda began: record(self, "sum", team, began, posted=posted))
+        pending = start()
+        if isinstance(pending, Done):  # it has waited already
+            record(self, "sum", team, posted, posted=posted)
+            return pending
+        return Timed(pending, lambda began: record(self, "sum", team, began, posted=posted))
 
     def _sum(self, team: Team, tensor: torch.Tensor, engine: str, lane: str, fill: Any, then: Any) -> Pending:
         """Carry out `start_sum` of elements over several ranks."""

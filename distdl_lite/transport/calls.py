@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from time import perf_counter
 from typing import Any, NamedTuple
 
@@ -36,6 +36,15 @@ class Call(NamedTuple):
 
 
 CALLS: deque[tuple[Any, ...]] = deque(maxlen=32)  # fields of `Call`, which itself takes twice as long to make
+
+
+def move(what: str, world: Any, plan: Any, itemsize: int) -> None:
+    """Note that an operator starts."""
+    CALLS.append((perf_counter(), what, world, plan, itemsize))
+    moved = world.local.get("moved")
+    if moved is None:
+        moved = world.local["moved"] = Counter[str]()
+    moved[what] += 1
 
 
 def begin(what: str, world: Any, ranks: Any) -> None:

@@ -11,6 +11,7 @@ import threading
 import traceback
 from collections.abc import Iterator, Sequence
 from inspect import CO_OPTIMIZED
+from itertools import takewhile
 from pathlib import Path
 from time import perf_counter
 from types import FrameType
@@ -26,9 +27,11 @@ OWN_THREADS = "distdl_lite"  # how the names of the library's threads begin: the
 PROGRAM = "<distdl_lite program>"  # the file that compiled programs name
 _LIBRARY = str(Path(__file__).parents[1]) + os.sep
 _TRANSPORT = str(Path(__file__).parent) + os.sep
-_TORCH = f"{os.sep}torch{os.sep}"
+_TORCH = str(Path(torch.__file__).parent) + os.sep
 _INSTALLED = tuple({sysconfig.get_path(name) + os.sep for name in ("stdlib", "purelib", "platlib")})
+_TELL = "sidechannel.py", "reports.py", "waiting.py"  # which wait for no call of another rank
 _LONGEST_TEXT = 60
+_MESSAGES = "messages of {}"
 
 
 def waiting() -> FrameType | None:
@@ -41,12 +44,12 @@ def waiting() -> FrameType | None:
 
 
 def _is_transport(name: str) -> bool:
-    return name.startswith(_TRANSPORT) and not name.endswith("sidechannel.py")
+    return name.startswith(_TRANSPORT) and not name.endswith(_TELL)
 
 
 def _caller(frame: FrameType | None) -> FrameType | None:
-    """The frame that calls what of the standard library waits."""
-    while frame is not None and frame.f_code.co_filename in (socket.__file__, threading.__file__):
+    """The frame that calls what of the standard library or of torch waits."""
+    while frame is not None and frame.f_code.co_filename.startswith((socket.__file__, threading.__file__, _TORCH)):
         frame = frame.f_back
     return frame
 
@@ -62,23 +65,28 @@ def frames_of_library(frame: FrameType | None) -> Iterator[FrameType]:
     """The frames from one of the library's outwards up to the program's, whose locals would live on if they were read."""
     for inner in outward(frame):
         name = inner.f_code.co_filename
-        if not (name.startswith(_LIBRARY) or _TORCH in name or name == PROGRAM):
+        if not (name.startswith((_LIBRARY, _TORCH)) or name == PROGRAM):
             return
         yield inner
 
 
-def _variables(frame: FrameType) -> dict[str, Any]:
-    """The variables of a frame, none of which lives longer for having been read."""
+def _variables(frame: FrameType, waits: bool) -> dict[str, Any]:
+    """The variables of a frame, none of which lives longer for having been read where the frame `waits`."""
     found = frame.f_locals
     variables = dict(found)
-    if frame.f_code.co_flags & CO_OPTIMIZED and isinstance(found, dict):  # a snapshot, which the frame would keep
+    # A snapshot, which the frame keeps. A debugger that looks at the frame would write it back.
+    if waits and frame.f_code.co_flags & CO_OPTIMIZED and isinstance(found, dict):
         found.clear()
     return variables
 
 
+def _is_library(frame: FrameType) -> bool:
+    return frame.f_code.co_filename.startswith(_LIBRARY)
+
+
 def _is_program(frame: FrameType) -> bool:
     name = frame.f_code.co_filename
-    return not (name.startswith((_LIBRARY, "<frozen", *_INSTALLED)) or _TORCH in name or name == PROGRAM)
+    return not (name.startswith((_LIBRARY, _TORCH, "<frozen", *_INSTALLED)) or name == PROGRAM)
 
 
 def place_of(frames: Sequence[FrameType]) -> tuple[str, str]:
@@ -92,19 +100,22 @@ def place_of(frames: Sequence[FrameType]) -> tuple[str, str]:
     return f"{name.removeprefix(here)}:{line}", text[:_LONGEST_TEXT]
 
 
-def layer_of(frame: FrameType | None) -> str:
+def layer_of(frame: FrameType | None, waits: bool) -> str:
     """The module that a frame is in, by its path from the outermost one around it, whose name is the program's variable.
 
-    Of a compiled program, and in backward, an operator knows the path or the kind of layer.
+    Of a compiled program, and in backward, an operator knows the path or the kind of layer. Where there is neither, it is the
+    function of the library that the program has called.
     """
     frames = list(outward(frame))
-    variables = [_variables(inner) for inner in frames]
+    variables = [_variables(inner, waits) for inner in frames]
     owners = [names.get("self") for names in variables]
-    modules = [(at, owner) for at, owner in enumerate(owners) if isinstance(owner, torch.nn.Module)]
-    label = next((str(owner.label) for owner in owners if type(owner).__name__ == "Operator"), "")
+    modules = [(at, owner) for at, owner in enumerate(owners) if issubclass(type(owner), torch.nn.Module)]
+    label = next((str(owner.label) for owner in owners if type(owner).__module__ == "distdl_lite.operator"), "")
     is_backward = any(names.get("ctx") is not None for names in variables)
     if not modules:
-        return f"backward of {label}" if label and is_backward else label
+        called = [one.f_code for one in takewhile(lambda one: not _is_program(one), frames) if _is_library(one)]
+        name = getattr(called[-1], "co_qualname", called[-1].co_name) if called else ""
+        return f"backward of {label}" if label and is_backward else label or ("" if name.startswith("_") else name)
     layer, (at, root) = modules[0][1], modules[-1]
     path = next((name for name, module in root.named_modules() if module is layer), "")
     program = [(names, inner) for inner, names in zip(frames[at:], variables[at:], strict=True) if _is_program(inner)]
@@ -117,9 +128,8 @@ def layer_of(frame: FrameType | None) -> str:
 def _call_of(frame: FrameType) -> Call | None:
     """The call that waits in a frame: an operator's, or the last one that began."""
     known = [Call(*entry) for entry in reversed(CALLS)]
-    plan = next(
-        (v["self"].plan for v in map(_variables, frames_of_library(frame)) if hasattr(v.get("self"), "plan")), None
-    )
+    owners = [_variables(inner, True).get("self") for inner in frames_of_library(frame)]
+    plan = next((owner.plan for owner in owners if type(owner).__module__ == "distdl_lite.operator"), None)
     return next((call for call in known if call.whom is plan), known[0] if known else None)
 
 
@@ -130,32 +140,36 @@ def here(world: Any) -> Told:
     known = [Call(*entry) for entry in reversed(CALLS)]
     call = (_call_of(frame) if frame else None) or (known[0] if known else None)
     place, text = place_of(list(outward(shown)))
-    layer = layer_of(shown)
-    awaited, team = _awaited(call) if call and frame and call.world is world else ({}, ())
+    layer = layer_of(shown, frame is not None)
+    is_here = call is not None and frame is not None and call.world is world
+    awaited, team, meeting = _awaited(call) if call and is_here else ({}, (), "")
+    named = layer or (call.what if call and frame else "")
+    counts = {team_text(t.ranks): t.calls for t in world.local["teams"].values() if t.calls}
     return Told(
         rank=world.rank,
         waits=frame is not None,
-        call=layer or (call.what if call and frame else ""),
+        call=f"{named}, in another world" if frame and call and not is_here else named,
         place=place,
         text=text,
         awaited=awaited,
         team=team,
-        counts={team_text(t.ranks): t.calls for t in world.local["teams"].values() if t.calls},
+        meeting=meeting,
+        counts=counts | {_MESSAGES.format(what): n for what, n in world.local.get("moved", {}).items()},
         seconds=perf_counter() - call.began if call else 0.0,
         calls=tuple(_said(one) for one in known),
         stack="".join(traceback.format_stack(shown)),
     )
 
 
-def _awaited(call: Call) -> tuple[dict[int, int], tuple[int, ...]]:
-    """The bytes that are to come from each rank, if these are messages; else the ranks of the call."""
+def _awaited(call: Call) -> tuple[dict[int, int], tuple[int, ...], str]:
+    """The bytes that are to come from each rank, if these are messages; else the ranks of the call; and how it is counted."""
     if not isinstance(call.whom, Plan):
-        return {}, tuple(call.whom)
+        return {}, tuple(call.whom), team_text(call.whom)
     awaited = dict[int, int]()
     for edge in (edge for leg in call.whom.legs if not leg.team for edge in leg.receives):
         if edge.peer != call.whom.rank:
             awaited[edge.peer] = awaited.get(edge.peer, 0) + edge.size * call.itemsize
-    return awaited, next((leg.team for leg in call.whom.legs if leg.team), ())
+    return awaited, next((leg.team for leg in call.whom.legs if leg.team), ()), _MESSAGES.format(call.what)
 
 
 def _said(call: Call) -> str:

@@ -30,8 +30,10 @@ class Told:
         Bytes that are to come from each rank, where it waits for messages.
     team : tuple of int
         The ranks of the call, where it waits for what they do together.
+    meeting : str
+        Under which of `counts` the call is.
     counts : dict
-        Of each team, as text, how many calls this rank has begun with it.
+        Of each team, and of each kind of messages, how many calls this rank has begun.
     seconds : float
         Since the last call began.
     calls : tuple of str
@@ -48,6 +50,7 @@ class Told:
     text: str = ""
     awaited: Mapping[int, int] = field(default_factory=dict)
     team: tuple[int, ...] = ()
+    meeting: str = ""
     counts: Mapping[str, int] = field(default_factory=dict)
     seconds: float = 0.0
     calls: tuple[str, ...] = ()
@@ -87,37 +90,40 @@ def sentence(told: Sequence[Told]) -> str:
     absent = {rank for late in blamed.values() for rank in late if not by_rank[rank].waits}
     waiting = [by_rank[rank] for rank, late in blamed.items() if (late & absent if absent else late)]
     if not waiting:
-        return f"{named(blamed)} wait, each in the same call as those it waits for, in {by_rank[min(blamed)].call}"
+        calls = ", ".join(dict.fromkeys(by_rank[rank].call for rank in blamed))
+        return f"{named(blamed)} wait, and none of them has left a call out, in {calls}"
     groups: dict[tuple[str, str, tuple[int, ...]], list[Told]] = {}
     for one in waiting:
         groups.setdefault((one.call, one.place, one.team), []).append(one)
-    # Of the ranks that wait for absent ones those that do so longest; else the most that wait in one call.
-    head = max(groups.values(), key=lambda group: (0 if absent else len(group), max(one.seconds for one in group)))
+    head = max(groups.values(), key=lambda group: (len(group), max(one.seconds for one in group)))
     late = set.union(*(blamed[one.rank] for one in head)) & (absent or by_rank.keys())
     parts, order = [_waits(head, late)], sorted(late)
     for rank in order:  # which grows by those that these wait for
         order += sorted(blamed.get(rank, set()) - {*order, *(one.rank for one in head)})
     parts += [_described(by_rank[rank], blamed.get(rank, set()), head[0]) for rank in order[:_MOST_NAMED]]
+    in_head = {one.rank for one in head}
+    behind = [by_rank[rank] for rank, those in blamed.items() if those & in_head and rank not in {*in_head, *order}]
+    if absent and behind:  # who waits for those that wait
+        parts.append(_waits(behind, set.union(*(blamed[one.rank] for one in behind)) & in_head))
     return "; ".join(parts) + (f"; and {len(order) - _MOST_NAMED} more" if len(order) > _MOST_NAMED else "")
 
 
 def _blamed(one: Told, by_rank: Mapping[int, Told]) -> set[int]:
-    """The ranks that have not come to the call in which one waits."""
-    team, late = team_text(one.team) if one.team else "", set()
+    """The ranks that have not come to the call in which one waits, or have come to another in its place."""
+    late, mine = set(), one.counts.get(one.meeting, 0)
     for other in (by_rank[rank] for rank in (one.awaited or one.team) if rank != one.rank and rank in by_rank):
-        if other.waits and (other.call, other.team) == (one.call, one.team):
-            continue
-        has_come = not other.silent and 0 < one.counts.get(team, 0) <= other.counts.get(team, 0)
-        if not has_come:
+        theirs = other.counts.get(one.meeting, 0)
+        is_beside = other.waits and other.meeting == one.meeting and (theirs == mine or not mine)
+        if not (other.call == one.call if is_beside else 0 < mine <= theirs):
             late.add(other.rank)
     return late
 
 
-def _waits(group: Sequence[Told], late: Iterable[int]) -> str:
+def _waits(group: Sequence[Told], late: set[int]) -> str:
     one = group[0]
-    words = "messages of " if one.awaited else ""
     verb = "wait" if len(group) > 1 else "waits"
-    return f"{named(other.rank for other in group)} {verb} in {one.call} ({one.place}) for {words}{named(late)}"
+    whom = f" for {'messages of ' if one.awaited else ''}{named(late)}" if late else ""
+    return f"{named(other.rank for other in group)} {verb} in {one.call} ({one.place}){whom}"
 
 
 def _described(one: Told, its_late: set[int], first: Told) -> str:

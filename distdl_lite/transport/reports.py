@@ -20,7 +20,7 @@ from distdl_lite.transport.sidechannel import join, start_thread, told_by_all, w
 
 FOLDER = "DISTDL_LITE_REPORTS"  # the variable that names where reports are written
 _FILE = "ranks.json"
-_GRACE = 8.0  # seconds for another rank to ask all, print and end the job
+_GRACE = 4.0  # seconds for another rank to ask all and print
 
 
 def report(world: Any) -> str | None:
@@ -29,9 +29,9 @@ def report(world: Any) -> str | None:
     if told is None:
         return None
     base = Path(os.environ.get(FOLDER) or tempfile.gettempdir())
-    folder = base / f"distdl_lite-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        base.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(prefix=f"distdl_lite-{time.strftime('%Y%m%d-%H%M%S')}-", dir=base))
         (folder / _FILE).write_text(json.dumps([asdict(one) for one in told]), encoding="utf-8")
         again = f"python -m distdl_lite report {folder} prints this again, --stacks with the stacks of all ranks"
     except OSError as error:
@@ -84,9 +84,10 @@ def _report_on_signal(reader: int) -> None:
 
 
 def end_with_report(of: Sequence[Any], why: str, write: Callable[[str], Any], end: Callable[[], Any]) -> None:
-    """Write the reports of worlds and why, and end the job; another rank that reports gets time for it."""
-    threading.Timer(20, os._exit, (1,)).start()  # the call that waits may keep the job from its end
+    """Write the reports of worlds and why, and end the job; first one rank writes, then the others, and then the job ends."""
+    threading.Timer(25, os._exit, (1,)).start()  # the call that waits may keep the job from its end
     texts = [report(world) for world in of]
+    time.sleep(_GRACE if None in texts else 0)
     write("\n".join([*filter(None, texts), why]))
-    time.sleep(_GRACE if None in texts else 1)  # the first to end the job takes the others' words
+    time.sleep(_GRACE + 2)
     end()

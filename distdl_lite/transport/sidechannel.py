@@ -15,9 +15,10 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
-from multiprocessing.connection import Client, Connection
+from multiprocessing import AuthenticationError
+from multiprocessing.connection import Client, Connection, answer_challenge, deliver_challenge
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -42,36 +43,53 @@ class Address(NamedTuple):
     key: bytes
     world: int  # its number in the process
 
-    def ask(self, question: str, value: Any) -> Any:
-        """The answer; OSError or EOFError where there is none."""
+    def connected(self) -> Connection:
+        """A connection on which questions are answered; OSError, EOFError or AuthenticationError where there is none."""
         network = "127.0.0.1" if self.host == platform.node() else self.network
-        with Client((network, self.port)) as connection:
-            connection.send_bytes(self.key)
+        return Client((network, self.port), authkey=self.key)
+
+    def ask(self, question: str, value: Any = None) -> Any:
+        """The answer."""
+        with self.connected() as connection:
             connection.send((question, self.world, value))
             return connection.recv()
 
-    def state(self) -> str:
-        """What the host tells of a process that does not answer."""
+    def clock_ahead(self) -> float:
+        """The seconds by which its clock, `time.perf_counter`, is ahead: the shortest of some messages there and back tells."""
+        found = []
+        with self.connected() as connection:
+            for _ in range(_PINGS):
+                began = time.perf_counter()
+                connection.send(("time", self.world, None))
+                there = connection.recv()
+                ended = time.perf_counter()
+                found.append((ended - began, there - (began + ended) / 2))
+        return min(found)[1]
+
+    def state(self, answer: Exception | None) -> str:
+        """What is known of a process that does not answer, or whose host does not let it."""
         if self.host != platform.node():
             return f"on {self.host} does not answer"
         try:
             state = Path(f"/proc/{self.pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[0]
         except OSError:
             return "has ended"
-        return {"T": "is stopped", "t": "is stopped", "Z": "has ended"}.get(
-            state, "does not answer: it has ended its program, or is in a call that keeps Python's lock"
-        )
+        if state in "TtZ":
+            return "has ended" if state == "Z" else "is stopped"
+        if answer is not None:
+            return "has ended its program"
+        return "does not answer: it has ended its program, or is in a call that keeps Python's lock"
 
 
 class Desk:
     """This process's answers."""
 
     def __init__(self) -> None:
-        self._key = secrets.token_bytes(16)
+        self._key, self._pid = secrets.token_bytes(16), os.getpid()
         self._listener = socket.create_server(("", 0), backlog=128)
         self.worlds: list[Any] = []
         self._ended: list[tuple[int, int, str]] = []  # world, rank, and how that ended
-        self._turn_ends = 0.0
+        self._turns: dict[int, float] = {}  # by world, when that of the last rank that asked ends
         atexit.register(self._close)
         start_thread("answers", self._accept)
 
@@ -93,20 +111,28 @@ class Desk:
                 start_thread("answer", self._answer, Connection(self._listener.accept()[0].detach()))
 
     def _answer(self, connection: Any) -> None:
-        with connection, suppress(OSError, EOFError):
-            if secrets.compare_digest(connection.recv_bytes(64), self._key):  # else a stranger
+        with connection, suppress(OSError, EOFError, AuthenticationError):
+            deliver_challenge(connection, self._key)  # a stranger fails it
+            answer_challenge(connection, self._key)
+            while True:  # until there are no more questions
                 question, world, value = connection.recv()
                 connection.send(getattr(self, f"_{question}")(world, value))
 
     def _tell(self, world: int, _: Any) -> tuple[Told, list[tuple[int, str]]]:
         """Where this rank is, and what it knows of others' ends."""
-        return here(self.worlds[world]), [(rank, how) for number, rank, how in self._ended if number == world]
+        try:
+            told = here(self.worlds[world])
+        except Exception as error:  # such as one of the program's objects
+            told = Told(self.worlds[world].rank, silent=f"cannot say where it is: {type(error).__name__}: {error}")
+        return told, [(rank, how) for number, rank, how in self._ended if number == world]
 
     def _turn(self, world: int, _: Any) -> bool:
         """Whether the rank that asks may report."""
         now = time.monotonic()
-        is_free, self._turn_ends = now > self._turn_ends, max(self._turn_ends, now + _TURN)
-        return is_free
+        if now < self._turns.get(world, 0.0):
+            return False
+        self._turns[world] = now + _TURN
+        return True
 
     def _time(self, world: int, _: Any) -> float:
         return time.perf_counter()
@@ -116,14 +142,17 @@ class Desk:
 
     def _close(self) -> None:
         """Answer no more. A rank after this one learns of the error that ends it."""
+        if os.getpid() != self._pid:  # a child, whose parent goes on
+            return
         self._listener.shutdown(socket.SHUT_RDWR)  # which wakes the thread, unlike close
         self._listener.close()
         error = getattr(sys, "last_value", None)
         for world in self.worlds if error is not None else ():
             place, _ = place_of([frame for frame, _ in traceback.walk_tb(error.__traceback__)][::-1])
             how = f"has ended by {type(error).__name__}: {error} ({place})"
-            addresses = world.local["addresses"]
-            _first_answer([*addresses[world.rank + 1 :], *addresses[: world.rank]], "remember", (world.rank, how))
+            addresses, told = world.local["addresses"], (world.rank, how)
+            others = [*addresses[world.rank + 1 :], *addresses[: world.rank]]
+            _first_answer(others, lambda address, told=told: address.ask("remember", told) or True)  # type: ignore[misc]
 
 
 def start_thread(name: str, call: Any, *args: Any) -> threading.Thread:
@@ -152,39 +181,34 @@ def join(world: Any) -> None:
 
 
 def clock_ahead(world: Any, rank: int) -> float:
-    """The seconds by which a rank's clock, `time.perf_counter`, is ahead of this process's; 0 on one host."""
+    """The seconds by which a rank's clock is ahead of this one's; 0 on one host, or if nobody tells."""
     address = world.local.get("addresses", ())[rank : rank + 1]
     if not address or address[0].host == platform.node():
         return 0.0
-    found = []
-    for _ in range(_PINGS):
-        began = time.perf_counter()
-        there = address[0].ask("time", None)
-        ended = time.perf_counter()
-        found.append((ended - began, there - (began + ended) / 2))
-    return min(found)[1]
+    (ahead,) = _answers(address, Address.clock_ahead)
+    return ahead if isinstance(ahead, float) else 0.0
 
 
-def _answers(addresses: Sequence[Address], question: str, value: Any = None) -> list[Any]:
-    """The answers, None where there was none in time, and an error where nobody listens."""
+def _answers(addresses: Sequence[Address], ask: Callable[[Address], Any]) -> list[Any]:
+    """What asking each rank gives, None where there was no answer in time, and an error where nobody listens."""
     found: list[Any] = [None] * len(addresses)
 
-    def ask(number: int) -> None:
+    def ask_one(number: int) -> None:
         try:
-            found[number] = addresses[number].ask(question, value)
-        except (OSError, EOFError) as error:
+            found[number] = ask(addresses[number])
+        except (OSError, EOFError, AuthenticationError) as error:
             found[number] = error
 
-    threads = [start_thread("question", ask, number) for number in range(len(addresses))]
+    threads = [start_thread("question", ask_one, number) for number in range(len(addresses))]
     end = time.monotonic() + _PATIENCE
     for thread in threads:
         thread.join(max(0.0, end - time.monotonic()))
     return list(found)
 
 
-def _first_answer(addresses: Iterable[Address], question: str, value: Any = None) -> Any:
+def _first_answer(addresses: Iterable[Address], ask: Callable[[Address], Any]) -> Any:
     for address in list(addresses)[:_TRIES]:
-        (answer,) = _answers([address], question, value)
+        (answer,) = _answers([address], ask)
         if answer is not None and not isinstance(answer, Exception):
             return answer
     return True
@@ -195,15 +219,14 @@ def told_by_all(world: Any) -> list[Told] | None:
     addresses = world.local["addresses"]
     if not addresses:
         return [here(world)]
-    if not _first_answer(addresses, "turn"):
+    if not _first_answer(addresses, lambda address: address.ask("turn")):
         return None
-    answers = _answers(addresses, "tell")
+    answers = _answers(addresses, lambda address: address.ask("tell"))
     ended = {rank: how for answer in answers if isinstance(answer, tuple) for rank, how in answer[1]}
     told = []
     for rank, (address, answer) in enumerate(zip(addresses, answers, strict=True)):
         if isinstance(answer, tuple):
             told.append(answer[0])
         else:
-            gone = "has ended" if isinstance(answer, Exception) else address.state()
-            told.append(Told(rank, silent=ended.get(rank, gone)))
+            told.append(Told(rank, silent=ended.get(rank) or address.state(answer)))
     return told

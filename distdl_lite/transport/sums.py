@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from distdl_lite.transport.channel import Group, Request
     from distdl_lite.transport.processes import ProcessTransport
 
+THREAD = "distdl_lite sums"
 ENGINES = "inline", "thread", "poll"  # who carries a sum out: its start, which waits for it; a thread; MPI, when it can
 
 
@@ -90,7 +91,7 @@ class Worker:
 
     def submit(self, call: Callable[[], Any], home: Callable[[Any], None]) -> Job:
         if self._thread is None:
-            self._thread = threading.Thread(target=self._work, name="distdl_lite sums", daemon=True)
+            self._thread = threading.Thread(target=self._work, name=THREAD, daemon=True)
             self._thread.start()
         job = Job(call, home)
         self._jobs.put(job)
@@ -123,7 +124,7 @@ def summed(
         before()
     sent = transport.on_wire(tensor)
     group.all_reduce(sent, sent)
-    if transport.local["tallies"]:
+    if transport.local["tallies"] and threading.current_thread().name == THREAD:
         record(transport, "thread", None, began, traffic=(0, sent.nbytes, 0))
     if sent is tensor and then is not None:
         then()

@@ -7,9 +7,9 @@ import threading
 import time
 from functools import partial
 
-from distdl_lite.transport.abort import abort
+from distdl_lite.transport.abort import abort, place_in_job
 from distdl_lite.transport.calls import CALLS
-from distdl_lite.transport.frames import OWN_THREADS, waiting
+from distdl_lite.transport.frames import OWN_THREADS, outward, place_of, waiting
 from distdl_lite.transport.reports import end_with_report
 
 
@@ -62,9 +62,10 @@ class _Watch(threading.Thread):
         seen, since = None, time.monotonic()
         while not self._is_over.wait(min(1.0, self.seconds / 4)):
             last = CALLS[-1] if CALLS else None
-            if waiting() is None or last is not seen:
+            frame = waiting()
+            if frame is None or last is not seen or (last and "addresses" not in last[2].local):  # ranks as threads
                 seen, since = last, time.monotonic()
-            elif last is not None and time.monotonic() - since > self.seconds:
-                world = last[2]
-                why = f"rank {world.rank} has waited for others for more than {self.seconds:g} s"
-                end_with_report([world], why, partial(print, file=sys.stderr, flush=True), abort)
+            elif time.monotonic() - since > self.seconds:
+                place, _ = place_of(list(outward(frame)))
+                why = f"rank {place_in_job()[1]} has waited for others for more than {self.seconds:g} s at {place}"
+                end_with_report([last[2]] if last else [], why, partial(print, file=sys.stderr, flush=True), abort)
