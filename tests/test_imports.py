@@ -100,6 +100,13 @@ def test_arrows(name: str) -> None:
         assert name.split("/")[0] in FRONT or other.split("/")[0] not in FRONT, f"{name} imports {other}"
 
 
+def test_every_folder_is_a_package() -> None:
+    """Else it is left out where the library is installed."""
+    assert {str(Path(name).parent) for name in FILES} <= {
+        str(Path(name).parent) for name in FILES if name.endswith("__init__")
+    }
+
+
 def test_the_wings_of_layers_stand_apart() -> None:
     wings = {name: name.split("/")[1] for name in FILES if name.startswith("nn/") and name.count("/") == 2}
     pairs = {(wings[name], wings[other]) for name in wings for other in own(FILES[name]) if other in wings}

@@ -45,7 +45,7 @@ def test_who_came_late_and_what_it_cost() -> None:
     assert found.late == (Late(0, 1, 2.0, {"a": 2.0}), Late(1, 1, 1.0, {"b": 1.0}))
     assert (found.ranks, found.seconds, found.hidden) == (2, 10.0, 0.0)
     text = str(found)
-    assert "rank 0 came late 1 times, which cost the others 2 s, 2 of them in a" in text
+    assert "rank 0 came late 1 times, which cost the others 2 s, 2 s of that in a" in text
     assert json.loads(json.dumps(found.to_dict()))["layers"][0]["moving"] == 0.5
     # A message that was there long before it was waited for.
     early = noted()

@@ -47,6 +47,8 @@ class Recorder:
         self._task = -1  # the number of the backward whose end is awaited
         self._marked: _Open | None = None
         self._paths: dict[int, str] = {}
+        self._labels: Counter[str] = Counter()
+        self._prefixes: dict[str, str] = {}  # of paths, by the name of their network
         self._roots = list[torch.nn.Module]()  # kept, so that no other module gets its address
 
     # Modules
@@ -56,10 +58,18 @@ class Recorder:
         if threading.get_ident() != self.thread:
             return
         if id(module) not in self._paths:
-            self._roots.append(module)
-            root = type(module).__name__
-            self._paths |= {id(inner): path or root for path, inner in module.named_modules()}
+            self._add_root(module)
         self._stack.append(_Open(self._paths[id(module)], perf_counter()))
+
+    def _add_root(self, module: torch.nn.Module) -> None:
+        """Name the modules of a network: those of the first one by their paths, of others with the name of their network."""
+        label = getattr(module, "_distdl_label", type(module).__name__)
+        number = self._labels[label] = self._labels[label] + 1
+        root = label if number == 1 else f"{label} {number}"
+        prefix = self._prefixes[root] = f"{root}." if self._roots else ""
+        self._roots.append(module)
+        known = {id(inner): f"{prefix}{path}" if path else root for path, inner in module.named_modules()}
+        self._paths = known | self._paths
 
     def leave(self, module: torch.nn.Module, output: Any) -> None:
         """It has ended, and the backward of what it gives is to be found again."""
@@ -73,7 +83,8 @@ class Recorder:
     def mark(self, path: str, value: Any) -> None:
         """In a compiled program a module's forward begins; the one before it has ended with a value."""
         self._end_marked(value)
-        self._marked = _Open(path or self._stack[-1].layer, perf_counter())
+        root = self._stack[-1].layer
+        self._marked = _Open(f"{self._prefixes.get(root, '')}{path}" if path else root, perf_counter())
 
     def _end_marked(self, value: Any) -> None:
         opened, self._marked = self._marked, None

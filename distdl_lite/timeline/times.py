@@ -11,6 +11,7 @@ from distdl_lite.text import columns
 from distdl_lite.timeline.notes import Key, Notes
 
 _MOST_NAMED = 3  # ranks that came late
+_NOTICED = 1e-3  # seconds, from which on a wait is counted
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class LayerTimes:
 
 @dataclass(frozen=True)
 class Late:
-    """How often a rank was the last to come, what that cost all others together in seconds, and how much of it in which layer."""
+    """How often a rank cost another more than 1 ms, what it cost all others together in seconds, and how much of that where."""
 
     rank: int
     times: int
@@ -89,7 +90,7 @@ class Times:
             layer, most = max(one.layers.items(), key=lambda found: found[1])
             words.append(
                 f"rank {one.rank} came late {one.times} times, which cost the others {one.seconds:.3g} s, "
-                f"{most:.3g} of them in {layer}"
+                f"{most:.3g} s of that in {layer}"
             )
         words.append(f"hidden behind computation: {100 * self.hidden:.0f} % of the time of messages and sums")
         return "\n".join(words)
@@ -132,7 +133,7 @@ def times(notes: Sequence[Notes]) -> Times:
                 seconds[span.layer]["waiting"] += waited
                 seconds[span.layer]["moving"] -= waited
                 late[who][span.layer] += waited
-                times_late[who] += 1
+                times_late[who] += waited > _NOTICED
             hidden += max(0.0, span.began - max(last, wait.posted))
             shown += span.ended - max(span.began, min(last, span.ended))
     rows = tuple(

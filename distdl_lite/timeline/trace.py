@@ -37,7 +37,7 @@ class trace:
     Parameters
     ----------
     path : str or path or None
-        Of the file, which the first rank of `P` writes; None for none.
+        Of the file, which the first rank of `P` writes into a folder that exists; None for none.
     P : Partition or None
         Whose ranks enter and leave the block together; the ambient world by default. A rank outside does nothing.
     profile : bool
@@ -46,7 +46,7 @@ class trace:
     Attributes
     ----------
     times : Times
-        After the block; the same on all ranks.
+        After the block, unless an error has ended it; the same on all ranks.
 
     Raises
     ------
@@ -86,6 +86,8 @@ class trace:
         with raised_together(self.P.team, "trace"):
             if world.local.get("trace"):
                 raise RuntimeError("a trace is on already")
+            if self.path is not None and not Path(self.path).absolute().parent.is_dir():
+                raise FileNotFoundError(f"there is no folder {Path(self.path).absolute().parent}")
             if self._is_profiled and threading.current_thread() is not threading.main_thread():
                 raise RuntimeError("profile=True needs ranks that are processes, each in its main thread")
         self._profiler, self._recorder = torch.profiler.profile() if self._is_profiled else None, Recorder(world)
@@ -119,20 +121,19 @@ class trace:
 
     def _merge(self, P: Partition, notes: Notes, profiled: list[dict[str, Any]]) -> None:
         """Bring all notes to the first rank, which writes them, and tells all where the time went."""
-        found = None
-        everything = _gathered(P, (notes, profiled))
-        with raised_together(P.team, "trace"):
-            if everything is not None:
-                ahead = [clock_ahead(self._world, one.rank) for one, _ in everything]
-                by_one_clock = [_shifted(one, seconds) for (one, _), seconds in zip(everything, ahead, strict=True)]
-                found = times(by_one_clock)
-                if self.path is not None:
-                    origin = min(one.began for one in by_one_clock)
-                    shown = list(events(by_one_clock, origin))
-                    for (_, more), seconds in zip(everything, ahead, strict=True):
-                        shown += [event | {"ts": event["ts"] - 1e6 * (seconds + origin)} for event in more]
-                    Path(self.path).write_text(json.dumps({"traceEvents": shown}), encoding="utf-8")
+        everything, found = _gathered(P, (notes, profiled)), None
+        if everything is not None:
+            ahead = [clock_ahead(self._world, one.rank) for one, _ in everything]
+            by_one_clock = [_shifted(one, seconds) for (one, _), seconds in zip(everything, ahead, strict=True)]
+            found = times(by_one_clock)
         self.times = self._world.gather_objects(P.team, found)[0]
+        with raised_together(P.team, "trace"):
+            if everything is not None and self.path is not None:
+                origin = min(one.began for one in by_one_clock)
+                shown = list(events(by_one_clock, origin))
+                for (_, more), seconds in zip(everything, ahead, strict=True):
+                    shown += [event | {"ts": event["ts"] - 1e6 * (seconds + origin)} for event in more]
+                Path(self.path).write_text(json.dumps({"traceEvents": shown}), encoding="utf-8")
 
 
 def _gathered(P: Partition, mine: Any) -> list[Any] | None:

@@ -1,0 +1,1 @@
+"""Timelines of what ranks do, and where their time went."""
