@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import matplotlib
@@ -250,6 +251,12 @@ def test_cuts_have_a_line_for_each_level_and_a_part_for_each_cut(reports: list[d
     assert words_of(ax.get_legend().get_texts())[:3] == [f"cut in 2 by axis {axis}" for axis in (0, 2, 3)]
     gathered = dl.report(lambda x: torch.linalg.svdvals(x), (2, 1), (4, 4))
     assert words_of(dl.show.cuts(gathered).get_yticklabels()) == [". (gathered)"]
+    by_hand = dl.summary(lambda P: torch.nn.Sequential(dl.nn.DistributedAvgPool2d(P, 2)), (1, 2, 8, 8), (1, 1, 2, 1))
+    assert words_of(dl.show.cuts(by_hand).get_yticklabels()) == ["0"]
+    with pytest.raises(ValueError, match="no module of the report says how its output is cut"):
+        dl.show.cuts(replace(by_hand, rows=()))
+    with pytest.raises(TypeError, match="a number for each spatial dim, such as \\(3, 3\\)"):
+        dl.show.halos((2, 2), (8, 8), kernel_size=3)  # type: ignore[arg-type]
 
 
 def test_bars_and_points_are_the_numbers_of_the_reports(reports: list[dl.Report]) -> None:

@@ -144,6 +144,14 @@ def test_traces_of_programs_and_sums() -> None:
         net(x).sum().backward()
         with dl.trace(P=world) as t, count() as c:
             net(x).sum().backward()
+        with dl.trace(P=world) as both:
+            net(x).sum().backward()
+            dl.nn.DistributedMSELoss(world.grid((1, 1, 2, 1)))(x, x)
+            torch.nn.Sequential(torch.nn.ReLU())(x)
+        names = {span.name for span in both._recorder.notes.spans if span.kind == "forward"}
+        assert names == {"0", "1", "2", "distribute(Sequential)", "DistributedMSELoss", "Sequential", "Sequential.0"}, (
+            names
+        )
         sent = [key for key in t._recorder.notes.posted if len(key) == 3 and isinstance(key[0], int)]
         return [row.layer for row in t.times.layers], len(sent), c.messages - c.by_label["sums"].messages, c.collectives
 
@@ -157,7 +165,7 @@ def test_traces_that_cannot_be() -> None:
         with dl.trace(P=world), pytest.raises(RuntimeError, match="a trace is on already"), dl.trace(P=world):
             pass
         with (
-            pytest.raises(RuntimeError, match="trace: FileNotFoundError"),
+            pytest.raises(RuntimeError, match="trace: FileNotFoundError: there is no folder /no/such/folder"),
             dl.trace("/no/such/folder/trace.json", world),
         ):
             pass

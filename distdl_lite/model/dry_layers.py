@@ -21,7 +21,7 @@ from distdl_lite.grid import Grid
 from distdl_lite.layout import Shape
 from distdl_lite.model.distributed import Distributed
 from distdl_lite.model.dry import DryTransport, Meter, without_numbers
-from distdl_lite.model.report import Both, Traffic, cut_text, of_plan, summed
+from distdl_lite.model.report import Both, Cuts, Traffic, cut_text, cuts_of, of_plan, summed
 from distdl_lite.nn.inputs import agreed_inputs
 from distdl_lite.nn.linear.embedding import DistributedEmbedding
 from distdl_lite.nn.linear.parallel_linear import DistributedColumnParallelLinear, DistributedRowParallelLinear
@@ -43,9 +43,8 @@ class Seen:
     """What one rank does in a step, by the paths of modules."""
 
     layers: dict[str, Counter[str]] = field(default_factory=dict)  # those called: of which class, and how often
-    outputs: dict[str, tuple[str, int, int]] = field(
-        default_factory=dict
-    )  # in words; elements here, and in all if known
+    # In words, with elements here and in all, and how each dim is cut; both nothing where that is not known.
+    outputs: dict[str, tuple[str, int, int, Cuts]] = field(default_factory=dict)
     sent: dict[str, Both] = field(default_factory=dict)
     movements: dict[str, Counter[str]] = field(default_factory=dict)
     multiply_adds: Counter[str | None] = field(default_factory=Counter)  # None in backward
@@ -137,9 +136,10 @@ class _Watched:
         index = lies and lies[0].index(self.transport.rank)
         if lies and index is not None and local_shape(lies[1], lies[0], index) == shape:
             self.lies[shape] = lies
-            self.found.outputs[path] = cut_text(lies[1], lies[0]), y.numel(), math.prod(shape_of_dims(lies[1]))
+            whole = math.prod(shape_of_dims(lies[1]))
+            self.found.outputs[path] = cut_text(lies[1], lies[0]), y.numel(), whole, cuts_of(lies[1])
         elif y.numel() or not lies:
-            self.found.outputs[path] = f"block {shape}", y.numel(), 0
+            self.found.outputs[path] = f"block {shape}", y.numel(), 0, ()
 
     def step(self, args: Sequence[Any]) -> Seen:
         """Forward and, in training, backward."""

@@ -540,9 +540,7 @@ class _Account:
                 weights=weights[path],
                 kept=self.dry.kept[path],
                 gathered=tuple(f"{name}, {place}" for where, name, place in self.program.gathered if where == path),
-                cuts=tuple(tuple((length_of(dim), dim.axes) for dim in of_dim) for of_dim in values[-1].dims)
-                if values
-                else (),
+                cuts=cuts_of(values[-1].dims) if values else (),
             )
 
     def _weights(self) -> Counter[str]:
@@ -580,6 +578,11 @@ def _size(shape: Shape | None) -> int:
 def summed(size: int, ranks: int) -> Traffic:
     """What one rank sends in a sum that is no operator's."""
     return Traffic(1, size, 2 * math.ceil(math.log2(ranks)), 2.0 * size * (ranks - 1) / ranks)
+
+
+def cuts_of(dims: Dims) -> Cuts:
+    """Of each dim the lengths that make it up, with the axes that cut them."""
+    return tuple(tuple((length_of(dim), dim.axes) for dim in of_dim) for of_dim in dims)
 
 
 def cut_text(dims: Dims, grid: Grid) -> str:

@@ -231,7 +231,7 @@ def _reported(ranks: Sequence[Seen], shape: Shape, machine: Machine) -> Report:
     optimizer = int(machine.optimizer * fullest.gradients)
     outputs = {path: laid for one in ranks for path, laid in one.outputs.items() if laid[2]}
     known = [sum(one.outputs[path][1] for path in outputs if path in one.outputs) for one in ranks]
-    total = sum(whole for _, _, whole in outputs.values())
+    total = sum(whole for _, _, whole, _ in outputs.values())
     sides = [[sum((both[side] for both in one.sent.values()), Traffic()) for one in ranks] for side in (0, 1)]
     return Report(
         grid=shape,
@@ -262,13 +262,14 @@ def _rows(ranks: Sequence[Seen], fullest: Seen, busiest: Seen) -> Iterator[Row]:
         )
         if is_leaf or any(mine):
             laid = [one.outputs[path] for one in ranks if path in one.outputs]
+            output, *_, cuts = max(laid, key=lambda one: one[1:3], default=("", 0, 0, ()))
             moved = Counter[str]()
             for one in ranks:
                 moved |= one.movements.get(path, Counter())
             yield Row(
                 path=path,
                 operations=tuple(f"{n} {name}" if n > 1 else name for name, n in layers.get(path, Counter()).items()),
-                output=max(laid, key=lambda one: one[1:])[0] if laid else "",
+                output=output,
                 movements=dict(moved),
                 forward=most([forward for forward, _ in sent]),
                 backward=most([backward for _, backward in sent]),
@@ -276,4 +277,5 @@ def _rows(ranks: Sequence[Seen], fullest: Seen, busiest: Seen) -> Iterator[Row]:
                 weights=mine[2],
                 kept=mine[3],
                 gathered=(),
+                cuts=cuts,
             )

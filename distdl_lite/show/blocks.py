@@ -161,6 +161,8 @@ def halos(
     X = drawing.layout_of(P, shape)
     if X.box(rank) is None:
         raise ValueError(f"rank {rank} is not on the grid of shape {X.grid.shape}")
+    if isinstance(kernel_size, int):
+        raise TypeError(f"kernel_size has a number for each spatial dim, such as ({kernel_size}, {kernel_size})")
     if (widths is None) == (kernel_size is None) or len(widths or X.dims) != len(X.dims):
         raise ValueError(f"either kernel_size or widths must be given, these for each of {len(X.dims)} dims")
     boundary = boundary or ("zeros" if widths is None else "none")

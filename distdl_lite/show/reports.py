@@ -40,6 +40,8 @@ def cuts(report: Report, ax: Axes | None = None) -> Axes:
     ['0 \N{EN DASH} 1', '2']
     """
     levels = [list(rows) for _, rows in groupby((row for row in report.rows if row.cuts), lambda row: row.cuts)]
+    if not levels:
+        raise ValueError("no module of the report says how its output is cut")
     names = [" \N{EN DASH} ".join(dict.fromkeys(row.path or "." for row in (rows[0], rows[-1]))) for rows in levels]
     names = [name + " (gathered)" * any(row.gathered for row in rows) for name, rows in zip(names, levels, strict=True)]
     count = max(len(rows[0].cuts) for rows in levels)

@@ -177,4 +177,4 @@ def _said(call: Call) -> str:
     ago = f"{perf_counter() - call.began:.1f} s ago"
     if isinstance(call.whom, Plan):
         return f"{call.what} {ago}"
-    return f"{call.what} of {team_text(call.whom)}, their call {call.number}, {ago}"
+    return f"{call.what} {call.number or ''} of {team_text(call.whom)} {ago}".replace("  ", " ")

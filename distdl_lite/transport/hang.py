@@ -148,5 +148,5 @@ def table(told: Sequence[Told]) -> list[tuple[str, ...]]:
         awaited = [f"{size} bytes of rank {rank}" for rank, size in one.awaited.items()]
         awaits = ", ".join(awaited) or (team_text(one.team) if one.waits and one.team else "")
         since = "" if one.silent else f"{one.seconds:.1f} s"
-        lines.append((str(one.rank), state, one.call, one.place, since, awaits, "; ".join(one.calls[:3])))
+        lines.append((str(one.rank), state, one.call, one.place, since, awaits, "; ".join(one.calls[:2])))
     return lines

@@ -71,7 +71,10 @@ def take_part(world: Any) -> None:
         reader, writer = os.pipe()
         os.set_blocking(writer, False)
         # A handler of Python's runs when the main thread is back from its call; what it writes comes at once.
-        signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+        others = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+        if others >= 0:  # asyncio's
+            signal.set_wakeup_fd(others)
+            return
         signal.signal(signal.SIGUSR1, lambda *_: None)
         signal.siginterrupt(signal.SIGUSR1, False)
         start_thread("signals", _report_on_signal, reader)
