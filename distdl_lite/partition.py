@@ -363,18 +363,31 @@ class CartesianPartition(Partition):
             made.origin = Line(tuple(sorted(made.ranks)), everywhere)
         return made
 
-    def line(self, *names: str) -> CartesianPartition:
-        """The line, or plane, of the grid through this rank along named axes.
+    def axis(self, which: int | str) -> int:
+        """The number of an axis, given by its name or number.
 
         Raises
         ------
         ValueError
-            If the grid has no axes of these names.
+            If the grid has no such axis.
         """
-        known = self.names or ()
-        if missing := [name for name in names if name not in known]:
-            raise ValueError(f"{self._members} has no axis {missing[0]!r}: its axes are {known or 'not named'}")
-        return self.create_cartesian_subtopology_partition(name in names for name in known)
+        known: Sequence[Any] = (self.names or ()) if isinstance(which, str) else range(-self.dim, self.dim)
+        if which not in known:
+            raise ValueError(f"{self._members} has no axis {which!r}: its axes are {self.names or 'not named'}")
+        return known.index(which) % self.dim
+
+    def line(self, *axes: int | str) -> CartesianPartition:
+        """The line of the grid through this rank along an axis, or the plane along several, given by names or numbers.
+
+        It has these axes alone; a layer that wants an axis for each dim takes ``P.line("h").grid((1, 1, n, 1))``.
+
+        Raises
+        ------
+        ValueError
+            If the grid has no such axes.
+        """
+        kept = {self.axis(which) for which in axes}
+        return self.create_cartesian_subtopology_partition(axis in kept for axis in range(self.dim))
 
     def create_allreduction_partition(self, axes: Iterable[int]) -> CartesianPartition:
         """The ranks this one is summed with when a sum runs over `axes`.
@@ -399,26 +412,28 @@ class CartesianPartition(Partition):
             raise ValueError(f"a tensor of shape {tuple(global_shape)} cannot be cut over a grid of shape {self.shape}")
         return tuple(balanced(int(n), p) for n, p in zip(global_shape, self.shape, strict=True))
 
-    def block(self, global_shape: Sequence[int], axes: Sequence[int | None] | None = None) -> tuple[slice, ...] | None:
+    def block(
+        self, global_shape: Sequence[int], axes: Sequence[int | str | None] | None = None
+    ) -> tuple[slice, ...] | None:
         """This rank's balanced block of a tensor as slices, None if inactive: ``x_local = x_global[P.block(x.shape)]``.
 
         Parameters
         ----------
         global_shape : sequence of int
-        axes : sequence of int or None, optional
-            The axis that cuts each dim, None for a whole one; by default dim d is cut along axis d.
+        axes : sequence of int, str or None, optional
+            The axis that cuts each dim, by number or name, None for a whole one; by default dim d is cut along axis d.
 
         Raises
         ------
         ValueError
-            If the tensor has another number of dims than the grid has axes, or than `axes` has entries.
+            If the tensor has another number of dims than the grid has axes, or than `axes` has entries, or there is no such axis.
         """
         if axes is None:
             cuts, chosen = self.bounds(global_shape), list[int | None](range(self.dim))
         elif len(axes) != len(global_shape):
             raise ValueError(f"axes {tuple(axes)} do not fit a tensor of shape {tuple(global_shape)}")
         else:
-            chosen = [None if a is None else range(self.dim)[a] for a in axes]
+            chosen = [None if a is None else self.axis(a) for a in axes]
             parts = [1 if a is None else self.shape[a] for a in chosen]
             cuts = tuple(balanced(int(n), p) for n, p in zip(global_shape, parts, strict=True))
         if self.index is None:
@@ -426,7 +441,7 @@ class CartesianPartition(Partition):
         at = [0 if a is None else self.index[a] for a in chosen]
         return tuple(slice(*cut[i : i + 2]) for cut, i in zip(cuts, at, strict=True))
 
-    def cut(self, x: Any, axes: Sequence[int | None] | None = None) -> Any:
+    def cut(self, x: Any, axes: Sequence[int | str | None] | None = None) -> Any:
         """This rank's balanced block of a tensor that every rank has or can make; zero-volume on a rank outside.
 
         Parameters

@@ -270,6 +270,9 @@ def test_named_axes() -> None:
         assert (line.shape, line.names) == ((2,), ("h",))
         assert list(line.ranks) == [world.rank % 2, world.rank % 2 + 2]
         assert P.line("h", "w").shape == (2, 2)
+        assert P.line(2) == line
+        assert P.line(-2) == line
+        assert P.block((5, 7), ["w", None]) == P.block((5, 7), [3, None]) == P.block((5, 7), [-1, None])
         assert world.grid(rows=2).names == ("rows",)
         for wrong, text in (
             (lambda: world.grid((2,), h=2), "either a shape or named axes"),
@@ -279,6 +282,8 @@ def test_named_axes() -> None:
             (lambda: world.grid((1, 2), of="h h"), "the names"),
             (lambda: P.line("z"), "n=1, c=1, h=2, w=2, ranks=0..3 has no axis 'z'"),
             (lambda: world.grid((4,)).line("h"), "its axes are not named"),
+            (lambda: P.line(4), "has no axis 4"),
+            (lambda: P.block((5,), ["z"]), "has no axis 'z'"),
         ):
             with pytest.raises((TypeError, ValueError), match=re.escape(text)):
                 wrong()
