@@ -251,6 +251,8 @@ def test_cuts_have_a_line_for_each_level_and_a_part_for_each_cut(reports: list[d
     assert words_of(ax.get_legend().get_texts())[:3] == [f"cut in 2 by axis {axis}" for axis in (0, 2, 3)]
     gathered = dl.report(lambda x: torch.linalg.svdvals(x), (2, 1), (4, 4))
     assert words_of(dl.show.cuts(gathered).get_yticklabels()) == [". (gathered)"]
+    named = spmd(4, lambda world: dl.show.partition(world.grid(h=2, w=2, of="n c h w"), (1, 1, 8, 8)).get_ylabel())
+    assert named == ["h"] * 4
     by_hand = dl.summary(lambda P: torch.nn.Sequential(dl.nn.DistributedAvgPool2d(P, 2)), (1, 2, 8, 8), (1, 1, 2, 1))
     assert words_of(dl.show.cuts(by_hand).get_yticklabels()) == ["0"]
     with pytest.raises(ValueError, match="no module of the report says how its output is cut"):

@@ -67,7 +67,7 @@ def partition(
     for rank, place in standing.items():
         holders[place].append(rank)
     ax = (_draw_space if len(drawn) == 3 else _draw_plane)(holders, ax)
-    drawing.mark(ax, drawn, moves)
+    drawing.mark(ax, drawn, moves, getattr(P, "names", None) if axes is None else None)
     if idle := [rank for rank in layout.grid.ranks if rank not in standing]:
         ax.set_title(f"hold nothing: {drawing.ranks_text(idle)}", fontsize=9, loc="left")
     return ax

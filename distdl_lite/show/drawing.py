@@ -142,8 +142,8 @@ def ink_on(ground: Colour) -> str:
     return "black" if 0.299 * ground[0] + 0.587 * ground[1] + 0.114 * ground[2] > 0.5 else "white"
 
 
-def mark(ax: Any, dims: Dims, moves: Moves) -> None:
-    """Ticks where the ranges of the dims begin and end, some sixteen at most."""
+def mark(ax: Any, dims: Dims, moves: Moves, names: Sequence[str] | None = None) -> None:
+    """Ticks where the ranges of the dims begin and end, some sixteen at most; and the dims' names, or else numbers."""
     axes = (ax.yaxis, ax.xaxis) if len(dims) == 2 else (ax.yaxis, ax.zaxis, ax.xaxis)
     for axis, d, of_dim in zip(axes, dims, moves, strict=True):
         low, high = sorted(axis.get_view_interval())
@@ -151,7 +151,7 @@ def mark(ax: Any, dims: Dims, moves: Moves) -> None:
         seen = sorted((place, str(end)) for end, place in ends.items() if d is not None and low <= place <= high)
         chosen = seen[:: -max(math.ceil((len(seen) - 1) / 16), 1)]
         axis.set_ticks([place for place, _ in chosen], [end for _, end in chosen])
-        axis.set_label_text("" if d is None else f"dim {d}")
+        axis.set_label_text("" if d is None else f"dim {d}" if names is None else names[d])
 
 
 def ranks_text(ranks: Iterable[int]) -> str:
