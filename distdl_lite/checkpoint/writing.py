@@ -209,7 +209,7 @@ class Saving:
             self._folder.rename(self.path)
             _flush_folder(self.path.parent)
         except BaseException as error:
-            shutil.rmtree(self._folder, ignore_errors=True)
+            _remove(self._folder)
             raise self._told(f"rank {self._team[0]} cannot complete {self.path}: {error}") from error
         with suppress(FileNotFoundError):  # somebody else removes them
             for _, old in alike(self.path)[self._keep - 1 :] if self._keep else ():
@@ -237,6 +237,15 @@ class Saving:
                     size, since = now, time.monotonic()
             yield json.loads(path.read_text())
             path.unlink()
+
+
+def _remove(folder: Path) -> None:
+    """Remove a folder in which another rank may make a file in this moment, whose next one then fails."""
+    for _ in range(100):
+        shutil.rmtree(folder, ignore_errors=True)
+        if not folder.exists():
+            return
+        time.sleep(0.01)
 
 
 def _bytes_in(folder: Path) -> int:
