@@ -19,6 +19,7 @@ from torch import nn
 
 import distdl_lite as dl
 import distdl_lite.nn as dnn
+from distdl_lite.model.dry import DryTransport, Meter
 
 Tensors = tuple[torch.Tensor, ...]
 Grid = tuple[int, int]
@@ -267,3 +268,23 @@ TASKS: dict[str, Any] = {
     "heads": Task(partial(Transformer, 4), CROSS_ENTROPY, _texts, 3, (0, 1), (WORDS, WORDS)),
     "positions": Task(partial(Transformer, 3, is_tied=True), CROSS_ENTROPY, _texts, 3, (2, 0), (WORDS, WORDS)),
 }
+
+
+# ---- what they hold --------------------------------------------------------------------------------------------------
+
+
+def held_in_a_step(net: nn.Module, P: dl.Partition, shape: Sequence[int]) -> tuple[int, int]:
+    """The bytes that a second forward keeps, and the most that lives in it and its backward, on this rank without weights."""
+    for _ in range(2):
+        x = P.cut(torch.randn(*shape))
+        net.zero_grad()
+        meter = Meter(DryTransport(0, 1))
+        for tensor in (*net.parameters(), *net.buffers()):
+            meter.hold(tensor, "", counts=False)
+        meter.hold(x, "")
+        with meter:
+            y = net(x)
+            kept = meter.live
+            y.sum().backward()
+        del y
+    return kept, meter.peak

@@ -43,13 +43,10 @@ class DryTransport(Transport):
         self.local: dict[str, Any] = {"tallies": []}
         self.path: str | None = None  # of the module whose forward runs; None in backward
         self.inside: list[str] = []  # the paths of modules whose forwards run, also of those that backward runs again
-        self.nodes: tuple[list[int], list[str]] = (
-            [],
-            [],
-        )  # the first number of those of the graph, and the path of their module
-        self.moves: list[
-            tuple[str, bool, Plan, torch.dtype]
-        ] = []  # where, as `where` says, and what operators have moved
+        # The first number of those of the graph, and the path of their module.
+        self.nodes: tuple[list[int], list[str]] = [], []
+        # Where, as `where` says, and what operators have moved.
+        self.moves: list[tuple[str, bool, Plan, torch.dtype]] = []
         self.sums: list[tuple[str, bool, int, int]] = []  # where, and bytes and ranks of what is no operator's
 
     def enter(self, path: str) -> None:

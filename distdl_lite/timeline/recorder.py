@@ -38,9 +38,8 @@ class Recorder:
         self.notes = Notes(world.rank)
         self._numbers: Counter[Any] = Counter()
         self._awaited: dict[Any, list[tuple[float, list[Key]]]] = defaultdict(list)  # by plan, or time of a sum
-        self._sent: dict[
-            int, tuple[Any, dict[int, int], list[int]]
-        ] = {}  # of each plan bytes to peers, and who sends here
+        # Of each plan the bytes to peers, and who sends here.
+        self._sent: dict[int, tuple[Any, dict[int, int], list[int]]] = {}
         self._texts: dict[Any, str] = {}
         self._stack: list[_Open] = []
         self._backward: _Open | None = None

@@ -125,12 +125,11 @@ def layer_of(frame: FrameType | None, waits: bool) -> str:
     return ".".join(filter(None, [named or type(root).__name__, path, own]))
 
 
-def _call_of(frame: FrameType) -> Call | None:
-    """The call that waits in a frame: an operator's, or the last one that began."""
-    known = [Call(*entry) for entry in reversed(CALLS)]
+def _call_of(frame: FrameType, known: Sequence[Call]) -> Call | None:
+    """The call, among the last ones, that waits in a frame: an operator's, or the last one that began."""
     owners = [_variables(inner, True).get("self") for inner in frames_of_library(frame)]
     plan = next((owner.plan for owner in owners if type(owner).__module__ == "distdl_lite.operator"), None)
-    return next((call for call in known if call.whom is plan), known[0] if known else None)
+    return next((call for call in known if call.whom is plan), next(iter(known), None))
 
 
 def here(world: Any) -> Told:
@@ -138,7 +137,7 @@ def here(world: Any) -> Told:
     frame = waiting()
     shown = frame or sys._current_frames().get(threading.main_thread().ident or 0)
     known = [Call(*entry) for entry in reversed(CALLS)]
-    call = (_call_of(frame) if frame else None) or (known[0] if known else None)
+    call = _call_of(frame, known) if frame else next(iter(known), None)
     place, text = place_of(list(outward(shown)))
     layer = layer_of(shown, frame is not None)
     is_here = call is not None and frame is not None and call.world is world

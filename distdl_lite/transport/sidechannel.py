@@ -147,9 +147,11 @@ class Desk:
         self._listener.shutdown(socket.SHUT_RDWR)  # which wakes the thread, unlike close
         self._listener.close()
         error = getattr(sys, "last_value", None)
-        for world in self.worlds if error is not None else ():
-            place, _ = place_of([frame for frame, _ in traceback.walk_tb(error.__traceback__)][::-1])
-            how = f"has ended by {type(error).__name__}: {error} ({place})"
+        if error is None:
+            return
+        place, _ = place_of([frame for frame, _ in traceback.walk_tb(error.__traceback__)][::-1])
+        how = f"has ended by {type(error).__name__}: {error} ({place})"
+        for world in self.worlds:
             addresses, told = world.local["addresses"], (world.rank, how)
             others = [*addresses[world.rank + 1 :], *addresses[: world.rank]]
             _first_answer(others, lambda address, told=told: address.ask("remember", told) or True)  # type: ignore[misc]

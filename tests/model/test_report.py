@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from networks import held_in_a_step
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 from torch.utils import _pytree as pytree
@@ -17,7 +18,6 @@ from torch.utils import _pytree as pytree
 import distdl_lite as dl
 from distdl_lite.model.capture import capture
 from distdl_lite.model.compile import default_axes
-from distdl_lite.model.dry import DryTransport, Meter
 from distdl_lite.nn.value import NoRule
 from distdl_lite.testing import count, spmd
 
@@ -175,21 +175,7 @@ def test_memory_is_what_a_step_holds() -> None:
     def body(world: dl.Partition) -> tuple[int, int]:
         P = world.grid((1, 1, 2, 1))
         torch.manual_seed(0)
-        net, held = dl.distribute(UNet(8), P), []
-        for _ in range(2):
-            x = P.cut(torch.randn(2, 3, 128, 96))
-            net.zero_grad()
-            meter = Meter(DryTransport(0, 1))
-            for tensor in (*net.parameters(), *net.buffers()):
-                meter.hold(tensor, "", counts=False)
-            meter.hold(x, "")
-            with meter:
-                y = net(x)
-                kept = meter.live
-                y.sum().backward()
-            held.append((kept, meter.peak))
-            del y
-        return held[-1]
+        return held_in_a_step(dl.distribute(UNet(8), P), P, (2, 3, 128, 96))
 
     found = dl.report(UNet(8), (1, 1, 2, 1), (2, 3, 128, 96))
     for kept, peak in spmd(2, body):

@@ -15,13 +15,13 @@ import pytest
 import torch
 from families import FAMILIES
 from generated import COPIED, SIZE, Draw
+from networks import held_in_a_step
 from ranks import on_ranks
 from torch.utils import _pytree as pytree
 
 import distdl_lite as dl
 import distdl_lite.nn as dnn
 from distdl_lite.model import summary as of_layers
-from distdl_lite.model.dry import DryTransport, Meter
 from distdl_lite.model.dry_layers import Seen, seen
 from distdl_lite.model.report import Traffic
 from distdl_lite.nn.conv import overlap
@@ -216,20 +216,7 @@ def test_memory_is_what_a_step_holds() -> None:
 
     def body(world: dl.Partition) -> tuple[int, int]:
         P = world.grid((1, 1, 2, 1))
-        net = Own(P)
-        for _ in range(2):
-            x = P.cut(torch.randn(2, 2, 128, 96))
-            net.zero_grad()
-            meter = Meter(DryTransport(0, 1))
-            for tensor in (*net.parameters(), *net.buffers()):
-                meter.hold(tensor, "", counts=False)
-            meter.hold(x, "")
-            with meter:
-                y = net(x)
-                kept = meter.live
-                y.sum().backward()
-            del y
-        return kept, meter.peak
+        return held_in_a_step(Own(P), P, (2, 2, 128, 96))
 
     found = dl.summary(Own, (2, 2, 128, 96), (1, 1, 2, 1))
     for kept, peak in spmd(2, body):
