@@ -12,11 +12,58 @@ import torch
 from distdl_lite.layout import Shape
 from distdl_lite.partition import Partition
 from distdl_lite.plan import Edge, Leg, Plan
-from distdl_lite.transport import tallies
+from distdl_lite.transport import current, tallies
+from distdl_lite.transport.abort import abort_on_exception
 from distdl_lite.transport.counts import Tally
 from distdl_lite.transport.threads import spmd
 
-__all__ = ["adjoint_test", "assert_equals_serial", "count", "simulate", "spmd"]
+__all__ = ["adjoint_test", "assert_equals_serial", "count", "launch", "simulate", "spmd"]
+
+
+def launch(ranks: int, body: Callable[[Partition], Any]) -> Any:
+    """Run ``body(world)`` on the ranks that mpirun, srun or torchrun has started; without a launcher on threads, as `spmd`.
+
+    So one script runs on a cluster, in a notebook and in a debugger. What follows the call runs once: under a launcher only
+    rank 0 goes on, and the other processes end.
+
+    Parameters
+    ----------
+    ranks : int
+        The number of ranks that the program is written for.
+    body : callable
+        Called once per rank with the `Partition` of all ranks.
+
+    Returns
+    -------
+    object
+        What `body` returned on rank 0.
+
+    Raises
+    ------
+    ValueError
+        On all ranks, if a launcher has started another number of them.
+    Exception
+        What `body` raises; under a launcher an error of one rank ends the job, see `distdl_lite.abort_on_exception`.
+
+    Examples
+    --------
+    >>> launch(4, lambda world: world.size)
+    4
+    """
+    try:
+        started = current().size
+    except RuntimeError:  # neither torchrun nor an MPI
+        started = 1
+    if started == 1:
+        return spmd(ranks, body)[0]
+    if started != ranks:
+        raise ValueError(f"this program is written for {ranks} ranks, and the launcher has started {started}")
+    abort_on_exception()
+    world = Partition.world()
+    result = body(world)
+    if world.rank:
+        raise SystemExit
+    return result
 
 
 @contextmanager

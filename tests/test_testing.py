@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 from cases import integers
+from jobs import mpirun, run
 from ranks import on_ranks, over_mpi
 
 import distdl_lite.nn as dnn
@@ -156,3 +159,12 @@ def test_count_over_other_communicators() -> None:
         for P in (early, Partition(MPI.COMM_WORLD.Split(0)), Partition()):
             dnn.AllSumReduce(P, [0])(torch.ones(3))
     assert (c.messages, c.bytes > 0, list(c.by_label)) == (3, True, ["AllSumReduce"])
+
+
+@pytest.mark.jobs
+def test_launch_goes_on_once_and_wants_its_number_of_ranks() -> None:
+    program = "from distdl_lite.testing import launch; print(launch(2, lambda w: w.allgather_data(w.rank)), 'after')"
+    assert run(sys.executable, "-c", program).stdout == mpirun(2, "-c", program).stdout == "[0, 1] after\n"
+    wrong = mpirun(3, "-c", program)
+    assert wrong.returncode != 0
+    assert "this program is written for 2 ranks, and the launcher has started 3" in wrong.stderr
