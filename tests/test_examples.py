@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
+import runpy
 import shutil
 import sys
+import textwrap
 from pathlib import Path
 from types import ModuleType
 
@@ -171,3 +173,12 @@ def test_torchs_containers_over_groups_train_as_one_device(over: str) -> None:
     assert len(steps) == 4
     assert all(abs(float(words[3].strip(",")) - float(words[-1])) < 2e-6 for words in steps)
     assert "computes the same: True" in done.stdout
+
+
+def test_first_program_prints_what_the_readme_shows(capsys: pytest.CaptureFixture[str]) -> None:
+    program = _EXAMPLES.parent / "first.py"
+    spmd(4, lambda world: runpy.run_path(str(program)))
+    printed, readme = capsys.readouterr().out, (_EXAMPLES.parents[1] / "README.md").read_text()
+    assert printed == program.with_suffix(".txt").read_text()
+    assert f"```python\n{program.read_text()}```" in readme
+    assert textwrap.indent(printed, "    ") in readme
