@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import pickle
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,10 +17,12 @@ import torch.nn.functional as F
 from distdl_lite.compat.distdl.backends.mpi.partition import MPIPartition
 from distdl_lite.compat.distdl.utilities.slicing import assemble_slices, compute_start_index, compute_stop_index
 from distdl_lite.compat.distdl.utilities.torch import zero_volume_tensor
+from jobs import mpirun, run, torchrun
 from ranks import on_ranks
 
 import distdl_lite as dl
 import distdl_lite.compat.distdl as distdl
+import distdl_lite.nn as dnn
 from distdl_lite.testing import adjoint_test, spmd
 
 Case = Callable[[dl.Partition], None]
@@ -433,11 +438,7 @@ def helpers(world: dl.Partition) -> None:
     assert found.shape == ((7, 5) if world.rank == 0 else None)
     whole = distdl.backends.common.assemble_global_tensor_structure(local, P)
     assert (whole.shape, whole.dtype, whole.requires_grad) == ((7, 5), torch.float64, False)
-    decomposition = tools.tensor_decomposition
-    shapes = decomposition.compute_subtensor_shapes_balanced(whole, P.shape)
-    assert shapes[tuple(P.index)].tolist() == list(local.shape)
-    assert decomposition.compute_subtensor_start_indices(shapes)[1, 1].tolist() == [4, 3]
-    assert decomposition.compute_subtensor_stop_indices(shapes)[1, 1].tolist() == [7, 5]
+    assert tools.slicing.compute_subshape(P.shape, P.index, whole.shape).tolist() == list(local.shape)
     sl = tools.slicing
     index_filter = sl.assemble_index_filter([1, 2], [0])
     assert list(sl.filtered_range_index([3, 2], index_filter)) == [(1, 0), (1, 1)]
@@ -500,3 +501,177 @@ def test_a_load_on_one_rank_alone_is_an_error_on_all() -> None:
 
     with pytest.raises(RuntimeError, match="meet in different calls"):
         spmd(2, body)
+
+
+# ---- names and jobs -------------------------------------------------------------------------------------------------
+
+LAYERS = [
+    *["AllSumReduce", "Broadcast", "SumReduce", "Repartition", "DistributedTranspose", "HaloExchange", "Interpolate"],
+    *["Module", "PadNd", "UnpadNd", "DistributedBatchNorm", "DistributedLinear", "DistributedUpsample"],
+    *[f"Distributed{kind}Loss" for kind in ("L1", "MSE", "PoissonNLL", "BCE", "BCEWithLogits", "KLDiv")],
+    *[f"Distributed{kind}{n}d" for n in (1, 2, 3) for kind in ("Conv", "FeatureConv", "ChannelConv", "GeneralConv")],
+    *[f"Distributed{kind}Pool{n}d" for n in (1, 2, 3) for kind in ("Avg", "Max")],
+]
+PROMISED = {
+    "backend": ["backend"],
+    "backends.mpi": ["MPIPartition", "MPICartesianPartition", "Partition", "CartesianPartition"],
+    "backends.mpi.partition": ["MPIPartition", "MPICartesianPartition"],
+    "backends.mpi.tensor_comm": ["assemble_global_tensor_structure"],
+    "backends.common.tensor_comm": ["assemble_global_tensor_structure"],
+    "config": ["config"],
+    "functional": ["ZeroVolumeCorrectorFunction"],
+    "nn": LAYERS,
+    "nn.all_sum_reduce": ["AllSumReduce"],
+    "nn.batchnorm": ["DistributedBatchNorm"],
+    "nn.broadcast": ["Broadcast"],
+    "nn.conv": ["DistributedConv1d", "DistributedConv2d", "DistributedConv3d"],
+    "nn.conv_channel": ["DistributedChannelConv1d", "DistributedChannelConv2d", "DistributedChannelConv3d"],
+    "nn.conv_feature": ["DistributedFeatureConv1d", "DistributedFeatureConv2d", "DistributedFeatureConv3d"],
+    "nn.conv_general": ["DistributedGeneralConv1d", "DistributedGeneralConv2d", "DistributedGeneralConv3d"],
+    "nn.halo_exchange": ["HaloExchange"],
+    "nn.interpolate": ["Interpolate"],
+    "nn.linear": ["DistributedLinear"],
+    "nn.loss": [name for name in LAYERS if name.endswith("Loss")],
+    "nn.module": ["Module"],
+    "nn.padnd": ["PadNd"],
+    "nn.pooling": [name for name in LAYERS if "Pool" in name],
+    "nn.repartition": ["Repartition"],
+    "nn.sum_reduce": ["SumReduce"],
+    "nn.transpose": ["DistributedTranspose"],
+    "nn.unpadnd": ["UnpadNd"],
+    "nn.upsampling": ["DistributedUpsample"],
+    "utilities.debug": ["print_sequential"],
+    "utilities.index_tricks": ["cartesian_index_c", "cartesian_index_f"],
+    "utilities.misc": ["Bunch", "DummyContext"],
+    "utilities.slicing": [
+        *[
+            "assemble_index_filter",
+            "assemble_slices",
+            "compute_intersection",
+            "compute_nd_slice_shape",
+            "worker_layout",
+        ],
+        *["compute_start_index", "compute_stop_index", "compute_subshape", "filtered_range_index", "range_index"],
+    ],
+    "utilities.torch": [
+        *["NoneTensor", "TensorStructure", "ZeroVolumeCorrectorFunction", "zero_volume_tensor"],
+        "distdl_padding_to_torch_padding",
+    ],
+}
+
+
+@pytest.fixture
+def installed() -> Iterator[None]:
+    before = dict(sys.modules)
+    distdl.install()
+    yield
+    for name in sys.modules.keys() - before.keys():
+        del sys.modules[name]
+
+
+@pytest.mark.parametrize("path", PROMISED)
+def test_every_module_and_name(path: str, installed: None) -> None:
+    ours, theirs = (importlib.import_module(f"{package}.{path}") for package in (distdl.__name__, "distdl"))
+    assert ours is theirs
+    assert [name for name in PROMISED[path] if not hasattr(ours, name)] == []
+
+
+def test_what_is_left_out_is_not_found(installed: None) -> None:
+    with pytest.raises(ModuleNotFoundError, match=r"distdl\.nn\.mixins"):
+        importlib.import_module("distdl.nn.mixins")
+
+
+def test_another_distdl_is_not_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "distdl", pytest)
+    with pytest.raises(RuntimeError, match="another distdl"):
+        distdl.install()
+
+
+def test_the_library_does_not_import_these_names() -> None:
+    done = run(
+        sys.executable,
+        "-c",
+        "import sys, distdl_lite; assert not [n for n in sys.modules if 'compat' in n and 'distdl' in n]",
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_classes_are_found_by_pickle() -> None:
+    def body(world: dl.Partition) -> None:
+        P = grid([1, 1, 2, 2])
+        for layer in (distdl.nn.DistributedConv2d(P, 1, 1, 3), distdl.nn.Repartition(P, P)):
+            assert type(pickle.loads(pickle.dumps(layer))) is type(layer)
+
+    spmd(4, body)
+
+
+def test_wrong_arguments() -> None:
+    def body(world: dl.Partition) -> None:
+        P = grid([1, 1, 1])
+        for wrong in ((P, 1, 1, 3, 1, 1, "zeros", 1, 1, True, None, "more"), (P, 1, 1, 3, 1, "zeros", 1, 1)):
+            with pytest.raises((TypeError, ValueError)):
+                distdl.nn.DistributedConv1d(*wrong)
+        with pytest.raises(TypeError, match="multiple values"):
+            distdl.nn.DistributedMaxPool1d(P, 2, kernel_size=2)
+        with pytest.raises((TypeError, ValueError)):
+            distdl.nn.DistributedPoissonNLLLoss(P, True)(torch.ones(1, 1, 1), torch.ones(1, 1, 1))
+        with pytest.raises(TypeError, match="a Partition is needed, not MPICartesianPartition of"):
+            dnn.DistributedMaxPool1d(P, 2)
+
+    spmd(1, body)
+
+
+PROGRAM = """
+import sys
+
+import numpy as np
+import torch
+from mpi4py import MPI
+
+import distdl
+from distdl.backends.mpi.partition import MPIPartition
+from distdl.nn.repartition import Repartition
+from distdl.utilities.torch import zero_volume_tensor
+
+P_world = MPIPartition(MPI.COMM_WORLD)
+P_world._comm.Barrier()
+rows = int(sys.argv[1])
+P_base = P_world.create_partition_inclusive(np.arange(rows))
+P_x = P_base.create_cartesian_topology_partition([1, 1, rows])
+P_root = P_world.create_partition_inclusive([0]).create_cartesian_topology_partition([1, 1, 1])
+conv = distdl.nn.DistributedConv1d(P_x, in_channels=1, out_channels=1, kernel_size=3, padding=1)
+serial = torch.nn.Conv1d(1, 1, 3, padding=1)
+if P_root.active:
+    conv.weight.data.copy_(serial.weight.data)
+    conv.bias.data.copy_(serial.bias.data)
+x = torch.arange(11.0).view(1, 1, 11) if P_root.active else zero_volume_tensor()
+y = Repartition(P_x, P_root)(conv(Repartition(P_root, P_x)(x)))
+y.sum().backward()
+if P_root.active:
+    assert torch.allclose(y, serial(x))
+    serial(x).sum().backward()
+    assert torch.allclose(conv.weight.grad, serial.weight.grad)
+    print("equal on", MPI.COMM_WORLD.Get_size(), "ranks", __name__)
+"""
+
+
+def test_the_runner(tmp_path: Path) -> None:
+    (tmp_path / "program.py").write_text(PROGRAM)
+    for words in ([str(tmp_path / "program.py")], ["-m", "program"]):
+        done = run(sys.executable, "-m", distdl.__name__, *words, "1", cwd=tmp_path)
+        assert done.stdout == "equal on 1 ranks __main__\n", done.stderr
+    assert run(sys.executable, "-m", distdl.__name__).returncode == 1
+
+
+@pytest.mark.jobs
+@pytest.mark.parametrize("launch", [mpirun, torchrun])
+def test_the_runner_on_ranks(tmp_path: Path, launch: Callable[..., Any]) -> None:
+    """Under torchrun there is no MPI at all."""
+    (tmp_path / "program.py").write_text(PROGRAM)
+    variables = {"MPI4PY_LIBMPI": "/no/such/libmpi.so"} if launch is torchrun else {}
+    done = launch(4, "-m", distdl.__name__, str(tmp_path / "program.py"), "4", **variables)
+    assert "equal on 4 ranks __main__\n" in done.stdout, done.stderr
+    (tmp_path / "fails.py").write_text(PROGRAM + "assert P_world.rank != 2\nP_world._comm.Barrier()\n")
+    done = launch(4, "-m", distdl.__name__, str(tmp_path / "fails.py"), "4", **variables)
+    assert done.returncode != 0
+    assert "AssertionError" in done.stderr

@@ -11,25 +11,22 @@ import torch
 
 from distdl_lite import layout as lay
 from distdl_lite.compat.distdl.partitions import plain
-
-# ---- slices of blocks: `shape` is the grid's, `index` a rank's on it ------------------------------------------------
+from distdl_lite.grid import balanced
 
 
 def compute_subshape(shape: Any, index: Any, global_shape: Any) -> np.ndarray:
-    """The shape of a balanced block."""
-    shape, index, global_shape = map(np.asarray, (shape, index, global_shape))
-    return global_shape // shape + (index < global_shape % shape)
+    """The shape of the balanced block at an index of a grid."""
+    return compute_stop_index(shape, index, global_shape) - compute_start_index(shape, index, global_shape)
 
 
 def compute_start_index(shape: Any, index: Any, global_shape: Any) -> np.ndarray:
-    """Where a balanced block starts."""
-    shape, index, global_shape = map(np.asarray, (shape, index, global_shape))
-    return global_shape // shape * index + np.minimum(index, global_shape % shape)
+    """Where that block starts."""
+    return np.asarray([balanced(int(n), int(p))[i] for p, i, n in zip(shape, index, global_shape, strict=True)])
 
 
 def compute_stop_index(shape: Any, index: Any, global_shape: Any) -> np.ndarray:
     """Where it stops."""
-    return compute_start_index(shape, index, global_shape) + compute_subshape(shape, index, global_shape)
+    return compute_start_index(shape, np.asarray(index) + 1, global_shape)
 
 
 def compute_intersection(
@@ -78,9 +75,6 @@ def cartesian_index_f(shape: Any, i: int) -> tuple[Any, ...]:
     return np.unravel_index(i, shape, order="F")
 
 
-# ---- tensors --------------------------------------------------------------------------------------------------------
-
-
 def zero_volume_tensor(
     b: int | None = None, requires_grad: bool = False, dtype: torch.dtype | None = None, device: Any = None
 ) -> torch.Tensor:
@@ -120,22 +114,6 @@ def assemble_global_tensor_structure(local: TensorStructure, P_in: Any, P_out: A
     return made
 
 
-def compute_subtensor_shapes_balanced(structure: TensorStructure, P_shape: Any) -> np.ndarray:
-    """The shapes of all balanced blocks of a tensor: an array (*P_shape, dims)."""
-    shapes = [compute_subshape(P_shape, index, structure.shape) for index in range_index(P_shape)]
-    return np.asarray(shapes).reshape(*P_shape, len(P_shape))
-
-
-def compute_subtensor_start_indices(shapes: np.ndarray) -> np.ndarray:
-    """Where blocks of such shapes start."""
-    return compute_subtensor_stop_indices(shapes) - shapes
-
-
-def compute_subtensor_stop_indices(shapes: np.ndarray) -> np.ndarray:
-    """Where they stop."""
-    return np.stack([np.cumsum(shapes[..., d], axis=d) for d in range(shapes.shape[-1])], axis=-1)
-
-
 def distdl_padding_to_torch_padding(pad: Any) -> tuple[int, ...]:
     """Pairs for each dim as torch takes them, the last dim first."""
     return tuple(int(n) for pair in reversed(list(pad)) for n in pair)
@@ -152,9 +130,6 @@ class ZeroVolumeCorrectorFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_output: torch.Tensor) -> torch.Tensor:
         return grad_output.clone() if ctx.shape.numel() else grad_output.new_empty(ctx.shape)
-
-
-# ---- the rest -------------------------------------------------------------------------------------------------------
 
 
 class Bunch(dict[str, Any]):

@@ -6,13 +6,14 @@ from collections.abc import Callable, Mapping
 from inspect import Parameter, Signature
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
 from distdl_lite import layout as lay
 from distdl_lite import nn as dnn
 from distdl_lite.agreement import check_met, raised_together
-from distdl_lite.compat.distdl.helpers import TensorStructure, distdl_padding_to_torch_padding
+from distdl_lite.compat.distdl.helpers import TensorStructure, assemble_slices, distdl_padding_to_torch_padding
 from distdl_lite.compat.distdl.partitions import MPIPartition, plain
 from distdl_lite.nn.options import listed
 from distdl_lite.nn.pool.spatial import View
@@ -63,15 +64,15 @@ class _Adapted:
         return super()._distdl_forward_pre_hook(input, kwargs)  # type: ignore[misc]
 
     def _distdl_level(self: Any) -> None:
-        self._distdl_resolve()
+        if self._distdl_team is None:
+            self._distdl_resolve()
         held = {**self._parameters, **self._buffers}
         pairs = [(held[name], place) for name, place in self._distdl_places.items() if held.get(name) is not None]
         if self._distdl_is_inside:
-            what = (
-                f"the weights, {[tensor.dtype for tensor, _ in pairs]}, set or loaded, of {self._distdl_label} number"
-            )
-            check_met(self._distdl_team, self._distdl_label, f"{what} {self._distdl_number}")
-            with raised_together(self._distdl_team, self._distdl_label):
+            team, label = self._distdl_team, self._distdl_label
+            dtypes = ", ".join(str(tensor.dtype) for tensor, _ in pairs)
+            check_met(team, label, f"new weights ({dtypes}) of {label} number {self._distdl_number}")
+            with raised_together(team, label):
                 self._distdl_check_weights()
         for tensor, place in pairs:
             if place.replicas.team.size > 1:
@@ -115,10 +116,9 @@ def _like(base: type, order: Any, convert: Callable[[dict[str, Any]], dict[str, 
     def init(self: Any, *args: Any, **options: Any) -> None:
         names = (order(args) if callable(order) else order).split()
         given = [Parameter(name, Parameter.POSITIONAL_OR_KEYWORD) for name in names]
-        taken = (
-            Signature([*given, Parameter("options", Parameter.VAR_KEYWORD)]).bind_partial(*args, **options).arguments
-        )
-        found = {**defaults, **taken, **taken.pop("options", {})}
+        given.append(Parameter("options", Parameter.VAR_KEYWORD))
+        taken = Signature(given).bind_partial(*args, **options).arguments
+        found = {**defaults, **taken.pop("options", {}), **taken}
         found.pop("buffer_manager", None)
         base.__init__(self, **convert({name: plain(value) for name, value in found.items()}))  # type: ignore[misc]
 
@@ -148,37 +148,38 @@ def _upsample(options: dict[str, Any]) -> dict[str, Any]:
     return {**options, "align_corners": None if "nearest" in options["mode"] else options["align_corners"]}
 
 
-_ONES = {"in_channels": 1, "out_channels": 1, "kernel_size": 1}
-_POOL = "P_x kernel_size stride padding dilation buffer_manager"
+def _dims(name: str, order: Any, **given: Any) -> list[Any]:
+    """The layers of one, two and three dims."""
+    return [_like(getattr(dnn, f"{name}{n}d"), order, **given) for n in (1, 2, 3)]
 
-Broadcast = _like(dnn.Broadcast, "P_x P_y transpose_src transpose_dest preserve_batch")
-SumReduce = _like(dnn.SumReduce, "P_x P_y transpose_src transpose_dest preserve_batch")
+
+_MOVES = "P_x P_y transpose_src transpose_dest preserve_batch"
+_POOL = "P_x kernel_size stride padding dilation buffer_manager"
+Broadcast, SumReduce = _like(dnn.Broadcast, _MOVES), _like(dnn.SumReduce, _MOVES)
 AllSumReduce = _like(dnn.AllSumReduce, "P_x axes_reduce axes_keep")
-AllGather = _like(dnn.AllGather, "P_x axes_all_gather axes_keep")
-ReduceScatter = _like(dnn.ReduceScatter, "P_x axes_reduce_scatter axes_keep")
 Repartition = DistributedTranspose = _like(dnn.Repartition, "P_x P_y preserve_batch")
-DistributedLinear = _like(dnn.DistributedLinear, "P_x P_y P_w in_features out_features bias")
-DistributedConv1d = _like(dnn.DistributedConv1d, _by_partitions, **_ONES)
-DistributedConv2d = _like(dnn.DistributedConv2d, _by_partitions, **_ONES)
-DistributedConv3d = _like(dnn.DistributedConv3d, _by_partitions, **_ONES)
-DistributedMaxPool1d = _like(dnn.DistributedMaxPool1d, _POOL, stride=1)
-DistributedMaxPool2d = _like(dnn.DistributedMaxPool2d, _POOL, stride=1)
-DistributedMaxPool3d = _like(dnn.DistributedMaxPool3d, _POOL, stride=1)
-DistributedAvgPool1d = _like(dnn.DistributedAvgPool1d, _POOL, _average, stride=1)
-DistributedAvgPool2d = _like(dnn.DistributedAvgPool2d, _POOL, _average, stride=1)
-DistributedAvgPool3d = _like(dnn.DistributedAvgPool3d, _POOL, _average, stride=1)
-DistributedBatchNorm = _like(
-    dnn.DistributedBatchNorm, "P_x num_features eps momentum affine track_running_stats buffer_manager"
+DistributedConv1d, DistributedConv2d, DistributedConv3d = _dims(
+    "DistributedConv", _by_partitions, in_channels=1, out_channels=1, kernel_size=1
 )
+DistributedLinear = _like(dnn.DistributedLinear, "P_x P_y P_w in_features out_features bias")
+DistributedMaxPool1d, DistributedMaxPool2d, DistributedMaxPool3d = _dims("DistributedMaxPool", _POOL, stride=1)
+DistributedAvgPool1d, DistributedAvgPool2d, DistributedAvgPool3d = _dims(
+    "DistributedAvgPool", _POOL, convert=_average, stride=1
+)
+DistributedBatchNorm = _like(dnn.DistributedBatchNorm, "P_x num_features eps momentum affine track_running_stats")
 DistributedUpsample = _like(
-    dnn.DistributedUpsample, "P_x buffer_manager size scale_factor mode align_corners", _upsample, mode="linear", align_corners=False
-)  # fmt: skip
-DistributedL1Loss = _like(dnn.DistributedL1Loss, "P_x reduction")
-DistributedMSELoss = _like(dnn.DistributedMSELoss, "P_x reduction")
-DistributedPoissonNLLLoss = _like(dnn.DistributedPoissonNLLLoss, "P_x reduction")
-DistributedBCELoss = _like(dnn.DistributedBCELoss, "P_x reduction")
-DistributedBCEWithLogitsLoss = _like(dnn.DistributedBCEWithLogitsLoss, "P_x reduction")
-DistributedKLDivLoss = _like(dnn.DistributedKLDivLoss, "P_x reduction")
+    dnn.DistributedUpsample,
+    "P_x buffer_manager size scale_factor mode align_corners",
+    convert=_upsample,
+    mode="linear",
+    align_corners=False,
+)
+DistributedL1Loss, DistributedMSELoss, DistributedPoissonNLLLoss = (
+    _like(getattr(dnn, f"Distributed{kind}Loss"), "P_x reduction") for kind in ("L1", "MSE", "PoissonNLL")
+)
+DistributedBCELoss, DistributedBCEWithLogitsLoss, DistributedKLDivLoss = (
+    _like(getattr(dnn, f"Distributed{kind}Loss"), "P_x reduction") for kind in ("BCE", "BCEWithLogits", "KLDiv")
+)
 
 
 class PadNd(torch.nn.Module):
@@ -239,23 +240,14 @@ class HaloExchange(torch.nn.Module):
         super().__init__()
         self.exchange, self.is_inside = _Grown(plain(P_x), recv_buffer_shape), P_x.active
         if self.is_inside:
-            pairs = [
-                tuple((int(h), int(h - r)) for h, r in zip(*of, strict=True))
-                for of in zip(halo_shape, recv_buffer_shape, strict=True)
-            ]
-            self.pairs = pairs
-
-    def _cut(self, input: torch.Tensor, which: int) -> tuple[slice, ...]:
-        """The places of the block itself (0), or with what is received (1)."""
-        return tuple(
-            slice(left[which], n - right[which]) for n, (left, right) in zip(input.shape, self.pairs, strict=True)
-        )
+            self.halo, self.edge = np.asarray(halo_shape), np.subtract(halo_shape, recv_buffer_shape)
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         if not self.is_inside:
             return input
         output = input.clone()
-        output[self._cut(input, 1)] = self.exchange(input[self._cut(input, 0)])
+        block, grown = (assemble_slices(of[:, 0], input.shape - of[:, 1]) for of in (self.halo, self.edge))
+        output[grown] = self.exchange(input[block])
         return output
 
 

@@ -54,8 +54,6 @@ utilities.misc                  Bunch DummyContext
 utilities.slicing               assemble_index_filter assemble_slices compute_intersection compute_nd_slice_shape
 utilities.slicing               compute_start_index compute_stop_index compute_subshape
 utilities.slicing               filtered_range_index range_index worker_layout
-utilities.tensor_decomposition  compute_subtensor_shapes_balanced
-utilities.tensor_decomposition  compute_subtensor_start_indices compute_subtensor_stop_indices
 utilities.torch                 NoneTensor TensorStructure ZeroVolumeCorrectorFunction
 utilities.torch                 distdl_padding_to_torch_padding zero_volume_tensor
 """
@@ -93,6 +91,8 @@ def install() -> None:
             sys.modules["distdl" + name.removeprefix(PACKAGE)] = module
     if uses_torch():
         MPI = sys.modules["mpi4py.MPI"] = ModuleType("mpi4py.MPI")
-        vars(MPI).update(COMM_WORLD=partitions.Comm(), COMM_NULL=None, SUM=operator.add, Is_initialized=lambda: False)
+        vars(MPI).update(
+            COMM_WORLD=partitions.Comm(), COMM_NULL=object(), SUM=operator.add, Is_initialized=lambda: False
+        )
         sys.modules["mpi4py"] = ModuleType("mpi4py")
         vars(sys.modules["mpi4py"]).update(MPI=MPI, __path__=[])
