@@ -146,7 +146,8 @@ def lenet(world: dl.Partition) -> None:
     linears = [m for m in net if isinstance(m, nn.DistributedLinear)]
     for layer, twin in zip(linears, (m for m in serial if isinstance(m, torch.nn.Linear)), strict=True):
         with torch.no_grad():  # each rank of P_w and P_y its block
-            layer.sublinear.weight.copy_(block(twin.weight, P_w))
+            if P_w.active:
+                layer.sublinear.weight.copy_(block(twin.weight, P_w))
             if layer.P_y.active:
                 layer.sublinear.bias.copy_(twin.bias[layer.P_y.block((1, len(twin.bias)))[1]])
     x = torch.rand(3, 1, 28, 28, **double)
@@ -381,6 +382,22 @@ def halos(world: dl.Partition) -> None:
     assert adjoint_test(mine, padded, P=world) < 1e-12
 
 
+def test_ranks_outside_all_partitions() -> None:
+    """They go through the whole program, with tensors of nothing that can be flattened."""
+    spmd(5, lenet)
+
+
+def test_the_first_rank_is_that_of_the_grid() -> None:
+    def body(world: dl.Partition) -> list[float]:
+        P = MPIPartition(None).create_partition_inclusive([2, 0]).create_cartesian_topology_partition([1, 1, 2])
+        layer = distdl.nn.DistributedConv1d(P, 1, 1, 1)
+        layer.weight.data.fill_(5.0 if P.rank == 0 else 1.0)
+        layer(torch.ones(1, 1, 2) if P.active else zero_volume_tensor())
+        return layer.weight.flatten().tolist()
+
+    assert spmd(3, body) == [[5.0], [], [5.0]]
+
+
 # ---- partitions and helpers -----------------------------------------------------------------------------------------
 
 
@@ -574,6 +591,14 @@ def test_every_module_and_name(path: str, installed: None) -> None:
     ours, theirs = (importlib.import_module(f"{package}.{path}") for package in (distdl.__name__, "distdl"))
     assert ours is theirs
     assert [name for name in PROMISED[path] if not hasattr(ours, name)] == []
+
+
+def test_the_page_names_them_all() -> None:
+    page = (Path(__file__).parents[1] / "docs/moving/distdl.rst").read_text()
+    missing = [
+        n for path, names in PROMISED.items() for n in (path, *names) if f"{n}``" not in page and f"``{n}" not in page
+    ]
+    assert missing == []
 
 
 def test_what_is_left_out_is_not_found(installed: None) -> None:

@@ -14,10 +14,11 @@ from distdl_lite import layout as lay
 from distdl_lite import nn as dnn
 from distdl_lite.agreement import check_met, raised_together
 from distdl_lite.compat.distdl.helpers import TensorStructure, assemble_slices, distdl_padding_to_torch_padding
-from distdl_lite.compat.distdl.partitions import MPIPartition, plain
+from distdl_lite.compat.distdl.partitions import plain
 from distdl_lite.nn.options import listed
 from distdl_lite.nn.pool.spatial import View
 from distdl_lite.nn.pool.upsample import Interpolation
+from distdl_lite.partition import Partition
 
 _OLD_NAMES = {"weight": ("sublinear.weight", "gamma"), "bias": ("sublinear.bias", "beta")}
 _LINEAR = {1: "linear", 2: "bilinear", 3: "trilinear"}
@@ -104,6 +105,13 @@ class _Adapted:
     sublinear = conv_layer = property(lambda self: self)
 
 
+class _Moving:
+    """What DistDL's movements do on ranks that get nothing, also on those outside: the batch stays, as flattening needs it."""
+
+    def _distdl_outside(self: Any, x: torch.Tensor) -> torch.Tensor:
+        return x.reshape(len(x), 0) if self.preserve_batch and x.dim() == 1 else x
+
+
 def _first(place: Any) -> int:
     """The rank of the grid's order that comes first among those that hold what this rank holds; -1 for none."""
     grid = place.layout.grid
@@ -123,12 +131,12 @@ def _like(base: type, order: Any, convert: Callable[[dict[str, Any]], dict[str, 
         base.__init__(self, **convert({name: plain(value) for name, value in found.items()}))  # type: ignore[misc]
 
     words = f"DistDL's name of `distdl_lite.nn.{base.__name__}`, with its arguments."
-    bases = (_Adapted, base) if issubclass(base, dnn.Layer) else (base,)
-    return type(base.__name__, bases, {"__init__": init, "__module__": __name__, "__doc__": words})
+    adapted = _Adapted if issubclass(base, dnn.Layer) else _Moving
+    return type(base.__name__, (adapted, base), {"__init__": init, "__module__": __name__, "__doc__": words})
 
 
 def _by_partitions(args: tuple[Any, ...]) -> str:
-    partitions = "P_x P_y P_w" if len(args) > 1 and isinstance(args[1], MPIPartition) else "P_x"
+    partitions = "P_x P_y P_w" if len(args) > 1 and isinstance(plain(args[1]), Partition) else "P_x"
     return f"{partitions} in_channels out_channels kernel_size stride padding padding_mode dilation groups bias buffer_manager"
 
 
