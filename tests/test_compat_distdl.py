@@ -40,7 +40,7 @@ def test_of_threads(body: Case) -> None:
     spmd(4, body)
 
 
-@on_ranks(4, mpi=True)
+@on_ranks(4, mpi=True, threads=False)
 def test_all_programs(world: dl.Partition) -> None:
     for body in CASES:
         torch.manual_seed(0)
@@ -52,10 +52,6 @@ def grid(shape: Any, first: int = 0) -> Any:
     P_world = MPIPartition(None)
     P_base = P_world.create_partition_inclusive(np.arange(first, first + np.prod(shape)))
     return P_base.create_cartesian_topology_partition(shape)
-
-
-def of_root(x: torch.Tensor, P_root: Any) -> torch.Tensor:
-    return x.detach().clone().requires_grad_() if P_root.active else zero_volume_tensor().to(x).requires_grad_()
 
 
 def block(x: torch.Tensor, P: Any) -> torch.Tensor:

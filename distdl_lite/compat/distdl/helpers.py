@@ -76,7 +76,7 @@ def cartesian_index_f(shape: Any, i: int) -> tuple[Any, ...]:
 
 
 def zero_volume_tensor(
-    b: int | None = None, requires_grad: bool = False, dtype: torch.dtype | None = None, device: Any = None
+    b: int | None = None, *, requires_grad: bool = False, dtype: torch.dtype | None = None, device: Any = None
 ) -> torch.Tensor:
     """The tensor of a rank without data: of shape ``(0,)``, or ``(b, 0)``."""
     return torch.empty((0,) if b is None else (b, 0), requires_grad=requires_grad, dtype=dtype, device=device)

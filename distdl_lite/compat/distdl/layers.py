@@ -280,7 +280,7 @@ class Interpolate(torch.nn.Module):
         super().__init__()
         space = len(x_global_shape) - 2
         self.boxes = [
-            tuple(map(int, of_dim))[:6]
+            tuple(map(int, of_dim))
             for of_dim in zip(
                 x_local_start, x_local_stop, x_global_shape, y_local_start, y_local_stop, y_global_shape, strict=True
             )
