@@ -19,8 +19,10 @@ from distdl_lite.transport import Transport, enter, of_communicator, uses_torch
 over_mpi = pytest.mark.skipif(uses_torch(), reason="of MPI itself")
 
 
-def on_ranks(size: int, mpi: bool = False) -> Callable[[Callable[[dl.Partition], Any]], Callable[..., None]]:
-    """Run the decorated ``test(world)`` on `size` ranks, every one of which asserts; with `mpi` also as processes."""
+def on_ranks(
+    size: int, mpi: bool = False, threads: bool = True
+) -> Callable[[Callable[[dl.Partition], Any]], Callable[..., None]]:
+    """Run the decorated ``test(world)`` on `size` ranks, every one of which asserts: as `threads`, with `mpi` as processes."""
 
     def decorate(body: Callable[[dl.Partition], Any]) -> Callable[..., None]:
         def test(transport: str) -> None:
@@ -37,7 +39,7 @@ def on_ranks(size: int, mpi: bool = False) -> Callable[[Callable[[dl.Partition],
                 enter(None)
 
         test.__doc__, test.__name__ = body.__doc__, body.__name__
-        kinds = ["threads"]
+        kinds: list[Any] = ["threads"] if threads else []
         if mpi:
             kinds.append(pytest.param("mpi", marks=pytest.mark.mpi(min_size=size)))
         return pytest.mark.parametrize("transport", kinds)(test)

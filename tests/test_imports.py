@@ -60,7 +60,7 @@ LEVELS = [
 PURE = ["grid", "partition", "layout", "factors", "plan", "optim/schedule"]
 ANYTHING = ["__init__", "__main__", "testing", "pytest_plugin"]
 BESIDE_TORCH = ["bench/primitives", "bench/handwritten", "bench/gloo", "bench/data_parallel"]
-FRONT = ["bench", "parallel", "optim", "heat", "tagi", "checkpoint", "data", "show", "doctor", "timeline"]
+FRONT = ["bench", "parallel", "optim", "heat", "tagi", "checkpoint", "data", "show", "doctor", "timeline", "compat"]
 
 
 def imported(path: Path, inside_functions: bool = True) -> set[str]:
