@@ -44,6 +44,11 @@ class Periodic:
     ----------
     global_every, local_every, delay : int
         As in `Schedule`.
+
+    Examples
+    --------
+    >>> Periodic(8, delay=2)(0, 5, [])
+    (8, 0, 2)
     """
 
     global_every: int
@@ -70,6 +75,12 @@ class PostLocal:
         What follows.
     steps_per_epoch : int, optional
         Needed where epochs are counted.
+
+    Examples
+    --------
+    >>> schedule = PostLocal(3, Periodic(8))
+    >>> [schedule(0, batch, [])[0] for batch in range(5)]
+    [0, 0, 0, 8, 8]
     """
 
     first: int
