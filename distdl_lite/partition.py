@@ -57,6 +57,13 @@ class Partition:
     names : tuple of str or None
         Of the axes, where `grid` was given some.
 
+    Raises
+    ------
+    TypeError, ValueError
+        If `comm` is none of these, or this rank is not in it.
+    RuntimeError
+        If there are no ranks: no launcher has started this process and MPI cannot be loaded.
+
     Examples
     --------
     >>> import torch

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
+import sys
 from functools import reduce
 from pathlib import Path
 from typing import Any
@@ -32,14 +33,14 @@ PUBLIC = public()
 
 
 def listed() -> list[Any]:
-    """What the page lists, under whichever name."""
+    """What the page lists, under whichever name; of `plan`, the module."""
     module, found = "", []
     for line in PAGE.read_text().splitlines():
-        if line.startswith(".. currentmodule:: distdl_lite"):
-            module = line.split("distdl_lite")[1].strip(".")
+        if line.startswith(".. currentmodule:: "):
+            module = line.split()[-1]
         elif name := re.fullmatch(r"   (\w[\w.]*)", line):
-            path = [*filter(None, module.split(".")), *name[1].split(".")]
-            found.append(reduce(getattr, path, distdl_lite))
+            path = f"{module}.{name[1]}"
+            found.append(sys.modules.get(path) or reduce(getattr, path.split(".")[1:], distdl_lite))
     return found
 
 
@@ -51,8 +52,10 @@ def arguments(it: Any) -> list[str]:
 
 
 def test_every_public_object_is_listed_once() -> None:
+    """By itself or by its module."""
     found = listed()
-    assert [name for name, it in PUBLIC.items() if found.count(it) != 1] == []
+    times = {name: found.count(it) + found.count(sys.modules[it.__module__]) for name, it in PUBLIC.items()}
+    assert [name for name, n in times.items() if n != 1] == []
 
 
 @pytest.mark.parametrize("name", PUBLIC)

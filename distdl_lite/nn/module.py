@@ -70,6 +70,11 @@ class Module(torch.nn.Module):
         The layer's partitions, that of the input first; their ranks, together, agree and set up. Without any, the ranks of
         all layers inside.
 
+    Raises
+    ------
+    TypeError
+        If something else than a partition is given for one.
+
     Notes
     -----
     Override ``_distdl_module_setup(self, input)``, which returns the call for this structure: a function of the layer and its

@@ -38,6 +38,13 @@ class Movement(Module):
     preserve_batch : bool
         Whether ranks that receive nothing get ``(batch, 0)`` rather than ``(0,)``.
 
+    Raises
+    ------
+    ValueError
+        At a call, on all ranks, if `layouts` does not describe the blocks that were passed.
+    TypeError
+        If bool tensors would be added.
+
     Examples
     --------
     >>> import torch

@@ -51,6 +51,11 @@ class Linear(Layer):
     delta_mu_w, delta_var_w, delta_mu_b, delta_var_b : torch.Tensor or None
         What the last backward found. They are in no ``state_dict``.
 
+    Raises
+    ------
+    ValueError
+        If there is no feature, or no such `init_method`.
+
     Examples
     --------
     >>> from distdl_lite import tagi

@@ -249,6 +249,11 @@ class DistributedRowParallelLinear(_ParallelLinear):
     scatter_output : bool
         Whether the line cuts the dim before the features of the output, in balanced parts of the line's block.
 
+    Raises
+    ------
+    ValueError, TypeError
+        As there.
+
     Notes
     -----
     Each line adds up its products in one all-reduce forward and communicates nothing backward; with `scatter_output` in one
