@@ -1,4 +1,4 @@
-"""The reference lists every public object; each says what it is, what it takes, and how it is used."""
+"""The reference lists every public object; each says what it is, what it takes, and how it is used. Other words, too."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ import pytest
 import distdl_lite
 from distdl_lite import data, nn, optim, show, tagi, testing
 
-PAGE = Path(__file__).parent.parent / "docs" / "api.rst"
+ROOT = Path(__file__).parent.parent
+PAGE = ROOT / "docs" / "api.rst"
 
 
 def public() -> dict[str, Any]:
@@ -68,3 +69,36 @@ def test_words(name: str) -> None:
     assert "Examples" in sections, "it has no example"
     example = words.split("Examples\n--------\n")[1]
     assert re.search(r"(?m)^>>> |::$", example), "its example has no code"
+
+
+def test_the_program_for_assistants_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    code = (ROOT / "AGENTS.md").read_text().split("```python\n")[1].split("```")[0]
+    try:
+        testing.spmd(4, lambda world: exec(code, {}))
+    finally:
+        distdl_lite.abort_on_exception(False)
+        distdl_lite.abort_on_timeout(None)
+    losses = [float(line.split()[-1]) for line in capsys.readouterr().out.splitlines()]
+    assert len(losses) == 2
+    assert losses[1] < losses[0]
+
+
+def test_files_that_the_code_in_an_afternoon_names_are_there() -> None:
+    page = (ROOT / "docs" / "guide" / "afternoon.rst").read_text()
+    named = [
+        name
+        for line in re.findall(r"(?m)^(``[\w/]+``(?:, ``[\w/]+``)*)$", page)
+        for name in line.strip("`").split("``, ``")
+    ]
+    assert len(named) > 25
+    package = ROOT / "distdl_lite"
+    assert [name for name in named if not ((package / name).is_dir() or (package / f"{name}.py").is_file())] == []
+
+
+def test_there_is_one_version() -> None:
+    told = [
+        re.search(r"(?m)^version = (.*)$", (ROOT / "setup.cfg").read_text()),
+        re.search(r"(?m)^version: (.*)$", (ROOT / "CITATION.cff").read_text()),
+        re.search(r"(?m)^## \[(.*?)\]", (ROOT / "CHANGELOG.md").read_text()),
+    ]
+    assert {found and found[1] for found in told} == {distdl_lite.__version__}
