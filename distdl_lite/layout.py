@@ -77,6 +77,14 @@ class Layout:
         One per tensor dim.
     team_axes : tuple of int
         The axes whose index is a rank's key: ranks of different keys never meet.
+
+    Examples
+    --------
+    >>> from distdl_lite.grid import Grid
+    >>> from distdl_lite.layout import balanced_blocks
+    >>> rows = balanced_blocks(Grid((2, 1), (0, 1)), (5, 3))
+    >>> rows.box(0), rows.box(1)
+    (((0, 3), (0, 3)), ((3, 5), (0, 3)))
     """
 
     grid: Grid

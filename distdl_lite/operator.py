@@ -39,6 +39,18 @@ class Operator:
     Communicators, buffers and requests are made at the first call for a dtype and device, together by all ranks of the
     plan, and belong to the operator. `start` and `finish` move data without autograd; a call is differentiable, though not
     in forward mode, which is refused.
+
+    Examples
+    --------
+    >>> import torch
+    >>> import distdl_lite as dl
+    >>> from distdl_lite.layout import balanced_blocks
+    >>> def body(world):
+    ...     rows, columns = (balanced_blocks(world.grid(shape).grid_of_ranks, (2, 2)) for shape in ((2, 1), (1, 2)))
+    ...     move = dl.Operator(dl.plan(rows, columns, world.rank), world.world_transport)
+    ...     return move(torch.tensor([[1.0, 2.0], [3.0, 4.0]])[[world.rank]]).tolist()
+    >>> dl.testing.spmd(2, body)
+    [[[1.0], [3.0]], [[2.0], [4.0]]]
     """
 
     def __init__(self, plan: Plan, transport: Transport, label: str = "operator", graph: bool = False) -> None:

@@ -56,6 +56,23 @@ class Partition:
         The members' ranks in the world, in row-major order.
     names : tuple of str or None
         Of the axes, where `grid` was given some.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If `comm` is none of these, or this rank is not in it.
+    RuntimeError
+        If there are no ranks: no launcher has started this process and MPI cannot be loaded.
+
+    Examples
+    --------
+    >>> import torch
+    >>> import distdl_lite as dl
+    >>> def body(world):
+    ...     P = world.grid((1, 2))
+    ...     return P.rank, P.index, tuple(P.cut(torch.zeros(4, 7)).shape)
+    >>> dl.testing.spmd(2, body)
+    [(0, (0, 0), (4, 4)), (1, (0, 1), (4, 3))]
     """
 
     def __init__(self, comm: Any = None) -> None:
@@ -307,7 +324,17 @@ class Partition:
 
 
 class CartesianPartition(Partition):
-    """A row-major grid of ranks; made by `Partition.grid` or `Partition.create_cartesian_topology_partition`."""
+    """A row-major grid of ranks; made by `Partition.grid` or `Partition.create_cartesian_topology_partition`.
+
+    Examples
+    --------
+    >>> import distdl_lite as dl
+    >>> def body(world):
+    ...     P = world.grid(h=2, of="n c h")
+    ...     return P.shape, P.names, P.index
+    >>> dl.testing.spmd(2, body)
+    [((1, 1, 2), ('n', 'c', 'h'), (0, 0, 0)), ((1, 1, 2), ('n', 'c', 'h'), (0, 0, 1))]
+    """
 
     def __init__(self) -> None:
         raise TypeError("a CartesianPartition is made by Partition.grid(shape)")

@@ -104,6 +104,15 @@ class Plan:
         Of the operator as a whole, the same on all ranks.
     nothing : tuple of int
         Shape of the tensor that a rank gets where it holds nothing.
+
+    Examples
+    --------
+    >>> from distdl_lite.grid import Grid
+    >>> from distdl_lite.layout import balanced_blocks, gathered
+    >>> rows = balanced_blocks(Grid((2, 1), (0, 1)), (5, 3))
+    >>> p = plan(rows, gathered(rows, [0]), rank=0)
+    >>> p.pattern.value, p.shape_in, p.shape_out
+    ('all_gather', (3, 3), (5, 3))
     """
 
     rank: int
@@ -157,6 +166,18 @@ class Plan:
 
 def plan(X: Layout, Y: Layout, rank: int) -> Plan:
     """One rank's plan of the operator from layout `X` to layout `Y`.
+
+    Parameters
+    ----------
+    X, Y : Layout
+        Of the input and the output: the same global shape, on any two grids of the world.
+    rank : int
+        In the world; one that is in neither grid has a plan without legs.
+
+    Raises
+    ------
+    ValueError
+        If the layouts differ in their numbers of dims.
 
     Examples
     --------

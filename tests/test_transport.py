@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from functools import partial
+from time import sleep
 
 import pytest
 import torch
@@ -106,6 +107,19 @@ def test_memory_of_any_order_is_read_and_never_written(world: dl.Partition) -> N
             assert torch.equal(x, before), case.name
 
 
+@on_ranks(SIZE, mpi=True)
+def test_what_was_sent_may_be_overwritten_when_the_call_has_returned(world: dl.Partition) -> None:
+    """Also while other ranks have not come yet."""
+    for case in cases():
+        op, blocks = operator(case, world.world_transport), random_blocks(case.X)
+        x = blocks[world.rank].clone() if world.rank in blocks else torch.empty(0, dtype=torch.float64)
+        if world.rank % 2:
+            sleep(0.005)
+        y, wanted = op.apply(x), applied(case.X, case.Y, blocks, world.rank)
+        x.fill_(77.0)
+        assert torch.equal(y, torch.empty(0) if wanted is None else wanted), case.name
+
+
 def strange(blocks: dict[int, torch.Tensor]) -> list[dict[int, torch.Tensor]]:
     """The blocks in other memory orders, and one with stride 0."""
     backwards = {r: tuple(reversed(range(x.dim()))) for r, x in blocks.items()}
@@ -168,6 +182,7 @@ def test_counts(world: dl.Partition) -> None:
 def test_calls_that_no_operator_describes(world: dl.Partition) -> None:
     transport, everyone = world.world_transport, world.team
     assert transport.agree(everyone, 2**63) == 0
+    assert transport.agree(everyone, 2**61 + transport.rank) == 2**63 + 6
     assert transport.agree(transport.team([transport.rank]), 7) == 7
     assert transport.gather_objects(everyone, f"from {transport.rank}") == [f"from {r}" for r in range(SIZE)]
     assert transport.maxima(everyone, [transport.rank, -transport.rank]) == [3, 0]

@@ -69,6 +69,14 @@ class Checkpoint(Mapping[str, torch.Tensor]):
         That have saved it; 0 for a single file.
     contents : str
         The same on all ranks that read the same.
+
+    Examples
+    --------
+    >>> import torch
+    >>> import distdl_lite as dl
+    >>> checkpoint = dl.read_checkpoint(torch.nn.Linear(3, 2).state_dict())
+    >>> {name: tuple(checkpoint[name].shape) for name in sorted(checkpoint)}
+    {'bias': (2,), 'weight': (2, 3)}
     """
 
     path: Path | None = None
@@ -153,6 +161,15 @@ def read_checkpoint(source: str | os.PathLike[str] | Mapping[str, Any]) -> Check
     ------
     ValueError
         If it is none of these, or a file of it is missing or torn.
+
+    Examples
+    --------
+    >>> import tempfile, torch
+    >>> import distdl_lite as dl
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     _ = dl.testing.spmd(1, lambda world: dl.save(f"{folder}/one", model=torch.nn.Linear(3, 2)))
+    ...     sorted(dl.read_checkpoint(f"{folder}/one"))
+    ['model.bias', 'model.weight']
     """
     if isinstance(source, Mapping):
         return InMemory(source)
@@ -250,6 +267,13 @@ def uncovered(tensors: Mapping[str, Stored]) -> list[str]:
 def latest_checkpoint(folder: str | os.PathLike[str]) -> Path | None:
     """The complete checkpoint in a folder that was written last, whatever its number; None if there is none.
 
+    Parameters
+    ----------
+    folder : path
+        In which `save` has written checkpoints, each a folder of its own.
+
+    Examples
+    --------
     >>> latest_checkpoint("/no/such/folder") is None
     True
     """

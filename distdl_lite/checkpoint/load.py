@@ -37,6 +37,15 @@ class Loaded:
         The model's tensors that the checkpoint has not, and the other way round; empty where `strict`.
     notes : tuple of str
         What could not go on as it was, also given as warnings.
+
+    Examples
+    --------
+    >>> import torch
+    >>> import distdl_lite as dl
+    >>> state = {"weight": torch.ones(2, 3)}
+    >>> loaded = dl.testing.spmd(1, lambda world: dl.load(state, model=torch.nn.Linear(3, 2), strict=False))[0]
+    >>> loaded.missing
+    ('bias',)
     """
 
     extra: Any = None
@@ -95,6 +104,18 @@ def load(
     What several ranks hold is read by one of them, and broadcast. On another number of ranks, generators and the inner states of
     `LocalSGD`, which are each rank's own, go on as those of rank ``r % n`` of the n ranks that saved; the dropout of distributed
     layers needs those of the first rank alone, so it goes on as before.
+
+    Examples
+    --------
+    >>> import torch
+    >>> import distdl_lite as dl
+    >>> serial = torch.nn.Conv1d(4, 6, 3)
+    >>> def body(world):
+    ...     net = dl.nn.DistributedConv1d(world.grid((1, 2, 1)), 4, 6, 3)
+    ...     dl.load(serial.state_dict(), model=net)
+    ...     return torch.equal(net.weight, serial.weight[3 * world.rank : 3 * world.rank + 3])
+    >>> dl.testing.spmd(2, body)
+    [True, True]
     """
     team = partition_of(P).team
     rank = team.world.rank

@@ -99,6 +99,18 @@ class Saving:
     ----------
     path : Path
         Where it stands when it is complete.
+
+    Examples
+    --------
+    >>> import tempfile, torch
+    >>> import distdl_lite as dl
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     def body(world):
+    ...         saving = dl.save(f"{folder}/one", model=torch.nn.Linear(3, 2), wait=False)
+    ...         saving.wait()
+    ...         return saving.path.name
+    ...     dl.testing.spmd(2, body)
+    ['one', 'one']
     """
 
     def __init__(

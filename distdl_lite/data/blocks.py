@@ -23,7 +23,21 @@ from distdl_lite.plan import plan
 
 
 class Amplification(NamedTuple):
-    """Bytes of the chunks that are read over bytes that are needed, by all ranks together and by this rank."""
+    """Bytes of the chunks that are read over bytes that are needed.
+
+    Attributes
+    ----------
+    everywhere, here : float
+        By all ranks together, and by this rank.
+
+    Examples
+    --------
+    >>> import torch
+    >>> import distdl_lite as dl
+    >>> blocks = dl.testing.spmd(2, lambda world: dl.data.Blocks(torch.ones(4, 6), world.grid((1, 2))).amplification)
+    >>> blocks[0].everywhere
+    1.0
+    """
 
     everywhere: float
     here: float
@@ -213,7 +227,22 @@ def _over_samples(grid: Grid, cuts: Sequence[Sequence[int]]) -> Layout:
 
 
 class Statistics(NamedTuple):
-    """Of float64: 0-dim, or one for each index of a dim; zero-volume on a rank outside."""
+    """What `statistics` finds of all samples.
+
+    Attributes
+    ----------
+    mean, std : torch.Tensor
+        Of float64: 0-dim, or one for each index of a dim; zero-volume on a rank outside.
+
+    Examples
+    --------
+    >>> import torch
+    >>> import distdl_lite as dl
+    >>> x = torch.tensor([[1.0, 3.0], [1.0, 3.0]])
+    >>> found = dl.testing.spmd(2, lambda world: dl.data.statistics(dl.data.Blocks(x, world.grid((1, 2)))))
+    >>> found[0].mean.item(), found[0].std.item()
+    (2.0, 1.0)
+    """
 
     mean: torch.Tensor
     std: torch.Tensor

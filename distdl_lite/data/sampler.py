@@ -18,6 +18,17 @@ def permutation(length: int, seed: int = 0, epoch: int = 0) -> torch.Tensor:
     """A permutation of ``range(length)`` that every rank draws alike; the global generators are left alone.
 
     It is the one that ``torch.utils.data.DistributedSampler(seed=seed)`` draws in this epoch.
+
+    Parameters
+    ----------
+    length, seed, epoch : int
+        The same on all ranks.
+
+    Examples
+    --------
+    >>> import distdl_lite as dl
+    >>> dl.data.permutation(5, seed=1, epoch=2).tolist()
+    [1, 0, 3, 4, 2]
     """
     return torch.randperm(length, generator=torch.Generator().manual_seed(seed + epoch))
 
@@ -53,6 +64,12 @@ class ShardSampler(Sampler[int]):
     ------
     TypeError, ValueError
         If the length or the seed is not an integer, or the length is negative.
+
+    Examples
+    --------
+    >>> import distdl_lite as dl
+    >>> dl.testing.spmd(3, lambda world: list(dl.data.ShardSampler(7, world, shuffle=False)))
+    [[0, 3, 6], [1, 4], [2, 5]]
     """
 
     def __init__(self, data: Sized | int, P: Any = None, *, shuffle: bool = True, seed: int = 0) -> None:
@@ -231,6 +248,14 @@ class Collate:
     ------
     ValueError
         When called for a batch of no samples of a dataset that has none.
+
+    Examples
+    --------
+    >>> import torch
+    >>> import distdl_lite as dl
+    >>> collate = dl.data.Collate([torch.ones(3)])
+    >>> collate([torch.ones(3)] * 2).shape, collate([]).shape
+    (torch.Size([2, 3]), torch.Size([0, 3]))
     """
 
     def __init__(self, dataset: Any, collate_fn: Callable[[list[Any]], Any] = default_collate) -> None:

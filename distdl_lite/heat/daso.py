@@ -67,6 +67,19 @@ class DASO(LocalSGD):
     See Also
     --------
     LocalSGD : what the two have in common: collective calls, state_dict, errors.
+
+    Examples
+    --------
+    >>> import torch
+    >>> import distdl_lite as dl
+    >>> def body(world):
+    ...     w = torch.nn.Parameter(torch.zeros(1))
+    ...     optimizer = dl.DASO(torch.optim.SGD([w], lr=1.0), total_epochs=9, steps_per_epoch=1)
+    ...     w.grad = torch.full((1,), -1.0 - 2 * world.rank)
+    ...     optimizer.step()
+    ...     return w.item()
+    >>> dl.testing.spmd(2, body)
+    [2.0, 2.0]
     """
 
     def __init__(

@@ -39,6 +39,22 @@ class DataParallelOptimizer(torch.optim.Optimizer):
     ``load_state_dict()`` and ``parameters()`` of the container, and ``step()`` of the wrapped optimizer. Code that touches the
     bare module's parameters calls it before; where it, or another optimizer, has changed them, the next forward raises.
     An optimizer with step hooks, or with gradients that are in no bucket, takes its step in ``step()``.
+
+    Examples
+    --------
+    >>> import torch
+    >>> import distdl_lite as dl
+    >>> def body(world):
+    ...     model = torch.nn.Linear(1, 1, bias=False)
+    ...     optimizer = dl.DataParallelOptimizer(torch.optim.SGD(model.parameters(), lr=1.0))
+    ...     net = dl.DataParallel(model, optimizer=optimizer, update="deferred")
+    ...     before = model.weight.item()
+    ...     net(torch.full((1, 1), 1.0 + 2 * world.rank)).sum().backward()
+    ...     optimizer.step()
+    ...     net.synchronize()
+    ...     return round(before - model.weight.item(), 4)
+    >>> dl.testing.spmd(2, body)
+    [2.0, 2.0]
     """
 
     _step_supports_amp_scaling = False  # a GradScaler sets the scale on us, and fused steps look for it on themselves

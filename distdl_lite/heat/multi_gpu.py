@@ -37,6 +37,20 @@ class DataParallelMultiGPU(torch.nn.Module):
     -----
     Gradients are local until `DASO.step`, also for clipping. A GradScaler is given to `DASO.add_scaler`. A parameter that
     no rank of the node has a gradient of keeps None.
+
+    Examples
+    --------
+    >>> import torch
+    >>> import distdl_lite as dl
+    >>> def body(world):
+    ...     model = torch.nn.Linear(3, 1, bias=False)
+    ...     optimizer = dl.DASO(torch.optim.SGD(model.parameters(), lr=1.0), total_epochs=9, steps_per_epoch=1)
+    ...     net = dl.DataParallelMultiGPU(model, optimizer)
+    ...     net(torch.full((2, 3), 1.0 + world.rank)).mean().backward()
+    ...     optimizer.step()
+    ...     return model.weight.grad.tolist()
+    >>> dl.testing.spmd(2, body)
+    [[[1.5, 1.5, 1.5]], [[1.5, 1.5, 1.5]]]
     """
 
     def __init__(self, module: torch.nn.Module, optimizer: DASO, comm: Any = None) -> None:

@@ -85,6 +85,17 @@ def distribute(
 
     The model is captured for each global structure of its inputs (shapes, dtypes, train or eval) once. Its Python code sees
     global shapes then, and what it computes from anything but tensors is fixed.
+
+    Examples
+    --------
+    >>> import torch
+    >>> import distdl_lite as dl
+    >>> def body(world):
+    ...     P = world.grid((1, 1, 2, 1))
+    ...     net = dl.distribute(torch.nn.Conv2d(3, 8, 3, padding=1), P)
+    ...     return tuple(net(P.cut(torch.zeros(2, 3, 37, 29))).shape)
+    >>> dl.testing.spmd(2, body)
+    [(2, 8, 19, 29), (2, 8, 18, 29)]
     """
     return Distributed(model, P, in_axes, out_axes, strict, cut, rules)
 

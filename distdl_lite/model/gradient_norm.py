@@ -78,6 +78,17 @@ def grad_norm(module: torch.nn.Module, norm_type: float = 2.0) -> torch.Tensor:
     ------
     ValueError
         For a `norm_type` that is not above 0; on all ranks, for a cut weight that a parametrization has replaced.
+
+    Examples
+    --------
+    >>> import torch
+    >>> import distdl_lite as dl
+    >>> def body(world):
+    ...     net = dl.nn.DistributedConv1d(world.grid((1, 1, 2)), 1, 1, 1, bias=False)
+    ...     net(torch.ones(1, 1, 2)).sum().backward()  # four points over two ranks
+    ...     return dl.grad_norm(net).item()
+    >>> dl.testing.spmd(2, body)
+    [4.0, 4.0]
     """
     if not norm_type > 0:
         raise ValueError(f"grad_norm: norm_type must be above 0, not {norm_type}")
@@ -127,6 +138,18 @@ def clip_grad_norm_(
         With `error_if_nonfinite`, if the norm is not finite.
     ValueError
         As in `grad_norm`.
+
+    Examples
+    --------
+    >>> import torch
+    >>> import distdl_lite as dl
+    >>> def body(world):
+    ...     net = dl.nn.DistributedConv1d(world.grid((1, 1, 2)), 1, 1, 1, bias=False)
+    ...     net(torch.ones(1, 1, 2)).sum().backward()
+    ...     before = dl.clip_grad_norm_(net, max_norm=1.0).item()
+    ...     return before, round(net.weight.grad.item(), 4)
+    >>> dl.testing.spmd(2, body)
+    [(4.0, 1.0), (4.0, 1.0)]
     """
     norm = grad_norm(module, norm_type)
     if error_if_nonfinite and not torch.isfinite(norm):
@@ -141,10 +164,25 @@ def clip_grad_norm_(
 def check_optimizer(optimizer: torch.optim.Optimizer) -> None:
     """Refuse an optimizer whose step looks across a tensor, which is wrong where weights are cut or absent.
 
+    Parameters
+    ----------
+    optimizer : torch.optim.Optimizer
+        Nothing but its class is looked at.
+
     Raises
     ------
     ValueError
         If the optimizer is not known to be elementwise; Adafactor, Muon and LBFGS are not.
+
+    Examples
+    --------
+    >>> import torch
+    >>> import distdl_lite as dl
+    >>> dl.check_optimizer(torch.optim.Adam(torch.nn.Linear(2, 2).parameters()))
+    >>> dl.check_optimizer(torch.optim.LBFGS(torch.nn.Linear(2, 2).parameters()))  # doctest: +ELLIPSIS
+    Traceback (most recent call last):
+        ...
+    ValueError: LBFGS is not known to update each element by itself, which cut weights need; these do: ...
     """
     name = type(optimizer).__name__
     if name not in _ELEMENTWISE:

@@ -51,6 +51,20 @@ def serial_optimizer_state_dict(module: torch.nn.Module, optimizer: torch.optim.
     ValueError
         On all ranks, if the optimizer is not elementwise, if it has a parameter that the module has not or a state that
         is neither a number nor of its weight's shape, or if ranks that share a weight have different numbers.
+
+    Examples
+    --------
+    >>> import torch
+    >>> import distdl_lite as dl
+    >>> def body(world):
+    ...     net = dl.nn.DistributedConv1d(world.grid((1, 2, 1)), 4, 6, 3)
+    ...     optimizer = torch.optim.Adam(net.parameters())
+    ...     net(torch.ones(1, 2, 5)).sum().backward()
+    ...     optimizer.step()
+    ...     state = dl.serial_optimizer_state_dict(net, optimizer)
+    ...     return tuple(state["state"][0]["exp_avg"].shape) if world.rank == 0 else state
+    >>> dl.testing.spmd(2, body)
+    [(6, 4, 3), {}]
     """
     check_optimizer(optimizer)
     team, entries = callers(module, root)
@@ -99,6 +113,22 @@ def load_serial_optimizer_state_dict(
     ValueError
         On all ranks, if the optimizer is not elementwise or has a parameter that the module has not, or if groups or
         shapes of the state do not fit.
+
+    Examples
+    --------
+    >>> import torch
+    >>> import distdl_lite as dl
+    >>> serial = torch.nn.Conv1d(4, 6, 3)
+    >>> adam = torch.optim.Adam(serial.parameters())
+    >>> serial(torch.ones(1, 4, 5)).sum().backward()
+    >>> adam.step()
+    >>> def body(world):
+    ...     net = dl.nn.DistributedConv1d(world.grid((1, 2, 1)), 4, 6, 3)
+    ...     optimizer = torch.optim.Adam(net.parameters())
+    ...     dl.load_serial_optimizer_state_dict(net, optimizer, adam.state_dict() if world.rank == 0 else None)
+    ...     return tuple(optimizer.state[net.weight]["exp_avg"].shape)
+    >>> dl.testing.spmd(2, body)
+    [(3, 4, 3), (3, 4, 3)]
     """
     check_optimizer(optimizer)
     team, entries = callers(module, root)

@@ -34,6 +34,14 @@ class Proof:
         to the largest number of its kind.
     program : Program
         That of rank 0, with its movements and what was gathered.
+
+    Examples
+    --------
+    >>> import torch
+    >>> import distdl_lite as dl
+    >>> proof = dl.prove(torch.nn.Conv1d(2, 3, 3), (1, 1, 2), (1, 2, 9), steps=0)
+    >>> sorted(proof.differences), proof.worst < 1e-9
+    (['buffers', 'input gradient 0', 'output 0', 'parameter gradients'], True)
     """
 
     differences: dict[str, float]
@@ -83,6 +91,14 @@ def prove(
     ------
     AssertionError
         If something differs by more than the tolerance; the text names the first module whose values differ.
+
+    Examples
+    --------
+    >>> import torch
+    >>> import distdl_lite as dl
+    >>> model = torch.nn.Sequential(torch.nn.Conv1d(2, 3, 3, padding=1), torch.nn.BatchNorm1d(3))
+    >>> dl.prove(model, (1, 1, 2), (2, 2, 9)).worst < 1e-9
+    True
     """
     return Trial(model, *inputs, dtype=dtype, steps=steps, seed=seed).on(grid, in_axes, out_axes, tolerance)
 

@@ -30,6 +30,18 @@ def synchronise_replicas(module: torch.nn.Module) -> None:
     ValueError
         On all ranks, if names, shapes or dtypes differ between ranks that hold the same, or a parametrization has replaced a
         cut weight.
+
+    Examples
+    --------
+    >>> import torch
+    >>> import distdl_lite as dl
+    >>> def body(world):
+    ...     net = dl.nn.DistributedConv1d(world.grid((1, 1, 2)), 1, 1, 1, bias=False)
+    ...     torch.nn.init.constant_(net.weight, 5.0 + world.rank)
+    ...     dl.synchronise_replicas(net)
+    ...     return net.weight.item()
+    >>> dl.testing.spmd(2, body)
+    [5.0, 5.0]
     """
     tensors, error = _compared(module, "kinds of tensors", lambda tensor: (tensor.dtype, tuple(tensor.shape)))
     if error:
@@ -58,6 +70,20 @@ def check_replicas(module: torch.nn.Module) -> None:
         On all ranks, with the names, and the ranks whose values are not those of the first rank.
     ValueError
         On all ranks, if the names differ, or a parametrization has replaced a cut weight.
+
+    Examples
+    --------
+    >>> import torch
+    >>> import distdl_lite as dl
+    >>> def body(world):
+    ...     net = dl.nn.DistributedConv1d(world.grid((1, 1, 2)), 1, 1, 3)
+    ...     dl.check_replicas(net)
+    ...     torch.nn.init.constant_(net.weight, world.rank)
+    ...     dl.check_replicas(net)
+    >>> dl.testing.spmd(2, body)
+    Traceback (most recent call last):
+        ...
+    RuntimeError: weight: ranks [1] hold other values than the first rank
     """
     _, error = _compared(module, "values", checksum)
     if error:

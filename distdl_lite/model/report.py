@@ -49,6 +49,14 @@ class Machine:
         Bytes a second that a rank's operations read and write.
     optimizer : float
         Copies of the weights that the optimizer keeps; Adam two.
+
+    Examples
+    --------
+    >>> import torch
+    >>> import distdl_lite as dl
+    >>> slow = dl.Machine(latency=1e-3)
+    >>> dl.report(torch.nn.Conv2d(3, 8, 3), (1, 1, 2, 1), (2, 3, 37, 29), machine=slow).parts["latency"]
+    0.003
     """
 
     latency: float = 1e-5
@@ -179,6 +187,14 @@ class Report:
         Elements that operations make on the fullest rank, times ranks, over those in the model: 1 if every rank does
         its share alone, the number of ranks if every rank does everything. That nothing is gathered does not make it 1.
     machine : Machine
+
+    Examples
+    --------
+    >>> import torch
+    >>> import distdl_lite as dl
+    >>> report = dl.report(torch.nn.Conv2d(3, 8, 3, padding=1), (1, 1, 2, 1), (2, 3, 38, 29))
+    >>> report.forward.messages, report.forward.bytes, report.ratio
+    (1, 696, 1.0)
     """
 
     grid: Shape
@@ -326,6 +342,14 @@ def report(
         As `distribute`'s first call.
     ValueError
         If the axes do not fit an input.
+
+    Examples
+    --------
+    >>> import torch
+    >>> import distdl_lite as dl
+    >>> report = dl.report(torch.nn.Conv2d(3, 8, 3, padding=1), (1, 1, 2, 2), (2, 3, 37, 29))
+    >>> report.forward.messages, report.multiply_adds, report.peak
+    (3, 123120, 83144)
     """
     args = [example(x, model) for x in inputs]
     (made,) = reports(model, args, [tuple(grid)], in_axes, train, machine, strict=strict, out_axes=out_axes)

@@ -87,6 +87,18 @@ def load_serial_state_dict(module: torch.nn.Module, state: Mapping[str, torch.Te
     ------
     ValueError
         On all ranks, if names or shapes differ from the module's, or between lines that name the same root.
+
+    Examples
+    --------
+    >>> import torch
+    >>> import distdl_lite as dl
+    >>> serial = torch.nn.Conv1d(4, 6, 3)
+    >>> def body(world):
+    ...     net = dl.nn.DistributedConv1d(world.grid((1, 2, 1)), 4, 6, 3)
+    ...     dl.load_serial_state_dict(net, serial.state_dict() if world.rank == 0 else None)
+    ...     return tuple(net.bias.shape), torch.equal(net.bias, serial.bias.chunk(2)[world.rank])
+    >>> dl.testing.spmd(2, body)
+    [((3,), True), ((3,), True)]
     """
     team, entries = callers(module, root)
     if team.world.rank not in team:
@@ -198,6 +210,15 @@ def serial_state_dict(module: torch.nn.Module, root: int = 0) -> dict[str, torch
     ------
     ValueError
         On all ranks, if each line of a grid has layers of its own and the root is in none.
+
+    Examples
+    --------
+    >>> import distdl_lite as dl
+    >>> def body(world):
+    ...     net = dl.nn.DistributedConv1d(world.grid((1, 2, 1)), 4, 6, 3)
+    ...     return {name: tuple(x.shape) for name, x in dl.serial_state_dict(net).items()}
+    >>> dl.testing.spmd(2, body)
+    [{'weight': (6, 4, 3), 'bias': (6,)}, {}]
     """
     team, entries = callers(module, root, of_all_lines=False)
     transport = team.world

@@ -229,6 +229,17 @@ class DistributedDropout(Face, serial=torch.nn.Dropout):
     `P_x`, draws one seed from torch's CPU generator in each forward that drops some points; that of the first rank of `P_x`
     counts, so that ranks with different generators agree. This takes one broadcast of 8 bytes in forward; backward
     communicates nothing. As the seed comes from the generator, checkpointing recomputes the same mask.
+
+    Examples
+    --------
+    >>> import torch
+    >>> import distdl_lite as dl
+    >>> def body(world):
+    ...     torch.manual_seed(1)
+    ...     P = world.grid((world.size,))
+    ...     return dl.nn.DistributedDropout(P)(P.cut(torch.ones(6))).tolist()
+    >>> dl.testing.spmd(1, body), dl.testing.spmd(2, body)
+    ([[2.0, 0.0, 0.0, 0.0, 2.0, 2.0]], [[2.0, 0.0, 0.0], [0.0, 2.0, 2.0]])
     """
 
     _distdl_free = frozenset({"p", "inplace"})
@@ -257,8 +268,30 @@ class DistributedDropout(Face, serial=torch.nn.Dropout):
 class _ChannelDropout(DistributedDropout):
     """Dropout of whole channels of the tensor ``(N, C, *space)`` that the blocks over `P_x` form, any dim of which may be cut.
 
-    The mask is that of `DistributedDropout` for a tensor ``(N, C)``, whose description holds for the rest. A ValueError in the
-    constructor says if `P_x` has another number of axes.
+    The mask is that of `DistributedDropout` for a tensor ``(N, C)``, whose description holds for the rest.
+
+    Parameters
+    ----------
+    P_x : Partition
+        ``[P_b, P_c, *P_space]``.
+    p, inplace
+        As of `DistributedDropout`.
+
+    Raises
+    ------
+    ValueError, TypeError
+        As there; also in the constructor if `P_x` has another number of axes.
+
+    Examples
+    --------
+    >>> import torch
+    >>> import distdl_lite as dl
+    >>> def body(world):
+    ...     torch.manual_seed(1)
+    ...     P = world.grid((1, 1, 2))
+    ...     return dl.nn.DistributedDropout1d(P)(P.cut(torch.ones(1, 4, 3))).tolist()
+    >>> dl.testing.spmd(2, body)
+    [[[[2.0, 2.0], [0.0, 0.0], [0.0, 0.0], [0.0, 0.0]]], [[[2.0], [0.0], [0.0], [0.0]]]]
     """
 
     has_channels = True

@@ -19,6 +19,15 @@ def zero_volume_tensor(
 ) -> torch.Tensor:
     """The tensor of a rank without data: of shape ``(0,)``, or ``(batch, 0)``.
 
+    Parameters
+    ----------
+    batch : int, optional
+        The length of the first dim.
+    dtype, device : optional
+        As of ``torch.empty``.
+
+    Examples
+    --------
     >>> zero_volume_tensor(3).shape
     torch.Size([3, 0])
     """
@@ -49,6 +58,15 @@ class Inputs:
 def agreed_inputs(layer: Module, P_x: Partition, position: int = 0) -> Inputs:
     """The `position`-th tensor argument of a layer's call, on the ranks of `P_x`; for its set-up.
 
+    Parameters
+    ----------
+    layer : Module
+        Whose call it is.
+    P_x : Partition
+        The argument's, with an axis for each of its dims.
+    position : int
+        Among the tensors of the call.
+
     Raises
     ------
     TypeError
@@ -56,6 +74,21 @@ def agreed_inputs(layer: Module, P_x: Partition, position: int = 0) -> Inputs:
     ValueError
         If dtypes, devices or numbers of dims differ between the ranks, or a rank outside `P_x` passed data. The text
         names the rank.
+
+    Examples
+    --------
+    >>> import torch
+    >>> import distdl_lite as dl
+    >>> class Shapes(dl.nn.Module):
+    ...     def __init__(self, P_x):
+    ...         super().__init__(P_x)
+    ...         self.P_x = P_x
+    ...
+    ...     def _distdl_module_setup(self, input):
+    ...         shapes = dict(dl.nn.agreed_inputs(self, self.P_x).shapes)
+    ...         return lambda layer, x: shapes
+    >>> dl.testing.spmd(2, lambda world: Shapes(world.grid((2,)))(torch.ones(2 - world.rank)))
+    [{0: (2,), 1: (1,)}, {0: (2,), 1: (1,)}]
     """
     name, structure = layer._distdl_label, layer._distdl_structure
     missing = TensorStructure(kind="nothing")

@@ -70,6 +70,11 @@ class Module(torch.nn.Module):
         The layer's partitions, that of the input first; their ranks, together, agree and set up. Without any, the ranks of
         all layers inside.
 
+    Raises
+    ------
+    TypeError
+        If something else than a partition is given for one.
+
     Notes
     -----
     Override ``_distdl_module_setup(self, input)``, which returns the call for this structure: a function of the layer and its
@@ -83,6 +88,20 @@ class Module(torch.nn.Module):
     The layers inside a module's forward ride on its one agreement: their structure must follow from its tensor
     arguments, its numbers and strings, its parameters' ``requires_grad`` and the modes of the modules inside. Where it
     depends on data, call `agree_each_layer`.
+
+    Examples
+    --------
+    >>> import torch
+    >>> import distdl_lite as dl
+    >>> class Total(dl.nn.Module):
+    ...     def __init__(self, P_x):
+    ...         super().__init__(P_x)
+    ...         self.over_ranks = dl.nn.AllSumReduce(P_x, axes_keep=())
+    ...
+    ...     def _distdl_module_setup(self, input):
+    ...         return lambda layer, x: layer.over_ranks(x.sum().view(1))
+    >>> dl.testing.spmd(2, lambda world: Total(world.grid((2,)))(torch.ones(3)).item())
+    [6.0, 6.0]
     """
 
     _distdl_is_cut = True  # whether the first argument is in blocks over the first partition, one axis for each dim

@@ -37,6 +37,29 @@ class Movement(Module):
         Of the input and of the output. Ranks outside both pass and get zero-volume tensors.
     preserve_batch : bool
         Whether ranks that receive nothing get ``(batch, 0)`` rather than ``(0,)``.
+
+    Raises
+    ------
+    ValueError
+        At a call, on all ranks, if `layouts` does not describe the blocks that were passed.
+    TypeError
+        If bool tensors would be added.
+
+    Examples
+    --------
+    >>> import torch
+    >>> import distdl_lite as dl
+    >>> from distdl_lite import layout as lay
+    >>> class Gathered(dl.nn.Movement):
+    ...     def layouts(self, shapes):
+    ...         grid = self.P_x.grid_of_ranks
+    ...         X = lay.blocks(grid, lay.cuts_from_shapes(grid, shapes))
+    ...         return X, lay.whole(grid, lay.global_shape_of(X))
+    >>> def body(world):
+    ...     P = world.grid((2,))
+    ...     return Gathered(P, P)(torch.full((2 - world.rank,), float(world.rank))).tolist()
+    >>> dl.testing.spmd(2, body)
+    [[0.0, 0.0, 1.0], [0.0, 0.0, 1.0]]
     """
 
     def __init__(self, P_x: Partition, P_y: Partition, preserve_batch: bool = True) -> None:

@@ -47,6 +47,31 @@ class Layer(Module):
 
     A layer calls `place` for each parameter and buffer in the order of the serial layer's constructor, and `use` where
     forward needs a parameter.
+
+    Parameters
+    ----------
+    *partitions : Partition or None
+        As of `Module`, at least one.
+
+    Examples
+    --------
+    >>> import torch
+    >>> import distdl_lite as dl
+    >>> from distdl_lite import layout as lay
+    >>> from distdl_lite.nn.draws import constant
+    >>> class Times(dl.nn.Layer):
+    ...     def __init__(self, P_x):
+    ...         super().__init__(P_x)
+    ...         self.place("weight", lay.whole(P_x.grid_of_ranks, (1,)), constant(2.0))
+    ...
+    ...     def forward(self, x):
+    ...         return x * self.use("weight")
+    >>> def body(world):
+    ...     layer = Times(world.grid((2,)))
+    ...     layer(torch.ones(3)).sum().backward()
+    ...     return layer.weight.grad.tolist()
+    >>> dl.testing.spmd(2, body)
+    [[6.0], [6.0]]
     """
 
     def __init__(self, *partitions: Partition | None) -> None:

@@ -51,6 +51,17 @@ class Broadcast(Movement):
     ValueError
         If the shapes do not broadcast, or, transposed, more than one matched axis is longer than 1 (which DistDL leaves
         ambiguous).
+
+    Examples
+    --------
+    >>> import torch
+    >>> import distdl_lite as dl
+    >>> def body(world):
+    ...     one, both = world.grid((1,)), world.grid((2,))
+    ...     x = torch.tensor([5.0, 7.0]) if one.active else dl.zero_volume_tensor()
+    ...     return dl.nn.Broadcast(one, both)(x).tolist()
+    >>> dl.testing.spmd(2, body)
+    [[5.0, 7.0], [5.0, 7.0]]
     """
 
     def __init__(
@@ -89,7 +100,25 @@ class SumReduce(Broadcast):
     P_y is padded on the left with axes of length one; along each axis it equals P_x or is one. All tensors of a team have
     the same shape. The adjoint is `Broadcast` with the partitions swapped.
 
-    Parameters, errors: as `Broadcast`, with the matching rule reversed; a ValueError also where shapes in a team differ.
+    Parameters
+    ----------
+    P_x, P_y, transpose_src, transpose_dest, preserve_batch
+        As of `Broadcast`, with the matching rule reversed.
+
+    Raises
+    ------
+    ValueError
+        As there; also if shapes in a team differ.
+
+    Examples
+    --------
+    >>> import torch
+    >>> import distdl_lite as dl
+    >>> def body(world):
+    ...     both, one = world.grid((2,)), world.grid((1,))
+    ...     return dl.nn.SumReduce(both, one)(torch.tensor([1.0, world.rank])).tolist()
+    >>> dl.testing.spmd(2, body)
+    [[2.0, 1.0], [[], []]]
     """
 
     def _matched(self, name: str, source: Grid, target: Grid) -> tuple[int, ...]:
@@ -147,6 +176,16 @@ class AllSumReduce(_AlongAxes):
     ------
     ValueError
         If not exactly one of the two is given, an axis does not exist, or shapes in a team differ.
+
+    Examples
+    --------
+    >>> import torch
+    >>> import distdl_lite as dl
+    >>> def body(world):
+    ...     total = dl.nn.AllSumReduce(world.grid((2,)), axes_reduce=[0])
+    ...     return total(torch.tensor([1.0, world.rank])).tolist()
+    >>> dl.testing.spmd(2, body)
+    [[2.0, 1.0], [2.0, 1.0]]
     """
 
     def __init__(
@@ -176,6 +215,16 @@ class AllGather(_AlongAxes):
     ------
     ValueError
         If not exactly one of the two is given, an axis does not exist, or the blocks form no tensor product.
+
+    Examples
+    --------
+    >>> import torch
+    >>> import distdl_lite as dl
+    >>> def body(world):
+    ...     gather = dl.nn.AllGather(world.grid((2,)), axes_all_gather=[0])
+    ...     return gather(torch.full((2 - world.rank,), float(world.rank))).tolist()
+    >>> dl.testing.spmd(2, body)
+    [[0.0, 0.0, 1.0], [0.0, 0.0, 1.0]]
     """
 
     def __init__(
@@ -205,6 +254,16 @@ class ReduceScatter(_AlongAxes):
     ------
     ValueError
         If not exactly one of the two is given, an axis does not exist, or lengths along scattered dims differ.
+
+    Examples
+    --------
+    >>> import torch
+    >>> import distdl_lite as dl
+    >>> def body(world):
+    ...     scatter = dl.nn.ReduceScatter(world.grid((2,)), axes_reduce_scatter=[0])
+    ...     return scatter(torch.tensor([1.0, 2.0, 3.0])).tolist()
+    >>> dl.testing.spmd(2, body)
+    [[2.0, 4.0], [6.0]]
     """
 
     def __init__(
@@ -243,6 +302,17 @@ class Repartition(Movement):
     ValueError
         If the partitions have different numbers of axes, the tensor another one, the blocks form no tensor product, or
         the bounds do not cut the tensor.
+
+    Examples
+    --------
+    >>> import torch
+    >>> import distdl_lite as dl
+    >>> def body(world):
+    ...     rows, columns = world.grid((2, 1)), world.grid((1, 2))
+    ...     x = rows.cut(torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]]))
+    ...     return dl.nn.Repartition(rows, columns)(x).tolist()
+    >>> dl.testing.spmd(2, body)
+    [[[1.0, 2.0], [4.0, 5.0]], [[3.0], [6.0]]]
     """
 
     def __init__(
@@ -289,6 +359,16 @@ class HaloExchange(Movement):
         If the halo is one number.
     ValueError
         If the halo does not fit the grid, is negative, the boundary is unknown, or it needs more points than there are.
+
+    Examples
+    --------
+    >>> import torch
+    >>> import distdl_lite as dl
+    >>> def body(world):
+    ...     P = world.grid((2,))
+    ...     return dl.nn.HaloExchange(P, [(1, 2)], boundary="zeros")(P.cut(torch.arange(5.0))).tolist()
+    >>> dl.testing.spmd(2, body)
+    [[0.0, 0.0, 1.0, 2.0, 3.0, 4.0], [2.0, 3.0, 4.0, 0.0, 0.0]]
     """
 
     def __init__(self, P_x: Partition, halo: Sequence[int | tuple[int, int]], boundary: str = "none") -> None:

@@ -35,6 +35,16 @@ def scatter(x: torch.Tensor | None, P: Partition, root: int = 0) -> torch.Tensor
         On all ranks, if another rank than the root passed data or the tensor has not one dim per axis.
     TypeError
         On all ranks, if the root passed no tensor.
+
+    Examples
+    --------
+    >>> import torch
+    >>> import distdl_lite as dl
+    >>> def body(world):
+    ...     x = torch.arange(5.0) if world.rank == 0 else None
+    ...     return dl.scatter(x, world.grid((2,))).tolist()
+    >>> dl.testing.spmd(2, body)
+    [[0.0, 1.0, 2.0], [3.0, 4.0]]
     """
     return _moved("scatter", x, P, root)
 
@@ -60,6 +70,16 @@ def gather(x: torch.Tensor | None, P: Partition, root: int = 0) -> torch.Tensor:
         On all ranks, if a rank of `P` passed no tensor.
     ValueError
         On all ranks, if the blocks do not fit each other; on a rank outside `P` that passed data.
+
+    Examples
+    --------
+    >>> import torch
+    >>> import distdl_lite as dl
+    >>> def body(world):
+    ...     block = torch.full((2 - world.rank,), float(world.rank))
+    ...     return dl.gather(block, world.grid((2,))).tolist()
+    >>> dl.testing.spmd(2, body)
+    [[0.0, 0.0, 1.0], []]
     """
     return _moved("gather", x, P, root)
 

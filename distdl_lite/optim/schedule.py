@@ -44,6 +44,16 @@ class Periodic:
     ----------
     global_every, local_every, delay : int
         As in `Schedule`.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If a number is no integer, or `global_every` is below 1 or another one below 0.
+
+    Examples
+    --------
+    >>> Periodic(8, delay=2)(0, 5, [])
+    (8, 0, 2)
     """
 
     global_every: int
@@ -70,6 +80,17 @@ class PostLocal:
         What follows.
     steps_per_epoch : int, optional
         Needed where epochs are counted.
+
+    Raises
+    ------
+    ValueError
+        In a call of a later epoch than the first, without `steps_per_epoch`.
+
+    Examples
+    --------
+    >>> schedule = PostLocal(3, Periodic(8))
+    >>> [schedule(0, batch, [])[0] for batch in range(5)]
+    [0, 0, 0, 8, 8]
     """
 
     first: int
@@ -103,6 +124,11 @@ class DASOSchedule:
     max_global_skips, skip_reduction_factor, local_skip_factor : int
         The jump is to ``max_global_skips`` batches between averages over all ranks, and that over ``local_skip_factor``
         both between averages within a node and for the delay.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If a number is of another type, or too small.
 
     References
     ----------

@@ -50,6 +50,11 @@ class MPIProcessGroup(dist.ProcessGroup):
     rounded once. All dtypes can be copied. Tensors of any memory order, and on a device, go through a contiguous copy in
     host memory. The numbers of elements may differ between ranks where each rank has a list of tensors.
 
+    Parameters
+    ----------
+    P, limit
+        Of `init`, which makes it: its partition, and its timeout in seconds.
+
     Raises
     ------
     TypeError
@@ -61,6 +66,13 @@ class MPIProcessGroup(dist.ProcessGroup):
     RuntimeError
         After the group is destroyed; or where ranks make different calls, if there is a limit or ``TORCH_DISTRIBUTED_DEBUG`` is
         ``DETAIL``. Errors of MPI itself are mpi4py's ``MPI.Exception``, a RuntimeError too.
+
+    Examples
+    --------
+    Under ``mpirun``, in a program that knows torch's DDP alone::
+
+        dl.MPIProcessGroup.init()
+        net = torch.nn.parallel.DistributedDataParallel(model)
     """
 
     _origin: Partition  # the ranks of the default group

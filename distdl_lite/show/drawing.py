@@ -40,6 +40,10 @@ def colour(rank: int) -> Colour:
     The first eight are those of Okabe and Ito (2008), which colour-blind people tell apart too; then come darker and lighter
     ones, and from rank 32 on they begin again.
 
+    Parameters
+    ----------
+    rank : int
+
     Examples
     --------
     >>> import distdl_lite as dl

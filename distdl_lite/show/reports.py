@@ -30,6 +30,11 @@ def cuts(report: Report, ax: Axes | None = None) -> Axes:
         Of `dl.report` or ``net.report()``.
     ax : matplotlib.axes.Axes, optional
 
+    Raises
+    ------
+    ValueError
+        If no module of the report says how its output is cut.
+
     Examples
     --------
     >>> import torch

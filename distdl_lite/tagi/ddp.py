@@ -35,6 +35,13 @@ class DDPConfig:
     ------
     ValueError, TypeError
         On all ranks, with the same text, if one of them was given another backend, rank or size, or a GPU that it lacks.
+
+    Examples
+    --------
+    >>> from distdl_lite import tagi
+    >>> from distdl_lite.testing import spmd
+    >>> spmd(2, lambda world: (tagi.DDPConfig().rank, tagi.DDPConfig().world_size))
+    [(0, 2), (1, 2)]
     """
 
     def __init__(

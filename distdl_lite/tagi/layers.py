@@ -50,6 +50,18 @@ class Linear(Layer):
         Buffers of shape (out_features,).
     delta_mu_w, delta_var_w, delta_mu_b, delta_var_b : torch.Tensor or None
         What the last backward found. They are in no ``state_dict``.
+
+    Raises
+    ------
+    ValueError
+        If there is no feature, or no such `init_method`.
+
+    Examples
+    --------
+    >>> from distdl_lite import tagi
+    >>> layer = tagi.Linear(3, 2)
+    >>> layer.mu_w.shape, bool((layer.var_w > 0).all())
+    (torch.Size([2, 3]), True)
     """
 
     NAMES = ("mu_w", "var_w", "mu_b", "var_b")
@@ -180,14 +192,32 @@ class Activation(Layer):
 
 
 class ReLU(Activation):
-    """max(0, z), linearised at the mean: ``J = [mu_z > 0]``."""
+    """max(0, z), linearised at the mean: ``J = [mu_z > 0]``.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from distdl_lite import tagi
+    >>> mean, variance = tagi.Sequential(tagi.ReLU())(torch.tensor([[-1.0, 2.0]]))
+    >>> [round(value, 3) for value in mean[0].tolist()]
+    [0.0, 2.0]
+    """
 
     def tangent(self, mu: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return mu.relu(), (mu > 0).to(mu.dtype)
 
 
 class Tanh(Activation):
-    """tanh z, linearised at the mean."""
+    """tanh z, linearised at the mean.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from distdl_lite import tagi
+    >>> mean, variance = tagi.Sequential(tagi.Tanh())(torch.tensor([[-1.0, 2.0]]))
+    >>> [round(value, 3) for value in mean[0].tolist()]
+    [-0.762, 0.964]
+    """
 
     def tangent(self, mu: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         value = mu.tanh()
@@ -195,7 +225,16 @@ class Tanh(Activation):
 
 
 class Sigmoid(Activation):
-    """1 / (1 + exp(-z)), linearised at the mean."""
+    """1 / (1 + exp(-z)), linearised at the mean.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from distdl_lite import tagi
+    >>> mean, variance = tagi.Sequential(tagi.Sigmoid())(torch.tensor([[-1.0, 2.0]]))
+    >>> [round(value, 3) for value in mean[0].tolist()]
+    [0.269, 0.881]
+    """
 
     def tangent(self, mu: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         value = mu.sigmoid()
@@ -207,6 +246,14 @@ class MixtureReLU(Activation):
 
     With a = mu_z / s the variance is written as var_z (P + a^2 P (1 - P) + a phi (1 - 2 P) - phi^2), which is the same as the
     usual ``-mu_a^2 + 2 mu_a mu_z - mu_z s phi + (var_z - mu_z^2) P``, but no difference of large numbers for a large mean.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from distdl_lite import tagi
+    >>> mean, variance = tagi.Sequential(tagi.MixtureReLU())(torch.tensor([[-1.0, 2.0]]), torch.ones(1, 2))
+    >>> [round(value, 3) for value in (*mean[0].tolist(), *variance[0].tolist())]
+    [0.083, 2.008, 0.068, 0.96]
     """
 
     def moments(

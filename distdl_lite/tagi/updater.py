@@ -21,6 +21,16 @@ class OutputUpdater:
     ------
     ValueError
         If torch has no such device here.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from distdl_lite import tagi
+    >>> net = tagi.Sequential(tagi.Linear(2, 1))
+    >>> mean, variance = net(torch.ones(3, 2))
+    >>> tagi.OutputUpdater().update(net.output_z_buffer, torch.zeros(3, 1), 0.1, net.input_delta_z_buffer)
+    >>> net.input_delta_z_buffer.delta_mu.shape
+    torch.Size([3, 1])
     """
 
     def __init__(self, device: Any = None) -> None:

@@ -22,6 +22,12 @@ def abort_on_exception(on: bool = True) -> None:
     ----------
     on : bool
         False takes it back.
+
+    Examples
+    --------
+    >>> import distdl_lite as dl
+    >>> dl.abort_on_exception()  # the first line of a program
+    >>> dl.abort_on_exception(False)
     """
     _Hook.is_on = on
     hooked: tuple[Any, ...] = sys, threading

@@ -369,6 +369,12 @@ def spmd(size: int, body: Callable[..., Any]) -> list[Any]:
     ------
     Exception
         The error of the lowest rank that failed. A deadlock is a RuntimeError that names what each rank waits for.
+
+    Examples
+    --------
+    >>> from distdl_lite.testing import spmd
+    >>> spmd(3, lambda world: world.rank)
+    [0, 1, 2]
     """
     from distdl_lite.partition import Partition
 

@@ -33,6 +33,12 @@ def abort_on_timeout(seconds: float | None = 600.0) -> None:
     -----
     It is for the calls of layers, primitives and containers. `MPIProcessGroup` has a time limit of its own; the program's own
     calls of mpi4py and torch.distributed have none.
+
+    Examples
+    --------
+    >>> import distdl_lite as dl
+    >>> dl.abort_on_timeout(600)  # in a program's first lines
+    >>> dl.abort_on_timeout(None)
     """
     if seconds is not None and not seconds > 0:
         raise ValueError(f"abort_on_timeout: seconds must be above 0, not {seconds}")

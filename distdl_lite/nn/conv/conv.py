@@ -51,6 +51,17 @@ class _DistributedConv(Convolution):
     Parameters start from the serial layer's values for the same seed. A weight block is replicated over the batch and
     space axes and its gradient summed over them, a bias over those of `P_y`. Output range [a, b) of a dim reads the
     input range ``[s a - p, s (b - 1) - p + d (k - 1) + 1)``, wherever its owners are.
+
+    Examples
+    --------
+    >>> import torch
+    >>> import distdl_lite as dl
+    >>> def body(world):
+    ...     P = world.grid((1, 1, 2, 1))
+    ...     conv = dl.nn.DistributedConv2d(P, 3, 8, 3, padding=1, stride=2)
+    ...     return tuple(conv(P.cut(torch.zeros(2, 3, 37, 29))).shape)
+    >>> dl.testing.spmd(2, body)
+    [(2, 8, 10, 15), (2, 8, 9, 15)]
     """
 
     def __init__(

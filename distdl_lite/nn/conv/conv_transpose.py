@@ -39,6 +39,17 @@ class _DistributedConvTranspose(Convolution):
     -----
     The weight is ``(C_in, C_out / groups, *kernel)``. Output j of a dim gathers the inputs i with
     ``i s - p <= j <= i s - p + d (k - 1)``, wherever their owners are.
+
+    Examples
+    --------
+    >>> import torch
+    >>> import distdl_lite as dl
+    >>> def body(world):
+    ...     P = world.grid((1, 1, 2, 1))
+    ...     conv = dl.nn.DistributedConvTranspose2d(P, 8, 3, 2, stride=2)
+    ...     return tuple(conv(P.cut(torch.zeros(2, 8, 9, 7))).shape)
+    >>> dl.testing.spmd(2, body)
+    [(2, 3, 9, 14), (2, 3, 9, 14)]
     """
 
     def __init__(

@@ -59,6 +59,16 @@ class DistributedEmbedding(Layer):
     Forward agrees on the indices by 8 bytes and, with the vocabulary cut, adds up the line's rows in one all-reduce; backward
     communicates nothing but the sum of the table's gradient over the leading axes. The table starts from the serial layer's
     values for the same seed.
+
+    Examples
+    --------
+    >>> import torch
+    >>> import distdl_lite as dl
+    >>> def body(world):
+    ...     table = dl.nn.DistributedEmbedding(world.grid((2,)), 7, 4)
+    ...     return tuple(table.weight.shape), tuple(table(torch.tensor([6, 0, 3])).shape)
+    >>> dl.testing.spmd(2, body)
+    [((4, 4), (3, 4)), ((3, 4), (3, 4))]
     """
 
     def __init__(

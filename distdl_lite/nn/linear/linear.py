@@ -44,6 +44,17 @@ class DistributedLinear(WorkGridLayer):
     -----
     Parameters start from the serial layer's values for the same seed. A weight block is replicated over the lead axes, and
     a bias over those of `P_y`, which adds it once, after the sum over ``P_in``. The three partitions may be disjoint.
+
+    Examples
+    --------
+    >>> import torch
+    >>> import distdl_lite as dl
+    >>> def body(world):
+    ...     P = world.grid((1, 2))
+    ...     layer = dl.nn.DistributedLinear(P, None, None, 4, 6)
+    ...     return tuple(layer.weight.shape), tuple(layer(P.cut(torch.zeros(5, 4))).shape)
+    >>> dl.testing.spmd(2, body)
+    [((3, 4), (5, 3)), ((3, 4), (5, 3))]
     """
 
     def __init__(

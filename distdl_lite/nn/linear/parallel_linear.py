@@ -186,6 +186,16 @@ class DistributedColumnParallelLinear(_ParallelLinear):
     all-gather forward. Gradients of weight and bias are summed over the leading axes when backward ends. Parameters start from
     the serial layer's values for the same seed. Where each rank of a line gets the whole gradient, the adjoint of a
     `Broadcast` in front would add these up: load the same block on each rank instead.
+
+    Examples
+    --------
+    >>> import torch
+    >>> import distdl_lite as dl
+    >>> def body(world):
+    ...     layer = dl.nn.DistributedColumnParallelLinear(world.grid((1, 2)), 4, 6)
+    ...     return tuple(layer.weight.shape), tuple(layer(torch.zeros(5, 4)).shape)
+    >>> dl.testing.spmd(2, body)
+    [((3, 4), (5, 3)), ((3, 4), (5, 3))]
     """
 
     _options = ("gather_output", "sequence_parallel")
@@ -239,11 +249,26 @@ class DistributedRowParallelLinear(_ParallelLinear):
     scatter_output : bool
         Whether the line cuts the dim before the features of the output, in balanced parts of the line's block.
 
+    Raises
+    ------
+    ValueError, TypeError
+        As there.
+
     Notes
     -----
     Each line adds up its products in one all-reduce forward and communicates nothing backward; with `scatter_output` in one
     reduce-scatter forward, and backward is one all-gather. Input features in other blocks than balanced ones are moved
     there first. Without `input_is_parallel` the input's gradient is gathered. The bias lives on the first rank of each line.
+
+    Examples
+    --------
+    >>> import torch
+    >>> import distdl_lite as dl
+    >>> def body(world):
+    ...     layer = dl.nn.DistributedRowParallelLinear(world.grid((1, 2)), 6, 4)
+    ...     return tuple(layer.weight.shape), tuple(layer(torch.zeros(5, 3)).shape)
+    >>> dl.testing.spmd(2, body)
+    [((4, 3), (5, 4)), ((4, 3), (5, 4))]
     """
 
     _options = ("input_is_parallel", "scatter_output")

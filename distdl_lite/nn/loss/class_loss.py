@@ -127,6 +127,17 @@ class DistributedNLLLoss(_DistributedLoss, serial=torch.nn.NLLLoss):
     -----
     The value is one number shown on every rank, and its gradient the serial one, as for the other losses. With reduction
     "none" and cut classes the terms are summed in one all-reduce among the ranks that hold classes of the same points.
+
+    Examples
+    --------
+    >>> import torch
+    >>> import distdl_lite as dl
+    >>> def body(world):
+    ...     P = world.grid((2, 1))
+    ...     logs = P.cut(torch.tensor([[-1.0, -2.0], [-3.0, -4.0], [-5.0, -6.0]]))
+    ...     return round(dl.nn.DistributedNLLLoss(P)(logs, P.cut(torch.tensor([0, 1, 0]), (0,))).item(), 4)
+    >>> dl.testing.spmd(2, body)
+    [3.3333, 3.3333]
     """
 
     operation = "nll_loss_nd"
@@ -158,6 +169,16 @@ class DistributedCrossEntropyLoss(DistributedNLLLoss, serial=torch.nn.CrossEntro
     ------
     ValueError, IndexError
         As in `DistributedNLLLoss`.
+
+    Examples
+    --------
+    >>> import torch
+    >>> import distdl_lite as dl
+    >>> def body(world):
+    ...     P = world.grid((1, 2))  # the classes are cut
+    ...     return round(dl.nn.DistributedCrossEntropyLoss(P)(P.cut(torch.zeros(3, 5)), torch.tensor([0, 1, 4])).item(), 4)
+    >>> dl.testing.spmd(2, body)
+    [1.6094, 1.6094]
     """
 
     operation = "cross_entropy_loss"

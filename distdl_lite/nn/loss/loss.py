@@ -138,6 +138,17 @@ class _DistributedLoss(Face):
     ValueError
         At build if torch refuses the options, with its words, or the blocks of input and target do not match. On all ranks
         alike, as is what torch raises for the values of a block, except with reduction "none".
+
+    Examples
+    --------
+    >>> import torch
+    >>> import distdl_lite as dl
+    >>> def body(world):
+    ...     P = world.grid((1, 2))
+    ...     x, target = P.cut(torch.tensor([[1.0, 2.0, 3.0]])), P.cut(torch.zeros(1, 3))
+    ...     return round(dl.nn.DistributedMSELoss(P)(x, target).item(), 4)
+    >>> dl.testing.spmd(2, body)
+    [4.6667, 4.6667]
     """
 
     _distdl_free = frozenset(

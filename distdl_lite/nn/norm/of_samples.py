@@ -98,6 +98,17 @@ class DistributedLayerNorm(_LastDimsNorm, serial=torch.nn.LayerNorm):
     Where a normalised dim is cut, one all-reduce forward of two float64 numbers per row (for float64 input, three from each
     rank) and one of two backward, among the ranks that share rows; else none. Gradients of weight and bias are summed by the
     reducer when backward ends. Blocks that are not balanced, and statistics, are as in `DistributedBatchNorm`.
+
+    Examples
+    --------
+    >>> import torch
+    >>> import distdl_lite as dl
+    >>> def body(world):
+    ...     P = world.grid((1, 2))
+    ...     y = dl.nn.DistributedLayerNorm(P, 4)(P.cut(torch.tensor([[0.0, 2.0, 0.0, 2.0]])))
+    ...     return y.round(decimals=3).tolist()
+    >>> dl.testing.spmd(2, body)
+    [[[-1.0, 1.0]], [[-1.0, 1.0]]]
     """
 
     operation = "layer_norm"
@@ -120,6 +131,17 @@ class DistributedRMSNorm(_LastDimsNorm, serial=torch.nn.RMSNorm):
     ------
     ValueError, TypeError
         As `DistributedLayerNorm`. torch's promotion of an input and a weight of different dtypes is not offered.
+
+    Examples
+    --------
+    >>> import torch
+    >>> import distdl_lite as dl
+    >>> def body(world):
+    ...     P = world.grid((1, 2))
+    ...     y = dl.nn.DistributedRMSNorm(P, 4)(P.cut(torch.tensor([[2.0, 2.0, -2.0, -2.0]])))
+    ...     return y.round(decimals=3).tolist()
+    >>> dl.testing.spmd(2, body)
+    [[[1.0, 1.0]], [[-1.0, -1.0]]]
     """
 
     operation = "rms_norm"
@@ -145,6 +167,17 @@ class DistributedGroupNorm(Norm, serial=torch.nn.GroupNorm):
     added up forward and two backward over the ranks that share the group; else nothing is communicated. The sum is one
     all-reduce, or one exchange of messages where groups lie across some cuts of the channels. Gradients of weight and bias are
     summed by the reducer when backward ends.
+
+    Examples
+    --------
+    >>> import torch
+    >>> import distdl_lite as dl
+    >>> def body(world):
+    ...     P = world.grid((1, 2, 1))
+    ...     y = dl.nn.DistributedGroupNorm(P, 1, 4)(P.cut(torch.tensor([[[0.0], [2.0], [0.0], [2.0]]])))
+    ...     return y.round(decimals=3).tolist()
+    >>> dl.testing.spmd(2, body)
+    [[[[-1.0], [1.0]]], [[[-1.0], [1.0]]]]
     """
 
     operation = "group_norm"

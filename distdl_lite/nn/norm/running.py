@@ -126,6 +126,18 @@ class DistributedBatchNorm(_RunningNorm, serial=_BatchNorm):
     Golub and LeVeque 1979). The gradients of weight and bias come out of the all-reduce in backward, already
     summed over the replicas. With running statistics in use nothing is communicated forward. An input whose channels are
     not in balanced blocks costs one more exchange for each parameter and buffer, which it moves to the input's blocks.
+
+    Examples
+    --------
+    >>> import torch
+    >>> import distdl_lite as dl
+    >>> def body(world):
+    ...     P = world.grid((1, 1, 2))
+    ...     norm = dl.nn.DistributedBatchNorm(P, 1, momentum=1.0)
+    ...     norm(P.cut(torch.arange(7.0).view(1, 1, 7)))
+    ...     return norm.running_mean.tolist()
+    >>> dl.testing.spmd(2, body)
+    [[3.0], [3.0]]
     """
 
     _distdl_free = frozenset({"eps", "momentum", "track_running_stats"})
@@ -174,6 +186,17 @@ class DistributedInstanceNorm(_RunningNorm, serial=_InstanceNorm):
     Where space is cut, one all-reduce forward and one backward; else none, nor with running statistics in use. Where these are
     updated and batch or space are cut, one more all-reduce averages the statistics over the batch. Gradients of weight and
     bias are summed by the reducer when backward ends.
+
+    Examples
+    --------
+    >>> import torch
+    >>> import distdl_lite as dl
+    >>> def body(world):
+    ...     P = world.grid((1, 1, 2))
+    ...     y = dl.nn.DistributedInstanceNorm(P, 1)(P.cut(torch.tensor([[[0.0, 2.0, 0.0, 2.0]]])))
+    ...     return y.round(decimals=3).tolist()
+    >>> dl.testing.spmd(2, body)
+    [[[[-1.0, 1.0]]], [[[-1.0, 1.0]]]]
     """
 
     least_dims = 3

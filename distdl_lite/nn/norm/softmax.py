@@ -132,6 +132,16 @@ class DistributedSoftmax(Face, serial=torch.nn.Softmax):
     Where the dim is cut, forward is one all-reduce of the maxima and one of the sums of exponentials about them, and
     backward one of a sum, each of a number per point and among the ranks of a line along the dim. Where it is whole nothing
     is communicated.
+
+    Examples
+    --------
+    >>> import torch
+    >>> import distdl_lite as dl
+    >>> def body(world):
+    ...     P = world.grid((1, 2))
+    ...     return dl.nn.DistributedSoftmax(P, dim=1)(P.cut(torch.zeros(1, 4))).tolist()
+    >>> dl.testing.spmd(2, body)
+    [[[0.25, 0.25]], [[0.25, 0.25]]]
     """
 
     keeps_blocks = needs_floating = True

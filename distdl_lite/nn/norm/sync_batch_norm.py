@@ -44,6 +44,18 @@ class SyncBatchNorm(DistributedBatchNorm):
 
     Collectives as of `DistributedBatchNorm`: in training one all-reduce forward and one backward, with running statistics
     none forward.
+
+    Examples
+    --------
+    >>> import torch
+    >>> import distdl_lite as dl
+    >>> def body(world):
+    ...     x = torch.tensor([[1.0], [2.0], [6.0]])
+    ...     norm = dl.SyncBatchNorm(1)
+    ...     norm(x[:1] if world.rank else x[1:])
+    ...     return round(norm.running_mean.item(), 4)  # a tenth of 3
+    >>> dl.testing.spmd(2, body)
+    [0.3, 0.3]
     """
 
     _distdl_is_cut = False  # but for the batch, in blocks of any shape

@@ -133,6 +133,17 @@ class _DistributedAdaptivePool(SpatialFace):
     -----
     For averages each rank adds up what it holds of every window that meets its block, and the owner of an output adds these
     shares: a global average moves one number per channel, not the tensor.
+
+    Examples
+    --------
+    >>> import torch
+    >>> import distdl_lite as dl
+    >>> def body(world):
+    ...     P = world.grid((1, 1, 1, 2))
+    ...     pool = dl.nn.DistributedAdaptiveAvgPool2d(P, (1, 2))
+    ...     return pool(P.cut(torch.arange(7.0).view(1, 1, 1, 7))).tolist()
+    >>> dl.testing.spmd(2, body)
+    [[[[[1.5]]]], [[[[4.5]]]]]
     """
 
     operation = "adaptive_max_pool"

@@ -139,6 +139,16 @@ class _DistributedMaxPool(SpatialFace):
     Notes
     -----
     Output range [a, b) of a dim reads the inputs ``[s a - p, s (b - 1) - p + d (k - 1) + 1)`` inside the tensor.
+
+    Examples
+    --------
+    >>> import torch
+    >>> import distdl_lite as dl
+    >>> def body(world):
+    ...     P = world.grid((1, 1, 1, 2))
+    ...     return dl.nn.DistributedMaxPool2d(P, 2)(P.cut(torch.arange(20.0).view(1, 1, 2, 10))).tolist()
+    >>> dl.testing.spmd(2, body)
+    [[[[[11.0, 13.0, 15.0]]]], [[[[17.0, 19.0]]]]]
     """
 
     operation = "max_pool"
@@ -239,6 +249,16 @@ class _DistributedAvgPool(SpatialFace):
         As there.
     TypeError
         Also at build, if the input is of an integer dtype, or of half precision in three dims on a CPU.
+
+    Examples
+    --------
+    >>> import torch
+    >>> import distdl_lite as dl
+    >>> def body(world):
+    ...     P = world.grid((1, 1, 1, 2))
+    ...     return dl.nn.DistributedAvgPool2d(P, 2)(P.cut(torch.arange(20.0).view(1, 1, 2, 10))).tolist()
+    >>> dl.testing.spmd(2, body)
+    [[[[[5.5, 7.5, 9.5]]]], [[[[11.5, 13.5]]]]]
     """
 
     operation = "avg_pool"

@@ -195,6 +195,16 @@ class DistributedUpsample(SpatialFace, serial=torch.nn.Upsample):
     -----
     Where a scale factor is given, its inverse takes the coordinates to the input, unless it is recomputed from the sizes:
     torch's rule.
+
+    Examples
+    --------
+    >>> import torch
+    >>> import distdl_lite as dl
+    >>> def body(world):
+    ...     P = world.grid((1, 1, 2))
+    ...     return dl.nn.DistributedUpsample(P, scale_factor=2)(P.cut(torch.arange(3.0).view(1, 1, 3))).tolist()
+    >>> dl.testing.spmd(2, body)
+    [[[[0.0, 0.0, 1.0]]], [[[1.0, 2.0, 2.0]]]]
     """
 
     for_one_point: ClassVar[Mapping[str, Any]] = {"size": 1, "scale_factor": None, "recompute_scale_factor": None}

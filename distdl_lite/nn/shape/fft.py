@@ -147,6 +147,16 @@ class DistributedFFT(RuleLayer):
     Steps: transform along the dims that are whole, move to a grid in which most of the others are, repeat, go home. So one
     transform takes no exchange where its dims are not cut, two where one grid leaves all of them whole, and one more for
     each grid more; backward the adjoint ones, with torch's own backward of the local transforms.
+
+    Examples
+    --------
+    >>> import torch
+    >>> import distdl_lite as dl
+    >>> def body(world):
+    ...     P = world.grid((1, 2))
+    ...     return dl.nn.DistributedFFT(P, "rfft", dim=1)(P.cut(torch.ones(2, 6))).real.tolist()
+    >>> dl.testing.spmd(2, body)
+    [[[6.0, 0.0], [6.0, 0.0]], [[0.0, 0.0], [0.0, 0.0]]]
     """
 
     def __init__(

@@ -45,6 +45,16 @@ class DistributedFlatten(Module):
     Notes
     -----
     At most one exchange forward, and its adjoint backward; none without `P_y`.
+
+    Examples
+    --------
+    >>> import torch
+    >>> import distdl_lite as dl
+    >>> def body(world):
+    ...     P = world.grid((1, 2, 1))
+    ...     return tuple(dl.nn.DistributedFlatten(P)(P.cut(torch.zeros(2, 3, 5))).shape)
+    >>> dl.testing.spmd(2, body)
+    [(2, 10), (2, 5)]
     """
 
     def __init__(self, P_x: Partition, start_dim: int = 1, end_dim: int = -1, P_y: Partition | None = None) -> None:

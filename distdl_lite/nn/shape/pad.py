@@ -111,6 +111,16 @@ class _DistributedPad(Face):
     -----
     One exchange forward, with the ranks that hold what the output block reads, and its adjoint backward; none where the
     padded dims are not cut and the others are cut in balanced blocks. Circular padding that crops too takes two.
+
+    Examples
+    --------
+    >>> import torch
+    >>> import distdl_lite as dl
+    >>> def body(world):
+    ...     P = world.grid((1, 1, 2))
+    ...     return dl.nn.DistributedReflectionPad1d(P, (2, 1))(P.cut(torch.arange(4.0).view(1, 1, 4))).tolist()
+    >>> dl.testing.spmd(2, body)
+    [[[[2.0, 1.0, 0.0, 1.0]]], [[[2.0, 3.0, 2.0]]]]
     """
 
     value = 0.0

@@ -97,6 +97,16 @@ class DistributedMean(RuleLayer):
     -----
     Sums of the blocks, in float32 for half precision, are added up by one Allreduce over the ranks that share the result
     and divided by the global number of points, 0 / 0 for none. Backward communicates nothing, double backward one Allreduce.
+
+    Examples
+    --------
+    >>> import torch
+    >>> import distdl_lite as dl
+    >>> def body(world):
+    ...     P = world.grid((1, 2))
+    ...     return dl.nn.DistributedMean(P, dim=1)(P.cut(torch.tensor([[1.0, 2.0, 6.0]]))).tolist()
+    >>> dl.testing.spmd(2, body)
+    [[3.0], [3.0]]
     """
 
     keeps_blocks = True

@@ -85,6 +85,18 @@ class RootDataParallel(torch.nn.Module):
     raises.
 
     ``state_dict()`` is that of `torch.nn.DataParallel`, with the prefix ``module.``; the root's is the one to save.
+
+    Examples
+    --------
+    >>> import torch
+    >>> import distdl_lite as dl
+    >>> def body(world):
+    ...     net = dl.RootDataParallel(torch.nn.Linear(3, 1, bias=False))
+    ...     y = net(torch.ones(5, 3)) if world.rank == 0 else net()
+    ...     y.sum().backward()
+    ...     return tuple(y.shape), net.module.weight.grad if world.rank else net.module.weight.grad.tolist()
+    >>> dl.testing.spmd(2, body)
+    [((5, 1), [[5.0, 5.0, 5.0]]), ((0,), None)]
     """
 
     def __init__(
