@@ -78,9 +78,14 @@ def count() -> Iterator[Tally]:
 
     Examples
     --------
-    >>> with count() as c:  # doctest: +SKIP
-    ...     y = layer(x)
-    >>> c.messages, c.by_label["HaloExchange"].bytes  # doctest: +SKIP
+    >>> import distdl_lite.nn as dnn
+    >>> def body(world):
+    ...     halo = dnn.HaloExchange(world.grid((2,)), [1])
+    ...     with count() as c:
+    ...         halo(torch.ones(3))
+    ...     return c.messages, c.by_label["HaloExchange"].bytes
+    >>> spmd(2, body)
+    [(1, 4), (1, 4)]
     """
     opened, tally = tallies(), Tally()
     opened.append(tally)
@@ -107,6 +112,17 @@ def adjoint_test(function: Callable[..., Any], *inputs: torch.Tensor, P: Partiti
     -------
     float
         The difference over ``max(|F x| |y|, |x| |F* y|)``, each summed over all ranks of P in float64, the same on all.
+
+    Examples
+    --------
+    >>> import torch
+    >>> import distdl_lite.nn as dnn
+    >>> def body(world):
+    ...     P = world.grid((2,))
+    ...     x = torch.randn(3, dtype=torch.float64)
+    ...     return adjoint_test(dnn.AllGather(P, [0]), x, P=P) < 1e-14
+    >>> spmd(2, body)
+    [True, True]
     """
     x = [value.detach().clone().requires_grad_() for value in inputs]
     result = function(*x)
@@ -163,6 +179,17 @@ def assert_equals_serial(
     ------
     AssertionError
         On all ranks, saying what differs on which. All ranks of P_x's world call this together.
+
+    Examples
+    --------
+    >>> import torch
+    >>> import distdl_lite.nn as dnn
+    >>> def body(world):
+    ...     P = world.grid((1, 1, 2))
+    ...     pool = dnn.DistributedMaxPool1d(P, 3)
+    ...     assert_equals_serial(pool, torch.nn.MaxPool1d(3), torch.arange(11.0).view(1, 1, 11), P)
+    >>> spmd(2, body)
+    [None, None]
     """
     from distdl_lite.model.weights import load_serial_state_dict
 
@@ -259,6 +286,17 @@ def simulate(plans: Iterable[Plan], blocks: Mapping[int, Any], zeros: Callable[[
     -------
     dict
         The output of every rank that holds one.
+
+    Examples
+    --------
+    >>> import numpy
+    >>> from distdl_lite import plan
+    >>> from distdl_lite.grid import Grid
+    >>> from distdl_lite.layout import balanced_blocks, gathered
+    >>> blocks = balanced_blocks(Grid((2,), (0, 1)), (3,))
+    >>> plans = [plan(blocks, gathered(blocks, [0]), rank) for rank in (0, 1)]
+    >>> simulate(plans, {0: numpy.array([1, 2]), 1: numpy.array([3])}, lambda shape: numpy.zeros(shape, int))
+    {0: array([1, 2, 3]), 1: array([1, 2, 3])}
     """
     by_rank = {p.rank: p for p in plans}
     outputs = {}
