@@ -208,8 +208,8 @@ def test_lenet_cut_in_channels_and_features(grid: tuple[int, ...]) -> None:
         return nn.Sequential(*features, *head).double()
 
     def losses(net: nn.Module, measure: nn.Module, x: torch.Tensor) -> list[float]:
-        optimizer, found = torch.optim.Adam(net.parameters(), lr=5e-3), []
-        for _ in range(8):
+        optimizer, found = torch.optim.SGD(net.parameters(), lr=0.3, momentum=0.9), []
+        for _ in range(9):
             loss = measure(net(x), labels)
             optimizer.zero_grad()
             loss.backward()
