@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import pickle
 from collections.abc import Callable
 from typing import Any
@@ -191,6 +192,44 @@ def test_cut_weights(world: dl.Partition) -> None:
     wanted.square().sum().backward()
     norm = torch.stack([p.grad.norm() for p in model.parameters()]).norm()
     torch.testing.assert_close(dl.grad_norm(net), norm)
+
+
+@pytest.mark.parametrize("grid", [(1, 1, 1, 1), (1, 2, 1, 1), (1, 2, 2, 1)])
+def test_lenet_cut_in_channels_and_features(grid: tuple[int, ...]) -> None:
+    """`cut` makes whole maps of some channels of the last pool's output, so that linear layers are cut in features."""
+    images = (0, None, 2, 3)  # whose one channel is whole on every rank
+    torch.manual_seed(0)
+    whole, labels = torch.randn(6, 1, 32, 32).double(), torch.arange(6)
+
+    def lenet() -> nn.Sequential:
+        torch.manual_seed(0)
+        features = nn.Conv2d(1, 6, 5), nn.Tanh(), nn.AvgPool2d(2), nn.Conv2d(6, 16, 5), nn.Tanh(), nn.AvgPool2d(2)
+        head = nn.Flatten(), nn.Linear(400, 120), nn.Tanh(), nn.Linear(120, 84), nn.Tanh(), nn.Linear(84, 10)
+        return nn.Sequential(*features, *head).double()
+
+    def losses(net: nn.Module, measure: nn.Module, x: torch.Tensor) -> list[float]:
+        optimizer, found = torch.optim.SGD(net.parameters(), lr=0.3, momentum=0.9), []
+        for _ in range(9):
+            loss = measure(net(x), labels)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            found.append(loss.item())
+        return found
+
+    def body(world: dl.Partition) -> tuple[list[float], dict[str, torch.Size]]:
+        P = world.grid(grid)
+        net = dl.distribute(lenet(), P, in_axes=[images], cut={"5": (0, 1, None, None)}, strict=True)
+        found = losses(net, dl.distribute(nn.CrossEntropyLoss(), P), P.cut(whole, images))
+        return found, {name: p.shape for name, p in net.named_parameters()}
+
+    serial = lenet()
+    wanted = losses(serial, nn.CrossEntropyLoss(), whole)
+    assert wanted[-1] < 0.5 * wanted[0]
+    for found, held in spmd(ranks := math.prod(grid), body):
+        torch.testing.assert_close(found, wanted, rtol=1e-10, atol=0)
+        cut = {name for name, p in serial.named_parameters() if held[name] != p.shape}
+        assert cut >= ({"0.weight", "3.weight", "7.weight", "9.weight"} if ranks > 1 else set())
 
 
 class Refused(nn.Module):
