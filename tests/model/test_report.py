@@ -227,7 +227,7 @@ def test_the_products_of_attention_are_counted(heads: int, kind: str) -> None:
     for grid, parts in (((1, 1, 1, 1), 1), ((1, 1, 4, 1), 4)):
         found = dl.report(attend, grid, *inputs)
         assert found.multiply_adds == products // parts
-        assert found.backward_multiply_adds == 5 * products // parts // 2  # those again for scores, and four for gradients
+        assert found.backward_multiply_adds == 5 * products // parts // 2  # scores again, and four for gradients
         assert parts == 1 or kind in found.rows[1].movements
 
 
