@@ -31,16 +31,17 @@ from distdl_lite.reducer import Replicas, summed_at_once
 from distdl_lite.transport import Team
 
 Given = Sequence[Axes | None] | None
+Named = Sequence[int | str | None]  # axes by number or name
 
 
 def distribute(
     model: torch.nn.Module | Callable[..., Any],
     P: Partition,
     *,
-    in_axes: Given = None,
-    out_axes: Given = None,
+    in_axes: Sequence[Named | None] | None = None,
+    out_axes: Sequence[Named | None] | None = None,
     strict: bool = False,
-    cut: Mapping[str, Axes] | None = None,
+    cut: Mapping[str, Named] | None = None,
     rules: Mapping[str, Rule] | None = None,
 ) -> Distributed:
     """Run a model, written for one device, on tensors that are cut over a grid; its numbers stay the same.
@@ -54,7 +55,7 @@ def distribute(
         A grid with one axis per dim of the model's tensors, such as ``(batch, channels, height, width)``.
     in_axes, out_axes : sequence of axes, optional
         For each tensor among the arguments (the outputs), in the order of `torch.utils._pytree`, the axis of `P` that cuts
-        each dim, None for a whole one; None in place of a tensor's axes is the default.
+        each dim, by number or name, None for a whole one; None in place of a tensor's axes is the default.
     strict : bool
         Whether an operation that has no rule is refused. Else its inputs are gathered, which is exact, and reported.
     cut : mapping, optional
@@ -117,23 +118,25 @@ class Distributed(Module):
         self,
         model: Any,
         P: Partition,
-        in_axes: Given = None,
-        out_axes: Given = None,
+        in_axes: Sequence[Named | None] | None = None,
+        out_axes: Sequence[Named | None] | None = None,
         strict: bool = False,
-        cut: Mapping[str, Axes] | None = None,
+        cut: Mapping[str, Named] | None = None,
         rules: Mapping[str, Rule] | None = None,
     ) -> None:
         super().__init__(P)
         with refused_together(P, "distribute"):
             model = _checked(model, in_axes, out_axes)
+            by_number: list[Any] = [given and [_numbered(P, axes) for axes in given] for given in (in_axes, out_axes)]
+            numbered = cut and {path: _numbered(P, axes) for path, axes in cut.items()}
             if feature_axes(P.grid_of_ranks):
                 model = copy.deepcopy(model)  # some weights become blocks, which those of the caller's model do not
         self.__dict__["model"] = model
         self.__dict__.update(
             {k: vars(model)[k] for k in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")}
         )
-        self.P, self.in_axes, self.out_axes, self.strict = P, in_axes, out_axes, strict
-        self.cut, self.rules = cut, rules
+        self.P, (self.in_axes, self.out_axes), self.strict = P, by_number, strict
+        self.cut, self.rules = numbered, rules
         self.training = model.training
         self._distdl_label = f"distribute({type(model).__name__})"
         self._replicas: dict[str, Replicas] = {}
@@ -335,6 +338,13 @@ class Distributed(Module):
 
 def _layout_of(P: Partition, dims: Dims) -> Layout:
     return Layout(P.grid_of_ranks, tuple(factor for (factor,) in dims))
+
+
+def _numbered(P: Any, axes: Any) -> Any:
+    """The axes by their numbers; what is no list of axes is judged where its tensor is known."""
+    if not isinstance(axes, (tuple, list)):
+        return axes
+    return tuple(P.axis(axis) if isinstance(axis, str) else axis for axis in axes)
 
 
 def _checked(model: Any, *given: Any) -> torch.nn.Module:

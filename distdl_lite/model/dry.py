@@ -219,13 +219,15 @@ class Meter(TorchDispatchMode):
 
     def __init__(self, transport: DryTransport) -> None:
         super().__init__()
-        from torch.utils.flop_counter import flop_registry
+        from torch.utils.flop_counter import flop_registry, sdpa_backward_flop, sdpa_flop
 
         self.transport = transport
         self.multiply_adds: Counter[str | None] = Counter()
         self.live = self.peak = self.touched = 0
         self._held: dict[int, tuple[str | None, int]] = {}
-        self._flops: Any = flop_registry
+        attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # which torch's own table leaves out
+        backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+        self._flops: Any = {attention: sdpa_flop, backward: sdpa_backward_flop, **flop_registry}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs, path = kwargs or {}, self.transport.path

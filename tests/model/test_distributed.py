@@ -173,6 +173,20 @@ def test_second_gradients_on_a_rank_without_points(world: dl.Partition) -> None:
             torch.testing.assert_close(mine.grad, wanted.grad)
 
 
+@on_ranks(4)
+def test_axes_by_name(world: dl.Partition) -> None:
+    P = world.grid(h=2, w=2, of="n c h w")
+    model, x = nn.Sequential(nn.Conv2d(1, 2, 1), nn.Flatten(2)), torch.rand(1, 1, 4, 6)
+    for up, across in (("h", "w"), (2, 3)):
+        net = dl.distribute(model, P, in_axes=[(None, None, up, across)], cut={"0": [None, None, across, up]},
+                            out_axes=[(None, None, across)])  # fmt: skip
+        y = net(P.cut(x, (None, None, up, across)))
+        torch.testing.assert_close(y, P.cut(model(x), (None, None, across)))
+        assert net.report().rows[1].movements  # to the axes the other way round
+    with pytest.raises(ValueError, match="has no axis 'z'"):
+        dl.distribute(model, P, in_axes=[("z", None)])
+
+
 @on_ranks(2)
 def test_cut_weights(world: dl.Partition) -> None:
     """Weights that are cut along features go in and out as those of layers do; copies and pickles of the net go on."""

@@ -217,6 +217,20 @@ def test_the_table_says_module_by_module_what_happens() -> None:
     assert "statistics" not in evaluated.rows[2].movements
 
 
+@pytest.mark.parametrize(("heads", "kind"), [(4, "heads"), (3, "gather")])
+def test_the_products_of_attention_are_counted(heads: int, kind: str) -> None:
+    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v)
+
+    inputs = [torch.zeros(2, heads, n, d, requires_grad=True) for n, d in ((64, 8), (48, 8), (48, 8))]
+    products = 2 * heads * 64 * 48 * (8 + 8)  # queries with keys, and weights with values
+    for grid, parts in (((1, 1, 1, 1), 1), ((1, 1, 4, 1), 4)):
+        found = dl.report(attend, grid, *inputs)
+        assert found.multiply_adds == products // parts
+        assert found.backward_multiply_adds == 5 * products // parts // 2  # scores again, and four for gradients
+        assert parts == 1 or kind in found.rows[1].movements
+
+
 def test_what_is_gathered_is_marked_with_its_line() -> None:
 
     class Largest(nn.Module):
