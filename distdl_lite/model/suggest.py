@@ -52,7 +52,7 @@ def suggest(
 ) -> Suggestions:
     """Grids of a number of ranks for a model, the one with the shortest predicted step among those that fit first.
 
-    Of those alike in two digits, one that cuts earlier dims comes first, as its halos are contiguous in memory.
+    Of those alike in three digits, one that cuts earlier dims comes first, as its halos are contiguous in memory.
 
     Parameters
     ----------
@@ -104,8 +104,8 @@ def _grids(ranks: int, lengths: Sequence[int]) -> Iterator[Shape]:
 
 
 def _order(made: Report) -> tuple[float, list[int]]:
-    """By time; of those alike in two digits one that cuts earlier dims is first, whose halos are contiguous in memory."""
-    return float(f"{made.seconds:.1e}"), [-n for n in made.grid]
+    """By time; of those alike in three digits one that cuts earlier dims is first, whose halos are contiguous in memory."""
+    return float(f"{made.seconds:.2e}"), [-n for n in made.grid]
 
 
 def _reason(made: Report, fitting: Sequence[Report]) -> str:
