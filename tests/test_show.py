@@ -281,6 +281,15 @@ def test_bars_and_points_are_the_numbers_of_the_reports(reports: list[dl.Report]
     assert words_of(ax.get_xticklabels()) == ["1\n1x1x1x1", "2\n1x1x2x1", "4\n1x1x2x2\n1x1x4x1"]
 
 
+def test_suggestions_scale_and_names_of_many_grids_give_way_to_the_fastest() -> None:
+    found = [s for n in (1, 8, 64) for s in dl.suggest(torch.nn.ReLU(), (1, 1, 64, 128), ranks=n)]
+    panels = dl.show.scaling(found).axes
+    assert len(panels[0].collections[0].get_offsets()) == len(found) > 8
+    fastest = [min((s.report.seconds, s.grid) for s in found if s.report.ranks == ranks)[1] for ranks in (1, 8, 64)]
+    names = [f"{math.prod(grid)}: {'x'.join(map(str, grid))}" for grid in fastest]
+    assert words_of(panels[-1].get_xticklabels()) == names
+
+
 def test_what_cannot_be_drawn_is_refused() -> None:
     many = lay.whole(grid(64), (2,))
     for call, kind, words in [

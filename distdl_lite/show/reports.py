@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 from distdl_lite.model.report import Report
+from distdl_lite.model.suggest import Suggestion
 from distdl_lite.show.drawing import colour, pyplot
 
 if TYPE_CHECKING:
@@ -123,17 +124,19 @@ def _plain(ax: Axes, axis: Any, unit: str) -> None:
     ax.spines[["top", "right"]].set_visible(False)
 
 
-def scaling(reports: Iterable[Report]) -> Figure:
+def scaling(reports: Iterable[Report | Suggestion]) -> Figure:
     """Draw how a dry run over several grids scales: peak memory, predicted seconds of a step and bytes sent, each of a rank.
 
     The axes are logarithmic; a point is a grid that is not at 0, and the line goes through the lowest for each number of ranks.
-    A dashed line is ideal, half as much a rank on twice as many ranks, from the first point on.
+    A dashed line is ideal, half as much a rank on twice as many ranks, from the first point on. Grids are named below the last
+    axes; where there is no room for all names, the fastest for each number of ranks. Bytes are counted as in the report: the
+    statistics of a norm count once for each other rank, and sums of gradients once.
 
     Parameters
     ----------
-    reports : iterable of Report
+    reports : iterable of Report or Suggestion
         Of one model, inputs and machine, over grids of several numbers of ranks, such as
-        ``[dl.report(model, grid, shape) for grid in grids]``.
+        ``[dl.report(model, grid, shape) for grid in grids]``, or what `dl.suggest` returns for one or several of them.
 
     Examples
     --------
@@ -144,7 +147,8 @@ def scaling(reports: Iterable[Report]) -> Figure:
     >>> figure.axes[0].lines[0].get_xdata().tolist()
     [1, 2, 4]
     """
-    found = sorted(reports, key=lambda report: (report.ranks, report.grid))
+    each = (made.report if isinstance(made, Suggestion) else made for made in reports)
+    found = sorted(each, key=lambda report: (report.ranks, report.grid))
     figure = pyplot().figure(figsize=(6.4, 6.4), layout="constrained")
     kinds: list[tuple[str, str, list[float]]] = [
         ("peak memory a rank", "B", [report.peak for report in found]),
@@ -164,7 +168,19 @@ def scaling(reports: Iterable[Report]) -> Figure:
         _plain(ax, ax.yaxis, unit)
         ax.set_title(title, fontsize=9, loc="left")
         ax.legend(loc="lower right", bbox_to_anchor=(1, 1), **_LEGEND)
-    grids = {n: ["x".join(map(str, report.grid)) for report in of] for n, of in groupby(found, lambda r: r.ranks)}
-    ax.set_xticks(list(grids), ["\n".join([str(ranks), *names]) for ranks, names in grids.items()], fontsize=7)
-    ax.set_xlabel("ranks and grids", fontsize=8)
+    _name_grids(ax, found)
     return figure
+
+
+def _name_grids(ax: Axes, found: Sequence[Report]) -> None:
+    """Numbers of ranks, with their grids below; without room for these with the fastest, aslant."""
+    grids = {ranks: list(of) for ranks, of in groupby(found, lambda report: report.ranks)}
+    names = {ranks: ["x".join(map(str, report.grid)) for report in of] for ranks, of in grids.items()}
+    lines, widest = (max(map(measure, names.values())) for measure in (len, lambda of: max(map(len, of))))
+    if lines > 4 or widest * len(names) > 90:
+        best = [min(of, key=lambda report: report.seconds) for of in grids.values()]
+        texts = [f"{report.ranks}: {'x'.join(map(str, report.grid))}" for report in best]
+        ax.set_xticks(list(names), texts, fontsize=7, rotation=20, ha="right", rotation_mode="anchor")
+    else:
+        ax.set_xticks(list(names), ["\n".join([str(ranks), *of]) for ranks, of in names.items()], fontsize=7)
+    ax.set_xlabel("ranks and grids", fontsize=8)
