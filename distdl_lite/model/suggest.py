@@ -52,7 +52,7 @@ def suggest(
 ) -> Suggestions:
     """Grids of a number of ranks for a model, the one with the shortest predicted step among those that fit first.
 
-    Of those alike in the three digits that are printed, one that cuts earlier dims comes first: its halos are contiguous in memory.
+    Of those alike in three digits, one that cuts earlier dims comes first, as its halos are contiguous in memory.
 
     Parameters
     ----------
@@ -75,13 +75,6 @@ def suggest(
         If no grid of so many ranks has an axis of at most each dim's length.
     RuntimeError, TypeError
         As of `report`.
-
-    Examples
-    --------
-    >>> import torch
-    >>> import distdl_lite as dl
-    >>> [s.grid for s in dl.suggest(torch.nn.Conv2d(3, 8, 3, padding=1), (2, 3, 512, 512), ranks=2)]
-    [(2, 1, 1, 1), (1, 1, 2, 1), (1, 1, 1, 2)]
     """
     args = [example(x, model) for x in inputs]
     first = next((x for x in pytree.tree_leaves(args) if isinstance(x, torch.Tensor)), None)

@@ -54,7 +54,8 @@ suggestions = dl.suggest(UNet(), SHAPE, ranks=16, memory=MEMORY, machine=machine
 print(suggestions)
 
 # %%
-# A point is a grid, and the line goes through the best ones. Strips over 4,096 ranks are four rows high.
+# A point is a grid, and the line goes through the best ones. Strips over 4,096 ranks are four rows high. Bytes of squares rise
+# at the end as the statistics of the norm are counted once for each other rank; their time is that of a sum over all of them.
 
 figure = dl.show.scaling([*reports, *suggestions])
 figure.axes[0].axhline(MEMORY, color="orange", linestyle="--", linewidth=1.5)
@@ -72,7 +73,7 @@ for name in reports[0].parts:
     ax.bar(["x".join(map(str, report.grid[2:])) for report in reports], shares, bottom=bottom, label=name)
     bottom = [low + share for low, share in zip(bottom, shares, strict=True)]
 ax.set(title="what a predicted step is made of", xlabel="grid of ranks", ylabel="share of the step (%)", ylim=(0, 100))
-ax.legend(loc="lower left")
+ax.legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
 figure.savefig("choose_a_grid_parts.png")
 
 # %%
