@@ -205,10 +205,11 @@ def _check_modules(model: torch.nn.Module) -> None:
     for path, module in model.named_modules():
         kind = getattr(module, "_distdl_label", type(module).__name__)
         named = f"module {path}" if path else kind
+        labelled = f"{named}, {kind}," if path else kind
         if isinstance(module, Module):  # it would communicate while it is recorded
-            raise RuntimeError(f"{named}, {kind}, is distributed already; {_WAYS_OUT}")
+            raise RuntimeError(f"{labelled} is distributed already; {_WAYS_OUT}")
         if isinstance(module, DistributedDataParallel) or type(module).__module__.startswith("distdl_lite.parallel."):
-            raise RuntimeError(f"{named}, {kind}, sends messages of its own; pass the module inside it")
+            raise RuntimeError(f"{labelled} sends messages of its own; pass the module inside it")
         for hooks in _HOOKS:
             if getattr(module, hooks):
                 raise RuntimeError(f"{named} has {hooks.strip('_')}, which would not be called")
