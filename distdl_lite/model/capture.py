@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,6 +15,8 @@ from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils import _pytree as pytree
 
 from distdl_lite.layout import Shape
@@ -23,6 +26,7 @@ from distdl_lite.private import is_composite
 
 _OURS, _TORCHS = Path(__file__).parent.parent, Path(torch.__file__).parent
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_LOUD = "torch.fx.experimental.symbolic_shapes", "torch._subclasses.fake_tensor"
 _REARRANGING = {"pixel_shuffle", "pixel_unshuffle", "channel_shuffle", "rot90"}  # which torch makes of views and flips
 _WAYS_OUT = "write this part without it, or cut the model by hand with distdl_lite.nn's layers"
 
@@ -46,6 +50,8 @@ def as_module(model: Any) -> torch.nn.Module:
         )
     if not callable(model):
         raise TypeError(f"distribute: a torch.nn.Module or a function is needed, not {type(model).__name__}")
+    if isinstance(model, type):
+        raise TypeError(f"distribute: a model is needed, not its class: {model.__name__}(...)")
     return model if isinstance(model, torch.nn.Module) else _Function(model)
 
 
@@ -169,7 +175,7 @@ def capture(
         made = {n: torch.empty(whole[n], dtype=p.dtype, device=p.device) for n, p in blocks.items()}
         parts = {id(p): torch.nn.Parameter(made[n], p.requires_grad) for n, p in blocks.items()}
     model = copy.deepcopy(model, parts) if parts else model  # not there, where no real buffer can be copied
-    with warnings.catch_warnings(), _refusing_what_is_lost(), _uncounted(), _knowing_arange():
+    with _quiet(), warnings.catch_warnings(), _refusing_what_is_lost(), _uncounted(), _knowing_arange():
         warnings.simplefilter("ignore")
         try:
             program = export(model, args, kwargs, strict=False)
@@ -197,13 +203,18 @@ def _composites(ruled: frozenset[str]) -> dict[Any, Callable[..., Any]]:
 
 def _check_modules(model: torch.nn.Module) -> None:
     for path, module in model.named_modules():
+        kind = getattr(module, "_distdl_label", type(module).__name__)
+        named = f"module {path}" if path else kind
+        labelled = f"{named}, {kind}," if path else kind
         if isinstance(module, Module):  # it would communicate while it is recorded
-            raise RuntimeError(f"module {path}, {module._distdl_label}, is distributed already; {_WAYS_OUT}")
+            raise RuntimeError(f"{labelled} is distributed already; {_WAYS_OUT}")
+        if isinstance(module, DistributedDataParallel) or type(module).__module__.startswith("distdl_lite.parallel."):
+            raise RuntimeError(f"{labelled} sends messages of its own; pass the module inside it")
         for hooks in _HOOKS:
             if getattr(module, hooks):
-                raise RuntimeError(
-                    f"module {path or type(module).__name__} has {hooks.strip('_')}, which would not be called"
-                )
+                raise RuntimeError(f"{named} has {hooks.strip('_')}, which would not be called")
+        if isinstance(module, _BatchNorm) and module.momentum is None and module.training:
+            raise RuntimeError(f"{named} has momentum=None, whose factor would depend on data; give it a number")
 
 
 @contextmanager
@@ -234,6 +245,20 @@ def _refusing_what_is_lost() -> Iterator[None]:
     finally:
         torch.autograd.Function.apply = own  # type: ignore[method-assign]
         torch.inference_mode.__enter__ = enter  # type: ignore[method-assign]
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep torch from logging whole graphs and traces, on each rank, before an error that says what they mean."""
+    loggers = [logging.getLogger(name) for name in _LOUD]
+    levels = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.CRITICAL)
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 @contextmanager

@@ -14,9 +14,10 @@ from torch.fx import Interpreter, Node
 from torch.utils import _pytree as pytree
 
 from distdl_lite.factors import length_of
-from distdl_lite.model.capture import Captured, capture, name_of, path_of
+from distdl_lite.model.capture import Captured, as_module, capture, name_of, path_of
 from distdl_lite.model.compile import Program, fitting_axes
 from distdl_lite.model.distributed import Distributed, Given
+from distdl_lite.model.report import shape_of
 from distdl_lite.nn.value import Value
 from distdl_lite.partition import Partition
 
@@ -55,7 +56,7 @@ class Proof:
 
 def prove(
     model: torch.nn.Module,
-    grid: Sequence[int],
+    grid: Partition | Sequence[int],
     *inputs: Any,
     dtype: torch.dtype | None = torch.float64,
     in_axes: Given = None,
@@ -70,8 +71,8 @@ def prove(
     ----------
     model : torch.nn.Module
         In the mode it shall be proved in; a copy is used. Where it draws random numbers the two differ.
-    grid : sequence of int
-        Of the ranks.
+    grid : Partition or sequence of int
+        Of the ranks, or its shape.
     *inputs : tuple of int or Any
         The arguments: whole tensors, shapes of random ones, or plain values.
     dtype : torch.dtype or None
@@ -100,7 +101,8 @@ def prove(
     >>> dl.prove(model, (1, 1, 2), (2, 2, 9)).worst < 1e-9
     True
     """
-    return Trial(model, *inputs, dtype=dtype, steps=steps, seed=seed).on(grid, in_axes, out_axes, tolerance)
+    trial = Trial(as_module(model), *inputs, dtype=dtype, steps=steps, seed=seed)
+    return trial.on(shape_of(grid), in_axes, out_axes, tolerance)
 
 
 class Trial:

@@ -9,6 +9,7 @@ import re
 import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from itertools import product
 from pathlib import Path
@@ -24,12 +25,15 @@ from distdl_lite.layout import Shape
 from distdl_lite.model.capture import Captured, as_module, capture
 from distdl_lite.model.compile import Axes, Program, compiled, fitting_axes
 from distdl_lite.model.dry import DryTransport, Runs, dry_run
+from distdl_lite.nn.module import Module
 from distdl_lite.nn.value import Movement, Value
 from distdl_lite.operator import wire_itemsize
+from distdl_lite.partition import Partition, integers_of
 from distdl_lite.plan import Pattern, Plan, plan
 from distdl_lite.reducer import BUCKET_BYTES, EARLY_BYTES, Replicas
 from distdl_lite.text import columns
 
+_ORDER = "is it report(model, grid, shape), or summary(model, shape, grid)?"
 ALL_UP_TO = 64  # ranks of a grid are looked at; of a larger one some
 
 
@@ -310,7 +314,7 @@ def number(value: float, unit: str = "") -> str:
 
 def report(
     model: Any,
-    grid: Sequence[int],
+    grid: Partition | Sequence[int],
     *inputs: Any,
     in_axes: Sequence[Axes | None] | None = None,
     out_axes: Sequence[Axes | None] | None = None,
@@ -324,8 +328,8 @@ def report(
     ----------
     model : torch.nn.Module or callable
         As of `distribute`; it is not changed.
-    grid : sequence of int
-        The shape of the grid that it is to be cut over.
+    grid : Partition or sequence of int
+        The grid that it is to be cut over, or its shape.
     *inputs : tuple of int, torch.Tensor or Any
         Its arguments: global shapes, of tensors in the dtype of the model's weights; tensors of global shapes, also on the
         meta device, which say their dtype and whether they require a gradient; or plain values.
@@ -338,8 +342,10 @@ def report(
 
     Raises
     ------
-    RuntimeError, TypeError
+    RuntimeError
         As `distribute`'s first call.
+    TypeError
+        Also for a network of distributed layers, which `summary` looks at.
     ValueError
         If the axes do not fit an input.
 
@@ -351,9 +357,27 @@ def report(
     >>> report.forward.messages, report.multiply_adds, report.peak
     (3, 123120, 83144)
     """
-    args = [example(x, model) for x in inputs]
-    (made,) = reports(model, args, [tuple(grid)], in_axes, train, machine, strict=strict, out_axes=out_axes)
+    args, shape = [example(x, model) for x in inputs], shape_of(grid)
+    with telling_order(shape, args):
+        (made,) = reports(model, args, [shape], in_axes, train, machine, strict=strict, out_axes=out_axes)
     return made
+
+
+def shape_of(grid: Partition | Sequence[int]) -> Shape:
+    """The shape of a grid that is given by it, or by a partition."""
+    return tuple(grid.shape if isinstance(grid, Partition) else integers_of("grid", grid))
+
+
+@contextmanager
+def telling_order(grid: Shape, args: Sequence[Any]) -> Iterator[None]:
+    """Add to an error that grid and shape may have been passed in the wrong order, where a grid is cut finer than a tensor."""
+    try:
+        yield
+    except (RuntimeError, TypeError, ValueError) as error:
+        shape = next((tuple(x.shape) for x in args if isinstance(x, torch.Tensor)), ())
+        if len(shape) == len(grid) and any(p > n for p, n in zip(grid, shape, strict=True)):
+            raise type(error)(f"{error}; the grid was {grid} and the input {shape}: {_ORDER}") from error
+        raise
 
 
 def reports(
@@ -361,6 +385,10 @@ def reports(
 ) -> list[Report]:
     """The reports of a model, captured once as it stands or in evaluation, over several grids."""
     module, over = as_module(model), [Grid(shape, range(math.prod(shape))) for shape in grids]
+    if any(isinstance(inner, Module) for inner in module.modules()):
+        raise TypeError(
+            f"{type(module).__name__} is cut already; pass the model of plain torch, or to dl.summary what builds this one"
+        )
     feeds = [cut_inputs(args, grid, in_axes) for grid in over]
     modes = {inner: inner.training for inner in module.modules()}
     try:
@@ -376,6 +404,8 @@ def reports(
 
 def example(x: Any, model: Any) -> Any:
     """An argument, a shape as a tensor of it on the meta device."""
+    if isinstance(x, Partition):
+        raise TypeError(f"a partition stands among the inputs: {_ORDER}")
     if not (isinstance(x, tuple) and all(isinstance(n, int) for n in x)):
         return x
     weights = model.parameters() if isinstance(model, torch.nn.Module) else ()

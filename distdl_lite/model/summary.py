@@ -36,6 +36,7 @@ from distdl_lite.model.report import (
     most,
     report,
     representatives,
+    telling_order,
 )
 from distdl_lite.nn.module import Module
 from distdl_lite.partition import CartesianPartition, Partition, integers_of, union_of_teams
@@ -95,7 +96,9 @@ def summary(
     >>> found.ranks, found.forward.messages, found.rows[1].path, found.rows[1].output
     (256, 8, '0', '(1, 8, 32000/16, 32000/16)')
     """
-    one = isinstance(inputs, torch.Tensor) or (isinstance(inputs, tuple) and all(isinstance(n, int) for n in inputs))
+    one = isinstance(inputs, (torch.Tensor, Partition)) or (
+        isinstance(inputs, tuple) and all(isinstance(n, int) for n in inputs)
+    )
     given = [inputs] if one else list(inputs)
     shape = P.shape if isinstance(P, Partition) else tuple(integers_of("P", P))
     if not callable(net):
@@ -103,7 +106,13 @@ def summary(
 
     def build() -> Any:
         named = {"periods": P.periods, "of": P.names} if isinstance(P, CartesianPartition) else {}
-        return net(Partition().grid(shape, **named))
+        try:
+            return net(Partition().grid(shape, **named))
+        except TypeError as error:
+            if not isinstance(net, type):
+                raise
+            way = f"a model of plain torch is passed itself, {net.__name__}(...), not its class"
+            raise TypeError(f"summary: {net.__name__}(P) cannot be built: {error}; {way}") from error
 
     built = net if isinstance(net, torch.nn.Module) else _on_first(build, math.prod(shape))
     if isinstance(built, Distributed):
@@ -111,11 +120,14 @@ def summary(
             raise ValueError(f"summary: the network is compiled for a grid of shape {built.P.shape}, not {shape}")
         return built.report(*given, machine=machine)
     if not any(isinstance(module, Module) for module in built.modules()):
+        if isinstance(net, type):
+            raise TypeError(f"summary: {net.__name__} is of plain torch: pass {net.__name__}(...), not its class")
         return report(built, shape, *given, in_axes=in_axes, train=built.training, machine=machine)
     args = [example(x, built) for x in given]
     if built is not net:
         grids = [P.grid_of_ranks for P in partitions_of(built)]
-        ranks = _of_grid(build, args, Grid(shape, range(math.prod(shape))), in_axes, grids)
+        with telling_order(shape, args):
+            ranks = _of_grid(build, args, Grid(shape, range(math.prod(shape))), in_axes, grids)
     elif isinstance(P, Partition):
         ranks = _together(built, args, P, in_axes)
     else:

@@ -148,7 +148,8 @@ class World:
 def _inside(frame: FrameType | None) -> str:
     """The layer whose call a frame stands in."""
     owners = (inner.f_locals.get("self") for inner in frames_of_library(frame))
-    return next((f" in {type(owner).__name__}" for owner in owners if isinstance(owner, torch.nn.Module)), "")
+    layer = next((owner for owner in owners if isinstance(owner, torch.nn.Module)), None)
+    return "" if layer is None else f" in {getattr(layer, '_distdl_label', type(layer).__name__)}"
 
 
 class ThreadTransport(Transport):

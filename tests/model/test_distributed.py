@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import logging
 import pickle
 from collections.abc import Callable
 from typing import Any
@@ -275,6 +276,39 @@ class Tripled(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
         return 3 * gradient
+
+
+def test_what_is_inside_a_model_is_refused_by_its_path() -> None:
+    """A container that sends messages would leave torch's export half done on ranks that are threads."""
+
+    def body(world: dl.Partition) -> None:
+        P = world.grid((1, 1, 2, 1))
+        inside = {
+            r"module 0, DataParallel, sends messages of its own": dl.DataParallel(nn.Conv2d(2, 2, 1), world),
+            r"module 0, distribute\(Conv2d\), is distributed already": dl.distribute(nn.Conv2d(2, 2, 1), P),
+            r"module 0 has momentum=None": nn.BatchNorm2d(2, momentum=None),
+        }
+        for text, module in inside.items():
+            with pytest.raises(RuntimeError, match=text):
+                dl.distribute(nn.Sequential(module), P)(torch.ones(1, 2, 4, 4))
+        with pytest.raises(TypeError, match=r"not its class: ReLU\(...\)"):
+            dl.distribute(nn.ReLU, P)
+        y = dl.distribute(nn.BatchNorm2d(2, momentum=None).eval(), P)(torch.ones(1, 2, 4, 4))
+        assert y.shape == (1, 2, 4, 4)
+
+    spmd(2, body)
+
+
+def test_a_failed_capture_logs_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    """torch logs the graph and its own trace, on each rank, before the error that says what they mean."""
+
+    def body(world: dl.Partition) -> None:
+        for model in (Refused("control flow"), nn.Conv2d(2, 2, 7, padding=6, padding_mode="reflect")):
+            with pytest.raises(RuntimeError, match="cannot be captured"):
+                dl.distribute(model, world.grid((1, 1, 2, 1)))(torch.ones(1, 2, 2, 4))
+
+    spmd(2, body)
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils import _pytree as pytree
 
 import distdl_lite as dl
+import distdl_lite.nn as dnn
 from distdl_lite.model.capture import capture
 from distdl_lite.model.compile import default_axes
 from distdl_lite.nn.value import NoRule
@@ -314,5 +315,22 @@ def test_what_the_user_cuts_and_rules_is_reported() -> None:
                 assert (found.forward.messages, found.forward.bytes) == (forward.messages, forward.bytes)
                 assert forward.bytes > 0
                 assert bool(found.gathered) == is_gathered
+
+    spmd(2, body)
+
+
+def test_a_grid_may_be_a_partition_and_wrong_orders_are_named() -> None:
+    def body(world: dl.Partition) -> None:
+        P, model, shape = world.grid((1, 1, 2, 1)), nn.Conv2d(3, 2, 1), (1, 3, 8, 8)
+        assert dl.report(model, P, shape).to_dict() == dl.report(model, P.shape, shape).to_dict()
+        assert dl.prove(model, P, shape).worst < 1e-9
+        with pytest.raises(RuntimeError, match=r"the grid was \(1, 3, 8, 8\) and the input \(1, 1, 2, 1\)"):
+            dl.report(model, shape, P.shape)
+        for wrong in (lambda: dl.report(model, shape, P), lambda: dl.summary(model, P, shape)):
+            with pytest.raises(TypeError, match="a partition stands among the inputs"):
+                wrong()
+        for look in (lambda net: dl.report(net, P, shape), lambda net: dl.suggest(net, shape, ranks=2)):
+            with pytest.raises(TypeError, match=r"Sequential is cut already; .* dl\.summary"):
+                look(nn.Sequential(dnn.DistributedConv2d(P, 3, 2, 1)))
 
     spmd(2, body)

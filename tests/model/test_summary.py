@@ -278,6 +278,9 @@ def test_refusals() -> None:
         (wrong, (1, 1, 2, 1), ValueError, "input has 2 channels"),
         (wrong, (1, 1, 9, 9), ValueError, "input has 2 channels"),
         (wrong, 4, TypeError, "P=4 is no sequence of integers"),
+        (wrong, (1, 3, 40, 50), ValueError, r"the grid was .* is it report\(model, grid, shape\)"),
+        (torch.nn.ReLU, (1, 1), TypeError, r"ReLU is of plain torch: pass ReLU\(...\)"),
+        (torch.nn.Linear, (1, 1), TypeError, r"Linear\(P\) cannot be built: .* is passed itself, Linear\(...\)"),
         (lambda P: dnn.DistributedConv2d(P.grid((1, 1, 3, 1)), 2, 2, 3), (1, 1, 2, 1), ValueError, "needs 3 ranks"),
     ]
     for net, grid, kind, text in attempts:
