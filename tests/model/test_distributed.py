@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-import math
 import logging
+import math
 import pickle
 from collections.abc import Callable
 from typing import Any

@@ -26,7 +26,7 @@ optimizer = ht.optim.DataParallelOptimizer(adam, False)
 net = ht.nn.DataParallel(model, comm, optimizer, False)
 
 # step
-for epoch in range(10):
+for _ in range(10):
     for x, y in loader:
         optimizer.zero_grad()
         loss = torch.nn.functional.mse_loss(net(x), y)

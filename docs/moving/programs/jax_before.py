@@ -3,7 +3,9 @@
 # launch
 import os
 
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=2"
+os.environ["XLA_FLAGS"] = (
+    "--xla_force_host_platform_device_count=2"
+)
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -24,9 +26,7 @@ weight = jax.device_put(weight, everywhere)
 
 
 def net(weight, x):
-    return jnp.tanh(
-        jax.lax.conv(x, weight, (1, 1), "SAME")
-    )
+    return jnp.tanh(jax.lax.conv(x, weight, (1, 1), "SAME"))
 
 
 # step

@@ -5,7 +5,14 @@ import numpy as np
 import torch
 
 import distdl_lite as dl
-from distdl_lite.tagi import DDPConfig, DDPSequential, Linear, OutputUpdater, ReLU, Sequential
+from distdl_lite.tagi import (
+    DDPConfig,
+    DDPSequential,
+    Linear,
+    OutputUpdater,
+    ReLU,
+    Sequential,
+)
 
 dl.abort_on_exception()
 P = dl.Partition.world()
