@@ -270,8 +270,10 @@ def test_grids_are_suggested_by_time_among_those_that_fit() -> None:
     found = dl.suggest(model, (2, 3, 64, 32), ranks=8)
     assert {s.grid for s in found} == {(b, 1, h, 8 // b // h) for b in (1, 2) for h in (1, 2, 4, 8) if 8 % (b * h) == 0}
     assert found[0].grid == (2, 1, 4, 1)
-    times = [float(f"{s.report.seconds:.2e}") for s in found]
-    assert times == sorted(times)
+    near = dl.suggest(nn.AvgPool2d(3, 1, 1), (1, 3, 2048, 2048), ranks=16, machine=dl.Machine(latency=0))
+    for grids in (found, near):  # the first three of the latter are alike in two digits
+        times = [float(f"{s.report.seconds:.2e}") for s in grids]
+        assert times == sorted(times)
     assert all(s.fits for s in found)
     assert "of it latency" in found[0].reason
     assert "less" not in found[0].reason  # two are alike
