@@ -73,7 +73,9 @@ def verdict(function, length: int) -> str:
         y, dx, gathers = run(function, length, True)
     except Exception as error:
         return f"error: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
-    worst = max(abs(a - b).max() / abs(b).max() for a, b in zip((y, dx), run(function, length, False), strict=False))
+    worst = max(
+        abs(a - b).max() / max(abs(b).max(), 1e-3) for a, b in zip((y, dx), run(function, length, False), strict=False)
+    )
     return ("exact" if worst < 1e-9 else f"WRONG by {100 * worst:.2g}%") + (", gathers" if gathers else "")
 
 
