@@ -5,7 +5,14 @@ import numpy as np
 import torch
 
 import distdl_lite as dl
-from distdl_lite.tagi import DDPConfig, DDPSequential, Linear, OutputUpdater, ReLU, Sequential
+from distdl_lite.tagi import (
+    DDPConfig,
+    DDPSequential,
+    Linear,
+    OutputUpdater,
+    ReLU,
+    Sequential,
+)
 
 dl.abort_on_exception()
 P = dl.Partition.world()
@@ -17,9 +24,13 @@ var_y = 0.01
 
 # model
 torch.manual_seed(0)
-net = Sequential(Linear(1, 32), ReLU(), Linear(32, 1))
+net = Sequential(
+    Linear(1, 32), ReLU(), Linear(32, 1)
+)
 config = DDPConfig(P=P)
-net = DDPSequential(net, config, average=False)
+net = DDPSequential(
+    net, config, average=False
+)
 updater = OutputUpdater()
 
 # step
