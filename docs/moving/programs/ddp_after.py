@@ -13,9 +13,14 @@ P = dl.Partition.world()
 # data
 gen = torch.Generator().manual_seed(1)
 x = torch.randn(22, 3, 8, 8, generator=gen)
-data = td.TensorDataset(x, x.mean((1, 2, 3)))
+data = td.TensorDataset(
+    x, x.mean((1, 2, 3))
+)
 loader = dl.data.Loader(
-    data, P, shuffle=False, global_batch_size=8
+    data,
+    P,
+    shuffle=False,
+    global_batch_size=8,
 )
 
 # model
@@ -28,22 +33,30 @@ model = nn.Sequential(
     nn.Flatten(0),
 )
 net = dl.DataParallel(model, P)
-adam = torch.optim.Adam(net.parameters(), lr=0.01)
+adam = torch.optim.Adam(
+    net.parameters(), lr=0.01
+)
 
 # step
 for _epoch in range(2):
     for x, y in loader:
         adam.zero_grad()
-        loss = nn.functional.mse_loss(net(x), y)
+        loss = nn.functional.mse_loss(
+            net(x), y
+        )
         loss.backward()
-        nn.utils.clip_grad_norm_(net.parameters(), 1)
+        nn.utils.clip_grad_norm_(
+            net.parameters(), 1
+        )
         adam.step()
 
 # evaluate
 sums = torch.zeros(2)
 with torch.no_grad():
     for x, y in loader:
-        sums[0] += (net(x) - y).square().sum()
+        sums[0] += (
+            (net(x) - y).square().sum()
+        )
         sums[1] += len(y)
 sums = P.allreduce_data(sums, torch.add)
 P.print(f"mean {sums[0] / sums[1]:.5f}")

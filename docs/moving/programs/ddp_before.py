@@ -12,9 +12,15 @@ rank = dist.get_rank()
 # data
 gen = torch.Generator().manual_seed(1)
 x = torch.randn(22, 3, 8, 8, generator=gen)
-data = td.TensorDataset(x, x.mean((1, 2, 3)))
-mine = td.DistributedSampler(data, shuffle=False)
-loader = td.DataLoader(data, 4, sampler=mine)
+data = td.TensorDataset(
+    x, x.mean((1, 2, 3))
+)
+mine = td.DistributedSampler(
+    data, shuffle=False
+)
+loader = td.DataLoader(
+    data, 4, sampler=mine
+)
 
 # model
 torch.manual_seed(0)
@@ -25,24 +31,34 @@ model = nn.Sequential(
     nn.Linear(288, 1),
     nn.Flatten(0),
 )
-net = nn.parallel.DistributedDataParallel(model)
-adam = torch.optim.Adam(net.parameters(), lr=0.01)
+net = nn.parallel.DistributedDataParallel(
+    model
+)
+adam = torch.optim.Adam(
+    net.parameters(), lr=0.01
+)
 
 # step
 for epoch in range(2):
     mine.set_epoch(epoch)
     for x, y in loader:
         adam.zero_grad()
-        loss = nn.functional.mse_loss(net(x), y)
+        loss = nn.functional.mse_loss(
+            net(x), y
+        )
         loss.backward()
-        nn.utils.clip_grad_norm_(net.parameters(), 1)
+        nn.utils.clip_grad_norm_(
+            net.parameters(), 1
+        )
         adam.step()
 
 # evaluate
 sums = torch.zeros(2)
 with torch.no_grad():
     for x, y in loader:
-        sums[0] += (net(x) - y).square().sum()
+        sums[0] += (
+            (net(x) - y).square().sum()
+        )
         sums[1] += len(y)
 dist.all_reduce(sums)
 if rank == 0:

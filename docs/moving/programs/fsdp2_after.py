@@ -19,12 +19,16 @@ x, y = P.cut(x), P.cut(y)
 # model
 torch.manual_seed(0)
 model = nn.Sequential(
-    nn.Linear(6, 32), nn.GELU(), nn.Linear(32, 6)
+    nn.Linear(6, 32),
+    nn.GELU(),
+    nn.Linear(32, 6),
 )
 net = dl.distribute(model, P)
 measure = dl.distribute(nn.MSELoss(), P)
 net(x)  # cuts the weights
-adam = torch.optim.Adam(net.parameters(), lr=0.01)
+adam = torch.optim.Adam(
+    net.parameters(), lr=0.01
+)
 
 # step
 for _ in range(20):
@@ -40,7 +44,11 @@ with torch.no_grad():
 P.print(f"mean {loss:.5f}")
 
 # save
-state = {"model": net, "optimizer": adam, "P": P}
+state = {
+    "model": net,
+    "optimizer": adam,
+    "P": P,
+}
 dl.save("runs/step_20", **state)
 dl.load("runs/step_20", **state)
 

@@ -14,7 +14,10 @@ x = torch.randn(24, 6, generator=gen)
 y = x.square().sum(1, keepdim=True)
 data = torch.utils.data.TensorDataset(x, y)
 loader = dl.data.Loader(
-    data, comm, shuffle=False, global_batch_size=8
+    data,
+    comm,
+    shuffle=False,
+    global_batch_size=8,
 )
 
 # model
@@ -24,15 +27,23 @@ model = torch.nn.Sequential(
     torch.nn.Tanh(),
     torch.nn.Linear(16, 1),
 )
-adam = torch.optim.Adam(model.parameters(), lr=0.01)
-optimizer = dl.DataParallelOptimizer(adam, False)
-net = dl.DataParallel(model, comm, optimizer, False)
+adam = torch.optim.Adam(
+    model.parameters(), lr=0.01
+)
+optimizer = dl.DataParallelOptimizer(
+    adam, False
+)
+net = dl.DataParallel(
+    model, comm, optimizer, False
+)
 
 # step
 for _epoch in range(10):
     for x, y in loader:
         optimizer.zero_grad()
-        loss = torch.nn.functional.mse_loss(net(x), y)
+        loss = torch.nn.functional.mse_loss(
+            net(x), y
+        )
         loss.backward()
         optimizer.step()
 
@@ -41,14 +52,24 @@ net.eval()
 sums = torch.zeros(2)
 with torch.no_grad():
     for x, y in loader:
-        sums[0] += (net(x) - y).square().sum()
+        sums[0] += (
+            (net(x) - y).square().sum()
+        )
         sums[1] += len(y)
 sums = comm.allreduce_data(sums, torch.add)
 comm.print(f"mean {sums[0] / sums[1]:.5f}")
 
 # save
 net.synchronize()
-dl.save("runs/epoch_10", model=model, optimizer=adam)
-dl.load("runs/epoch_10", model=model, optimizer=adam)
+dl.save(
+    "runs/epoch_10",
+    model=model,
+    optimizer=adam,
+)
+dl.load(
+    "runs/epoch_10",
+    model=model,
+    optimizer=adam,
+)
 
 # end

@@ -11,9 +11,15 @@ gen = torch.Generator().manual_seed(1)
 x = torch.randn(24, 6, generator=gen)
 y = x.square().sum(1, keepdim=True)
 size = 24 // comm.size
-mine = slice(comm.rank * size, (comm.rank + 1) * size)
-data = torch.utils.data.TensorDataset(x[mine], y[mine])
-loader = torch.utils.data.DataLoader(data, 4)
+mine = slice(
+    comm.rank * size, (comm.rank + 1) * size
+)
+data = torch.utils.data.TensorDataset(
+    x[mine], y[mine]
+)
+loader = torch.utils.data.DataLoader(
+    data, 4
+)
 
 # model
 model = torch.nn.Sequential(
@@ -21,15 +27,23 @@ model = torch.nn.Sequential(
     torch.nn.Tanh(),
     torch.nn.Linear(16, 1),
 )
-adam = torch.optim.Adam(model.parameters(), lr=0.01)
-optimizer = ht.optim.DataParallelOptimizer(adam, False)
-net = ht.nn.DataParallel(model, comm, optimizer, False)
+adam = torch.optim.Adam(
+    model.parameters(), lr=0.01
+)
+optimizer = ht.optim.DataParallelOptimizer(
+    adam, False
+)
+net = ht.nn.DataParallel(
+    model, comm, optimizer, False
+)
 
 # step
-for _ in range(10):
+for _epoch in range(10):
     for x, y in loader:
         optimizer.zero_grad()
-        loss = torch.nn.functional.mse_loss(net(x), y)
+        loss = torch.nn.functional.mse_loss(
+            net(x), y
+        )
         loss.backward()
         optimizer.step()
 
@@ -38,7 +52,9 @@ net.eval()
 sums = torch.zeros(2)
 with torch.no_grad():
     for x, y in loader:
-        sums[0] += (net(x) - y).square().sum()
+        sums[0] += (
+            (net(x) - y).square().sum()
+        )
         sums[1] += len(y)
 sums = comm.handle.allreduce(sums)
 if comm.rank == 0:
@@ -46,8 +62,12 @@ if comm.rank == 0:
 
 # save
 if comm.rank == 0:
-    torch.save(model.state_dict(), "model.pt")
+    torch.save(
+        model.state_dict(), "model.pt"
+    )
 comm.Barrier()
-model.load_state_dict(torch.load("model.pt"))
+model.load_state_dict(
+    torch.load("model.pt")
+)
 
 # end

@@ -15,17 +15,23 @@ P = world.grid(h=world.size, of="n c h w")
 # data
 rng = np.random.default_rng(1)
 x = rng.standard_normal((2, 1, 10, 6))
-x = P.cut(torch.tensor(x, dtype=torch.float32))
+x = P.cut(
+    torch.tensor(x, dtype=torch.float32)
+)
 
 # model
-conv = nn.Conv2d(1, 1, 3, padding=1, bias=False)
+conv = nn.Conv2d(
+    1, 1, 3, padding=1, bias=False
+)
 nn.init.constant_(conv.weight, 0.1)
 model = nn.Sequential(conv, nn.Tanh())
 net = dl.distribute(model, P)
 
 # step
 measure = dl.distribute(nn.MSELoss(), P)
-sgd = torch.optim.SGD(net.parameters(), lr=0.5)
+sgd = torch.optim.SGD(
+    net.parameters(), lr=0.5
+)
 
 for _ in range(20):
     sgd.zero_grad()
@@ -35,13 +41,17 @@ for _ in range(20):
 
 # evaluate
 with torch.no_grad():
-    P.print(f"mean {measure(net(x), x):.5f}")
+    P.print(
+        f"mean {measure(net(x), x):.5f}"
+    )
 
 # own
 total = dnn.AllSumReduce(P, [2])
 
 
-def means(block):  # a sum over ranks, with its adjoint
+def means(
+    block,
+):  # a sum over ranks, with its adjoint
     sums = block.sum((2, 3), keepdim=True)
     return total(sums) / 60
 

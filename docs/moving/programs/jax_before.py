@@ -9,16 +9,22 @@ os.environ["XLA_FLAGS"] = (
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import PartitionSpec as Spec
+from jax.sharding import (
+    PartitionSpec as Spec,
+)
 
 mesh = jax.make_mesh((2,), ("h",))
-cut = jax.NamedSharding(mesh, Spec(None, None, "h", None))
+cut = jax.NamedSharding(
+    mesh, Spec(None, None, "h", None)
+)
 everywhere = jax.NamedSharding(mesh, Spec())
 
 # data
 rng = np.random.default_rng(1)
 x = rng.standard_normal((2, 1, 10, 6))
-x = jax.device_put(jnp.asarray(x, jnp.float32), cut)
+x = jax.device_put(
+    jnp.asarray(x, jnp.float32), cut
+)
 
 # model
 weight = jnp.full((1, 1, 3, 3), 0.1)
@@ -26,17 +32,25 @@ weight = jax.device_put(weight, everywhere)
 
 
 def net(weight, x):
-    return jnp.tanh(jax.lax.conv(x, weight, (1, 1), "SAME"))
+    return jnp.tanh(
+        jax.lax.conv(
+            x, weight, (1, 1), "SAME"
+        )
+    )
 
 
 # step
 def measure(weight, x):
-    return jnp.mean((net(weight, x) - x) ** 2)
+    return jnp.mean(
+        (net(weight, x) - x) ** 2
+    )
 
 
 @jax.jit
 def step(weight, x):
-    loss, slope = jax.value_and_grad(measure)(weight, x)
+    loss, slope = jax.value_and_grad(
+        measure
+    )(weight, x)
     return weight - 0.5 * slope, loss
 
 
@@ -48,13 +62,21 @@ print(f"mean {measure(weight, x):.5f}")
 
 
 # own
-def means(block):  # of a block: a sum over devices
-    return jax.lax.psum(block.sum((2, 3)), "h") / 60
+def means(
+    block,
+):  # of a block: a sum over devices
+    return (
+        jax.lax.psum(block.sum((2, 3)), "h")
+        / 60
+    )
 
 
 spec = Spec(None, None, "h", None)
 means = jax.shard_map(
-    means, mesh=mesh, in_specs=spec, out_specs=Spec()
+    means,
+    mesh=mesh,
+    in_specs=spec,
+    out_specs=Spec(),
 )
 print(f"{means(x)[0, 0]:.5f}")
 

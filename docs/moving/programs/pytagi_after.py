@@ -24,9 +24,13 @@ var_y = 0.01
 
 # model
 torch.manual_seed(0)
-net = Sequential(Linear(1, 32), ReLU(), Linear(32, 1))
+net = Sequential(
+    Linear(1, 32), ReLU(), Linear(32, 1)
+)
 config = DDPConfig(P=P)
-net = DDPSequential(net, config, average=False)
+net = DDPSequential(
+    net, config, average=False
+)
 updater = OutputUpdater()
 
 # step

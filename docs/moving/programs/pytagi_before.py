@@ -3,7 +3,12 @@
 # launch
 import numpy as np
 import pytagi
-from pytagi.nn import Linear, OutputUpdater, ReLU, Sequential
+from pytagi.nn import (
+    Linear,
+    OutputUpdater,
+    ReLU,
+    Sequential,
+)
 
 # data
 x = np.linspace(-1, 1, 60, dtype=np.float32)
@@ -12,7 +17,9 @@ var_y = np.full_like(y[:20], 0.01)
 
 # model
 pytagi.manual_seed(0)
-net = Sequential(Linear(1, 32), ReLU(), Linear(32, 1))
+net = Sequential(
+    Linear(1, 32), ReLU(), Linear(32, 1)
+)
 updater = OutputUpdater(net.device)
 
 # step

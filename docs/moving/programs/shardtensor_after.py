@@ -14,13 +14,17 @@ P = world.grid(h=world.size, of="n c h w")
 whole = None
 if world.rank == 0:
     gen = torch.Generator().manual_seed(1)
-    whole = torch.randn(1, 3, 33, 20, generator=gen)
+    whole = torch.randn(
+        1, 3, 33, 20, generator=gen
+    )
 x = dl.scatter(whole, P)
 
 # model
 torch.manual_seed(0)
 model = nn.Sequential(
-    nn.Conv2d(3, 8, 3, 2, padding=1, bias=False),
+    nn.Conv2d(
+        3, 8, 3, 2, padding=1, bias=False
+    ),
     nn.BatchNorm2d(8),
     nn.SiLU(),
     nn.Upsample(size=(33, 20)),
@@ -28,7 +32,9 @@ model = nn.Sequential(
 )
 net = dl.distribute(model, P)
 measure = dl.distribute(nn.MSELoss(), P)
-adam = torch.optim.Adam(net.parameters(), lr=0.01)
+adam = torch.optim.Adam(
+    net.parameters(), lr=0.01
+)
 
 # step
 for _ in range(20):
@@ -47,7 +53,11 @@ whole = dl.gather(net(x), P)
 P.print(tuple(whole.shape))
 
 # save
-state = {"model": net, "optimizer": adam, "P": P}
+state = {
+    "model": net,
+    "optimizer": adam,
+    "P": P,
+}
 dl.save("runs/step_20", **state)
 dl.load("runs/step_20", **state)
 
