@@ -60,7 +60,7 @@ print(suggestions)
 figure = dl.show.scaling([*reports, *suggestions])
 figure.axes[0].axhline(MEMORY, color="orange", linestyle="--", linewidth=1.5)
 figure.axes[0].text(4096, 1.2 * MEMORY, "16 GB", color="darkorange", ha="right", fontsize=8)
-figure.suptitle("a U-Net on 16,384 x 16,384 pixels, 1 to 4,096 ranks, without any", fontsize=10)
+figure.suptitle("a U-Net on 16,384 x 16,384 pixels: predictions for 1 to 4,096 ranks", fontsize=10)
 figure.savefig("choose_a_grid.png")
 
 # %%
