@@ -1,5 +1,6 @@
 import importlib
 import inspect
+import re
 from importlib.metadata import version as version_of
 
 import distdl_lite
@@ -37,6 +38,7 @@ sphinx_gallery_conf = {
     "abort_on_example_error": True,
     "parallel": 2,
     "download_all_examples": False,
+    "within_subsection_order": "FileNameSortKey",
     "show_signature": False,
     "min_reported_time": 1e9,
     "write_computation_times": False,
@@ -66,7 +68,17 @@ def leave_out_what_torch_documents(app, what, name, obj, skip, options):
     return skip or str(getattr(obj, "__module__", "")).startswith("torch")
 
 
+def begin_with_the_picture(app, docname, source):
+    folder, _, page = docname.rpartition("/")
+    if folder == "generated/gallery" and page != "index":
+        picture = (
+            rf"\1\n\n.. image:: images/sphx_glr_{page}_001.png\n   :class: sphx-glr-single-img\n   :alt: The result\n"
+        )
+        source[0] = re.sub(r"(?m)^(=+)$", picture, source[0], count=1)
+
+
 def setup(app):
+    app.connect("source-read", begin_with_the_picture)
     app.connect("autodoc-skip-member", leave_out_what_torch_documents)
     app.connect("autodoc-process-docstring", let_classes_have_the_words_of_their_base, priority=1)  # before napoleon
     app.connect("autodoc-process-docstring", let_doctests_see_their_module)

@@ -13,7 +13,7 @@ model = nn.Sequential(
 )
 P = dl.Partition.world().grid(h=2, w=2, of="n c h w")  # height and width in two
 net = dl.distribute(model, P)  # the same weights, under the same names
-measure = dl.distribute(nn.MSELoss(), P)  # one number, the same on all ranks
+measure = dl.distribute(nn.MSELoss(), P)  # a plain loss would be of this block alone
 optimizer = torch.optim.Adam(net.parameters(), lr=1e-2)
 
 image = torch.rand(4, 1, 65, 97)

@@ -128,7 +128,7 @@ print(f"largest difference to the serial network: {difference:.1e}")
 cuts = [bounds[len(bounds) // 2] - 0.5 for bounds in result.P.bounds(result.true.shape)]
 pictures = {
     "two fifths of the lines": zeros,
-    "on four ranks": result.found,
+    "reconstructed on four ranks": result.found,
     "all lines": result.true,
     "difference to one device": error,
 }
