@@ -15,7 +15,7 @@ from distdl_lite.plan import Edge, Leg, Plan
 from distdl_lite.transport import current, tallies
 from distdl_lite.transport.abort import abort_on_exception
 from distdl_lite.transport.counts import Tally
-from distdl_lite.transport.threads import spmd
+from distdl_lite.transport.threads import ThreadTransport, spmd
 
 __all__ = ["adjoint_test", "assert_equals_serial", "count", "launch", "simulate", "spmd"]
 
@@ -42,6 +42,8 @@ def launch(ranks: int, body: Callable[[Partition], Any]) -> Any:
     ------
     ValueError
         On all ranks, if a launcher has started another number of them.
+    RuntimeError
+        If it is called inside a `body`, or under a launcher a second time, when the other processes have ended.
     Exception
         What `body` raises; under a launcher an error of one rank ends the job, see `distdl_lite.abort_on_exception`.
 
@@ -51,16 +53,25 @@ def launch(ranks: int, body: Callable[[Partition], Any]) -> Any:
     4
     """
     try:
-        started = current().size
+        transport = current()
     except RuntimeError:  # neither torchrun nor an MPI
-        started = 1
+        transport = None
+    started = transport.size if transport else 1
+    if isinstance(transport, ThreadTransport):
+        raise RuntimeError("launch: ranks run already, inside which it is body(world) that one calls")
     if started == 1:
         return spmd(ranks, body)[0]
+    if "launched" in transport.local:
+        raise RuntimeError("launch: the other processes have ended after the first call")
+    transport.local["launched"] = True
     if started != ranks:
         raise ValueError(f"this program is written for {ranks} ranks, and the launcher has started {started}")
     abort_on_exception()
     world = Partition.world()
-    result = body(world)
+    try:
+        result = body(world)
+    except SystemExit as end:  # of one rank alone, for which the others would wait
+        raise RuntimeError(f"rank {world.rank} has left launch by sys.exit({end.code!r})") from end
     if world.rank:
         raise SystemExit
     return result

@@ -626,6 +626,36 @@ def test_classes_are_found_by_pickle() -> None:
     spmd(4, body)
 
 
+def test_what_does_not_fit_is_refused_on_all_ranks() -> None:
+    def body(world: dl.Partition) -> None:
+        P, nn, r = grid([2]), distdl.nn, world.rank
+        alone = [[0, r], [0, 1 - r]]  # a wrong halo on one rank alone
+        x = torch.arange(4.0 + r)
+        for halo, received, text in [
+            ([[1, 1]], [[1, 1]], "of 5 points of dim 0, and receives"),
+            ([[0, 1 - r]], [[0, 1 - r]] if r else [0, 1], "are no pairs of 1 dims"),
+            (alone[: 1 + r], [[0, 1 - r]], "are no pairs of 1 dims"),
+            ([[0, 1 - r]], [[0, 1 + r]], "are no pairs of 1 dims"),
+            ([[9 * r, 1 - r]], [[0, 1 - r]], "has no room for a halo"),
+        ]:
+            with pytest.raises(ValueError, match=text):
+                nn.HaloExchange(P, halo, received)(x)
+        conv = nn.DistributedConv1d(grid([1, 1, 2]), 2, 3, 3, padding=1).double()
+        with pytest.raises(RuntimeError, match="size mismatch for weight"):
+            conv.load_state_dict({"weight": torch.zeros(2, 3, 3), "bias": torch.zeros(3)})
+        if r == 0:
+            conv.weight.data = torch.ones((), dtype=torch.float64).expand(3, 2, 3)  # copies share one number
+        serial = torch.nn.Conv1d(2, 3, 3, padding=1).double()
+        torch.nn.init.ones_(serial.weight)
+        assert conv(torch.ones(1, 2, 3).double()).shape == (1, 3, 3)
+        torch.testing.assert_close(conv.weight, serial.weight)
+        enlarged = nn.Interpolate([0, 0, 2], [1, 1, 7], [1, 1, 8], [0, 0, 6], [1, 1, 9], [1, 1, 16])
+        with pytest.raises(ValueError, match="points, not"):
+            enlarged(torch.ones(1, 1, 8))
+
+    spmd(2, body)
+
+
 def test_wrong_arguments() -> None:
     def body(world: dl.Partition) -> None:
         P = grid([1, 1, 1])

@@ -16,6 +16,7 @@ import pytest
 
 import distdl_lite as dl
 from distdl_lite.testing import launch
+from distdl_lite.transport import current
 
 PAGES = sorted((Path(__file__).parent.parent / "docs" / "gallery").glob("*.py"))
 
@@ -38,3 +39,4 @@ def test_page_equals_one_device(page: Path, monkeypatch: pytest.MonkeyPatch, tmp
         assert list(tmp_path.glob("*.png"))
     finally:
         dl.abort_on_exception(False)
+        current().local.pop("launched", None)  # for the next page

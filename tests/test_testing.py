@@ -12,7 +12,7 @@ from ranks import on_ranks, over_mpi
 
 import distdl_lite.nn as dnn
 from distdl_lite.partition import Partition
-from distdl_lite.testing import adjoint_test, assert_equals_serial, count, spmd
+from distdl_lite.testing import adjoint_test, assert_equals_serial, count, launch, spmd
 
 
 class Wrong(torch.autograd.Function):
@@ -165,6 +165,20 @@ def test_count_over_other_communicators() -> None:
 def test_launch_goes_on_once_and_wants_its_number_of_ranks() -> None:
     program = "from distdl_lite.testing import launch; print(launch(2, lambda w: w.allgather_data(w.rank)), 'after')"
     assert run(sys.executable, "-c", program).stdout == mpirun(2, "-c", program).stdout == "[0, 1] after\n"
+    for body, text in (
+        ("lambda w: 0); launch(2, len", "the other processes have ended after the first call"),
+        ("lambda w: sys.exit(3) if w.rank else w.allgather_data(0)", r"rank 1 has left launch by sys.exit(3)"),
+        ("lambda w: launch(2, len)", "the other processes have ended"),
+    ):
+        ended = mpirun(2, "-c", f"import sys; from distdl_lite.testing import launch; launch(2, {body})")
+        assert ended.returncode != 0
+        assert text in ended.stderr
     wrong = mpirun(3, "-c", program)
     assert wrong.returncode != 0
     assert "this program is written for 2 ranks, and the launcher has started 3" in wrong.stderr
+
+
+def test_launch_inside_ranks_is_refused() -> None:
+    for start in (spmd, launch):
+        with pytest.raises(RuntimeError, match="ranks run already"):
+            start(2, lambda world: launch(2, len))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -45,6 +45,12 @@ def fitting_axes(axes: Axes | None, dims: int, dtype: torch.dtype, grid: Grid) -
         shape = f"a tensor of {dims} dims over a grid of shape {grid.shape}"
         raise ValueError(f"the axes {axes!r} do not fit {shape}: an axis or None for each dim, no axis twice")
     return axes
+
+
+def check_used(axes: Iterator[Axes | None]) -> None:
+    """Raise ValueError if `in_axes` goes on after the last tensor."""
+    if left := list(axes):
+        raise ValueError(f"in_axes has {left}, for which no tensor was passed")
 
 
 @dataclass

@@ -18,7 +18,7 @@ from distdl_lite.factors import Dims, all_axes, dims_of, feature_axes, local_sha
 from distdl_lite.layout import Layout
 from distdl_lite.model import rules as rules  # registers those that graphs alone need
 from distdl_lite.model.capture import Captured, as_module, capture
-from distdl_lite.model.compile import Axes, Program, compiled, fitting_axes
+from distdl_lite.model.compile import Axes, Program, check_used, compiled, fitting_axes
 from distdl_lite.model.report import TYPICAL, Machine, Report, cut_inputs, example, reported
 from distdl_lite.nn.blocks import anchored, connected_zeros
 from distdl_lite.nn.inputs import agreed_inputs
@@ -273,6 +273,7 @@ class Distributed(Module):
             dims.append((laid, inputs.requires_grad))
             given.append(torch.empty(shape_of_dims(laid), dtype=inputs.dtype, device="meta"))
             device = inputs.device
+        check_used(axes)
         grads = torch.is_grad_enabled()
         args, kwargs = pytree.tree_unflatten(given, spec.spec)
         self.model.training = self.training

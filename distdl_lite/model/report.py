@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from itertools import product
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from distdl_lite.factors import Dims, all_axes, blocks, length_of, local_shape
 from distdl_lite.grid import Grid, unravel
 from distdl_lite.layout import Shape
 from distdl_lite.model.capture import Captured, as_module, capture
-from distdl_lite.model.compile import Axes, Program, compiled, fitting_axes
+from distdl_lite.model.compile import Axes, Program, check_used, compiled, fitting_axes
 from distdl_lite.model.dry import DryTransport, Runs, dry_run
 from distdl_lite.nn.module import Module
 from distdl_lite.nn.value import Movement, Value
@@ -365,7 +366,10 @@ def report(
 
 def shape_of(grid: Partition | Sequence[int]) -> Shape:
     """The shape of a grid that is given by it, or by a partition."""
-    return tuple(grid.shape if isinstance(grid, Partition) else integers_of("grid", grid))
+    shape = tuple(grid.shape if isinstance(grid, Partition) else integers_of("grid", grid))
+    if not shape or min(shape) < 1:
+        raise ValueError(f"a grid of shape {shape} has no ranks")
+    return shape
 
 
 @contextmanager
@@ -406,11 +410,11 @@ def example(x: Any, model: Any) -> Any:
     """An argument, a shape as a tensor of it on the meta device."""
     if isinstance(x, Partition):
         raise TypeError(f"a partition stands among the inputs: {_ORDER}")
-    if not (isinstance(x, tuple) and all(isinstance(n, int) for n in x)):
+    if not (isinstance(x, tuple) and all(isinstance(n, Integral) for n in x)):
         return x
     weights = model.parameters() if isinstance(model, torch.nn.Module) else ()
     dtype = next((w.dtype for w in weights if w.is_floating_point()), torch.get_default_dtype())
-    return torch.empty(x, dtype=dtype, device="meta")
+    return torch.empty([int(n) for n in x], dtype=dtype, device="meta")
 
 
 def cut_inputs(args: Sequence[Any], grid: Grid, in_axes: Any) -> dict[int, tuple[Dims, bool]]:
@@ -420,6 +424,7 @@ def cut_inputs(args: Sequence[Any], grid: Grid, in_axes: Any) -> dict[int, tuple
         if isinstance(leaf, torch.Tensor):
             axes = fitting_axes(next(given, None), leaf.dim(), leaf.dtype, grid)
             feeds[number] = blocks(tuple(leaf.shape), axes, grid), leaf.requires_grad
+    check_used(given)
     return feeds
 
 

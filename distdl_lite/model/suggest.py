@@ -75,6 +75,13 @@ def suggest(
         If no grid of so many ranks has an axis of at most each dim's length.
     RuntimeError, TypeError
         As of `report`.
+
+    Examples
+    --------
+    >>> import torch
+    >>> import distdl_lite as dl
+    >>> [s.grid for s in dl.suggest(torch.nn.Conv2d(3, 8, 3, padding=1), (2, 3, 512, 512), ranks=2)]
+    [(2, 1, 1, 1), (1, 1, 2, 1), (1, 1, 1, 2)]
     """
     args = [example(x, model) for x in inputs]
     first = next((x for x in pytree.tree_leaves(args) if isinstance(x, torch.Tensor)), None)

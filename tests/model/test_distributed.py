@@ -186,6 +186,8 @@ def test_axes_by_name(world: dl.Partition) -> None:
         assert net.report().rows[1].movements  # to the axes the other way round
     with pytest.raises(ValueError, match="has no axis 'z'"):
         dl.distribute(model, P, in_axes=[("z", None)])
+    with pytest.raises(ValueError, match="for which no tensor was passed"):
+        dl.distribute(model, P, in_axes=[None, (9, 9)])(x)
 
 
 @on_ranks(2)

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from itertools import accumulate
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from networks import held_in_a_step
@@ -326,6 +327,12 @@ def test_a_grid_may_be_a_partition_and_wrong_orders_are_named() -> None:
         P, model, shape = world.grid((1, 1, 2, 1)), nn.Conv2d(3, 2, 1), (1, 3, 8, 8)
         assert dl.report(model, P, shape).to_dict() == dl.report(model, P.shape, shape).to_dict()
         assert dl.prove(model, P, shape).worst < 1e-9
+        assert dl.report(model, P, tuple(map(np.int64, shape))).to_dict() == dl.report(model, P, shape).to_dict()
+        for empty in ((), (1, 1, 0, 1), (1, 1, -2, 1)):
+            with pytest.raises(ValueError, match="has no ranks"):
+                dl.report(model, empty, shape)
+        with pytest.raises(ValueError, match="for which no tensor was passed"):
+            dl.report(model, P, shape, in_axes=[None, None, (0,)])
         with pytest.raises(RuntimeError, match=r"the grid was \(1, 3, 8, 8\) and the input \(1, 1, 2, 1\)"):
             dl.report(model, shape, P.shape)
         for wrong in (lambda: dl.report(model, shape, P), lambda: dl.summary(model, P, shape)):

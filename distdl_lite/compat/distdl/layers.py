@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 from distdl_lite import layout as lay
 from distdl_lite import nn as dnn
-from distdl_lite.agreement import check_met, raised_together
+from distdl_lite.agreement import check_met, raised_together, refused_together
 from distdl_lite.compat.distdl.helpers import TensorStructure, assemble_slices, distdl_padding_to_torch_padding
 from distdl_lite.compat.distdl.partitions import plain
 from distdl_lite.nn.options import listed
@@ -79,8 +79,9 @@ class _Adapted:
             if place.replicas.team.size > 1:
                 values = tensor.detach().contiguous()
                 self._distdl_transport.broadcast(place.replicas.team, values, _first(place))
-                with torch.no_grad():
-                    tensor.copy_(values)
+                if self._distdl_transport.rank != _first(place):
+                    with torch.no_grad():
+                        tensor.copy_(values)
         self.__dict__["_distdl_is_level"] = True
 
     def _load_from_state_dict(self: Any, state: dict[str, Any], prefix: str, *rest: Any) -> None:
@@ -92,7 +93,9 @@ class _Adapted:
             value = state.pop(found[0]) if found else None
             if tensor is None:
                 continue
-            if value is not None and value.numel() == tensor.numel():
+            if (
+                value is not None and tensor.dim() == 1 and value.squeeze().shape == tensor.squeeze().shape
+            ):  # [1, C, 1, 1]
                 value = value.reshape(tensor.shape)
             elif (value is None or not value.numel()) and (rank != _first(place) or name == "num_batches_tracked"):
                 value = tensor.detach()
@@ -222,6 +225,9 @@ class _Grown(dnn.Movement):
         found: list[dict[int, Any]] = [{} for _ in X.dims]
         for rank, pairs in self.received.items():
             for d, (i, pair) in enumerate(zip(X.grid.index(rank) or (), pairs, strict=True)):
+                (start, stop), (_, end) = X.dims[d].ranges[i], X.dims[d].ranges[-1]
+                if start < pair[0] or stop + pair[1] > end:
+                    raise ValueError(f"rank {rank} holds {start, stop} of {end} points of dim {d}, and receives {pair}")
                 if found[d].setdefault(i, pair) != pair:
                     raise ValueError(f"rank {rank} receives {pair} along dim {d}, others beside it {found[d][i]}")
         grown = (
@@ -246,13 +252,27 @@ class HaloExchange(torch.nn.Module):
         buffer_manager: Any = None,
     ) -> None:
         super().__init__()
-        self.exchange, self.is_inside = _Grown(plain(P_x), recv_buffer_shape), P_x.active
-        if self.is_inside:
-            self.halo, self.edge = np.asarray(halo_shape), np.subtract(halo_shape, recv_buffer_shape)
+        self.P_x, self.is_inside = plain(P_x), P_x.active
+        with refused_together(self.P_x, "HaloExchange"):
+            if self.is_inside:
+                self.halo, self.edge = np.asarray(halo_shape), np.subtract(halo_shape, recv_buffer_shape)
+                shapes = {np.shape(halo_shape), np.shape(recv_buffer_shape)}
+                if shapes != {(P_x.dim, 2)} or self.halo.min() < 0 or self.edge.min() < 0:
+                    raise ValueError(
+                        f"a halo of {halo_shape} and what is received of it, {recv_buffer_shape}, are no pairs of {P_x.dim} dims"
+                    )
+        self.exchange = _Grown(self.P_x, recv_buffer_shape)
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         if not self.is_inside:
             return input
+        with refused_together(self.P_x, "HaloExchange"):
+            if input.dim() != len(self.halo) or any(
+                n < sum(pair) for n, pair in zip(input.shape, self.halo, strict=True)
+            ):
+                raise ValueError(
+                    f"a block of shape {tuple(input.shape)} has no room for a halo of {self.halo.tolist()}"
+                )
         output = input.clone()
         block, grown = (assemble_slices(of[:, 0], input.shape - of[:, 1]) for of in (self.halo, self.edge))
         output[grown] = self.exchange(input[block])
@@ -290,6 +310,9 @@ class Interpolate(torch.nn.Module):
         self.kernel = Interpolation(space, mode, factors, None if "nearest" in mode else align_corners)
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
+        wanted = tuple(stop - start for start, stop, *_ in self.boxes)
+        if input.shape[2:] != wanted:
+            raise ValueError(f"the block is of {tuple(input.shape[2:])} points, not {wanted}")
         views = []
         for d, (start, stop, length, first, last, outputs) in enumerate(self.boxes):
             geometry = self.kernel.geometry(d, length, outputs, input.dtype, input.device.type)
