@@ -43,7 +43,7 @@ def test_a_container_computes_what_one_process_does_of_the_whole_batch() -> None
 
 
 def test_what_differs_is_told() -> None:
-    cases = script("cases")
+    cases = script("cut_cases")
     whole = {"output": torch.ones(3)}
     assert cases.judge(whole, {"output": torch.tensor([1, 1, 1.5])}) == "WRONG: output by 50%"
     assert cases.judge(whole, {"output": torch.ones(2)}) == "WRONG: output of another shape"

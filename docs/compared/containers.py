@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from cases import judge, shown, worst
+from cut_cases import judge, shown, worst
 from harness import on_ranks
 from torch import nn
 

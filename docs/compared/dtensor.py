@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from cases import Case, compare
+from cut_cases import Case, compare
 from harness import main, mesh_of
 from torch.distributed.tensor import DTensor, distribute_module, distribute_tensor
 from torch.distributed.tensor.debug import CommDebugMode

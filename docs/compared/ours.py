@@ -6,7 +6,7 @@ import math
 import sys
 
 import torch
-from cases import CASES, Case, Tensors, judge, serial, shown, weights_of, worst
+from cut_cases import CASES, Case, Tensors, judge, serial, shown, weights_of, worst
 
 import distdl_lite as dl
 from distdl_lite.testing import spmd

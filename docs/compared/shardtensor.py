@@ -5,7 +5,7 @@ from __future__ import annotations
 from importlib.metadata import version
 
 import torch
-from cases import Case, compare
+from cut_cases import Case, compare
 from harness import main, mesh_of
 from physicsnemo.domain_parallel import ShardTensor, register_custom_ops
 from torch.distributed.tensor import distribute_module, distribute_tensor
