@@ -89,6 +89,7 @@ def count() -> Iterator[Tally]:
 
     Examples
     --------
+    >>> import torch
     >>> import distdl_lite.nn as dnn
     >>> def body(world):
     ...     halo = dnn.HaloExchange(world.grid((2,)), [1])

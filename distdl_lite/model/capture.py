@@ -125,11 +125,11 @@ def path_of(node: Node) -> str:
 
 
 def place_of(node: Node) -> str:
-    """Where in the model's source an operation stands, for errors."""
+    """Where in the model's source an operation stands, for errors; torch knows no line of what was typed in."""
     frames = [
         line.strip() for line in (node.meta.get("stack_trace") or "").splitlines() if line.lstrip().startswith("File")
     ]
-    frames = [line for line in frames if _is_users(line.split('"')[1])] or frames[-1:]
+    frames = [line for line in frames if _is_users(line.split('"')[1])]
     where = [path_of(node) and f"module {path_of(node)}", frames[-1] if frames else ""]
     return ", ".join(filter(None, where)) or "the model"
 
